@@ -1,0 +1,62 @@
+"""Every exception that autobatch raises on its own account.
+
+::
+
+    AutobatchError
+    +-- NoFeasibleBatchError   not even a micro-batch of one sample fits
+    +-- UpdateInterruptedError the optimizer's update itself ran out of memory half-way and could not be undone
+    +-- TargetError            the command line's TARGET cannot be used (no file, no function, wrong result)
+    +-- UserCodeError          the user's code failed in a worker process; carries its traceback as text
+    +-- WorkerError            a worker process could not be started or talked to
+
+    AutobatchWarning (a UserWarning)
+
+A bad argument is a plain ``ValueError`` or ``TypeError`` that ends in "Received: ...". What the user's own model or
+data raises is passed on unchanged.
+"""
+
+from __future__ import annotations
+
+
+class AutobatchError(Exception):
+    """The root of autobatch's own exceptions."""
+
+
+class NoFeasibleBatchError(AutobatchError):
+    """Not even a micro-batch of one sample fits.
+
+    ``needed_bytes`` is what one sample was seen to need, at the least; ``limit_bytes`` what may be used. Either is
+    None where the device keeps no such figure.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int | None = None, limit_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.limit_bytes = limit_bytes
+
+
+class UpdateInterruptedError(AutobatchError):
+    """The optimizer's update ran out of memory half-way, and there had been no memory to keep a copy to go back to."""
+
+
+class TargetError(AutobatchError):
+    """What the command line calls TARGET cannot be used."""
+
+
+class UserCodeError(AutobatchError):
+    """The user's own code failed in a worker process.
+
+    ``traceback_text`` starts at the user's first frame.
+    """
+
+    def __init__(self, message: str, *, traceback_text: str = "") -> None:
+        super().__init__(message)
+        self.traceback_text = traceback_text
+
+
+class WorkerError(AutobatchError):
+    """A worker process could not be started, or broke the protocol."""
+
+
+class AutobatchWarning(UserWarning):
+    """Something that the user should know, while work goes on."""

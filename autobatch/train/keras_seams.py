@@ -1,0 +1,178 @@
+"""The only place that touches what is private in Keras, each piece with the versions it was seen to work in.
+
+Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21. ``tests/train/test_keras_seams.py`` fails loudly when one of
+them moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras.src import backend as _backend
+from keras.src.backend.common import global_state as _global_state
+from keras.src.losses import loss as _loss_module
+from keras.src.trainers import data_adapters as _data_adapters
+from keras.src.trainers.compile_utils import CompileLoss as _CompileLoss
+from keras.src.trainers.data_adapters import array_slicing as _array_slicing
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+__all__ = [
+    "DataAdapter",
+    "apply_mask",
+    "build_on",
+    "capture_apply",
+    "data_adapter_for",
+    "discarding_assignments",
+    "global_seed_variables",
+    "intercept_reductions",
+    "is_array_adapter",
+    "is_compiled",
+    "optimizers_of",
+    "split_validation",
+    "squeeze_or_expand",
+    "standardize_reduction",
+]
+
+ApplyHandler = Callable[[Any, list[Any], list[Any]], None]
+"""Takes the optimizer, the gradients and their variables in place of ``optimizer.apply``."""
+
+ReductionHandler = Callable[..., Any]
+"""Takes Keras's own ``reduce_weighted_values``, whether ``compile(loss=...)`` is calling, and its arguments."""
+
+apply_mask = _loss_module.apply_mask
+squeeze_or_expand = _loss_module.squeeze_or_expand_to_same_rank
+standardize_reduction = _loss_module.standardize_reduction
+
+
+def optimizers_of(model: Any) -> tuple[Any, ...]:
+    """The optimizers that a ``train_step`` of this model can call: ``model.optimizer`` and those it has as attributes.
+
+    Of a ``LossScaleOptimizer`` and the optimizer that it wraps only the outer one counts.
+    """
+    found: list[Any] = []
+    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
+    for candidate in candidates:
+        if isinstance(candidate, keras.optimizers.Optimizer) and all(candidate is not known for known in found):
+            found.append(candidate)
+    inner = [getattr(optimizer, "inner_optimizer", None) for optimizer in found]
+    return tuple(optimizer for optimizer in found if all(optimizer is not wrapped for wrapped in inner))
+
+
+@contextlib.contextmanager
+def capture_apply(optimizers: Sequence[Any], handler: ApplyHandler) -> Iterator[None]:
+    """While this lasts, ``optimizer.apply`` hands its gradients to ``handler`` instead of updating anything.
+
+    ``apply_gradients`` goes through ``apply`` as well. The replacement sits in the instance's dictionary, so that an
+    ``apply`` that the user overrode in a subclass is what :func:`contextlib.contextmanager`'s end brings back.
+    """
+
+    def replacement_for(optimizer: Any) -> Callable[..., None]:
+        def apply(grads: Any, trainable_variables: Any = None) -> None:
+            gradients = list(grads)
+            variables = optimizer._trainable_variables if trainable_variables is None else trainable_variables
+            handler(optimizer, gradients, list(variables))
+
+        return apply
+
+    for optimizer in optimizers:
+        optimizer.__dict__["apply"] = replacement_for(optimizer)
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            optimizer.__dict__.pop("apply", None)
+
+
+@contextlib.contextmanager
+def intercept_reductions(handler: ReductionHandler, output_loss_weight: Any) -> Iterator[None]:
+    """While this lasts, every Keras loss reduces its values through ``handler``.
+
+    Every ``keras.losses.Loss`` calls the module-level ``reduce_weighted_values``; ``handler`` gets that function, a
+    flag that tells whether the loss is one of ``compile(loss=...)``, and the call's arguments.
+
+    The metrics by which ``compile(loss=...)`` follows each output's own loss weigh an update by
+    ``output_loss_weight``: Keras weighs them by the static batch dimension, which is None where it is left open, so
+    that each micro-batch would count as one, whatever its share of the effective batch.
+    """
+    original_reduce = _loss_module.reduce_weighted_values
+    original_call = _CompileLoss.call
+    original_update = keras.metrics.Mean.update_state
+    calling: list[Any] = []
+
+    def reduce_weighted_values(
+        values: Any,
+        sample_weight: Any = None,
+        mask: Any = None,
+        reduction: Any = "sum_over_batch_size",
+        dtype: Any = None,
+    ) -> Any:
+        return handler(original_reduce, bool(calling), values, sample_weight, mask, reduction, dtype)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calling.append(self)
+        try:
+            return original_call(self, *args, **kwargs)
+        finally:
+            calling.pop()
+
+    def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
+        if calling and any(self is metric for metric in calling[-1].metrics):
+            sample_weight = output_loss_weight
+        return original_update(self, values, sample_weight=sample_weight)
+
+    _loss_module.reduce_weighted_values = reduce_weighted_values
+    _CompileLoss.call = call
+    keras.metrics.Mean.update_state = update_state
+    try:
+        yield
+    finally:
+        _loss_module.reduce_weighted_values = original_reduce
+        _CompileLoss.call = original_call
+        keras.metrics.Mean.update_state = original_update
+
+
+def discarding_assignments(model: Any) -> Any:
+    """A context in which assignments to Keras variables go nowhere, so that a forward pass has no effect.
+
+    The model's variables are given to it with their values: weight regularizers read them from there.
+    """
+    return _backend.StatelessScope([(variable, variable.value) for variable in model.variables])
+
+
+def global_seed_variables() -> list[Any]:
+    """The state of the seed generator that layers without a seed of their own share, if it exists yet."""
+    generator = _global_state.get_global_attribute("global_seed_generator")
+    return [] if generator is None else [generator.state]
+
+
+def build_on(model: Any, data: Any) -> None:
+    """Create all variables of a compiled model, its metrics and its optimizer, as its first ``fit`` would.
+
+    ``data`` is one batch, as a ``tf.data`` iterator yields it.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    model._symbolic_build(data_batch=(x, y, sample_weight))
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether ``compile`` was called on this model."""
+    return bool(getattr(model, "compiled", False))
+
+
+def data_adapter_for(**arguments: Any) -> Any:
+    """Keras's own adapter for the data that ``Model.fit`` accepts; the arguments are those of ``Model.fit``."""
+    return _data_adapters.get_data_adapter(**arguments)
+
+
+def is_array_adapter(adapter: Any) -> bool:
+    """Whether the adapter slices arrays, so that it makes batches of any size itself."""
+    return isinstance(adapter, _data_adapters.ArrayDataAdapter)
+
+
+def split_validation(x: Any, y: Any, sample_weight: Any, validation_split: float) -> tuple[Any, Any]:
+    """Split arrays as ``Model.fit(validation_split=...)`` does: ``((x, y, sample_weight), validation_data)``."""
+    train, validation = _array_slicing.train_validation_split((x, y, sample_weight), validation_split=validation_split)
+    return train, validation

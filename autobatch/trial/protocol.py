@@ -1,0 +1,39 @@
+"""What a source of trials offers, in this process or in a worker's. Standard library only."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from autobatch.records import Environment, TrialRequest, TrialResult
+
+
+class Trials(Protocol):
+    """Runs micro-batch sizes for real.
+
+    ``largest_useful`` is a size above which trying makes no sense (the target batch, or the samples there are), None
+    if unknown. ``fixed_bytes_hint`` is what weights, accumulators and optimizer slots will hold together, a lower bound
+    on every peak, None if unknown. ``model_name`` and ``warnings`` go into the report.
+    """
+
+    @property
+    def environment(self) -> Environment: ...
+
+    @property
+    def largest_useful(self) -> int | None: ...
+
+    @property
+    def fixed_bytes_hint(self) -> int | None: ...
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+
+    def run(self, request: TrialRequest) -> TrialResult:
+        """Run one size. Out of memory is an outcome; what the user's code raises is passed on."""
+        ...
+
+    def close(self) -> None:
+        """Put everything back as it was before the first trial, and let go of what was held."""
+        ...
