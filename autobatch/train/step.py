@@ -20,11 +20,9 @@ import tensorflow as tf
 from autobatch.train import keras_seams
 from autobatch.train.normalizer import Mode, Normalizer
 from autobatch.train.structure import Structure, cut, sample_count
-from autobatch.trial.snapshot import distinct
+from autobatch.trial.snapshot import bytes_of, distinct
 
 Logs = Any
-_SCALAR = tf.TensorSpec([], tf.float64)
-_TOTALS = tf.TensorSpec([None], tf.float64)
 
 
 class AccumulatedStep:
@@ -44,8 +42,34 @@ class AccumulatedStep:
         self._accumulate: Callable[..., Logs] | None = None
         self._apply: Callable[[], None] | None = None
         self._evaluate: Callable[..., Logs] | None = None
-        self._evaluation: _MicroStep | None = None
         self._touched: dict[int, Any] = {}
+        with tf.device("CPU:0"):
+            self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
+
+    def prepare(self, *, whole: bool) -> bool:
+        """Trace what :meth:`plain` (``whole``) or :meth:`accumulate` and :meth:`apply` need; tell if anything was.
+
+        Tracing builds what is not built yet and runs nothing; afterwards :attr:`variables` is complete.
+        """
+        missing = self._plain is None if whole else self._apply is None
+        if whole and self._plain is None:
+            self._plain = self._trace_plain()
+        if not whole and self._apply is None:
+            self._micro = _MicroStep(self, self.model.train_step, training=True)
+            self._accumulate = self._trace_loop(self._micro, zero_first=True)
+            self._apply = self._trace_apply()
+        return missing
+
+    def prepare_evaluation(self) -> bool:
+        """Trace what :meth:`evaluate` needs; tell if anything was."""
+        if self._evaluate is not None:
+            return False
+        self._evaluate = self._trace_loop(_MicroStep(self, self.model.test_step, training=False), zero_first=False)
+        return True
+
+    def update_has_begun(self) -> bool:
+        """Whether the last step came as far as its update, so that weights may have changed."""
+        return bool(self._update_begun.numpy())
 
     @property
     def variables(self) -> list[Any]:
@@ -83,8 +107,8 @@ class AccumulatedStep:
 
     def plain(self, data: Any) -> Logs:
         """Run Keras's own step on the whole effective batch; the update begins when every gradient is there."""
-        if self._plain is None:
-            self._plain = self._trace_plain()
+        self.prepare(whole=True)
+        assert self._plain is not None
         return self._plain(self.structure.leaves(data))
 
     def _trace_plain(self) -> Callable[..., Logs]:
@@ -92,42 +116,58 @@ class AccumulatedStep:
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
                 held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
-                type(optimizer).apply(optimizer, held, variables)
+                with tf.control_dependencies([self._begin_update(variables)]):
+                    type(optimizer).apply(optimizer, held, variables)
 
         def step(leaves: list[Any]) -> Logs:
+            self._update_begun.assign(False)
             with keras_seams.capture_apply(self.optimizers, update):
                 return self.model.train_step(self.structure.pack(leaves))
 
         if self.model.run_eagerly:
-            return lambda leaves: self.model.train_step(self.structure.pack(leaves))
+            return step
         inner = tf.function(step, autograph=False, jit_compile=True) if self.model.jit_compile else step
         compiled = tf.function(inner, autograph=False, input_signature=[self.structure.specs])
         self._watch(compiled.get_concrete_function())
         return compiled  # type: ignore[no-any-return]
 
+    def _begin_update(self, variables: list[Any]) -> Any:
+        """Make sure of room for the update's temporaries, then note that it has begun; an op to depend on.
+
+        The block is as large as the weights and is given back at once. It is only taken from the allocator, not
+        written to.
+        """
+        if self.model.jit_compile:
+            return tf.no_op()  # XLA allocates all that it needs before anything runs
+        with tf.device(variables[0].device if isinstance(variables[0], tf.Variable) else variables[0].value.device):
+            room = tf.raw_ops.Empty(shape=[bytes_of(variables)], dtype=tf.uint8)
+        with tf.control_dependencies([room]), tf.device("CPU:0"):
+            return self._update_begun.assign(True, read_value=False)
+
     # -- one effective batch as several micro-batches ---------------------------------------------------------------
 
     def accumulate(self, data: Any, micro_batch: int) -> Logs:
         """Sum the gradients of an effective batch, ``micro_batch`` samples at a time; no weight changes."""
-        if self._accumulate is None:
-            self._micro = _MicroStep(self, self.model.train_step, training=True)
-            self._accumulate = self._trace_loop(self._micro, zero_first=True)
+        self.prepare(whole=False)
+        assert self._accumulate is not None
         return self._accumulate(self.structure.leaves(data), tf.constant(micro_batch, tf.int64))
 
     def apply(self) -> None:
         """Update the weights once with what :meth:`accumulate` summed."""
-        if self._apply is None:
-            self._apply = self._trace_apply()
+        self.prepare(whole=False)
+        assert self._apply is not None
         self._apply()
 
     def _trace_apply(self) -> Callable[[], None]:
         def apply() -> None:
             for optimizer, variables, present in self._captured:
+                begun = self._begin_update(variables)
                 gradients = [
                     self._accumulators[id(distinct([variable])[0])].read_value() if is_present else None
                     for variable, is_present in zip(variables, present, strict=True)
                 ]
-                optimizer.apply(gradients, variables)
+                with tf.control_dependencies([begun]):
+                    optimizer.apply(gradients, variables)
 
         if self.model.run_eagerly:
             return apply
@@ -137,9 +177,8 @@ class AccumulatedStep:
 
     def evaluate(self, data: Any, micro_batch: int) -> Logs:
         """Run ``model.test_step`` over a batch, ``micro_batch`` samples at a time, with the metrics of the whole."""
-        if self._evaluate is None:
-            self._evaluation = _MicroStep(self, self.model.test_step, training=False)
-            self._evaluate = self._trace_loop(self._evaluation, zero_first=False)
+        self.prepare_evaluation()
+        assert self._evaluate is not None
         return self._evaluate(self.structure.leaves(data), tf.constant(micro_batch, tf.int64))
 
     def _trace_loop(self, micro: _MicroStep, *, zero_first: bool) -> Callable[..., Logs]:
@@ -147,20 +186,19 @@ class AccumulatedStep:
             with tf.device("CPU:0"):
                 samples = sample_count(leaves)
             if zero_first:
+                self._update_begun.assign(False)
                 for accumulator in self._accumulators.values():
                     accumulator.assign(tf.zeros_like(accumulator))
-            totals = tf.zeros([0], tf.float64)
-            if micro.count_length:
-                totals = _loop(leaves, samples, micro_batch, tf.zeros([micro.count_length], tf.float64), micro.add_counts)
+            totals = micro.count_over(leaves, samples, micro_batch)
 
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
                 return micro.merge_logs(carried, micro(part, fraction, totals), fraction)
 
             return micro.pack_logs(_loop(leaves, samples, micro_batch, micro.empty_logs(), body))
 
-        micro.trace()
         if self.model.run_eagerly:
             return run
+        micro.trace()
         compiled = tf.function(
             run, autograph=False, input_signature=[self.structure.specs, tf.TensorSpec([], tf.int64)]
         )
@@ -212,7 +250,7 @@ class AccumulatedStep:
 
 
 class _MicroStep:
-    """``train_step`` or ``test_step`` on one micro-batch, traced once; and how its logs become the effective batch's."""
+    """``train_step`` or ``test_step`` on one micro-batch; and how its logs become those of the effective batch."""
 
     def __init__(self, owner: AccumulatedStep, step: Callable[[Any], Logs], *, training: bool) -> None:
         self._owner = owner
@@ -222,47 +260,36 @@ class _MicroStep:
         self._count_compiled: Callable[..., Any] = self._run_counting
         self._logs: Logs = None
         self._averaged: list[bool] = []
-        self.count_length = 0
+        self._count_length: int | None = None
 
     def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
         return self._compiled(leaves, fraction, totals)
 
     def trace(self) -> None:
         """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
-        model = self._owner.model
         specs = self._owner.structure.specs
-        if model.run_eagerly:
-            self._trace_symbolically(specs)
-            return
+        signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
         self._compiled = tf.function(
-            self._run, autograph=False, jit_compile=bool(model.jit_compile), input_signature=[specs, _SCALAR, _TOTALS]
+            self._run, autograph=False, jit_compile=bool(self._owner.model.jit_compile), input_signature=signature
         )
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
         self._logs = concrete.structured_outputs
         self._owner._watch(concrete)
-        if self.count_length:
-            self._count_compiled = tf.function(
-                self._run_counting, autograph=False, input_signature=[specs, _SCALAR, _TOTALS]
-            )
-
-    def _trace_symbolically(self, specs: list[Any]) -> None:
-        # Eager steps have no trace to learn from: trace one all the same, and throw it away.
-        traced = tf.function(self._run, autograph=False, input_signature=[specs, _SCALAR, _TOTALS])
-        self._logs = traced.get_concrete_function().structured_outputs
+        self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
 
     def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
         owner = self._owner
         normalizer = Normalizer(Mode.TRAIN, fraction, totals)
+        optimizers = owner.optimizers if self._training else ()
         with (
-            keras_seams.capture_apply(owner.optimizers, owner._capture_into_accumulators(fraction))
-            if self._training
-            else keras_seams.capture_apply((), lambda *_: None),
+            keras_seams.capture_apply(optimizers, owner._capture_into_accumulators(fraction)),
             keras_seams.intercept_reductions(normalizer, fraction),
         ):
             logs = self._step(owner.structure.pack(leaves))
-        self.count_length = len(normalizer.counts)
+        self._count_length = len(normalizer.counts)
         known = set(owner.model.get_metrics_result()) if isinstance(logs, dict) else set()
         self._averaged = _which_are_averaged(logs, known)
+        self._logs = logs
         return logs
 
     def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
@@ -274,14 +301,30 @@ class _MicroStep:
             keras_seams.discarding_assignments(owner.model),
         ):
             self._step(owner.structure.pack(leaves))
-        return tf.stack(normalizer.counts)
+        self._count_length = len(normalizer.counts)
+        return tf.stack(normalizer.counts) if normalizer.counts else tf.zeros([0], tf.float64)
 
-    def add_counts(self, leaves: list[Any], fraction: Any, counts: Any) -> Any:
-        """Add this micro-batch's denominators to ``counts``, a float64 vector."""
-        return counts + self._count_compiled(leaves, fraction, tf.zeros([self.count_length], tf.float64))
+    def count_over(self, leaves: list[Any], samples: Any, micro_batch: Any) -> Any:
+        """The denominators of the effective batch: a float64 vector, empty where none depends on the data."""
+        if self._count_length is None:  # an eager step has no trace to learn it from: count the first micro-batch
+            stop = tf.minimum(micro_batch, samples)
+            part = [cut(leaf, tf.constant(0, tf.int64), stop) for leaf in leaves]
+            self._run_counting(part, tf.constant(1.0, tf.float64), tf.zeros([0], tf.float64))
+        counts = tf.zeros([self._count_length], tf.float64)
+        if not self._count_length:
+            return counts
+        return _loop(
+            leaves,
+            samples,
+            micro_batch,
+            counts,
+            lambda part, fraction, carried: carried + self._count_compiled(part, fraction, tf.zeros_like(counts)),
+        )
 
     def empty_logs(self) -> list[Any]:
-        """Zeros in the shape of the logs, to carry through the loop."""
+        """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""
+        if self._logs is None or tf.executing_eagerly():
+            return []
         return [
             tf.zeros([0 if size is None else size for size in part.shape], part.dtype)
             for part in tf.nest.flatten(self._logs)
@@ -290,7 +333,8 @@ class _MicroStep:
 
     def merge_logs(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
         """Results of metrics stand for all micro-batches so far; what is no metric is averaged, weighted."""
-        parts = [part for part in tf.nest.flatten(logs) if part is not None]
+        parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
+        carried = carried or [tf.zeros_like(part) for part in parts]
         return [
             before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype) if averaged else part
             for before, part, averaged in zip(carried, parts, self._averaged, strict=True)

@@ -33,16 +33,17 @@ def bytes_of(variables: Iterable[Any]) -> int:
 
 
 class Snapshot:
-    """The values of some variables at one moment.
+    """The values of some variables at one moment."""
 
-    ``on_host`` copies them to host memory, so that a search or a trial holds no device memory for them.
-    """
+    def __init__(self, variables: list[Any], values: list[Any]) -> None:
+        self._variables = variables
+        self._values = values
 
-    def __init__(self, variables: Iterable[Any], *, on_host: bool = False) -> None:
-        self._variables = distinct(variables)
-        self._values: list[Any] = [
-            variable.numpy() if on_host else variable.read_value() for variable in self._variables
-        ]
+    @classmethod
+    def on_host(cls, variables: Iterable[Any]) -> Snapshot:
+        """Copy the values to host memory, so that no device memory is held for them."""
+        found = distinct(variables)
+        return cls(found, [variable.numpy() for variable in found])
 
     def restore(self) -> None:
         """Give every variable its value back, bit for bit."""
@@ -53,3 +54,17 @@ class Snapshot:
         """Let go of the values; from here on an update copies nothing."""
         self._values = []
         self._variables = []
+
+
+class Recorder:
+    """Takes snapshots of the same variables again and again, on the device, in one call each."""
+
+    def __init__(self, variables: Iterable[Any]) -> None:
+        self._variables = distinct(variables)
+        self._read = tf.function(
+            lambda: [variable.read_value() for variable in self._variables], autograph=False, input_signature=[]
+        )
+
+    def take(self) -> Snapshot:
+        """The values now; buffers are shared with the variables until those are updated."""
+        return Snapshot(self._variables, list(self._read()) if self._variables else [])

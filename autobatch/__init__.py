@@ -1,0 +1,64 @@
+"""Train any Keras model at any batch size, in whatever memory there is.
+
+The public names are loaded when they are first used: ``import autobatch`` imports no TensorFlow, so that
+:func:`limit_memory` and :func:`configure_memory` can be called before TensorFlow starts its devices.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autobatch.api import fit, tune
+    from autobatch.errors import AutobatchError, AutobatchWarning, NoFeasibleBatchError, UpdateInterruptedError
+    from autobatch.memory.arena import configure_memory, limit_memory
+    from autobatch.records import MemoryModel, Outcome, Plan, Recovery, Report, TrialResult
+
+_HOME = {
+    "AutobatchError": "autobatch.errors",
+    "AutobatchWarning": "autobatch.errors",
+    "MemoryModel": "autobatch.records",
+    "NoFeasibleBatchError": "autobatch.errors",
+    "Outcome": "autobatch.records",
+    "Plan": "autobatch.records",
+    "Recovery": "autobatch.records",
+    "Report": "autobatch.records",
+    "TrialResult": "autobatch.records",
+    "UpdateInterruptedError": "autobatch.errors",
+    "configure_memory": "autobatch.memory.arena",
+    "fit": "autobatch.api",
+    "limit_memory": "autobatch.memory.arena",
+    "tune": "autobatch.api",
+}
+
+__all__ = [
+    "AutobatchError",
+    "AutobatchWarning",
+    "MemoryModel",
+    "NoFeasibleBatchError",
+    "Outcome",
+    "Plan",
+    "Recovery",
+    "Report",
+    "TrialResult",
+    "UpdateInterruptedError",
+    "configure_memory",
+    "fit",
+    "limit_memory",
+    "tune",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the public name stands for
+    try:
+        home = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,270 @@
+"""``fit`` and ``tune``: the one place that wires the rooms together.
+
+Importing this imports no TensorFlow; using it does.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from autobatch import arguments, search
+from autobatch.errors import AutobatchWarning, NoFeasibleBatchError
+from autobatch.records import Plan, Report, TrialResult
+from autobatch.search import planning
+from autobatch.units import format_bytes
+
+if TYPE_CHECKING:
+    from autobatch.train.data import EffectiveBatches
+    from autobatch.trial.in_process import LiveTrials
+    from autobatch.trial.protocol import Trials
+
+SAMPLE_ROWS = 32
+"""Samples that are taken from the data where no target says how many; trials repeat them as needed."""
+
+
+def fit(
+    model: Any,
+    dataset: Any,
+    y: Any = None,
+    *,
+    target_batch: int,
+    micro_batch: int | str = "auto",
+    memory_limit: int | str | None = None,
+    headroom: float = 0.05,
+    **fit_options: Any,
+) -> Any:
+    """Train a compiled Keras model at an effective batch of ``target_batch``, in whatever memory there is.
+
+    Args:
+        model: Any compiled Keras 3 model on the TensorFlow backend.
+        dataset: What ``Model.fit`` takes as ``x``: arrays, a ``tf.data.Dataset`` (of batches or of samples), a
+            ``keras.utils.PyDataset``, a generator, a ``torch.utils.data.DataLoader``; or a tuple ``(x, y)`` or
+            ``(x, y, sample_weight)`` of arrays.
+        y: The targets, where ``dataset`` holds the inputs alone.
+        target_batch: Samples that one optimizer update averages over.
+        micro_batch: Samples on the device at a time: "auto" searches for the fastest that fits; a number skips the
+            search and starts there.
+        memory_limit: At most so much, in bytes or as "512MiB"; None uses what the device has.
+        headroom: The share of the limit that is left alone.
+        **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
+            updates.
+
+    Returns:
+        Keras's ``History``, with ``plan``, ``report`` and ``recoveries`` as further attributes.
+
+    Raises:
+        TypeError, ValueError: An argument cannot be used; nothing has been run or changed.
+        NoFeasibleBatchError: Not even one sample fits.
+        UpdateInterruptedError: An update ran out of memory half-way and could not be undone.
+    """
+    target = arguments.target_batch(target_batch)
+    chosen = arguments.micro_batch(micro_batch)
+    limit_bytes = arguments.memory_limit(memory_limit)
+    share = arguments.headroom(headroom)
+    arguments.require_no_batch_size(fit_options)
+    _require_compiled(model)
+
+    from autobatch.train import session
+    from autobatch.trial.in_process import LiveTrials
+
+    batches, options = session.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
+    effective = _effective_batch(batches, target)
+    trials = LiveTrials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
+    if chosen is None:
+        try:
+            report = search_with(trials, target_batch=effective)
+        finally:
+            trials.close()
+    else:
+        report = _unsearched(trials, min(chosen, effective), effective)
+    assert report.plan is not None
+    return session.train(
+        model,
+        batches,
+        step=trials.step,
+        report=report,
+        device=trials.device,
+        user_limit_bytes=limit_bytes,
+        options=options,
+    )
+
+
+def tune(
+    model: Any,
+    dataset: Any,
+    y: Any = None,
+    *,
+    target_batch: int | None = None,
+    memory_limit: int | str | None = None,
+    headroom: float = 0.05,
+    exact: bool = False,
+    objective: str = "throughput",
+    max_trials: int | None = None,
+    max_seconds: float | None = None,
+) -> Report:
+    """Search for the micro-batch without training; the model and the data are left as they were.
+
+    Args:
+        model, dataset, y, memory_limit, headroom: As for :func:`fit`.
+        target_batch: As for :func:`fit`; None searches for the largest micro-batch alone.
+        exact: Prove that the size found is the largest: it fits, and the next one was run and does not.
+        objective: "throughput" plans for the shortest update, "largest" for the largest micro-batch.
+        max_trials, max_seconds: Stop after so many, with the best size found until then.
+
+    Raises:
+        TypeError, ValueError: An argument cannot be used; nothing has been run or changed.
+        NoFeasibleBatchError: Not even one sample fits.
+    """
+    target = None if target_batch is None else arguments.target_batch(target_batch)
+    limit_bytes = arguments.memory_limit(memory_limit)
+    share = arguments.headroom(headroom)
+    planning.require_objective(objective)
+    trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
+    if target is not None and trials.largest_useful is not None:
+        target = min(target, trials.largest_useful)
+    try:
+        return search_with(
+            trials,
+            target_batch=target,
+            exact=exact,
+            objective=objective,
+            max_trials=max_trials,
+            max_seconds=max_seconds,
+        )
+    finally:
+        trials.close()
+
+
+def open_trials(
+    model: Any,
+    dataset: Any,
+    y: Any = None,
+    *,
+    target_batch: int | None,
+    memory_limit_bytes: int | None,
+    headroom: float,
+) -> LiveTrials:
+    """Make trials on a live model; :meth:`LiveTrials.close` puts everything back. See :func:`tune`."""
+    _require_compiled(model)
+
+    from autobatch.train import session
+    from autobatch.trial.in_process import LiveTrials
+
+    session.require_repeatable(dataset)
+    rows = SAMPLE_ROWS if target_batch is None else target_batch
+    batches, _ = session.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False})
+    effective = None if target_batch is None else _effective_batch(batches, target_batch)
+    return LiveTrials(
+        model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom
+    )
+
+
+def search_with(
+    trials: Trials,
+    *,
+    target_batch: int | None,
+    exact: bool = False,
+    objective: str = "throughput",
+    max_trials: int | None = None,
+    max_seconds: float | None = None,
+    on_trial: Callable[[TrialResult], None] | None = None,
+) -> Report:
+    """Run the search over any source of trials and make the report of it.
+
+    Raises:
+        NoFeasibleBatchError: Not even one sample fits.
+    """
+    environment = trials.environment
+    if target_batch is not None and trials.largest_useful is not None:
+        target_batch = min(target_batch, trials.largest_useful)
+    result = search.search(
+        trials.run,
+        target_batch=target_batch,
+        budget_bytes=environment.budget_bytes,
+        max_micro_batch=trials.largest_useful,
+        fixed_bytes_hint=trials.fixed_bytes_hint,
+        exact=exact,
+        objective=objective,
+        max_trials=max_trials,
+        max_seconds=max_seconds,
+        clock=time.monotonic,
+        on_trial=on_trial,
+    )
+    if result.largest_fit is None:
+        raise _nothing_fits(trials, result.trials)
+    plan = None
+    if target_batch is not None:
+        plan = planning.make_plan(result.trials, target_batch=target_batch, objective=objective)
+    return Report(
+        plan=plan,
+        largest_fit=result.largest_fit,
+        smallest_failure=result.smallest_failure,
+        trials=result.trials,
+        memory_model=result.memory_model,
+        environment=environment,
+        stopped_because=result.stopped_because,
+        model_name=trials.model_name,
+        warnings=trials.warnings,
+    )
+
+
+def _require_compiled(model: Any) -> None:
+    if not hasattr(model, "train_step"):
+        raise TypeError(f"model must be a Keras model. Received: {model!r} (of type {type(model).__name__})")
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            "The model is not compiled: call model.compile(optimizer, loss) first. "
+            f"Received: {getattr(model, 'name', model)!r}"
+        )
+
+
+def _effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
+    if batches.sample_limit is None or batches.sample_limit >= target_batch:
+        return target_batch
+    warnings.warn(
+        f"target_batch={target_batch} is larger than the data set, which has {batches.sample_limit} samples: there "
+        f"will be one update an epoch, over {batches.sample_limit} samples.",
+        AutobatchWarning,
+        stacklevel=3,
+    )
+    return batches.sample_limit
+
+
+def _unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> Report:
+    steps = -(-effective_batch // micro_batch)
+    return Report(
+        plan=Plan(micro_batch, steps, effective_batch),
+        largest_fit=None,
+        smallest_failure=None,
+        trials=(),
+        memory_model=None,
+        environment=trials.environment,
+        stopped_because="no search: micro_batch was given",
+        model_name=trials.model_name,
+        warnings=trials.warnings,
+    )
+
+
+def _nothing_fits(trials: Trials, tried: tuple[TrialResult, ...]) -> NoFeasibleBatchError:
+    smallest = min(tried, key=lambda trial: trial.micro_batch)
+    environment = trials.environment
+    known = [value for value in (smallest.peak_bytes, trials.fixed_bytes_hint) if value is not None]
+    needed = max(known, default=None)
+    if needed is not None and smallest.peak_bytes is None:
+        needed += smallest.requested_bytes or 0
+    needs = "more than there is" if needed is None else f"at least {format_bytes(needed)}"
+    limit = (
+        "unknown"
+        if environment.limit_bytes is None
+        else f"{format_bytes(environment.limit_bytes)} ({environment.limit_source})"
+    )
+    return NoFeasibleBatchError(
+        f"Not even a micro-batch of {smallest.micro_batch} fits on {environment.device}: it needs {needs}, and the "
+        f"limit is {limit}{f', of which {environment.headroom:.0%} is headroom' if environment.headroom else ''}. "
+        "Free memory, raise the limit, use smaller samples, a smaller model or an optimizer with fewer slots.",
+        needed_bytes=needed,
+        limit_bytes=environment.limit_bytes,
+    )

@@ -1,0 +1,72 @@
+"""Checks of what users pass to ``fit`` and ``tune``, before anything is run. Standard library only."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from autobatch.units import parse_bytes
+
+
+def positive_int(value: Any, name: str, remedy: str) -> int:
+    """Return ``value`` as an int of at least 1.
+
+    Raises:
+        TypeError: it is no whole number; True and False are none either.
+        ValueError: it is less than 1.
+    """
+    message = f"{name} must be a whole number of at least 1: {remedy}. Received: {value!r}"
+    if isinstance(value, bool):
+        raise TypeError(message)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(message) from None
+    if number < 1:
+        raise ValueError(message)
+    return number
+
+
+def target_batch(value: Any) -> int:
+    """Check ``target_batch``; see :func:`positive_int`."""
+    return positive_int(value, "target_batch", "the number of samples that one optimizer update averages over")
+
+
+def micro_batch(value: Any) -> int | None:
+    """Check ``micro_batch``: None for "auto", else the size.
+
+    Raises:
+        TypeError, ValueError: it is neither "auto" nor a whole number of at least 1.
+    """
+    if isinstance(value, str):
+        if value == "auto":
+            return None
+        raise ValueError(f'micro_batch must be "auto" or a whole number of at least 1. Received: {value!r}')
+    return positive_int(value, "micro_batch", 'samples in one forward and backward pass, or "auto" to search')
+
+
+def headroom(value: Any) -> float:
+    """Check ``headroom``, the share of the limit that is left alone: in [0, 1)."""
+    message = f"headroom must be a number from 0 up to but not including 1, such as 0.05 for 5 %. Received: {value!r}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(message)
+    if not 0 <= value < 1:
+        raise ValueError(message)
+    return float(value)
+
+
+def memory_limit(value: Any) -> int | None:
+    """Check ``memory_limit``: None, or bytes; see :func:`autobatch.units.parse_bytes`."""
+    return None if value is None else parse_bytes(value)
+
+
+def require_no_batch_size(options: dict[str, Any]) -> None:
+    """Refuse ``batch_size``, which means something else here, and what ``fit`` takes by another name."""
+    if "batch_size" in options:
+        raise TypeError(
+            "batch_size is not an option of autobatch.fit: target_batch is the number of samples that one update "
+            "averages over, and micro_batch what is on the device at a time. Pass target_batch instead. "
+            f"Received: batch_size={options['batch_size']!r}"
+        )
+    if "x" in options:
+        raise TypeError("The data are the second argument of autobatch.fit, not x. Received: x=...")

@@ -1,0 +1,163 @@
+"""One training: Keras's own ``fit`` over effective batches, with every step a transaction."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from autobatch.errors import NoFeasibleBatchError
+from autobatch.records import Report
+from autobatch.train import keras_seams
+from autobatch.train.data import EffectiveBatches
+from autobatch.train.recovery import Transaction
+from autobatch.train.step import AccumulatedStep
+
+_DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
+
+
+def prepare_data(
+    model: Any, dataset: Any, y: Any, *, target_batch: int, options: dict[str, Any]
+) -> tuple[EffectiveBatches, dict[str, Any]]:
+    """Turn ``fit``'s data and those of its options that concern data into effective batches.
+
+    Returns them with the options that are left for Keras's ``fit``.
+    """
+    remaining = dict(options)
+    data = {name: remaining.pop(name) for name in _DATA_OPTIONS if name in remaining}
+    x, y, sample_weight = _unpack(dataset, y, data.pop("sample_weight", None))
+    split = remaining.pop("validation_split", 0.0)
+    if split and remaining.get("validation_data") is None:
+        (x, y, sample_weight), remaining["validation_data"] = keras_seams.split_validation(x, y, sample_weight, split)
+    inputs = getattr(model, "inputs", None)
+    batches = EffectiveBatches(
+        x,
+        y,
+        sample_weight,
+        target_batch=target_batch,
+        steps_per_epoch=remaining.get("steps_per_epoch"),
+        input_rank=len(inputs[0].shape) if inputs else None,
+        **data,
+    )
+    return batches, remaining
+
+
+def require_repeatable(dataset: Any) -> None:
+    """Refuse data that can be read only once where they are only looked at."""
+    if isinstance(dataset, types.GeneratorType):
+        raise ValueError(
+            "A generator can be read only once, and tune would use up its first batches. Pass arrays, a "
+            "tf.data.Dataset or a keras.utils.PyDataset; or call autobatch.fit, which trains on what it has looked "
+            f"at. Received: {dataset!r}"
+        )
+
+
+def train(
+    model: Any,
+    batches: EffectiveBatches,
+    *,
+    step: AccumulatedStep,
+    report: Report,
+    device: str,
+    user_limit_bytes: int | None,
+    options: dict[str, Any],
+) -> Any:
+    """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``."""
+    plan = report.plan
+    assert plan is not None
+    transaction = Transaction(
+        step,
+        plan.micro_batch,
+        device=device,
+        memory_model=report.memory_model,
+        user_limit_bytes=user_limit_bytes,
+        headroom=report.environment.headroom,
+    )
+    options = dict(options)
+    callbacks = _callback_list(model, batches, options)
+    with _functions_replaced(model, transaction), _quiet_about_length(batches, options):
+        try:
+            history = model.fit(batches, callbacks=callbacks, shuffle=False, **options)
+        except NoFeasibleBatchError:
+            callbacks.on_train_end()  # files are closed and best weights restored, as at any other end
+            raise
+    history.plan = plan
+    history.report = report
+    history.recoveries = tuple(transaction.recoveries)
+    return history
+
+
+def _unpack(dataset: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+    """Accept ``(x, y)`` and ``(x, y, sample_weight)`` as one argument, as ``validation_data`` does in Keras."""
+    if isinstance(dataset, tuple) and y is None and 1 <= len(dataset) <= 3:
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(dataset)
+        return x, y, sample_weight if weight is None else weight
+    return dataset, y, sample_weight
+
+
+def _callback_list(model: Any, batches: EffectiveBatches, options: dict[str, Any]) -> Any:
+    """The list that ``Model.fit`` would make of its options; made here, so that it can be ended after a failure."""
+    callbacks = options.pop("callbacks", None)
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks
+    verbose = options.get("verbose", "auto")
+    return keras.callbacks.CallbackList(
+        callbacks,
+        add_history=True,
+        add_progbar=verbose != 0,
+        verbose=verbose,
+        epochs=options.get("epochs", 1),
+        steps=options.get("steps_per_epoch") or batches.num_batches,
+        model=model,
+    )
+
+
+@contextlib.contextmanager
+def _functions_replaced(model: Any, transaction: Transaction) -> Iterator[None]:
+    """While this lasts, ``model.fit`` and ``model.evaluate`` run the transaction's steps."""
+
+    def train_function(iterator: Any) -> Any:
+        return _several(model, iterator, transaction.train)
+
+    def test_function(iterator: Any) -> Any:
+        spec = getattr(iterator, "element_spec", None)
+
+        def evaluate(data: Any) -> Any:
+            return transaction.evaluate(data, tf.nest.map_structure(tf.type_spec_from_value, data) if spec is None else spec)
+
+        return _several(model, iterator, evaluate)
+
+    before = model.train_function, model.test_function
+    model.train_function, model.test_function = train_function, test_function
+    try:
+        yield
+    finally:
+        model.train_function, model.test_function = before
+
+
+def _several(model: Any, iterator: Any, once: Callable[[Any], Any]) -> Any:
+    """Run ``steps_per_execution`` batches, as Keras's functions do; StopIteration if there was none left."""
+    logs = None
+    for _ in range(model.steps_per_execution):
+        try:
+            data = next(iterator)
+        except StopIteration:
+            if logs is None:
+                raise
+            break
+        logs = once(data)
+    return logs
+
+
+@contextlib.contextmanager
+def _quiet_about_length(batches: EffectiveBatches, options: dict[str, Any]) -> Iterator[None]:
+    """Where nobody could know how many batches there are, reaching their end is no reason for Keras's warning."""
+    with warnings.catch_warnings():
+        if batches.num_batches is None and not options.get("steps_per_epoch"):
+            warnings.filterwarnings("ignore", message="Your input ran out of data")
+        yield
