@@ -1,0 +1,79 @@
+"""The command ``autobatch``: a module a command, each with ``add_parser(commands)`` and ``run(arguments) -> int``.
+
+This process never imports TensorFlow; what needs it runs in a worker. rich is imported only to write a report or to
+show progress, so that ``--help`` and a usage error answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from autobatch import __version__
+from autobatch.cli import devices, report, show
+from autobatch.cli.exits import FAILED, INTERRUPTED, OK, USAGE, USER_CODE, UsageError
+from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
+from autobatch.report.sentences import printable
+
+_EXIT_CODES = """\
+exit codes:
+  0    done
+  1    not even one sample fits, or --fail-under was missed
+  2    the command line, or the TARGET that it names, cannot be used
+  3    your own code failed; its traceback is on standard error
+  130  interrupted with Ctrl-C
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: this process's) and return its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as exit_of_argparse:  # --help, --version and usage errors, already printed
+        return exit_of_argparse.code if isinstance(exit_of_argparse.code, int) else USAGE
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        code = run(arguments)
+        if sys.stdout is not None:  # it is None where it was closed before Python started
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _complain("interrupted; the workers are gone", INTERRUPTED)
+    except (UsageError, TargetError) as error:
+        return _complain(str(error), USAGE)
+    except UserCodeError as error:
+        if error.traceback_text.strip():
+            print(error.traceback_text.rstrip(), file=sys.stderr)
+        # Keras's messages run over many lines, and all of them stand in the traceback already.
+        return _complain(str(error).partition("\n")[0], USER_CODE)
+    except WorkerError as error:
+        return _complain(str(error), USER_CODE)
+    except NoFeasibleBatchError as error:
+        return _complain(str(error), FAILED)
+    except BrokenPipeError:
+        # Who read our output has gone, as in "autobatch ... | head". Python would complain once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    return code
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"autobatch: {printable(message)}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autobatch",
+        description="Find the micro-batch that fits in memory and is fastest, and the accumulation that\na target "
+        "batch needs, for a Keras model.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (report, show, devices):
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,74 @@
+"""Where a report goes: standard output, or a file that is written aside and then renamed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from autobatch.cli.exits import UsageError
+from autobatch.records import Report
+from autobatch.report import RENDERERS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=list(RENDERERS), default="text", help="default: %(default)s")
+    parser.add_argument("--output", metavar="FILE", help="write the report to FILE, not to standard output")
+
+
+def check(path: str | None) -> None:
+    """Refuse an ``--output`` that could not be written, before any work is done for it."""
+    if path is None:
+        return
+    if not path or "\0" in path:
+        raise UsageError(f"--output needs the name of a file. Received: {path!r}")
+    if os.path.isdir(path):
+        raise UsageError(f"--output names a folder, not a file. Received: {path!r}")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise UsageError(f"--output: there is no folder {folder!r}. Received: {path!r}")
+    if not os.access(path if _is_special(path) else folder, os.W_OK):
+        raise UsageError(f"--output: no permission to write there. Received: {path!r}")
+
+
+def write(report: Report, *, format_name: str, path: str | None) -> None:
+    renderer = RENDERERS[format_name]
+    if path is None:
+        _reconfigure_stdout()
+        print(renderer.render(report))
+        return
+    text = renderer.render(report) + "\n"
+    try:
+        if _is_special(path):  # /dev/stdout, a named pipe: renaming a file over it would replace it
+            Path(path).write_text(text, encoding="utf-8")
+        else:
+            _write_aside(Path(os.path.realpath(path)), text)
+    except OSError as error:
+        raise UsageError(f"--output: {error.strerror or error}. Received: {path!r}") from error
+
+
+def _write_aside(path: Path, text: str) -> None:
+    aside = path.with_name(f".autobatch-{os.getpid()}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        if path.exists():
+            shutil.copymode(path, aside)
+        os.replace(aside, path)
+    except BaseException:  # an interrupt, too, must leave no half a file behind
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def _is_special(path: str) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def _reconfigure_stdout() -> None:
+    """An ASCII-only terminal shall see an escape where it has no character, not a traceback."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")

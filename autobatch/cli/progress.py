@@ -1,0 +1,114 @@
+"""What is going on, on standard error, while trials run; silent where that is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from autobatch.records import Environment, TrialRequest, TrialResult
+from autobatch.report import sentences
+from autobatch.trial.protocol import Trials
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+
+class Progress(Protocol):
+    """Told of each thing as it begins and ends."""
+
+    def doing(self, what: str) -> None: ...
+
+    def tried(self, result: TrialResult) -> None: ...
+
+
+class _Silent:
+    def doing(self, what: str) -> None:
+        pass
+
+    def tried(self, result: TrialResult) -> None:
+        pass
+
+
+class _Lines:
+    """A line for each trial that has ended, and one that moves for what is under way."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._done: list[str] = []
+        self._doing = ""
+
+    def doing(self, what: str) -> None:
+        self._doing = what
+        self._show()
+
+    def tried(self, result: TrialResult) -> None:
+        outcome = sentences.OUTCOME_LABELS[result.outcome]
+        cells = sentences.trial_cells(result, _NO_ENVIRONMENT)
+        figures = [cells.peak, f"{cells.speed} samples/s"] if result.fits else []
+        self._done.append(f"  micro-batch {result.micro_batch:>6,}  {', '.join((outcome, *figures))}")
+        self._show()
+
+    def _show(self) -> None:
+        from rich.console import Group
+        from rich.spinner import Spinner
+        from rich.text import Text
+
+        # A search is a dozen trials; the last of them are enough on a low terminal.
+        lines = [Text(line, style="dim") for line in self._done[-12:]]
+        self._live.update(Group(*lines, Spinner("dots", Text(self._doing))), refresh=True)
+
+
+_NO_ENVIRONMENT = Environment("", None, "", None, 0.0, "", False)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Progress for as long as the block runs; it wipes its lines away at the end."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield _Silent()
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+    with Live(console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as live:
+        yield _Lines(live)
+
+
+class WatchedTrials:
+    """``trials``, with progress told of each size before it runs."""
+
+    def __init__(self, trials: Trials, told: Progress) -> None:
+        self._trials = trials
+        self._told = told
+
+    @property
+    def environment(self) -> Environment:
+        return self._trials.environment
+
+    @property
+    def largest_useful(self) -> int | None:
+        return self._trials.largest_useful
+
+    @property
+    def fixed_bytes_hint(self) -> int | None:
+        return self._trials.fixed_bytes_hint
+
+    @property
+    def model_name(self) -> str:
+        return self._trials.model_name
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self._trials.warnings
+
+    def run(self, request: TrialRequest) -> TrialResult:
+        self._told.doing(f"Trying micro-batch {request.micro_batch:,}")
+        result = self._trials.run(request)
+        self._told.doing("Choosing the next size")
+        return result
+
+    def close(self) -> None:
+        self._trials.close()

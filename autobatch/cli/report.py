@@ -1,0 +1,156 @@
+"""``autobatch report TARGET``: run the trials in a worker, print the sizing report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from autobatch.cli import arguments, output, target
+from autobatch.cli.exits import FAILED, OK, UsageError
+
+if TYPE_CHECKING:
+    from autobatch.records import Report
+
+_PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="find out by trials what fits, and print the sizing report",
+        description="Run training steps of TARGET in a worker process, find the micro-batch that fits and is fastest, "
+        "and print the sizing report.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help=f"{target.FORMS}; the function returns (model, dataset), a compiled Keras model and its training data",
+    )
+    add_search_arguments(parser)
+    parser.add_argument(
+        "--input",
+        type=arguments.input_shape,
+        default=(224, 224, 3),
+        metavar="H,W,C",
+        help="input shape of a keras: target (default: 224,224,3)",
+    )
+    parser.add_argument(
+        "--classes", type=arguments.positive_int, default=1000, metavar="N", help="of a keras: target (default: 1000)"
+    )
+    output.add_arguments(parser)
+    parser.add_argument(
+        "--fail-under",
+        type=arguments.positive_int,
+        metavar="N",
+        help="exit with 1 when the largest micro-batch that fits is under N",
+    )
+    parser.set_defaults(run=run)
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the search itself, which any other front end shares."""
+    positive = arguments.positive_int
+    parser.add_argument("--target-batch", type=positive, metavar="N", help="effective batch to make a plan for")
+    parser.add_argument(
+        "--memory-limit",
+        type=arguments.memory_limit,
+        metavar="SIZE",
+        help='what the device may use: "512MiB", or "80%%" of its total',
+    )
+    parser.add_argument(
+        "--headroom",
+        type=arguments.headroom,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the limit to keep free (default: %(default)s)",
+    )
+    parser.add_argument("--device", type=arguments.device, metavar="DEVICE", help='"CPU", "GPU" or "GPU:1"')
+    parser.add_argument("--exact", action="store_true", help="prove the largest size: run the next one up as well")
+    parser.add_argument(
+        "--objective",
+        choices=["throughput", "largest"],
+        default="throughput",
+        help="plan for the shortest update or for the largest micro-batch (default: %(default)s)",
+    )
+    parser.add_argument("--precision", choices=_PRECISIONS, help="Keras dtype policy, set before TARGET is called")
+    parser.add_argument(
+        "--jit",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="XLA on or off (default: as TARGET compiles the model)",
+    )
+    parser.add_argument("--max-trials", type=positive, metavar="N", help="stop after so many trials")
+    parser.add_argument("--max-seconds", type=arguments.seconds, metavar="SECONDS", help="start no trial after so long")
+    parser.add_argument(
+        "--timeout",
+        type=arguments.seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long building the model, and one trial, may take (default: 600)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    target.check(options.target)
+    output.check(options.output)
+    if options.fail_under and options.target_batch and options.fail_under > options.target_batch:
+        raise UsageError(
+            f"--fail-under {options.fail_under} can never be met: nothing above --target-batch {options.target_batch} "
+            "is tried."
+        )
+    report = _search(options)
+    output.write(report, format_name=options.format, path=options.output)
+    largest = report.largest_fit or 0
+    if options.fail_under is not None and largest < options.fail_under:
+        print(f"autobatch: the largest micro-batch is {largest}, under {options.fail_under}", file=sys.stderr)
+        return FAILED
+    return OK if report.largest_fit is not None else FAILED
+
+
+def _search(options: argparse.Namespace) -> Report:
+    # Late, so that usage errors do not wait for them.
+    from autobatch import api
+    from autobatch.cli.progress import WatchedTrials, progress
+    from autobatch.trial.worker import WorkerTrials
+
+    settings: dict[str, Any] = {
+        "target_batch": options.target_batch,
+        "memory_limit": _limit_bytes(options),
+        "headroom": options.headroom,
+        "trial_timeout_seconds": options.timeout,
+        "device": options.device,
+        "precision": options.precision,
+        "jit_compile": options.jit,
+        "input_shape": options.input,
+        "classes": options.classes,
+    }
+    with progress() as told:
+        told.doing(f"Starting a worker and building {options.target}")
+        try:
+            trials = WorkerTrials(options.target, **settings)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        with trials:
+            where = trials.environment.device
+            if (options.device or "").startswith("GPU") and not where.startswith("GPU"):
+                raise UsageError(f"--device {options.device}: TensorFlow sees no such device here, only {where}.")
+            return api.search_with(
+                WatchedTrials(trials, told),
+                target_batch=options.target_batch,
+                exact=options.exact,
+                objective=options.objective,
+                max_trials=options.max_trials,
+                max_seconds=options.max_seconds,
+                on_trial=told.tried,
+            )
+
+
+def _limit_bytes(options: argparse.Namespace) -> int | None:
+    limit: int | arguments.Share | None = options.memory_limit
+    if not isinstance(limit, arguments.Share):
+        return limit
+    from autobatch.cli.totals import total_bytes
+
+    return max(arguments.SMALLEST_LIMIT_BYTES, int(limit.fraction * total_bytes(options.device)))

@@ -1,0 +1,189 @@
+"""What a report says, in words: the sentences that the text and the HTML renderer share.
+
+Whoever renders escapes: strings that come from the user's model or from an error message are passed on as they are,
+less the control characters that would act on a terminal.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from autobatch.records import Environment, Outcome, Report, TrialResult
+from autobatch.units import format_bytes, format_seconds
+
+TIMES = "\u00d7"
+
+OUTCOME_LABELS = {
+    Outcome.FITS: "fits",
+    Outcome.OUT_OF_MEMORY: "out of memory",
+    Outcome.TIMED_OUT: "timed out",
+}
+
+
+def printable(text: str) -> str:
+    """``text`` in one line, with every character that a terminal or a parser would act on shown as an escape."""
+    folded = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in folded)
+
+
+def samples(count: int) -> str:
+    """``"1 sample"``, ``"64 samples"``."""
+    return f"{count:,} sample" if count == 1 else f"{count:,} samples"
+
+
+def title(report: Report) -> str:
+    name = printable(report.model_name)
+    return f"autobatch sizing report: {name}" if name else "autobatch sizing report"
+
+
+def decisive_trial(report: Report) -> TrialResult | None:
+    """The trial that the report is about: of the planned micro-batch, or else of the largest that fits."""
+    micro_batch = report.plan.micro_batch if report.plan else report.largest_fit
+    fitting = [trial for trial in report.trials if trial.fits and trial.micro_batch == micro_batch]
+    # A size may have been run more than once; the last run is the one that the search ended on.
+    return fitting[-1] if fitting else None
+
+
+def share_of_limit(trial: TrialResult, environment: Environment) -> float | None:
+    """Peak over limit, None where either is unknown."""
+    if trial.peak_bytes is None or not environment.limit_bytes:
+        return None
+    return trial.peak_bytes / environment.limit_bytes
+
+
+class TrialCells(NamedTuple):
+    """A trial as the cells of a table; "-" is "not measured"."""
+
+    micro_batch: str
+    outcome: str
+    peak: str
+    share: str
+    step: str
+    speed: str
+
+
+def trial_cells(trial: TrialResult, environment: Environment) -> TrialCells:
+    share = share_of_limit(trial, environment)
+    speed = trial.samples_per_second
+    return TrialCells(
+        micro_batch=f"{trial.micro_batch:,}",
+        outcome=OUTCOME_LABELS[trial.outcome],
+        peak="-" if trial.peak_bytes is None else format_bytes(trial.peak_bytes),
+        share="-" if share is None else f"{100 * share:.0f} %",
+        step="-" if trial.step_seconds is None else format_seconds(trial.step_seconds),
+        speed="-" if speed is None else format_speed(speed),
+    )
+
+
+def format_speed(samples_per_second: float) -> str:
+    return f"{samples_per_second:,.0f}" if samples_per_second >= 10 else f"{samples_per_second:.2g}"
+
+
+def decisive_label(report: Report) -> str:
+    """What makes :func:`decisive_trial` stand out."""
+    return "plan" if report.plan else "largest"
+
+
+def environment_lines(environment: Environment) -> list[tuple[str, str]]:
+    """Label and value of all that the trials ran under."""
+    lines = [("Device", printable(environment.device)), ("Limit", _limit(environment))]
+    if environment.budget_bytes is not None:
+        budget = format_bytes(environment.budget_bytes)
+        lines.append(("Budget", f"{budget}, the limit less {100 * environment.headroom:.3g} % headroom"))
+    lines.append(("Precision", printable(environment.precision)))
+    lines.append(("XLA", "on" if environment.jit_compile else "off"))
+    if environment.versions:
+        lines.append(("Versions", ", ".join(f"{printable(name)} {printable(v)}" for name, v in environment.versions)))
+    return lines
+
+
+def _limit(environment: Environment) -> str:
+    source = printable(environment.limit_source)
+    if environment.limit_bytes is None:
+        return source or "not known"
+    size = format_bytes(environment.limit_bytes)
+    return f"{size} ({source})" if source else size
+
+
+def plan(report: Report) -> str:
+    """The plan in a line, with the time of an update where it was measured."""
+    if report.plan is None:
+        return "none: nothing fits" if report.largest_fit is None else "none: no target batch was given"
+    made = report.plan
+    if made.accumulation_steps == 1:
+        text = f"effective batch {made.effective_batch:,} in one micro-batch, nothing to accumulate"
+    else:
+        product = f"{made.accumulation_steps:,} {TIMES} micro-batch {made.micro_batch:,}"
+        text = f"effective batch {made.effective_batch:,} = {product}"
+        ragged = made.effective_batch - (made.accumulation_steps - 1) * made.micro_batch
+        if ragged != made.micro_batch:
+            text += f" (the last one {samples(ragged)})"
+    seconds = update_seconds(report)
+    return text if seconds is None else f"{text}, about {format_seconds(seconds)} an update"
+
+
+def update_seconds(report: Report) -> float | None:
+    """One optimizer update of the plan: its micro-batches and the apply, None where the trial was not timed."""
+    trial = decisive_trial(report)
+    if report.plan is None or trial is None or trial.step_seconds is None:
+        return None
+    return report.plan.accumulation_steps * trial.step_seconds + (trial.apply_seconds or 0.0)
+
+
+def memory_line(report: Report) -> str:
+    """The straight line through the measured peaks, and what its two parts hold."""
+    line = report.memory_model
+    if line is None:
+        return "not known: too few trials measured a peak"
+    per_sample = f"{format_bytes(line.per_sample_bytes)} a sample (activations, inputs)"
+    if line.fixed_bytes < 0:
+        # Measured peaks need not lie on a line; what it is below zero samples means nothing.
+        return f"peak = {per_sample} less {format_bytes(-line.fixed_bytes)}"
+    return f"peak = {format_bytes(line.fixed_bytes)} fixed (weights, gradients, optimizer slots) + {per_sample}"
+
+
+def found(report: Report) -> str:
+    """What was proven: the largest size that ran, the smallest that did not."""
+    largest, failure = report.largest_fit, report.smallest_failure
+    if largest is None:
+        if failure is None:
+            return "no size was seen to fit"
+        return (
+            "not even 1 sample fits" if failure == 1 else f"no size was seen to fit; {failure:,} was the smallest tried"
+        )
+    fits = f"{samples(largest)} {'fits' if largest == 1 else 'fit'}"
+    return f"{fits}; none was seen to fail" if failure is None else f"{fits}, {failure:,} do not"
+
+
+def distance(report: Report) -> str:
+    """How far the decisive trial's peak is from the limit."""
+    trial = decisive_trial(report)
+    if trial is None:
+        return "not known: no trial fitted"
+    verb = "peaks" if trial.micro_batch == 1 else "peak"
+    if trial.peak_bytes is None:
+        return f"not known: no peak was measured for {samples(trial.micro_batch)}"
+    start = f"{samples(trial.micro_batch)} {verb} at {format_bytes(trial.peak_bytes)}"
+    limit = report.environment.limit_bytes
+    if not limit:
+        return f"{start}; no limit is known"
+    free = limit - trial.peak_bytes
+    side = "below" if free >= 0 else "above"
+    gap = f"{format_bytes(abs(free))} ({100 * abs(free) / limit:.0f} %)"
+    return f"{start}, {gap} {side} the limit of {format_bytes(limit)}"
+
+
+def stopped(report: Report) -> str:
+    return printable(report.stopped_because) or "not recorded"
+
+
+def trial_note(trial: TrialResult) -> str:
+    """What a row of the table of trials cannot show: the failure's own words, and whether it was tried again."""
+    parts = []
+    if trial.requested_bytes is not None and not trial.fits:
+        parts.append(f"asked for {format_bytes(trial.requested_bytes)} more")
+    if trial.retried:
+        parts.append("failed once and was tried again")
+    if trial.detail:
+        parts.append(printable(trial.detail))
+    return "; ".join(parts)

@@ -1,0 +1,128 @@
+"""The report for a terminal: a rich table, and plain text where there is no terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+from rich import box
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from autobatch.records import Outcome, Report
+from autobatch.report import sentences
+
+PLAIN_WIDTH = 100
+_FIGURES = {"Peak": "peak", "Of limit": "share", "Step": "step", "Samples/s": "speed"}
+# Below these widths a column is left out, so that no figure is cut.
+_COLUMN_NEEDS_WIDTH = {"Of limit": 76, "Step": 66}
+
+_OUTCOME_STYLES = {Outcome.FITS: "green", Outcome.OUT_OF_MEMORY: "red", Outcome.TIMED_OUT: "yellow"}
+
+# Nothing but spaces and dashes: what is piped may meet an ASCII-only reader.
+_PLAIN_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+
+def render(report: Report, *, width: int | None = None, color: bool | None = None) -> str:
+    """The report as lines of at most ``width`` columns.
+
+    ``color=None`` colours where standard output is a terminal; ``width=None`` takes the terminal's width there and
+    :data:`PLAIN_WIDTH` elsewhere.
+    """
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    if color is None:
+        color = terminal
+    if width is None and not terminal:
+        width = PLAIN_WIDTH
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        no_color=not color,
+        legacy_windows=False,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        # A notebook's own display hook must not take the output away.
+        force_jupyter=False,
+    )
+    with console.capture() as captured:
+        console.print(_layout(report, rich_boxes=color, width=console.width))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _layout(report: Report, *, rich_boxes: bool, width: int) -> Group:
+    parts: list[Text | Table | Padding] = [
+        Text(sentences.title(report), style="bold"),
+        Text(),
+        _pairs(sentences.environment_lines(report.environment)),
+        Text(),
+    ]
+    if report.trials:
+        parts += [_trials(report, rich_boxes=rich_boxes, width=width), *_notes(report)]
+    else:
+        parts.append(Text("  No trial was run."))
+    parts += [Text(), _pairs(_findings(report), strong=("Plan",))]
+    if report.warnings:
+        parts += [Text(), Text("Warnings", style="bold yellow"), *(_bullet(warning) for warning in report.warnings)]
+    return Group(*parts)
+
+
+def _findings(report: Report) -> list[tuple[str, str]]:
+    return [
+        ("Plan", sentences.plan(report)),
+        ("Found", sentences.found(report)),
+        ("Room left", sentences.distance(report)),
+        ("Memory line", sentences.memory_line(report)),
+        ("Stopped", sentences.stopped(report)),
+    ]
+
+
+def _pairs(pairs: list[tuple[str, str]], *, strong: tuple[str, ...] = ()) -> Table:
+    grid = Table.grid(padding=(0, 2), pad_edge=True)
+    grid.add_column(style="dim", no_wrap=True, min_width=11)
+    grid.add_column(overflow="fold")
+    for label, value in pairs:
+        grid.add_row(Text(label), Text(value, style="bold" if label in strong else ""))
+    return grid
+
+
+def _trials(report: Report, *, rich_boxes: bool, width: int) -> Table:
+    style = box.SIMPLE_HEAD if rich_boxes else _PLAIN_BOX
+    table = Table(box=style, padding=(0, 0, 0, 1), pad_edge=True, show_edge=False)
+    table.add_column("Micro-batch", justify="right", no_wrap=True)
+    table.add_column("Outcome", no_wrap=True)
+    figures = [heading for heading in _FIGURES if width >= _COLUMN_NEEDS_WIDTH.get(heading, 0)]
+    for heading in figures:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    chosen = sentences.decisive_trial(report)
+    for trial in report.trials:
+        cells = sentences.trial_cells(trial, report.environment)
+        table.add_row(
+            Text(cells.micro_batch),
+            Text(cells.outcome, style=_OUTCOME_STYLES[trial.outcome]),
+            *(Text(getattr(cells, _FIGURES[heading])) for heading in figures),
+            Text(sentences.decisive_label(report) if trial is chosen else ""),
+            style="bold" if trial is chosen else "",
+        )
+    return table
+
+
+def _notes(report: Report) -> list[Padding]:
+    """What the failed or repeated trials said, below the table, where there is room for a sentence."""
+    noted = [(trial, note) for trial in report.trials if (note := sentences.trial_note(trial))]
+    if not noted:
+        return []
+    return [Padding(Text(f"{trial.micro_batch:,}: {note}", style="dim"), (0, 0, 0, 2)) for trial, note in noted]
+
+
+def _bullet(warning: str) -> Table:
+    grid = Table.grid(padding=(0, 1), pad_edge=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text("-"), Text(sentences.printable(warning)))
+    return grid

@@ -1,0 +1,184 @@
+"""Runs the search: proposal, trial, bracket, until there is nothing more to run or a limit is reached.
+
+Knows neither TensorFlow nor time: trials and clock are given to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from autobatch.records import SearchResult, TrialRequest, TrialResult
+from autobatch.search.bracket import Bracket
+from autobatch.search.memory_model import fit_memory_model
+from autobatch.search.planning import candidate_sizes, require_objective
+from autobatch.search.proposals import Run, Stop, Terms, propose
+
+FURTHEST = 2**20
+"""The largest size tried where neither a target nor ``max_micro_batch`` is given."""
+
+MOST_TRIALS_WITH_SPEED = 4
+"""A further trial for speed alone must not make a search longer than this."""
+
+_FALLING = 1.05
+"""Throughput counts as falling where a smaller size passes this many times the samples per second."""
+
+
+def search(
+    run_trial: Callable[[TrialRequest], TrialResult],
+    *,
+    target_batch: int | None,
+    budget_bytes: int | None,
+    max_micro_batch: int | None = None,
+    fixed_bytes_hint: int | None = None,
+    exact: bool = False,
+    objective: str = "throughput",
+    max_trials: int | None = None,
+    max_seconds: float | None = None,
+    clock: Callable[[], float] | None = None,
+    on_trial: Callable[[TrialResult], None] | None = None,
+) -> SearchResult:
+    """Find the largest micro-batch that fits, by really running a few.
+
+    The first trial is the largest candidate where that is at most 32 and the weights take less than half of the budget:
+    it mostly fits, and then one trial is all. Otherwise it is a probe of 8: a probe that fits costs a fraction of a
+    second and, with ``fixed_bytes_hint``, predicts whether the whole target fits, while a target that fails costs ten
+    seconds and predicts little. Then: predict, run what is predicted, and refine, until what fits is within 3 % of what
+    is predicted to. A far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals`.
+
+    Trials, where the budget and the peaks are known:
+
+    - a straight line whose fixed part is the hint: 4 at the most, mostly 2 or 3, and no failure unless the first trial
+      fails (less than 8 fit, or a target up to 32 does not);
+    - any memory curve, however it bends: 8 led by the line, and up to 11 of bisection after those if some failed;
+    - ``exact``, a straight line whose fixed part is the hint: 6 at the most, and 2 failures (3 where but one sample
+      fits, if that); any curve: 10 + 2 log2(n) for n candidates.
+
+    Without a budget, or where the allocator keeps no peak, the size doubles from the first trial on until it fails and
+    is then bisected, to 3 % or, if ``exact``, to the end: 2 log2(n) + 2.
+
+    With a target, only the distinct ``ceil(target_batch / k)`` are run; "within 3 %" then also means that the next of
+    them is predicted not to fit. Under the objective "throughput" one smaller candidate more is run where two trials
+    have shown that throughput falls with the size, and fewer than 4 trials were run.
+
+    Args:
+        run_trial: Runs one size and says how it went. What it raises is passed on.
+        target_batch: The effective batch, None if there is none.
+        budget_bytes: What a peak may be at most, None if unknown.
+        max_micro_batch: The largest size worth trying.
+        fixed_bytes_hint: A lower bound on every peak: weights, accumulators and optimizer slots.
+        exact: Prove it: one more than the size returned (with a target: the next candidate) is run and fails.
+        objective: "throughput" or "largest".
+        max_trials: Stop after so many. The best that was run is returned.
+        max_seconds: Start no trial later than this after the start, other than the first. Needs ``clock``.
+        clock: Seconds from any origin, as ``time.monotonic``.
+        on_trial: Called with each result as it comes.
+
+    Returns:
+        ``largest_fit`` was run and fits. It is None where no size that was run fits: ``smallest_failure`` is 1 then,
+        unless a limit stopped the search before.
+
+    Raises:
+        ValueError: an argument is out of range, or ``run_trial`` returned another size than it was asked for.
+    """
+    require_objective(objective)
+    _require_positive(
+        target_batch=target_batch,
+        budget_bytes=budget_bytes,
+        max_micro_batch=max_micro_batch,
+        max_trials=max_trials,
+        max_seconds=max_seconds,
+    )
+    if fixed_bytes_hint is not None and fixed_bytes_hint < 0:
+        raise ValueError(f"fixed_bytes_hint must not be negative. Received: {fixed_bytes_hint!r}")
+    if max_seconds is not None and clock is None:
+        raise ValueError(f"max_seconds needs a clock, such as time.monotonic. Received: {max_seconds=}, {clock=}")
+
+    started = clock() if clock is not None else 0.0
+    trials: list[TrialResult] = []
+
+    def limit_reached() -> str | None:
+        if max_trials is not None and len(trials) >= max_trials:
+            return f"limit of {max_trials} trial{'s' if max_trials > 1 else ''} reached"
+        if max_seconds is not None and clock is not None and trials and clock() - started >= max_seconds:
+            return f"limit of {max_seconds:g} s reached"
+        return None
+
+    def run(micro_batch: int) -> TrialResult:
+        trial = run_trial(TrialRequest(micro_batch))
+        if trial.micro_batch != micro_batch:
+            raise ValueError(f"run_trial was asked for {micro_batch}. Received: {trial!r}")
+        trials.append(trial)
+        if on_trial is not None:
+            on_trial(trial)
+        return trial
+
+    terms = Terms(
+        budget_bytes=budget_bytes,
+        fixed_bytes_hint=fixed_bytes_hint or 0,
+        exact=exact,
+        top_name=_top_name(target_batch, max_micro_batch),
+        unlimited=target_batch is None and max_micro_batch is None and budget_bytes is None,
+    )
+    bracket = Bracket(_candidates(target_batch, max_micro_batch))
+    while True:
+        proposal = propose(bracket, trials, terms)
+        if isinstance(proposal, Stop):
+            stopped_because = proposal.reason
+            break
+        if (reached := limit_reached()) is not None:
+            stopped_because = reached
+            break
+        trial = run(proposal.micro_batch)
+        if isinstance(proposal, Run):
+            bracket = bracket.observe(trial.micro_batch, fits=trial.fits)
+
+    if target_batch is not None and objective == "throughput" and limit_reached() is None:
+        faster = _maybe_faster(bracket, trials)
+        if faster is not None:
+            run(faster)
+
+    fit = fit_memory_model(trials, budget_bytes=budget_bytes, fixed_bytes_hint=fixed_bytes_hint)
+    return SearchResult(
+        largest_fit=bracket.largest_fit,
+        smallest_failure=bracket.smallest_failure,
+        trials=tuple(trials),
+        memory_model=None if fit is None else fit.model,
+        stopped_because=stopped_because,
+    )
+
+
+def _candidates(target_batch: int | None, max_micro_batch: int | None) -> Sequence[int]:
+    if target_batch is not None:
+        return candidate_sizes(target_batch, max_micro_batch)
+    return range(1, (max_micro_batch or FURTHEST) + 1)
+
+
+def _top_name(target_batch: int | None, max_micro_batch: int | None) -> str:
+    if target_batch is not None and (max_micro_batch is None or max_micro_batch >= target_batch):
+        return "the target itself"
+    if max_micro_batch is not None:
+        return "the largest size allowed"
+    return f"{FURTHEST}, the largest size that is ever tried,"
+
+
+def _maybe_faster(bracket: Bracket, trials: Sequence[TrialResult]) -> int | None:
+    """An untried candidate between the largest fit and a smaller size that passed more samples per second."""
+    largest = next((trial for trial in trials if trial.micro_batch == bracket.largest_fit), None)
+    if largest is None or largest.samples_per_second is None or len(trials) >= MOST_TRIALS_WITH_SPEED:
+        return None
+    timed = [(trial.samples_per_second or 0.0, trial.micro_batch) for trial in trials if trial.fits]
+    rate, fastest = max(timed)
+    if rate < _FALLING * largest.samples_per_second:
+        return None
+    between = [size for size in bracket.candidates if fastest < size < largest.micro_batch]
+    untried = [size for size in between if all(size != trial.micro_batch for trial in trials)]
+    middle = math.sqrt(fastest * largest.micro_batch)
+    return min(untried, key=lambda size: abs(size - middle), default=None)
+
+
+def _require_positive(**arguments: float | None) -> None:
+    for name, value in arguments.items():
+        # No upper bound, and 0 is no way to say "none": None is.
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, or None. Received: {value!r}")

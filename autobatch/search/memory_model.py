@@ -1,0 +1,144 @@
+"""What the trials say about memory: ``peak_bytes(b) = fixed + per_sample * b``, near the size that matters.
+
+Real curves bend. Small probes may be ruled by workspaces or by the optimizer's update (a flat start), and slopes differ
+by a factor of two between neighbouring probes. So there is no least-squares line over all trials: the line passes
+through the largest size that fits, and its slope is as local as the measurements allow:
+
+1. through the largest fit and the failure above it, where that failure's peak was measured: interpolation;
+2. else through the largest fit and the next smaller measurement that is far enough away for a slope;
+3. else ("chord") through the largest fit and ``fixed_bytes_hint`` at zero samples. As the hint is a lower bound on
+   every peak, this slope is never too small for a straight line, for one with a flat start, or for one that bends
+   downwards: the prediction errs on the side that fits.
+
+Knows bytes and sizes; proposes nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autobatch.records import MemoryModel, Outcome, TrialResult
+
+_FAR_ENOUGH = 0.9
+"""A slope is taken from a measurement at most at this fraction of the anchor's size, if there is one: over a shorter
+distance the allocator's rounding is a large part of the difference."""
+
+_NOISE = 0.02
+"""A rise by less than this fraction of the peak tells nothing about the slope."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measured peak. ``micro_batch`` 0 stands for what is held before any sample."""
+
+    micro_batch: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A line, and the two points that it goes through.
+
+    ``anchor`` is the largest fit; ``chord_bytes`` is the slope of the chord to it, per sample. ``bends_between`` tells
+    that the curve was flat up to ``other``: the bend lies between the two points, and the line is not steep enough.
+    """
+
+    model: MemoryModel
+    anchor: Point
+    other: Point
+    chord_bytes: float
+    bends_between: bool = False
+
+    @property
+    def is_chord(self) -> bool:
+        """Whether the slope comes from one measurement and the hint alone."""
+        return self.other.micro_batch == 0
+
+    @property
+    def is_interpolation(self) -> bool:
+        """Whether the budget lies between the two points."""
+        return self.other.micro_batch > self.anchor.micro_batch
+
+
+def measured_points(trials: Sequence[TrialResult], budget_bytes: int | None) -> tuple[Point, ...]:
+    """The peaks of trials that ran to their end, ascending by size.
+
+    A trial that ended out of memory counts only if its peak is above the budget: then it did run to its end, and was
+    refused for its peak. A peak below the budget is only what had been held when an allocation failed.
+    """
+    points = [
+        Point(trial.micro_batch, trial.peak_bytes)
+        for trial in trials
+        if trial.peak_bytes is not None
+        and (
+            trial.fits
+            or (trial.outcome is Outcome.OUT_OF_MEMORY and budget_bytes is not None and trial.peak_bytes > budget_bytes)
+        )
+    ]
+    return tuple(sorted(points, key=lambda point: point.micro_batch))
+
+
+def least_peak_bytes(trial: TrialResult, budget_bytes: int, fixed_bytes_hint: int) -> int | None:
+    """What a trial that ran out of memory needs at the least; None for any other outcome.
+
+    It needs more than the budget, and the allocation that failed would have stood beside what is always held.
+    """
+    if trial.outcome is not Outcome.OUT_OF_MEMORY:
+        return None
+    return max(budget_bytes + 1, trial.peak_bytes or 0, fixed_bytes_hint + (trial.requested_bytes or 0))
+
+
+def fit_memory_model(
+    trials: Sequence[TrialResult], *, budget_bytes: int | None = None, fixed_bytes_hint: int | None = None
+) -> Fit | None:
+    """The line near the budget (see the top of this file), None where no trial that fits has a peak."""
+    points = measured_points(trials, budget_bytes)
+    fitting = {trial.micro_batch for trial in trials if trial.fits}
+    anchors = [point for point in points if point.micro_batch in fitting]
+    if not anchors:
+        return None
+    anchor = anchors[-1]
+    hint = fixed_bytes_hint or 0
+    # A hint that is not below a measured peak is wrong, whatever its reason: nothing is then known about zero samples.
+    origin = Point(0, hint if hint < anchor.peak_bytes else 0)
+    other = origin
+    below = [point for point in points if point.micro_batch < anchor.micro_batch]
+    above = [point for point in points if point.micro_batch > anchor.micro_batch]
+    if above:
+        other = above[0]
+    elif below:
+        near = bisect_right([point.micro_batch for point in below], anchor.micro_batch * _FAR_ENOUGH)
+        other = below[max(0, near - 1)]
+        if anchor.peak_bytes - other.peak_bytes < anchor.peak_bytes * _NOISE:
+            other = below[0]
+    # A peak that falls as the size grows tells of workspaces, not of samples: flat is the most that is believed.
+    per_sample = max(0.0, _slope(other, anchor))
+    model = MemoryModel(anchor.peak_bytes - per_sample * anchor.micro_batch, per_sample)
+    rises = anchor.peak_bytes - other.peak_bytes >= anchor.peak_bytes * _NOISE
+    was_flat = any(
+        point.micro_batch < other.micro_batch and other.peak_bytes - point.peak_bytes < other.peak_bytes * _NOISE
+        for point in below
+    )
+    return Fit(model, anchor, other, _slope(origin, anchor), bends_between=rises and was_flat)
+
+
+def largest_within(model: MemoryModel, budget_bytes: int, *, at_most: int) -> int:
+    """The largest size up to ``at_most`` whose predicted peak is within the budget; 0 if there is none.
+
+    Searched in whole numbers through ``model.peak_bytes`` itself, which never falls as the size grows, so that the
+    inverse agrees with the prediction to the last byte; a division would be off by one now and then.
+    """
+    fits, fails = 0, at_most + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if model.peak_bytes(middle) <= budget_bytes:
+            fits = middle
+        else:
+            fails = middle
+    return fits
+
+
+def _slope(one: Point, other: Point) -> float:
+    return (other.peak_bytes - one.peak_bytes) / (other.micro_batch - one.micro_batch)

@@ -1,0 +1,258 @@
+"""Which size to run next, or why to stop: a pure function of the bracket and the trials so far.
+
+What the rules add up to, in trials, stands in :func:`autobatch.search.driver.search`. A :class:`Run` is an untried
+candidate of the bracket, always; a :class:`Measure` lies below what fits already, is cheap, and moves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autobatch.records import MemoryModel, Outcome, TrialResult
+from autobatch.search.bracket import Bracket, Stage
+from autobatch.search.memory_model import Fit, fit_memory_model, largest_within, least_peak_bytes
+from autobatch.units import format_bytes
+
+# The constants below were chosen by simulation over ten shapes of curve; the optimum is flat around each.
+
+FIRST_PROBE = 8
+"""Small enough that it rarely fails, large enough that samples weigh something beside the weights."""
+
+SMALL_TOP = 32
+"""Up to here the top itself is the first trial: it mostly fits, and then one trial is all."""
+
+CLOSE_ENOUGH = 0.97
+"""Default mode stops once what fits is this much of what can fit."""
+
+CLOSE_TO_PREDICTION = 0.975
+"""The same where "can fit" is only predicted, which may itself be a little low."""
+
+MODEL_TRIALS = 8
+"""From so many trials on, the line has misled too often, and only the bracket is believed."""
+
+_MARGIN = 0.0175
+"""A far prediction aims this much below the budget's edge: CLOSE_ENOUGH allows for it, and a failure is expensive."""
+
+_MARGIN_OF_GROWTH = 0.3
+"""The margin is at most this part of the growth that is predicted: near the edge the line is good."""
+
+_EXACT_NEAR = 1.25
+"""In exact mode there is no margin for a prediction of less than this factor of growth."""
+
+_CHORD_REACH = 64
+"""A single probe is not trusted to predict further than this many times its size ..."""
+
+_FAR_STEEPER = 4.0
+"""... beyond it, the next trial is to fit even if the slope is this many times steeper."""
+
+_SECANT_REACH = (1.0, 4.0)
+"""A secant is trusted outright to predict a further rise of as much as it has seen itself, and beyond the second
+figure not at all: a flat start would make it promise anything. In between the slope goes over to the chord's."""
+
+_FAR_GROWTH = 3.0
+"""A distrusted line still lets the size grow by this factor, or weights that fill most of the budget make it crawl."""
+
+_NEAR_CHORD = 1.3
+"""Where one probe and the hint leave less than this factor of growth, a second, smaller probe gives a real slope."""
+
+_ONE_SAMPLE = 0.5
+"""One sample's peak over a hint that is a lower bound tells little of what a second one needs, and no smaller size can
+tell more. If this part of it is left, a second one is worth a try."""
+
+_BELOW_FAILURE = 0.65
+"""Where a predicted size failed, the next lies this far from what fits to what failed."""
+
+_BELOW_FIRST_FAILURE = 0.6
+"""How much of what the bytes named by a first failure would allow is tried next: they are a lower bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run this untried candidate."""
+
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Run this size for its peak alone; a larger one fits already."""
+
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Nothing more to run; ``reason`` is a short sentence for people."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a search was asked for. ``top_name`` names the largest candidate in the reason for stopping."""
+
+    budget_bytes: int | None
+    fixed_bytes_hint: int
+    exact: bool
+    top_name: str
+    unlimited: bool = False
+
+
+def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Run | Measure | Stop:
+    """The next step of a search in this state."""
+    low, high = bracket.largest_fit, bracket.smallest_failure
+    if bracket.stage is Stage.UNTRIED:
+        return Run(_first_probe(bracket, terms))
+    if low is None:
+        if bracket.is_closed:
+            timed_out = trials[-1].outcome is Outcome.TIMED_OUT
+            return Stop("not even a micro-batch of 1 " + ("ended in time" if timed_out else "fits"))
+        return Run(_below_first_failure(bracket, trials, terms))
+    if bracket.is_closed:
+        return Stop(f"{terms.top_name} fits" if high is None else f"proven: {low} fits, {high} does not")
+    if not terms.exact and high is not None and low >= CLOSE_ENOUGH * bracket.untried[-1]:
+        return Stop(f"{low} fits and {high} does not: within 3 %")
+    fit = fit_memory_model(trials, budget_bytes=terms.budget_bytes, fixed_bytes_hint=terms.fixed_bytes_hint)
+    if terms.budget_bytes is None or fit is None or fit.anchor.micro_batch != low:
+        return _by_outcomes(bracket, low, trials, terms)
+    return _by_model(bracket, low, trials, terms, fit, terms.budget_bytes)
+
+
+def _first_probe(bracket: Bracket, terms: Terms) -> int:
+    budget, top = terms.budget_bytes, bracket.candidates[-1]
+    if budget is not None and terms.fixed_bytes_hint >= budget:
+        return bracket.candidates[0]
+    # Where weights alone take more than half, a small top is no longer likely to fit.
+    if top <= SMALL_TOP and (budget is None or terms.fixed_bytes_hint <= budget / 2):
+        return top
+    return bracket.floor(FIRST_PROBE)
+
+
+def _below_first_failure(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> int:
+    failed = trials[-1]
+    guess = failed.micro_batch / 4
+    if terms.budget_bytes is not None:
+        least = least_peak_bytes(failed, terms.budget_bytes, terms.fixed_bytes_hint)
+        room = terms.budget_bytes - terms.fixed_bytes_hint
+        if least is not None and least > terms.budget_bytes + 1 and room > 0:
+            allowed = failed.micro_batch * room / (least - terms.fixed_bytes_hint)
+            # A whole peak says more than the one allocation that failed, which others would have followed.
+            guess = min(_BELOW_FIRST_FAILURE * allowed, failed.micro_batch / (2 if failed.peak_bytes else 4))
+    return bracket.floor(int(guess))
+
+
+def _by_outcomes(bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms) -> Run | Stop:
+    if bracket.smallest_failure is not None:
+        return Run(_between(bracket, low, bracket.smallest_failure))
+    if terms.unlimited and _is_saturated(trials):
+        return Stop("no limit is known, and two doublings made it less than 5 % faster")
+    return Run(bracket.floor(2 * low))
+
+
+def _between(bracket: Bracket, low: int, high: int) -> int:
+    """Bisect by ratio while the sides are far apart, then by count."""
+    if high > 2 * low:
+        return bracket.floor(math.isqrt(low * high))
+    return bracket.untried[(len(bracket.untried) - 1) // 2]
+
+
+def _is_saturated(trials: Sequence[TrialResult]) -> bool:
+    fitting = sorted((trial for trial in trials if trial.fits), key=lambda trial: trial.micro_batch)
+    rates = [rate for trial in fitting[-3:] if (rate := trial.samples_per_second) is not None]
+    return len(rates) == 3 and rates[2] < 1.05 * rates[0]
+
+
+def _by_model(
+    bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
+) -> Run | Measure | Stop:
+    high, untried = bracket.smallest_failure, bracket.untried
+    if len(trials) >= MODEL_TRIALS:
+        if high is not None:
+            return Run(_between(bracket, low, high))
+        if terms.exact:
+            # Steps that double, whatever the line says: a curve that creeps must not be followed one by one.
+            return Run(bracket.floor(low + (1 << (len(trials) - MODEL_TRIALS))))
+    elif high is not None and not fit.is_interpolation and fit.model.peak_bytes(high) <= budget:
+        return Run(_below_failure(bracket, low, high, trials, terms, fit, budget))
+    reach = largest_within(fit.model, budget, at_most=untried[-1])
+    only_probe = all(trial.micro_batch >= low for trial in trials)
+    if only_probe and low > 1 and fit.is_chord and reach < min(_NEAR_CHORD * low, untried[-1]):
+        return Measure(bracket.candidates[bisect_right(bracket.candidates, low // 2) - 1])
+    if reach < untried[0]:
+        second_may_fit = fit.anchor.peak_bytes + _ONE_SAMPLE * fit.chord_bytes <= budget
+        if low == 1 and fit.is_chord and second_may_fit:
+            return Run(untried[0])
+        if terms.exact:
+            return Run(_proof(bracket, low, trials, terms, budget))
+        return Stop(
+            f"the next useful size, {untried[0]}, is predicted to need "
+            f"{format_bytes(fit.model.peak_bytes(untried[0]))} of {format_bytes(budget)}"
+        )
+    if not terms.exact and low >= CLOSE_TO_PREDICTION * reach:
+        return Stop(f"{low} fits, and no more than {reach} is predicted to: within 3 %")
+    if len(trials) >= MODEL_TRIALS:
+        return Stop(f"{len(trials)} trials gave no line to trust; more than {low} may fit")
+    return Run(_aim(bracket, low, _trusted(fit, low, reach, budget), terms, fit, budget))
+
+
+def _below_failure(
+    bracket: Bracket, low: int, high: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
+) -> int:
+    """The line says that ``high`` fits, and it was seen not to."""
+    guess = int(low + _BELOW_FAILURE * (high - low))
+    failed = next(trial for trial in trials if trial.micro_batch == high)
+    least = least_peak_bytes(failed, budget, terms.fixed_bytes_hint)
+    if least is not None and least > budget + 1:
+        per_sample = (least - fit.anchor.peak_bytes) / (high - low)
+        steeper = MemoryModel(fit.anchor.peak_bytes - per_sample * low, per_sample)
+        guess = min(guess, largest_within(steeper, budget, at_most=high))
+    return bracket.floor(guess)
+
+
+def _proof(bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms, budget: int) -> int:
+    """One more than fits, to be seen failing; where that has just fitted, against the line, the steps double."""
+    if trials[-1].micro_batch == low:
+        before = fit_memory_model(trials[:-1], budget_bytes=budget, fixed_bytes_hint=terms.fixed_bytes_hint)
+        if before is not None and before.model.peak_bytes(low) > budget:
+            return bracket.floor(low + 2 * (low - before.anchor.micro_batch))
+    return bracket.untried[0]
+
+
+def _trusted(fit: Fit, low: int, reach: int, budget: int) -> int:
+    """How far towards ``reach`` the line may be believed in a single step."""
+    room, slope = budget - fit.anchor.peak_bytes, fit.model.per_sample_bytes
+    if fit.is_interpolation:
+        return reach
+    if fit.is_chord:
+        if reach <= _CHORD_REACH * low:
+            return reach
+        steeper = _FAR_STEEPER * slope
+    else:
+        outright, never = _SECANT_REACH
+        seen = max(1, fit.anchor.peak_bytes - fit.other.peak_bytes)
+        doubt = min(1.0, max(0.0, (room / seen - outright) / (never - outright)))
+        steeper = slope + doubt * max(0.0, fit.chord_bytes - slope)
+    if fit.bends_between:
+        return min(reach, int(low + room / max(slope, fit.chord_bytes)))
+    if steeper * (reach - low) <= room:
+        return reach
+    return min(reach, max(int(low + room / steeper), int(_FAR_GROWTH * low)))
+
+
+def _aim(bracket: Bracket, low: int, trusted: int, terms: Terms, fit: Fit, budget: int) -> int:
+    """A candidate a little below ``trusted``, unless the budget is far away or the candidates are far apart."""
+    margin = min(_MARGIN, _MARGIN_OF_GROWTH * (trusted - low) / trusted)
+    if terms.exact and trusted < _EXACT_NEAR * low:
+        # The edge itself is what is asked for, and must be run sooner or later.
+        margin = 0.0
+    edge = bracket.floor(trusted)
+    if fit.model.peak_bytes(edge) <= (1 - margin) * budget:
+        return edge
+    safe = bracket.floor(int((1 - margin) * trusted))
+    # Where the margin would cost a whole candidate and the line comes from nearby, the edge is worth the risk.
+    if safe < CLOSE_ENOUGH * edge and edge < 1.5 * low:
+        return edge
+    return safe

@@ -1,0 +1,484 @@
+"""Trials in a process of their own: the parent's side, which imports no TensorFlow.
+
+A worker is spawned with the limit's arena in its environment and imports the user's code once. Parent and worker speak
+over a pair of pipes of their own, in frames of JSON with a length in front, so that nothing the user's code prints can
+get between; what it prints goes to a file whose tail is read when the worker dies.
+
+However a worker ends - segmentation fault, abort, kill, hang - it is one trial's outcome if `memory.oom` says that it
+was memory, or if it was the time; the next trial then starts a new worker. Any other death is the user's to know about.
+The worker leads a process group, which is killed as a whole; it ends by itself when the parent is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
+from autobatch.memory import arena, oom
+from autobatch.records import Environment, Outcome, TrialRequest, TrialResult
+from autobatch.units import format_bytes, parse_bytes
+
+OPENER = "autobatch.api:open_trials"
+"""What the worker calls with the user's model and data; it returns a ``trial.protocol.Trials``."""
+
+Message = dict[str, Any]
+
+_LENGTH = struct.Struct(">I")
+_LOG_TAIL_BYTES = 16 * 1024
+_CLOSE_SECONDS = 5.0
+_STACK_SECONDS = 0.3
+# The pipe may stay open in a process that the user's code forked, so the worker's own death is looked for as well.
+_POLL_SECONDS = 0.2
+
+
+def pack(message: Mapping[str, object]) -> bytes:
+    """One frame: the length in four bytes, then JSON."""
+    body = json.dumps(message).encode("ascii")
+    return _LENGTH.pack(len(body)) + body
+
+
+def unpack(buffer: bytearray) -> Message | None:
+    """Take one whole frame off the front of ``buffer``; None while there is none."""
+    if len(buffer) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack_from(buffer)
+    end = _LENGTH.size + length
+    if len(buffer) < end:
+        return None
+    body = bytes(buffer[_LENGTH.size : end])
+    del buffer[:end]
+    message = json.loads(body)
+    if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+        raise ValueError("a message is an object with a kind")
+    return message
+
+
+def pack_result(result: TrialResult) -> dict[str, object]:
+    return {**dataclasses.asdict(result), "outcome": result.outcome.value}
+
+
+def unpack_result(fields: Message) -> TrialResult:
+    return TrialResult(**{**fields, "outcome": Outcome(fields["outcome"])})
+
+
+def unpack_environment(fields: Message) -> Environment:
+    return Environment(**{**fields, "versions": tuple((name, version) for name, version in fields["versions"])})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ready:
+    """What a worker tells once the model is built and its trials are open."""
+
+    environment: Environment
+    largest_useful: int | None
+    fixed_bytes_hint: int | None
+    model_name: str
+    warnings: tuple[str, ...]
+    fingerprint: str
+
+
+class _Died(Exception):
+    """The worker is gone; ``returncode`` as subprocess gives it."""
+
+    def __init__(self, returncode: int) -> None:
+        super().__init__(returncode)
+        self.returncode = returncode
+
+
+class _Late(Exception):
+    """The worker did not answer in time."""
+
+
+class _Process:
+    """One worker process, its two pipes and its log."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        request_read, self._request_write = os.pipe()
+        self._reply_read, reply_write = os.pipe()
+        self._buffer = bytearray()
+        self._log = tempfile.TemporaryFile(prefix="autobatch-worker-")  # noqa: SIM115 - closed in kill()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "autobatch.trial.worker_main", str(request_read), str(reply_write)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(request_read, reply_write),
+                # A group of its own: Ctrl-C in the terminal reaches the parent alone, and a kill reaches every process
+                # that the user's code has started.
+                start_new_session=True,
+                env=dict(environment),
+            )
+        except OSError as error:
+            os.close(self._request_write)
+            os.close(self._reply_read)
+            self._log.close()
+            raise WorkerError(f"The worker process could not be started: {error}") from error
+        finally:
+            os.close(request_read)
+            os.close(reply_write)
+
+    def send(self, message: Mapping[str, object]) -> None:
+        frame = pack(message)
+        try:
+            while frame:
+                frame = frame[os.write(self._request_write, frame) :]
+        except BrokenPipeError as error:
+            raise _Died(self._reap()) from error
+
+    def receive(self, deadline: float | None) -> Message:
+        """The worker's next message, by ``deadline`` on the monotonic clock."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._reply_read, selectors.EVENT_READ)
+            while True:
+                try:
+                    message = unpack(self._buffer)
+                except ValueError as error:
+                    raise WorkerError(f"The worker process sent what is no message of ours: {error}") from error
+                if message is not None:
+                    return message
+                wait = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - time.monotonic())
+                if wait <= 0:
+                    raise _Late
+                dead = self._process.poll() is not None
+                if selector.select(0 if dead else wait):
+                    chunk = os.read(self._reply_read, 1 << 16)
+                    if not chunk:
+                        raise _Died(self._reap())
+                    self._buffer += chunk
+                elif dead:
+                    raise _Died(self._reap())
+
+    def log_tail(self) -> str:
+        """The last of what the worker and the user's code printed."""
+        # pread: seeking would move the offset that the worker writes at, too.
+        size = os.fstat(self._log.fileno()).st_size
+        start = max(0, size - _LOG_TAIL_BYTES)
+        tail = os.pread(self._log.fileno(), _LOG_TAIL_BYTES, start).decode("utf-8", "replace")
+        return tail.partition("\n")[2] if start and "\n" in tail else tail
+
+    def stack_and_log(self) -> str:
+        """The log's tail after asking a worker that hangs to print where it is."""
+        self._process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STACK_SECONDS)
+        return self.log_tail()
+
+    def close(self) -> None:
+        """Let the worker end by itself, so that the user's exit hooks run; then make sure."""
+        with contextlib.suppress(_Died):
+            self.send({"kind": "close"})
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_CLOSE_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the worker and every process of its group, now."""
+        if self._log.closed:
+            return
+        self._kill_group()
+        self._process.wait()
+        os.close(self._request_write)
+        os.close(self._reply_read)
+        self._log.close()
+
+    def _reap(self) -> int:
+        """The exit status of a worker whose pipe has closed."""
+        try:
+            return self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            # It closed its pipe and lives on; there is no talking to it any more.
+            self._kill_group()
+            return self._process.wait()
+
+    def _kill_group(self) -> None:
+        # The group is gone when its last process is; macOS says PermissionError where only zombies are left.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+class WorkerTrials:
+    """The trials of one target, each run in a worker process; implements ``trial.protocol.Trials``.
+
+    Args:
+        target: ``file.py:function``, ``package.module:function`` or ``keras:Name``.
+        target_batch: the effective batch to plan for, None to look for the largest micro-batch.
+        memory_limit: what the worker's device may use, in bytes or as text; None for what there is.
+        headroom: share of the limit to be kept free.
+        trial_timeout_seconds: how long building the model, and one trial, may take; None for ever.
+        device: "CPU", "GPU" or "GPU:1"; None for TensorFlow's own choice.
+        precision: a Keras dtype policy set before the target is called; None leaves it alone.
+        jit_compile: XLA on or off; None leaves the model as it was compiled.
+        input_shape, classes: of a ``keras:Name`` target.
+        opener: for tests, another ``module:function`` in place of :data:`OPENER`.
+
+    Raises:
+        TargetError: the target cannot be used.
+        UserCodeError: it failed, with its traceback.
+        NoFeasibleBatchError: there is not even room for the model.
+        WorkerError: no worker could be started, or two workers built different models.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        target_batch: int | None = None,
+        memory_limit: int | str | None = None,
+        headroom: float = 0.05,
+        trial_timeout_seconds: float | None = 600.0,
+        device: str | None = None,
+        precision: str | None = None,
+        jit_compile: bool | None = None,
+        input_shape: tuple[int, ...] = (224, 224, 3),
+        classes: int = 1000,
+        opener: str | None = None,
+    ) -> None:
+        if os.name != "posix":
+            raise WorkerError("Trials in a worker process need Linux or macOS. On Windows, run autobatch under WSL2.")
+        self._target = target
+        self._timeout_seconds = trial_timeout_seconds
+        self._limit_bytes = None if memory_limit is None else parse_bytes(memory_limit)
+        self._environment = _worker_environment(self._limit_bytes, device)
+        self._open_message = {
+            "kind": "open",
+            "target": target,
+            "opener": opener or OPENER,
+            "target_batch": target_batch,
+            "memory_limit_bytes": self._limit_bytes,
+            "headroom": headroom,
+            "precision": precision,
+            "jit_compile": jit_compile,
+            "input_shape": list(input_shape),
+            "classes": classes,
+        }
+        self._process: _Process | None = None
+        self._ready = self._start()
+
+    @property
+    def environment(self) -> Environment:
+        return self._ready.environment
+
+    @property
+    def largest_useful(self) -> int | None:
+        return self._ready.largest_useful
+
+    @property
+    def fixed_bytes_hint(self) -> int | None:
+        return self._ready.fixed_bytes_hint
+
+    @property
+    def model_name(self) -> str:
+        return self._ready.model_name
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self._ready.warnings
+
+    def run(self, request: TrialRequest) -> TrialResult:
+        """Run one size; see ``trial.protocol.Trials``."""
+        if self._process is None:
+            self._restart()
+        process = self._process
+        assert process is not None
+        try:
+            process.send({"kind": "trial", **dataclasses.asdict(request)})
+            message = process.receive(self._deadline())
+        except _Late:
+            self.kill()
+            detail = f"did not finish within {self._timeout_seconds:g} s; the worker was ended"
+            return TrialResult(request.micro_batch, Outcome.TIMED_OUT, detail=detail)
+        except _Died as death:
+            return self._outcome_of_death(request, process, death.returncode)
+        except BaseException:
+            self.kill()  # an interrupt, above all: its reply would be taken for the next trial's
+            raise
+        if message["kind"] != "result":
+            self._raise(message)
+        if message["worker_ends"]:
+            self.kill()
+        return unpack_result(message["result"])
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def kill(self) -> None:
+        """End the worker and all that it has started, without waiting for its exit hooks."""
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def __enter__(self) -> WorkerTrials:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.kill()
+
+    def _deadline(self) -> float | None:
+        return None if self._timeout_seconds is None else time.monotonic() + self._timeout_seconds
+
+    def _start(self) -> _Ready:
+        """A new worker, once it has built the model."""
+        self._process = _Process(self._environment)
+        try:
+            return self._wait_until_ready(self._process)
+        except BaseException:  # an interrupt, too, must leave no worker behind
+            self.kill()
+            raise
+
+    def _wait_until_ready(self, process: _Process) -> _Ready:
+        deadline = self._deadline()
+        loading = False
+        try:
+            process.send(self._open_message)
+            while (message := process.receive(deadline))["kind"] == "loading":
+                loading = True
+        except _Late:
+            raise UserCodeError(
+                f"{self._target} was not ready for its first trial after {self._timeout_seconds:g} s. "
+                "If it only needs longer, raise the timeout.",
+                traceback_text=process.stack_and_log(),
+            ) from None
+        except _Died as death:
+            raise self._death_at_start(process, death.returncode, loading) from None
+        if message["kind"] != "ready":
+            self._raise(message)
+        return _Ready(
+            environment=unpack_environment(message["environment"]),
+            largest_useful=message["largest_useful"],
+            fixed_bytes_hint=message["fixed_bytes_hint"],
+            model_name=message["model_name"],
+            warnings=tuple(message["warnings"]),
+            fingerprint=message["fingerprint"],
+        )
+
+    def _restart(self) -> None:
+        """A new worker, which must build the same model as the first."""
+        ready = self._start()
+        if ready.fingerprint != self._ready.fingerprint:
+            self.kill()
+            raise WorkerError(
+                f"{self._target} does not build the same model each time: first {self._ready.fingerprint}, then "
+                f"{ready.fingerprint}. Trials of different models cannot be compared; make it deterministic."
+            )
+
+    def _death_at_start(self, process: _Process, returncode: int, loading: bool) -> Exception:
+        tail = process.log_tail()
+        if not loading:
+            return WorkerError(
+                f"The worker process ended before it did anything ({_exit_words(returncode)}). It said:\n{tail.strip()}"
+            )
+        diagnosis = oom.diagnose_exit(returncode, tail, arena=self._has_arena)
+        if diagnosis.is_memory:
+            return self._model_does_not_fit(diagnosis.requested_bytes, diagnosis.detail)
+        return UserCodeError(
+            f"{self._target} ended its process while the model was built ({_exit_words(returncode)}).",
+            traceback_text=tail,
+        )
+
+    def _outcome_of_death(self, request: TrialRequest, process: _Process, returncode: int) -> TrialResult:
+        tail = process.log_tail()
+        self.kill()
+        diagnosis = oom.diagnose_exit(returncode, tail, arena=self._has_arena)
+        if not diagnosis.is_memory:
+            raise UserCodeError(
+                f"The worker process ended in a trial of micro-batch {request.micro_batch} "
+                f"({_exit_words(returncode)}), and not for want of memory: {diagnosis.detail}",
+                traceback_text=tail,
+            )
+        return TrialResult(
+            request.micro_batch,
+            Outcome.OUT_OF_MEMORY,
+            requested_bytes=diagnosis.requested_bytes,
+            detail=f"the worker process ended: {diagnosis.detail}",
+        )
+
+    def _model_does_not_fit(self, requested_bytes: int | None, detail: str) -> NoFeasibleBatchError:
+        limit = "" if self._limit_bytes is None else f" into the limit of {format_bytes(self._limit_bytes)}"
+        return NoFeasibleBatchError(
+            f"The model itself does not fit{limit}: memory ran out while it was built, before the first trial "
+            f"({detail}). Raise the memory limit or make the model smaller.",
+            needed_bytes=requested_bytes,
+            limit_bytes=self._limit_bytes,
+        )
+
+    def _raise(self, message: Message) -> None:
+        """Raise what a message of failure tells; the worker that sent it is done with."""
+        self.kill()
+        kind, text = message["kind"], message.get("message", "")
+        if kind == "target_error":
+            raise TargetError(text)
+        if kind == "user_error":
+            raise UserCodeError(text, traceback_text=message["traceback"])
+        if kind == "memory_error":
+            raise self._model_does_not_fit(message["requested_bytes"], text)
+        if kind == "no_feasible_batch":
+            raise NoFeasibleBatchError(
+                text, needed_bytes=message["needed_bytes"], limit_bytes=message["limit_bytes"] or self._limit_bytes
+            )
+        raise WorkerError(f"The worker process sent a message of an unknown kind. Received: {kind!r}")
+
+    @property
+    def _has_arena(self) -> bool:
+        return self._limit_bytes is not None or arena.arena_limit_bytes("CPU:0") is not None
+
+
+def _worker_environment(limit_bytes: int | None, device: str | None) -> dict[str, str]:
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1", **os.environ}
+    # The worker must find this autobatch, wherever it was imported from; last, so that nothing of the user's is hidden.
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
+    if limit_bytes is not None:
+        environment |= arena.arena_environment(limit_bytes)
+    if device is not None:
+        environment |= visible_devices(device)
+    return environment
+
+
+def visible_devices(device: str) -> dict[str, str]:
+    """The environment in which CUDA shows nothing but ``device``, counted among what it shows now."""
+    kind, _, index = device.upper().partition(":")
+    if kind == "CPU":
+        return {"CUDA_VISIBLE_DEVICES": "-1"}
+    if kind != "GPU" or not (index or "0").isdecimal():
+        raise ValueError(f'device is "CPU", "GPU" or "GPU:1". Received: {device!r}')
+    number = int(index or "0")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        # nvidia-smi and NVML count in the order of the bus, CUDA by default does not.
+        return {"CUDA_VISIBLE_DEVICES": str(number), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if number >= len(names):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible!r} shows {len(names)} device(s). Received: {device!r}")
+    return {"CUDA_VISIBLE_DEVICES": names[number]}
+
+
+def _exit_words(returncode: int) -> str:
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    try:
+        return f"signal {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"signal {-returncode}"

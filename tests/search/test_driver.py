@@ -1,0 +1,377 @@
+"""Searches over every curve small enough to enumerate, and over drawn ones for the rest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobatch.records import Outcome, SearchResult, TrialRequest, TrialResult
+from autobatch.search import candidate_sizes, search
+
+from .curves import Device
+
+FAILURES = ("silent", "names_bytes", "measured")
+
+
+def failures(result: SearchResult) -> int:
+    return sum(not trial.fits for trial in result.trials)
+
+
+def ran(result: SearchResult) -> list[int]:
+    return [trial.micro_batch for trial in result.trials]
+
+
+def check_invariants(result: SearchResult, candidates: Sequence[int]) -> None:
+    outcomes = {trial.micro_batch: trial.fits for trial in result.trials}
+    assert len(outcomes) == len(result.trials), "no size is run twice"
+    assert set(outcomes) <= set(candidates)
+    assert result.largest_fit is None or outcomes[result.largest_fit]
+    assert result.smallest_failure is None or not outcomes[result.smallest_failure]
+    assert result.stopped_because
+
+
+def check_proof(result: SearchResult, candidates: Sequence[int]) -> None:
+    """What fits is the top, or the very next candidate was run and failed."""
+    if result.largest_fit is None:
+        assert result.smallest_failure == 1
+    elif result.largest_fit != candidates[-1]:
+        assert result.smallest_failure == min(size for size in candidates if size > result.largest_fit)
+
+
+# Every sequence of up to five rises, each one of three: 363 monotone curves, with bends up and down and flats.
+SMALL_CURVES = [rises for count in range(1, 6) for rises in itertools.product((0, 3, 10), repeat=count)]
+
+
+def curve_of(rises: Sequence[int]) -> Callable[[int], int]:
+    peaks = [10 + sum(rises[:count]) for count in range(len(rises) + 1)]
+    return lambda micro_batch: 1000 * peaks[min(micro_batch, len(rises))]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_every_small_monotone_curve_at_every_limit(exact: bool) -> None:
+    for rises in SMALL_CURVES:
+        candidates = range(1, len(rises) + 1)
+        device_curve = curve_of(rises)
+        # Exactly at every peak, and a byte below it.
+        for budget in {device_curve(b) + d for b in range(len(rises) + 1) for d in (-1, 0)}:
+            for hint, failure in ((None, "silent"), (10_000, "silent"), (5_000, "measured")):
+                device = Device(device_curve, budget, failure)
+                result = search(
+                    device,
+                    target_batch=None,
+                    max_micro_batch=len(rises),
+                    budget_bytes=budget,
+                    fixed_bytes_hint=hint,
+                    exact=exact,
+                )
+                check_invariants(result, candidates)
+                true = device.largest(candidates)
+                if exact:
+                    assert result.largest_fit == true
+                    check_proof(result, candidates)
+                else:
+                    assert (result.largest_fit is None) == (true is None)
+                    assert (result.largest_fit or 0) <= (true or 0)
+                assert len(result.trials) <= len(rises)
+
+
+@pytest.mark.parametrize("keeps_peaks", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_every_set_of_sizes_that_fit_monotone_or_not(exact: bool, keeps_peaks: bool) -> None:
+    for target in (None, 10):
+        candidates = range(1, 8) if target is None else candidate_sizes(target)
+        for fitting in itertools.product((True, False), repeat=len(candidates)):
+            fits = dict(zip(candidates, fitting, strict=True))
+            device = Device(lambda b, fits=fits: (10 if fits[b] else 30) * b + 100, 0, keeps_peaks=keeps_peaks)
+
+            def run(request: TrialRequest, device: Device = device, fits: dict[int, bool] = fits) -> TrialResult:
+                peak = device.curve(request.micro_batch)
+                device.budget_bytes = peak if fits[request.micro_batch] else peak - 1
+                return device(request)
+
+            result = search(
+                run, target_batch=target, max_micro_batch=None if target else 7, budget_bytes=200, exact=exact
+            )
+            check_invariants(result, candidates)
+            if exact:
+                check_proof(result, candidates)
+            if fits[1]:
+                assert result.largest_fit is not None
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("target", [None, 100, 256])
+@pytest.mark.parametrize("exact", [False, True])
+def test_straight_lines_stay_within_the_stated_counts(exact: bool, target: int | None, failure: str) -> None:
+    candidates = range(1, 4001) if target is None else candidate_sizes(target)
+    for fixed, slope in itertools.product((0, 10, 200), (1, 3, 10)):
+        for budget in (*range(fixed + 1, fixed + 120, 4), *range(fixed + 120, fixed + 2000, 97)):
+            device = Device(lambda b, f=fixed, s=slope: 1000 * (f + s * b), 1000 * budget, failure)
+            result = search(
+                device,
+                target_batch=target,
+                max_micro_batch=4000 if target is None else None,
+                budget_bytes=device.budget_bytes,
+                fixed_bytes_hint=1000 * fixed,
+                exact=exact,
+            )
+            check_invariants(result, candidates)
+            true = device.largest(candidates)
+            if true is None:
+                assert result.largest_fit is None
+            elif exact:
+                assert result.largest_fit == true
+                check_proof(result, candidates)
+                assert len(result.trials) <= 6
+                assert failures(result) <= (2 if true > 1 else 3)
+            else:
+                assert result.largest_fit is not None
+                assert 0.97 * true <= result.largest_fit <= true
+                assert len(result.trials) <= 4
+                assert failures(result) == 0 or not result.trials[0].fits
+
+
+@given(
+    peaks=st.lists(st.integers(1, 1000), min_size=1, max_size=300),
+    monotone=st.booleans(),
+    budget=st.integers(1, 1000),
+    hint=st.none() | st.integers(0, 1200),
+    target=st.none() | st.integers(1, 300),
+    exact=st.booleans(),
+    keeps_peaks=st.booleans(),
+    knows_budget=st.booleans(),
+    failure=st.sampled_from(FAILURES),
+    objective=st.sampled_from(["throughput", "largest"]),
+)
+def test_any_curve_ends_within_the_stated_bound_on_a_size_that_fits(
+    peaks: list[int],
+    monotone: bool,
+    budget: int,
+    hint: int | None,
+    target: int | None,
+    exact: bool,
+    keeps_peaks: bool,
+    knows_budget: bool,
+    failure: str,
+    objective: str,
+) -> None:
+    if monotone:
+        peaks = sorted(peaks)
+    device = Device(lambda b: peaks[min(b, len(peaks)) - 1], budget, failure, keeps_peaks)
+    candidates = range(1, len(peaks) + 1) if target is None else candidate_sizes(target)
+    result = search(
+        device,
+        target_batch=target,
+        max_micro_batch=len(peaks) if target is None else None,
+        budget_bytes=budget if knows_budget else None,
+        fixed_bytes_hint=hint,
+        exact=exact,
+        objective=objective,
+    )
+    check_invariants(result, candidates)
+    if exact:
+        check_proof(result, candidates)
+        if monotone:
+            assert result.largest_fit == device.largest(candidates)
+    elif monotone:
+        assert (result.largest_fit or 0) <= (device.largest(candidates) or 0)
+    doublings = math.log2(len(candidates))
+    if knows_budget and keeps_peaks:
+        assert len(result.trials) <= (10 + 2 * doublings if exact else 19)
+    else:
+        assert len(result.trials) <= 2 * math.log2(candidates[-1]) + 2
+
+
+@pytest.mark.parametrize("target", [1, 8, 32, 256])
+def test_a_target_that_fits_takes_one_trial_if_small_and_two_if_not(target: int) -> None:
+    device = Device(lambda b: 100 + b, 1000)
+    result = search(device, target_batch=target, budget_bytes=1000, fixed_bytes_hint=100)
+    assert ran(result) == ([target] if target <= 32 else [8, target])
+    assert result.stopped_because == "the target itself fits"
+
+
+def test_heavy_weights_make_even_a_small_target_start_with_a_probe() -> None:
+    device = Device(lambda b: 600 + 20 * b, 1000)
+    result = search(device, target_batch=32, budget_bytes=1000, fixed_bytes_hint=600)
+    assert ran(result)[0] == 8
+    assert result.largest_fit == 16
+    assert failures(result) == 0
+
+
+def test_weights_alone_above_the_budget_are_found_out_by_one_sample() -> None:
+    device = Device(lambda b: 2000 + b, 1000)
+    result = search(device, target_batch=256, budget_bytes=1000, fixed_bytes_hint=2000)
+    assert ran(result) == [1]
+    assert result.largest_fit is None
+    assert result.stopped_because == "not even a micro-batch of 1 fits"
+
+
+def test_default_mode_says_what_the_next_useful_size_would_need() -> None:
+    device = Device(lambda b: (100 + 10 * b) << 20, 1000 << 20)
+    result = search(device, target_batch=256, budget_bytes=1000 << 20, fixed_bytes_hint=100 << 20)
+    assert ran(result) == [8, 86]
+    assert result.stopped_because == "the next useful size, 128, is predicted to need 1.3 GiB of 1000 MiB"
+
+
+def test_exact_mode_says_what_is_proven() -> None:
+    device = Device(lambda b: 100 + 10 * b, 1060)
+    result = search(device, target_batch=None, budget_bytes=1060, fixed_bytes_hint=100, exact=True)
+    assert (result.largest_fit, result.smallest_failure) == (96, 97)
+    assert result.stopped_because == "proven: 96 fits, 97 does not"
+
+
+def test_a_far_prediction_goes_through_a_trial_half_way() -> None:
+    # Twice as steep from 1000 samples on: eight of them predict 10 000, which would fail.
+    device = Device(lambda b: 1000 + b + max(0, b - 1000), 11_000)
+    result = search(device, target_batch=None, budget_bytes=11_000, fixed_bytes_hint=1000)
+    assert ran(result)[1] < 5000
+    assert failures(result) <= 1
+    assert result.largest_fit is not None
+    assert 0.97 * 5500 <= result.largest_fit <= 5500
+
+
+def test_a_flat_start_does_not_mislead() -> None:
+    # The optimizer's update rules the peak up to 60 samples.
+    device = Device(lambda b: max(700, 400 + 5 * b), 1000)
+    result = search(device, target_batch=None, budget_bytes=1000, fixed_bytes_hint=300)
+    assert failures(result) <= 1
+    assert result.largest_fit is not None
+    assert 0.97 * 120 <= result.largest_fit <= 120
+
+
+def test_the_bytes_that_a_failure_names_shorten_the_way_down() -> None:
+    def run(request: TrialRequest) -> TrialResult:
+        needed = 100 + 300 * request.micro_batch
+        if needed <= 1000:
+            return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=needed)
+        return TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY, requested_bytes=needed - 100)
+
+    result = search(run, target_batch=32, budget_bytes=1000, fixed_bytes_hint=100)
+    # One allocation of 9600 bytes for 32 samples allows 3 at the most.
+    assert ran(result)[:2] == [32, 1]
+    assert failures(result) == 1
+
+
+def test_without_peaks_it_doubles_and_bisects() -> None:
+    device = Device(lambda b: b, 100, keeps_peaks=False)
+    result = search(device, target_batch=None, budget_bytes=100, exact=True)
+    assert ran(result)[:5] == [8, 16, 32, 64, 128]
+    assert (result.largest_fit, result.smallest_failure) == (100, 101)
+    assert result.memory_model is None
+    rough = search(device, target_batch=None, budget_bytes=100)
+    assert rough.largest_fit is not None
+    assert 97 <= rough.largest_fit <= 100
+    assert len(rough.trials) < len(result.trials)
+
+
+def test_without_a_budget_it_doubles_up_to_the_target() -> None:
+    device = Device(lambda b: b, 10**9)
+    result = search(device, target_batch=100, budget_bytes=None)
+    assert ran(result) == [8, 15, 25, 50, 100]
+    assert result.stopped_because == "the target itself fits"
+    assert result.memory_model is not None
+
+
+def test_without_any_limit_it_stops_where_size_makes_no_more_speed() -> None:
+    def run(request: TrialRequest) -> TrialResult:
+        return TrialResult(request.micro_batch, Outcome.FITS, step_seconds=max(32, request.micro_batch) / 1000)
+
+    result = search(run, target_batch=None, budget_bytes=None)
+    assert ran(result) == [8, 16, 32, 64, 128]
+    assert "less than 5 % faster" in result.stopped_because
+
+
+def test_a_trial_that_times_out_does_not_fit() -> None:
+    def run(request: TrialRequest) -> TrialResult:
+        if request.micro_batch > 40:
+            return TrialResult(request.micro_batch, Outcome.TIMED_OUT)
+        return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=10 * request.micro_batch)
+
+    result = search(run, target_batch=None, max_micro_batch=200, budget_bytes=10**6, exact=True)
+    assert (result.largest_fit, result.smallest_failure) == (40, 41)
+    never = search(
+        lambda request: TrialResult(request.micro_batch, Outcome.TIMED_OUT), target_batch=8, budget_bytes=None
+    )
+    assert never.largest_fit is None
+    assert never.stopped_because == "not even a micro-batch of 1 ended in time"
+
+
+def test_the_limit_on_trials_returns_the_best_so_far() -> None:
+    device = Device(lambda b: 100 + b, 1000, keeps_peaks=False)
+    for most in range(1, 12):
+        result = search(device, target_batch=None, budget_bytes=1000, max_trials=most)
+        assert len(result.trials) <= most
+        assert result.largest_fit == max(trial.micro_batch for trial in result.trials if trial.fits)
+        if len(result.trials) == most:
+            assert result.stopped_because == f"limit of {most} trial{'s' * (most > 1)} reached"
+
+
+def test_the_limit_on_seconds_lets_the_first_trial_run() -> None:
+    now = [100.0]
+    device = Device(lambda b: b, 10**9, keeps_peaks=False)
+
+    def run(request: TrialRequest) -> TrialResult:
+        now[0] += 25.0
+        return device(request)
+
+    arguments = {"target_batch": None, "budget_bytes": 10**9, "clock": lambda: now[0]}
+    result = search(run, max_seconds=60.0, **arguments)  # type: ignore[arg-type]
+    assert ran(result) == [8, 16, 32]
+    assert result.stopped_because == "limit of 60 s reached"
+    assert ran(search(run, max_seconds=1.0, **arguments)) == [8]  # type: ignore[arg-type]
+
+
+def test_every_trial_is_told_as_it_comes() -> None:
+    seen: list[TrialResult] = []
+    result = search(Device(lambda b: b, 100), target_batch=None, budget_bytes=100, on_trial=seen.append)
+    assert tuple(seen) == result.trials
+
+
+def falling(request: TrialRequest) -> TrialResult:
+    seconds = request.micro_batch * (0.001 if request.micro_batch <= 64 else 0.002)
+    return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=10 * request.micro_batch, step_seconds=seconds)
+
+
+def test_falling_throughput_is_met_with_one_smaller_candidate() -> None:
+    result = search(falling, target_batch=256, budget_bytes=10**6)
+    assert ran(result) == [8, 256, 43]
+    assert result.largest_fit == 256
+    assert ran(search(falling, target_batch=256, budget_bytes=10**6, objective="largest")) == [8, 256]
+    assert ran(search(falling, target_batch=256, budget_bytes=10**6, max_trials=2)) == [8, 256]
+
+
+def test_what_the_trial_raises_is_passed_on() -> None:
+    def run(request: TrialRequest) -> TrialResult:
+        raise LookupError("the user's own")
+
+    with pytest.raises(LookupError, match="the user's own"):
+        search(run, target_batch=8, budget_bytes=100)
+
+
+def test_another_size_than_asked_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="asked for 8"):
+        search(lambda request: TrialResult(9, Outcome.FITS), target_batch=8, budget_bytes=100)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"target_batch": 0},
+        {"budget_bytes": 0},
+        {"max_micro_batch": -1},
+        {"fixed_bytes_hint": -1},
+        {"max_trials": 0},
+        {"max_seconds": 0.0, "clock": lambda: 0.0},
+        {"max_seconds": 1.0},
+        {"objective": "smallest"},
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, object]) -> None:
+    given_arguments: dict[str, object] = {"target_batch": 8, "budget_bytes": 100, **arguments}
+    with pytest.raises(ValueError, match="Received:"):
+        search(Device(lambda b: b, 100), **given_arguments)  # type: ignore[arg-type]
