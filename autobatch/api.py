@@ -157,9 +157,7 @@ def open_trials(
     rows = SAMPLE_ROWS if target_batch is None else target_batch
     batches, _ = session.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False})
     effective = None if target_batch is None else _effective_batch(batches, target_batch)
-    return LiveTrials(
-        model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom
-    )
+    return LiveTrials(model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom)
 
 
 def search_with(

@@ -186,7 +186,7 @@ def _limit_gpus(limit_bytes: int) -> None:
     logger.info("%d GPU(s) limited to %s each", len(gpus), format_bytes(limit_mib * MIB))
 
 
-def _logical_limits(tf: Any) -> list[int | None]:  # noqa: ANN401 - the TensorFlow module, imported late
+def _logical_limits(tf: Any) -> list[int | None]:
     """The memory limit of each logical GPU, in the order of their names; empty where none was configured."""
     limits: list[int | None] = []
     configured = False
@@ -221,7 +221,7 @@ def _eager_context() -> ModuleType | None:
     return sys.modules.get("tensorflow.python.eager.context")
 
 
-def _import_tensorflow() -> Any:  # noqa: ANN401 - TensorFlow ships no types that strict mode can use
+def _import_tensorflow() -> Any:
     import tensorflow
 
     return tensorflow

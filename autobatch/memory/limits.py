@@ -232,7 +232,7 @@ def _read_stat(path: Path, name: str) -> int:
     return 0
 
 
-def _tensorflow() -> Any:  # noqa: ANN401 - TensorFlow ships no types that strict mode can use
+def _tensorflow() -> Any:
     import tensorflow
 
     return tensorflow

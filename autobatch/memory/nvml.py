@@ -246,7 +246,7 @@ class _Library:
             return False  # a card that knows no MIG
         return bool(current)
 
-    def _call(self, function: str, *args: object) -> Any:  # noqa: ANN401 - NVML's handles and structures
+    def _call(self, function: str, *args: object) -> Any:
         return self._retrying(getattr(self._nvml, function), *args)
 
     def _is_transient(self, error: BaseException) -> bool:

@@ -128,7 +128,9 @@ def _functions_replaced(model: Any, transaction: Transaction) -> Iterator[None]:
         spec = getattr(iterator, "element_spec", None)
 
         def evaluate(data: Any) -> Any:
-            return transaction.evaluate(data, tf.nest.map_structure(tf.type_spec_from_value, data) if spec is None else spec)
+            return transaction.evaluate(
+                data, tf.nest.map_structure(tf.type_spec_from_value, data) if spec is None else spec
+            )
 
         return _several(model, iterator, evaluate)
 

@@ -376,7 +376,9 @@ def _loop(leaves: list[Any], samples: Any, micro_batch: Any, carried: Any, body:
         while int(start) < int(samples):
             start, carried = step(start, carried)
         return carried
-    invariants = tf.nest.map_structure(lambda tensor: tf.TensorShape([None if d == 0 else d for d in tensor.shape]), carried)
+    invariants = tf.nest.map_structure(
+        lambda tensor: tf.TensorShape([None if d == 0 else d for d in tensor.shape]), carried
+    )
     _, carried = tf.while_loop(
         lambda start, _: start < samples,
         step,

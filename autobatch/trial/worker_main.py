@@ -151,7 +151,7 @@ def _open(options: Message) -> tuple[Trials, str, list[str]]:
     return trials, _fingerprint(model), notes
 
 
-def _fingerprint(model: Any) -> str:  # noqa: ANN401 - Keras is not imported here
+def _fingerprint(model: Any) -> str:
     """The model's variables in short: equal for two models that are built alike."""
     variables = [f"{tuple(v.shape)}:{v.dtype}:{v.trainable}" for v in getattr(model, "variables", ())]
     digest = hashlib.sha256("\n".join(variables).encode()).hexdigest()[:8]
@@ -278,7 +278,7 @@ def _is_model(value: object) -> bool:
     return callable(getattr(value, "fit", None)) and callable(getattr(value, "train_step", None))
 
 
-def _keras() -> Any:  # noqa: ANN401 - Keras ships no types that strict mode can use
+def _keras() -> Any:
     import keras
 
     return keras

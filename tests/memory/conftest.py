@@ -36,7 +36,7 @@ class Started:
             text=True,
         )
 
-    def result(self) -> Any:  # noqa: ANN401 - JSON
+    def result(self) -> Any:
         if self._process.returncode is not None:
             return self._result
         try:

@@ -61,7 +61,7 @@ EXPECTED: dict[str, tuple[Kind, int | None]] = {
 IN_THE_CHAIN = {"chained", "chained_implicitly", "grouped", "suppressed"}  # what counts is not in their own message
 
 
-def load(name: str) -> Any:  # noqa: ANN401 - JSON
+def load(name: str) -> Any:
     return json.loads((MESSAGES / name).read_text(encoding="utf-8"))
 
 

@@ -1,0 +1,317 @@
+"""The accumulated update is the full batch's: `autobatch.fit` against plain `Model.fit`, losses and metrics included."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from models import SAMPLES, arrays, classifier, relative_error
+
+import autobatch
+
+RAGGED_TAIL = 13  # of 48 samples: three micro-batches of 13 and one of 9
+
+
+def compare(build, x, y=None, *, micro_batch=RAGGED_TAIL, epochs=2, target_batch=SAMPLES, tolerance=1e-5, **options):
+    """Train both ways; the weights and every number of the History must agree."""
+    plain, ours = build(), build()
+    expected = plain.fit(x, y, batch_size=target_batch, epochs=epochs, shuffle=False, verbose=0, **options)
+    actual = autobatch.fit(
+        ours,
+        x,
+        y,
+        target_batch=target_batch,
+        micro_batch=micro_batch,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        **options,
+    )
+    assert relative_error(ours.get_weights(), plain.get_weights()) < tolerance
+    assert actual.history.keys() == expected.history.keys()
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(actual.history[name], values, rtol=20 * tolerance, atol=1e-7, err_msg=name)
+    if ours.optimizer is not None:
+        assert int(ours.optimizer.iterations.numpy()) == int(plain.optimizer.iterations.numpy())
+    return actual
+
+
+REDUCTIONS = ["sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none"]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_reduction_with_and_without_sample_weights(reduction, weighted):
+    x, y = arrays()
+    weight = np.random.default_rng(3).uniform(0, 2, SAMPLES).astype("float32") if weighted else None
+    rate = 1e-3 if reduction in ("sum", "none") else 0.3
+
+    def build():
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+        return classifier(keras.optimizers.SGD(rate), loss, metrics=() if reduction == "none" else ("accuracy",))
+
+    if reduction == "none":  # Keras's own loss tracker averages the vector over the batch twice; only weights count
+        plain, ours = build(), build()
+        plain.fit(x, y, batch_size=SAMPLES, shuffle=False, verbose=0, sample_weight=weight)
+        autobatch.fit(ours, x, y, target_batch=SAMPLES, micro_batch=13, shuffle=False, verbose=0, sample_weight=weight)
+        assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
+    else:
+        compare(build, x, y, sample_weight=weight)
+
+
+LOSSES = {
+    "MeanSquaredError": "real",
+    "MeanAbsoluteError": "real",
+    "MeanAbsolutePercentageError": "real",
+    "MeanSquaredLogarithmicError": "positive",
+    "Huber": "real",
+    "LogCosh": "real",
+    "CosineSimilarity": "real",
+    "BinaryCrossentropy": "probability",
+    "BinaryFocalCrossentropy": "probability",
+    "CategoricalCrossentropy": "one_hot",
+    "CategoricalFocalCrossentropy": "one_hot",
+    "CategoricalHinge": "one_hot",
+    "Hinge": "sign",
+    "SquaredHinge": "sign",
+    "KLDivergence": "one_hot",
+    "Poisson": "positive",
+    "Tversky": "probability",
+    "Dice": "probability",
+    "CategoricalGeneralizedCrossEntropy": "class",
+}
+ACROSS_THE_BATCH = {"Tversky", "Dice"}  # one number for the whole batch unless told an axis
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_built_in_loss(name):
+    kind = LOSSES[name]
+    random = np.random.default_rng(5)
+    x, labels = arrays()
+    y = {
+        "real": random.normal(size=(SAMPLES, 10)),
+        "positive": random.uniform(0.1, 2, (SAMPLES, 10)),
+        "probability": random.integers(0, 2, (SAMPLES, 10)),
+        "one_hot": np.eye(10)[labels],
+        "sign": random.choice([-1, 1], (SAMPLES, 10)),
+        "class": labels,
+    }[kind]
+    y = y.astype("int32" if kind == "class" else "float32")
+    options = {"axis": (1,)} if name in ACROSS_THE_BATCH else {}
+
+    def build():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((16,)), layers.Dense(8, "relu"), layers.Dense(10, "softmax")])
+        model.compile(keras.optimizers.SGD(0.1), getattr(keras.losses, name)(**options))
+        return model
+
+    compare(build, x, y)
+
+
+def test_every_loss_of_keras_is_in_the_list():
+    known = {*LOSSES, "SparseCategoricalCrossentropy", "CTC", "Circle", "Loss"}
+    names = {name for name in dir(keras.losses) if isinstance(getattr(keras.losses, name), type)}
+    assert names <= known
+
+
+def test_ignore_class():
+    x, y = arrays()
+    compare(lambda: classifier(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=3)), x, y)
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
+def test_a_mask_made_inside_the_model(reduction):
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 13, SAMPLES)
+    x = random.integers(1, 30, (SAMPLES, 12))
+    x[np.arange(12)[None] >= lengths[:, None]] = 0
+    y = random.integers(0, 5, (SAMPLES, 12))
+
+    def build():
+        keras.utils.set_random_seed(1)
+        stack = [keras.Input((12,)), layers.Embedding(30, 6, mask_zero=True), layers.LSTM(6, return_sequences=True)]
+        model = keras.Sequential([*stack, layers.Dense(5)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+        rate = 1e-3 if reduction == "sum" else 0.3
+        model.compile(keras.optimizers.SGD(rate), loss, weighted_metrics=["accuracy"])
+        return model
+
+    compare(build, x, y)
+    compare(build, x, y, sample_weight=random.uniform(0, 1, (SAMPLES, 12)).astype("float32"))
+
+
+def test_several_outputs_each_with_its_own_denominator():
+    x, labels = arrays()
+    random = np.random.default_rng(2)
+    y = {"a": random.normal(size=(SAMPLES, 1)).astype("float32"), "b": labels}
+    weights = {"a": random.uniform(0, 1, SAMPLES).astype("float32"), "b": np.ones(SAMPLES, "float32")}
+
+    def build():
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((16,))
+        hidden = layers.Dense(8, activation="tanh", activity_regularizer="l2", kernel_regularizer="l1")(inputs)
+        model = keras.Model(inputs, {"a": layers.Dense(1, name="a")(hidden), "b": layers.Dense(10, name="b")(hidden)})
+        losses = {
+            "a": keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"),
+            "b": keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=2),
+        }
+        model.compile(keras.optimizers.SGD(0.1), losses, loss_weights={"a": 0.3, "b": 2.0}, metrics={"b": "accuracy"})
+        return model
+
+    compare(build, x, y, sample_weight=weights)
+
+
+def test_add_loss_and_class_weight():
+    x, y = arrays()
+
+    class Penalty(layers.Layer):
+        def call(self, inputs):
+            self.add_loss(0.1 * keras.ops.mean(keras.ops.square(inputs)))
+            return inputs
+
+    compare(lambda: classifier(extra=[Penalty()]), x, y, class_weight={0: 0.5, 1: 2.0, 3: 0.1})
+
+
+OPTIMIZERS = {
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "Adam": {"amsgrad": True},
+    "AdamW": {"weight_decay": 0.01},
+    "Lion": {},
+    "Adafactor": {},
+    "Muon": {},
+    "RMSprop": {"centered": True},
+    "Nadam": {},
+    "Adagrad": {},
+    "Adadelta": {},
+    "Adamax": {},
+    "Ftrl": {},
+    "Lamb": {},
+}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer(name):
+    # An update that divides by the root of squared gradients doubles a rounding error of a gradient near zero.
+    x, y = arrays()
+    compare(lambda: classifier(getattr(keras.optimizers, name)(1e-3, **OPTIMIZERS[name])), x, y, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clipnorm": 0.05},
+        {"global_clipnorm": 0.05},
+        {"clipvalue": 0.01},
+        {"weight_decay": 0.1},
+        {"use_ema": True, "ema_momentum": 0.5},
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_what_an_optimizer_does_beside_the_update_it_does_once(options):
+    x, y = arrays(samples=120)
+    compare(
+        lambda: classifier(keras.optimizers.SGD(0.2, momentum=0.9, **options)), x, y, target_batch=40, micro_batch=13
+    )
+
+
+def test_a_schedule_advances_once_an_update():
+    x, y = arrays(samples=100)
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.5, 2, 0.5, staircase=True)
+    history = compare(
+        lambda: classifier(keras.optimizers.SGD(schedule)), x, y, target_batch=32, micro_batch=10, epochs=3
+    )
+    assert history.plan == autobatch.Plan(micro_batch=10, accumulation_steps=4, effective_batch=32)
+
+
+@pytest.mark.parametrize("samples", [33, 34, 47, 63, 64, 65])
+def test_ragged_tails(samples):
+    x, y = arrays(samples=samples)
+    compare(classifier, x, y, target_batch=32, micro_batch=7)
+
+
+def test_float64():
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        x, y = arrays()
+        compare(lambda: classifier(keras.optimizers.SGD(0.3)), x.astype("float64"), y, tolerance=1e-12)
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy):
+    x, y = arrays()
+    keras.config.set_dtype_policy(policy)
+    try:
+        compare(
+            lambda: classifier(keras.optimizers.SGD(0.3)), x, y, tolerance=2e-3 if policy == "mixed_float16" else 2e-2
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_dynamic_loss_scaling_skips_an_update_that_overflows():
+    x, y = arrays()
+    x[5] = 1e6  # overflows float16 in one of the micro-batches
+
+    def build():
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            return classifier(keras.optimizers.SGD(0.3), metrics=())
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+    plain, ours = build(), build()
+    plain.fit(x, y, batch_size=SAMPLES, shuffle=False, verbose=0)
+    autobatch.fit(ours, x, y, target_batch=SAMPLES, micro_batch=13, shuffle=False, verbose=0)
+    assert float(ours.optimizer.dynamic_scale.numpy()) == float(plain.optimizer.dynamic_scale.numpy()) == 2.0**14
+    assert relative_error(ours.get_weights(), plain.get_weights()) == 0
+
+
+class DenseGradients(keras.Sequential):
+    """Sums the gradients of a repeated embedding row before the optimizer sees them, as other backends of Keras do."""
+
+    def train_step(self, data):
+        own_apply = self.optimizer.apply
+
+        def apply(grads, variables=None):
+            own_apply([tf.convert_to_tensor(gradient) for gradient in grads], variables)
+
+        self.optimizer.__dict__["apply"] = apply
+        try:
+            return super().train_step(data)
+        finally:
+            del self.optimizer.__dict__["apply"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_frozen_layers_and_embeddings(optimizer):
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 200, (SAMPLES, 4)), random.integers(0, 3, SAMPLES)
+
+    def build(kind):
+        keras.utils.set_random_seed(1)
+        frozen = layers.Dense(6, trainable=False)
+        model = kind([keras.Input((4,)), layers.Embedding(200, 6), layers.Flatten(), frozen, layers.Dense(3)])
+        options = {"sgd": keras.optimizers.SGD(0.3, clipnorm=0.01), "adam": keras.optimizers.Adam(0.01, epsilon=1e-3)}
+        model.compile(options[optimizer], keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    plain, ours = build(DenseGradients), build(keras.Sequential)
+    plain.fit(x, y, batch_size=SAMPLES, epochs=3, shuffle=False, verbose=0)
+    autobatch.fit(ours, x, y, target_batch=SAMPLES, micro_batch=13, epochs=3, shuffle=False, verbose=0)
+    assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
+
+
+def test_one_micro_batch_is_kerass_own_step_to_the_bit():
+    x, y = arrays(samples=100)
+    plain, ours = classifier("adam"), classifier("adam")
+    plain.fit(x, y, batch_size=32, epochs=3, shuffle=False, verbose=0)
+    autobatch.fit(ours, x, y, target_batch=32, micro_batch=32, epochs=3, shuffle=False, verbose=0)
+    for actual, expected in zip(ours.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_array_equal(actual, expected)
