@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autobatch.api import fit, tune
+    from autobatch.api import fit, tune, wrap_step
     from autobatch.errors import AutobatchError, AutobatchWarning, NoFeasibleBatchError, UpdateInterruptedError
     from autobatch.memory.arena import configure_memory, limit_memory
     from autobatch.records import MemoryModel, Outcome, Plan, Recovery, Report, TrialResult
@@ -30,6 +30,7 @@ _HOME = {
     "fit": "autobatch.api",
     "limit_memory": "autobatch.memory.arena",
     "tune": "autobatch.api",
+    "wrap_step": "autobatch.api",
 }
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "fit",
     "limit_memory",
     "tune",
+    "wrap_step",
 ]
 
 __version__ = "0.1.0"

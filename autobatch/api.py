@@ -18,6 +18,7 @@ from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
     from autobatch.train.data import EffectiveBatches
+    from autobatch.train.loop import WrappedStep
     from autobatch.trial.in_process import LiveTrials
     from autobatch.trial.protocol import Trials
 
@@ -64,8 +65,8 @@ def fit(
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
     share = arguments.headroom(headroom)
-    arguments.require_no_batch_size(fit_options)
     _require_compiled(model)
+    arguments.require_fit_options(model, fit_options)
 
     from autobatch.train import session
     from autobatch.trial.in_process import LiveTrials
@@ -80,7 +81,7 @@ def fit(
             trials.close()
     else:
         report = _unsearched(trials, min(chosen, effective), effective)
-    assert report.plan is not None
+    _say_what_differs(report)
     return session.train(
         model,
         batches,
@@ -196,6 +197,7 @@ def search_with(
     plan = None
     if target_batch is not None:
         plan = planning.make_plan(result.trials, target_batch=target_batch, objective=objective)
+    accumulates = plan is None or plan.accumulation_steps > 1
     return Report(
         plan=plan,
         largest_fit=result.largest_fit,
@@ -205,7 +207,7 @@ def search_with(
         environment=environment,
         stopped_because=result.stopped_because,
         model_name=trials.model_name,
-        warnings=trials.warnings,
+        warnings=trials.warnings if accumulates else (),
     )
 
 
@@ -231,8 +233,23 @@ def _effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
     return batches.sample_limit
 
 
+def _say_what_differs(report: Report) -> None:
+    plan = report.plan
+    if plan is None or not report.warnings:
+        return
+    differences = " ".join(report.warnings)
+    warnings.warn(
+        f"{plan.accumulation_steps} micro-batches of {plan.micro_batch} will differ from one batch of "
+        f"{plan.effective_batch} in this: {differences}",
+        AutobatchWarning,
+        stacklevel=3,
+    )
+
+
 def _unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> Report:
     steps = -(-effective_batch // micro_batch)
+    if steps > 1:
+        trials.trace()
     return Report(
         plan=Plan(micro_batch, steps, effective_batch),
         largest_fit=None,
@@ -242,7 +259,7 @@ def _unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> R
         environment=trials.environment,
         stopped_because="no search: micro_batch was given",
         model_name=trials.model_name,
-        warnings=trials.warnings,
+        warnings=trials.warnings if steps > 1 else (),
     )
 
 
@@ -266,3 +283,71 @@ def _nothing_fits(trials: Trials, tried: tuple[TrialResult, ...]) -> NoFeasibleB
         needed_bytes=needed,
         limit_bytes=environment.limit_bytes,
     )
+
+
+def wrap_step(
+    train_step: Callable[[Any], Any],
+    *,
+    model: Any,
+    optimizer: Any,
+    target_batch: int,
+    micro_batch: int | str = "auto",
+    memory_limit: int | str | None = None,
+    headroom: float = 0.05,
+    jit_compile: bool = False,
+) -> WrappedStep:
+    """Give a training loop of your own the search, the accumulation and the recovery of :func:`fit`.
+
+    ``for batch in dataset: loss = step(batch)`` then makes one update a batch, of up to ``target_batch`` samples.
+
+    Args:
+        train_step: Takes one batch, runs forward and backward, calls ``optimizer.apply`` (or ``apply_gradients``)
+            once, and returns what you want back: scalars are averaged over the batch. It is traced, so write it as for
+            ``tf.function``. A loss that is a mean over samples, or a ``keras.losses.Loss``, is exact.
+        model: The model whose variables it trains.
+        optimizer: The optimizer that it calls.
+        target_batch: Samples in the batches that you will pass; the search is made for it at the first of them.
+        micro_batch, memory_limit, headroom: As for :func:`fit`.
+        jit_compile: Compile the step with XLA.
+
+    Raises:
+        TypeError, ValueError: An argument cannot be used.
+    """
+    target = arguments.target_batch(target_batch)
+    chosen = arguments.micro_batch(micro_batch)
+    limit_bytes = arguments.memory_limit(memory_limit)
+    share = arguments.headroom(headroom)
+    if not callable(train_step):
+        raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")
+
+    from autobatch.train.loop import LoopModel, OneBatch, WrappedStep, element_spec_of
+    from autobatch.train.recovery import Transaction
+    from autobatch.train.structure import Structure, sample_count
+    from autobatch.trial.in_process import LiveTrials
+
+    shell = LoopModel(train_step, model, optimizer, jit_compile=jit_compile)
+
+    def open_first(batch: Any) -> Any:
+        samples = int(sample_count(Structure(element_spec_of(batch)).leaves(batch)))
+        batches = OneBatch(batch, max(samples, target))
+        trials = LiveTrials(shell, batches, target_batch=target, user_limit_bytes=limit_bytes, headroom=share)
+        if chosen is None:
+            try:
+                report = search_with(trials, target_batch=target)
+            finally:
+                trials.close()
+        else:
+            report = _unsearched(trials, min(chosen, target), target)
+        _say_what_differs(report)
+        assert report.plan is not None
+        transaction = Transaction(
+            trials.step,
+            report.plan.micro_batch,
+            device=trials.device,
+            memory_model=report.memory_model,
+            user_limit_bytes=limit_bytes,
+            headroom=share,
+        )
+        return trials.step, transaction, report
+
+    return WrappedStep(open_first)

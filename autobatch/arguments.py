@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import Any
 
@@ -60,8 +61,12 @@ def memory_limit(value: Any) -> int | None:
     return None if value is None else parse_bytes(value)
 
 
-def require_no_batch_size(options: dict[str, Any]) -> None:
-    """Refuse ``batch_size``, which means something else here, and what ``fit`` takes by another name."""
+def require_fit_options(model: Any, options: dict[str, Any]) -> None:
+    """Refuse options that this model's ``fit`` does not have, ``batch_size``, and what is given by another name here.
+
+    Raises:
+        TypeError: one of the options cannot be passed on.
+    """
     if "batch_size" in options:
         raise TypeError(
             "batch_size is not an option of autobatch.fit: target_batch is the number of samples that one update "
@@ -70,3 +75,9 @@ def require_no_batch_size(options: dict[str, Any]) -> None:
         )
     if "x" in options:
         raise TypeError("The data are the second argument of autobatch.fit, not x. Received: x=...")
+    known = inspect.signature(model.fit).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"This model's fit has no option of that name. Received: {', '.join(unknown)}")

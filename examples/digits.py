@@ -1,7 +1,7 @@
 """Train a convolutional network on handwritten digits at a batch of 256 that does not fit in its memory.
 
-The process is limited to 512 MiB. A plain ``model.fit(..., batch_size=256)`` runs out of it; ``autobatch.fit`` finds the
-micro-batch that fits and is fastest, and accumulates gradients to an update over 256 samples.
+The process is limited to 512 MiB. A plain ``model.fit(..., batch_size=256)`` runs out of it; ``autobatch.fit`` finds
+the micro-batch that fits and is fastest, and accumulates gradients to an update over 256 samples.
 
 Run it: ``python examples/digits.py`` (needs ``pip install "autobatch[examples]"``). For the sizing report alone:
 ``autobatch report examples/digits.py:build --target-batch 256 --memory-limit 512MiB``.

@@ -30,25 +30,40 @@ def classifier(optimizer="sgd", loss=None, *, metrics=("accuracy",), extra=(), s
     return model
 
 
-@keras.saving.register_keras_serializable("autobatch_tests")
-class MemoryHog(layers.Layer):
-    """Asks for 64 TiB when a batch has more than ``most`` samples, so that a genuine out-of-memory error is raised.
+def run_out_if(asked):
+    """A scalar zero tensor whose making really runs out of memory (64 TiB) when ``asked()`` is true at that moment.
 
-    ``armed`` limits it to some of its calls: it counts calls above no limit itself, and fails while it is positive.
+    ``asked`` is plain Python and keeps its own count, so that rolling back TensorFlow's variables does not arm it anew.
     """
+    size = tf.numpy_function(lambda: np.int64(1 << 44 if asked() else 1), [], tf.int64)
+    return 0.0 * tf.random.normal(tf.reshape(size, [1]))[0]
 
-    def __init__(self, most, **kwargs):
+
+class MemoryHog(layers.Layer):
+    """Passes its inputs on, and runs out of memory for ``too_many(samples)``."""
+
+    def __init__(self, too_many, **kwargs):
         super().__init__(**kwargs)
-        self.most = tf.Variable(most, dtype=tf.int32, trainable=False)
-        self.calls = tf.Variable(0, dtype=tf.int32, trainable=False)
-        self.fail_at_call = tf.Variable(-1, dtype=tf.int32, trainable=False)
+        self.too_many = too_many
 
     def call(self, inputs):
-        call = self.calls.assign_add(1)
         samples = tf.shape(inputs)[0]
-        too_big = tf.logical_or(samples > self.most, tf.equal(call, self.fail_at_call))
-        size = tf.where(too_big, tf.constant(1 << 44, tf.int64), tf.constant(1, tf.int64))
-        return inputs + 0.0 * tf.random.normal([size])[0]
+        size = tf.numpy_function(
+            lambda samples: np.int64(1 << 44 if self.too_many(int(samples)) else 1), [samples], tf.int64
+        )
+        return inputs + 0.0 * tf.random.normal(tf.reshape(size, [1]))[0]
+
+
+class AtCall:
+    """True at the given calls alone, counted from 0."""
+
+    def __init__(self, *calls):
+        self.calls = set(calls)
+        self.count = -1
+
+    def __call__(self, *_):
+        self.count += 1
+        return self.count in self.calls
 
 
 def relative_error(actual, expected):

@@ -10,6 +10,10 @@ through the largest size that fits, and its slope is as local as the measurement
    every peak, this slope is never too small for a straight line, for one with a flat start, or for one that bends
    downwards: the prediction errs on the side that fits.
 
+Peaks near the budget may be elastic: TensorFlow's allocator hands out whole pieces of up to twice what was asked for.
+There the peak stands still or falls while the size grows, seen up to sizes of a third more. Such peaks are only an
+upper bound of what is needed, and the line goes on from those below.
+
 Knows bytes and sizes; proposes nothing.
 """
 
@@ -27,6 +31,15 @@ distance the allocator's rounding is a large part of the difference."""
 
 _NOISE = 0.02
 """A rise by less than this fraction of the peak tells nothing about the slope."""
+
+_ELASTIC_FROM = 0.85
+"""Peaks are taken for elastic from this part of the budget on ..."""
+
+_ELASTIC_GROWTH = 1.02
+"""... where the size then grew by this factor at least ..."""
+
+_ELASTIC_RISE = 0.5
+"""... and the peak by less than this part of what the line through the peaks below has it grow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +114,9 @@ def fit_memory_model(
         return None
     anchor = anchors[-1]
     hint = fixed_bytes_hint or 0
+    if budget_bytes is not None and points[-1] == anchor:
+        points = _without_elastic(points, budget_bytes)
+        anchor = points[-1]
     # A hint that is not below a measured peak is wrong, whatever its reason: nothing is then known about zero samples.
     origin = Point(0, hint if hint < anchor.peak_bytes else 0)
     other = origin
@@ -122,6 +138,20 @@ def fit_memory_model(
         for point in below
     )
     return Fit(model, anchor, other, _slope(origin, anchor), bends_between=rises and was_flat)
+
+
+def _without_elastic(points: tuple[Point, ...], budget_bytes: int) -> tuple[Point, ...]:
+    """The points with the elastic ones taken out, and the last one's peak as the line through the others has it."""
+    last = points[-1]
+    for index in range(2, len(points) - 1):
+        point, rigid = points[index], points[:index]
+        if point.peak_bytes < _ELASTIC_FROM * budget_bytes or last.micro_batch < _ELASTIC_GROWTH * point.micro_batch:
+            continue
+        slope = _slope(rigid[-2], rigid[-1])
+        if last.peak_bytes - point.peak_bytes < _ELASTIC_RISE * slope * (last.micro_batch - point.micro_batch):
+            needed = rigid[-1].peak_bytes + slope * (last.micro_batch - rigid[-1].micro_batch)
+            return (*rigid, Point(last.micro_batch, min(last.peak_bytes, int(needed))))
+    return points
 
 
 def largest_within(model: MemoryModel, budget_bytes: int, *, at_most: int) -> int:

@@ -16,7 +16,8 @@ from autobatch.search.bracket import Bracket, Stage
 from autobatch.search.memory_model import Fit, fit_memory_model, largest_within, least_peak_bytes
 from autobatch.units import format_bytes
 
-# The constants below were chosen by simulation over ten shapes of curve; the optimum is flat around each.
+# The constants below were chosen by simulation over ten shapes of curve, where the optimum is flat around each, and by
+# replaying the trials of real models (benchmarks/search_cost.py), which bend more at the start and end raggedly.
 
 FIRST_PROBE = 8
 """Small enough that it rarely fails, large enough that samples weigh something beside the weights."""
@@ -27,17 +28,15 @@ SMALL_TOP = 32
 CLOSE_ENOUGH = 0.97
 """Default mode stops once what fits is this much of what can fit."""
 
-CLOSE_TO_PREDICTION = 0.975
+CLOSE_TO_PREDICTION = 0.9725
 """The same where "can fit" is only predicted, which may itself be a little low."""
 
 MODEL_TRIALS = 8
 """From so many trials on, the line has misled too often, and only the bracket is believed."""
 
-_MARGIN = 0.0175
-"""A far prediction aims this much below the budget's edge: CLOSE_ENOUGH allows for it, and a failure is expensive."""
-
-_MARGIN_OF_GROWTH = 0.3
-"""The margin is at most this part of the growth that is predicted: near the edge the line is good."""
+_AIM = 0.9775
+"""A prediction aims at the least size that is this much of what is predicted to fit: a failure is expensive, and an
+allocator that is nearly full often fails although the bytes would do, because no free piece is large enough."""
 
 _EXACT_NEAR = 1.25
 """In exact mode there is no margin for a prediction of less than this factor of growth."""
@@ -48,12 +47,14 @@ _CHORD_REACH = 64
 _FAR_STEEPER = 4.0
 """... beyond it, the next trial is to fit even if the slope is this many times steeper."""
 
-_SECANT_REACH = (1.0, 4.0)
-"""A secant is trusted outright to predict a further rise of as much as it has seen itself, and beyond the second
-figure not at all: a flat start would make it promise anything. In between the slope goes over to the chord's."""
+_SECANT_REACH = (0.25, 1.5)
+"""A secant is trusted outright to predict a further rise of this part of what it has seen itself, and beyond the second
+figure not at all: where small sizes are ruled by workspaces, the bend lies between the two points, and the secant
+promises too much. In between the slope goes over to the chord's."""
 
 _FAR_GROWTH = 3.0
-"""A distrusted line still lets the size grow by this factor, or weights that fill most of the budget make it crawl."""
+"""A distrusted line still lets the size grow by this factor, or half-way to where it leads if that is less, or else
+weights that fill most of the budget make it crawl."""
 
 _NEAR_CHORD = 1.3
 """Where one probe and the hint leave less than this factor of growth, a second, smaller probe gives a real slope."""
@@ -64,6 +65,9 @@ tell more. If this part of it is left, a second one is worth a try."""
 
 _BELOW_FAILURE = 0.65
 """Where a predicted size failed, the next lies this far from what fits to what failed."""
+
+_BELOW_FAILURES = 0.4
+"""The same where the one before it failed too."""
 
 _BELOW_FIRST_FAILURE = 0.6
 """How much of what the bytes named by a first failure would allow is tried next: they are a lower bound."""
@@ -202,7 +206,8 @@ def _below_failure(
     bracket: Bracket, low: int, high: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
 ) -> int:
     """The line says that ``high`` fits, and it was seen not to."""
-    guess = int(low + _BELOW_FAILURE * (high - low))
+    share = _BELOW_FAILURE if len(trials) < 2 or trials[-2].fits or trials[-1].fits else _BELOW_FAILURES
+    guess = int(low + share * (high - low))
     failed = next(trial for trial in trials if trial.micro_batch == high)
     least = least_peak_bytes(failed, budget, terms.fixed_bytes_hint)
     if least is not None and least > budget + 1:
@@ -239,19 +244,17 @@ def _trusted(fit: Fit, low: int, reach: int, budget: int) -> int:
         return min(reach, int(low + room / max(slope, fit.chord_bytes)))
     if steeper * (reach - low) <= room:
         return reach
-    return min(reach, max(int(low + room / steeper), int(_FAR_GROWTH * low)))
+    no_crawl = min(int(_FAR_GROWTH * low), (low + reach) // 2)
+    return min(reach, max(int(low + room / steeper), no_crawl))
 
 
 def _aim(bracket: Bracket, low: int, trusted: int, terms: Terms, fit: Fit, budget: int) -> int:
     """A candidate a little below ``trusted``, unless the budget is far away or the candidates are far apart."""
-    margin = min(_MARGIN, _MARGIN_OF_GROWTH * (trusted - low) / trusted)
-    if terms.exact and trusted < _EXACT_NEAR * low:
-        # The edge itself is what is asked for, and must be run sooner or later.
-        margin = 0.0
     edge = bracket.floor(trusted)
-    if fit.model.peak_bytes(edge) <= (1 - margin) * budget:
+    # The edge itself is what exact mode asks for, and must be run sooner or later.
+    if (terms.exact and trusted < _EXACT_NEAR * low) or fit.model.peak_bytes(edge) <= _AIM * budget:
         return edge
-    safe = bracket.floor(int((1 - margin) * trusted))
+    safe = bracket.floor(math.ceil(_AIM * trusted))
     # Where the margin would cost a whole candidate and the line comes from nearby, the edge is worth the risk.
     if safe < CLOSE_ENOUGH * edge and edge < 1.5 * low:
         return edge

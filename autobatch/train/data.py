@@ -2,38 +2,42 @@
 
 Keras's own data adapters read the data, so that what Keras accepts is accepted and means what it means there; their
 ``tf.data`` datasets are then cut anew into effective batches. Keras is handed the result through its own
-``DataAdapter`` interface. The first effective batch can be looked at before training without losing it, and without
-starting a shuffle once more: the first epoch goes on from the iterator that it came from.
+``DataAdapter`` interface.
+
+The data can be looked at before training (:meth:`EffectiveBatches.look`) without losing an element and without
+changing the order of an epoch: arrays and PyDatasets are read by index, a ``tf.data.Dataset`` from a copy of its own,
+a torch loader with the random states put back. What can be read only once is not copied: its first effective batch is
+kept, and the first epoch begins with it.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from autobatch.errors import AutobatchWarning
-from autobatch.train import keras_seams
+from autobatch.train import data_arrays, data_cut, data_host, data_seams, keras_seams
+from autobatch.train.data_host import HostUse
 from autobatch.train.structure import Structure
 
-_KEEPS_ELEMENTS = ("_PrefetchDataset", "PrefetchDataset", "_OptionsDataset", "OptionsDataset", "CacheDataset")
-"""tf.data's private names of the datasets that pass elements on one for one (TensorFlow 2.20, 2.21)."""
+EMPTY = "dataset is empty, so that there is nothing to train on. Give at least one sample. Received: "
 
 
 class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
     """An iterable of effective batches that Keras's ``fit`` accepts as its data.
 
     Args:
-        x, y, sample_weight, shuffle, class_weight, steps_per_epoch: as for ``Model.fit``.
+        x, y, sample_weight, shuffle, class_weight, steps_per_epoch: as for ``Model.fit``. A ``tf.data.Dataset`` may
+            be one of single samples as well: :func:`autobatch.train.data_cut.is_of_samples` tells.
         target_batch: samples in an effective batch; the last of an epoch may have fewer.
-        input_rank: rank of the model's first input, the batch dimension included, where it is known; tells a dataset
-            of samples from one of batches.
+        input_shapes: name and shape of each of the model's inputs, the batch dimension included, where it is known.
 
     Raises:
-        ValueError: the data are empty, or Keras refuses them.
+        ValueError: the data are empty, the arrays differ in length, or Keras refuses them, in its own words.
     """
 
     def __init__(
@@ -46,65 +50,212 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         shuffle: bool = True,
         class_weight: dict[int, float] | None = None,
         steps_per_epoch: int | None = None,
-        input_rank: int | None = None,
+        input_shapes: Sequence[tuple[str, data_cut.Shape]] = (),
     ) -> None:
-        if _is_unbatched(x, input_rank):
-            x = x.batch(target_batch)
-        arguments = {"x": x, "y": y, "sample_weight": sample_weight, "class_weight": class_weight}
+        data_arrays.require_usable(x, y, sample_weight)
+        if isinstance(x, tf.data.Dataset):
+            if int(x.cardinality()) == 0:
+                raise ValueError(f"{EMPTY}{x}")
+            if data_cut.is_of_samples(x, input_shapes):
+                x = x.batch(target_batch)
+        self.target_batch = target_batch
+        self._parts = (x, y, sample_weight)
+        self._options = {"class_weight": class_weight, "steps_per_epoch": steps_per_epoch}
+        self._arrays = data_seams.are_arrays(x, y, sample_weight)
+        host = data_host.available()
+        copied = data_host.uses_of_arrays(x, y, sample_weight) if self._arrays else ()
+        warned = data_host.warn_if_short(copied, host)  # now, before the copies are made
+
+        # Keras reads the first batches of PyDatasets and torch loaders to learn what they are like.
+        self._states = data_seams.RandomStates(x)
+        self._inner = self._adapter_for(self._parts, batch_size=target_batch, shuffle=shuffle)
+        dataset = self._inner.get_tf_dataset()
+        self._states_after: data_seams.RandomStates | None = data_seams.RandomStates(x)
+        self._states.restore()
+
+        self._recut = None if self._arrays else data_cut.Recut(dataset, target_batch)
+        self._source = dataset
+        self._dataset = dataset if self._recut is None else self._recut.dataset
+        self.element_spec = dataset.element_spec if self._recut is None else self._recut.element_spec
+        self.structure = Structure(self.element_spec)
+        self.sample_limit = self._count_samples()
+        self._rows_in_first: int | None = None
+        self._iterated = False
+        self._looked: Any = None
+        self._pending: tuple[Any, Iterator[Any]] | None = None
+        self._warned_of_padding = False
+        self._uses = (*copied, *self._pipeline_uses())
+        if not warned:
+            data_host.warn_if_short(self._uses, host)
+
+    def _adapter_for(self, parts: tuple[Any, Any, Any], *, batch_size: int, shuffle: bool) -> Any:
+        x, y, sample_weight = parts
+        options = {**self._options, "batch_size": batch_size, "shuffle": shuffle}
+        if self._arrays and data_arrays.any_mapped(x, y):
+            return data_arrays.MappedArrays(x, y, sample_weight, **options)
         with warnings.catch_warnings():
             # fit's own default of shuffle=True is not the user's word; Keras warns that it is ignored.
             warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
-            self._inner = keras_seams.data_adapter_for(
-                **arguments, batch_size=target_batch, steps_per_epoch=steps_per_epoch, shuffle=shuffle
-            )
-        self.target_batch = target_batch
-        dataset = self._inner.get_tf_dataset()
-        self.sample_limit: int | None = None
-        if keras_seams.is_array_adapter(self._inner):
-            self.sample_limit = int(self._inner._num_samples)
-            self._batches: int | None = self._inner.num_batches
-        else:
-            samples = _sample_cardinality(dataset)
-            self.sample_limit = samples
-            self._batches = None if samples is None else -(-samples // target_batch)
-            dataset = _cut_anew(dataset, target_batch)
-        self._dataset = dataset
-        self._pending: tuple[Any, Iterator[Any]] | None = None
-        self.element_spec = dataset.element_spec
-        self.structure = Structure(self.element_spec)
+            return keras_seams.data_adapter_for(x=x, y=y, sample_weight=sample_weight, **options)
 
-    def first(self) -> Any:
-        """The first effective batch of the coming epoch, which will yield it again.
+    def _count_samples(self) -> int | None:
+        if self._arrays:
+            return data_seams.array_samples(getattr(self._inner, "inner", self._inner))
+        return data_cut.sample_cardinality(self._source)
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def look(self) -> Any:
+        """A batch to take samples from, of as many as an effective batch, that leaves the data as they were.
+
+        Of arrays whose samples differ in size these are the largest of all; of everything else the first ones.
 
         Raises:
             ValueError: there is none.
         """
-        if self._pending is None:
-            iterator = iter(self._dataset)
+        if self._looked is None:
             try:
-                self._pending = (next(iterator), iterator)
+                self._looked = self._look()
             except StopIteration:
-                raise ValueError(
-                    "dataset is empty, so that there is nothing to train on. Give at least one sample. "
-                    f"Received: {self._dataset}"
-                ) from None
+                raise ValueError(f"{EMPTY}{self._parts[0]!r}") from None
+        return self._looked
+
+    def _look(self) -> Any:
+        if self._arrays:
+            rows = data_arrays.longest_rows(self._parts, self.target_batch)
+            if rows is None:
+                return next(iter(self._dataset))  # each iterator of arrays is independent of the others
+            longest = data_arrays.take_rows(self._parts, rows)
+            return next(iter(self._adapter_for(longest, batch_size=len(rows), shuffle=False).get_tf_dataset()))
+        source = None
+        if data_seams.is_dataset_adapter(self._inner):
+            varies = any(spec.dtype == tf.string or None in spec.shape[1:] for spec in self.structure.specs)
+            source = data_seams.independent_copy(self._source, keep_order=varies)
+        elif data_seams.signature_of(self._inner) is not None and self._loader is not None:
+            source = self._first_of_loader()
+        if source is None:
+            return self._first()
+        recut = data_cut.Recut(source, self.target_batch)
+        first = next(iter(recut.dataset))
+        return first[0] if recut.pads else first
+
+    @property
+    def _loader(self) -> Any:
+        """The user's PyDataset or torch loader, if the data are one."""
+        dataset = data_seams.py_dataset_of(self._inner)
+        return data_seams.torch_loader_of(self._inner) if dataset is None else dataset
+
+    def _first_of_loader(self) -> Any:
+        batches: list[Any] = []
+        samples = 0
+        with data_seams.random_states_kept(self._loader):
+            for batch in data_seams.batches_without_iterating(self._inner):
+                batches.append(batch)
+                rows = len(tf.nest.flatten(batch)[0])
+                self._rows_in_first = self._rows_in_first or rows
+                samples += rows
+                if samples >= self.target_batch:
+                    break
+        signature = data_seams.signature_of(self._inner)
+        return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=signature)
+
+    def _first(self) -> Any:
+        if self._pending is None:
+            iterator = self._start()
+            self._pending = (next(iterator), iterator)
         return self._pending[0]
 
-    def __iter__(self) -> Iterator[Any]:
-        if self._pending is None:
-            return iter(self._dataset)
-        first, rest = self._pending
-        self._pending = None
-        return itertools.chain([first], rest)
+    # -- what the host will hold --------------------------------------------------------------------------------------
 
-    # What Keras asks of a data adapter.
+    def host_uses(self) -> tuple[HostUse, ...]:
+        """What the input pipeline will hold in host memory, at the least, by name."""
+        return self._uses
+
+    def _pipeline_uses(self) -> tuple[HostUse, ...]:
+        sample_bytes = self._sample_bytes()
+        in_flight = 1 + data_host.AUTOTUNED_PREFETCH
+        effective_bytes = in_flight * self.target_batch * sample_bytes
+        uses = [HostUse(f"{in_flight} effective batches of {self.target_batch} samples", effective_bytes)]
+        if data_seams.is_dataset_adapter(self._inner):
+            uses += data_host.uses_of_dataset(self._source, sample_bytes=sample_bytes)
+        uses += data_host.uses_of_loader(self._inner, sample_bytes=sample_bytes)
+        return tuple(uses)
+
+    def _sample_bytes(self) -> int:
+        known = [data_host.fixed_bytes(spec) for spec in self.structure.specs]
+        if None not in known:
+            return sum(size for size in known if size is not None)
+        return data_host.mean_bytes(self.structure.leaves(self.look()))
+
+    # -- iterating ----------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Any]:
+        self._looked = None
+        if self._pending is not None:
+            first, rest = self._pending
+            self._pending = None
+            return itertools.chain([first], rest)
+        return self._start()
+
+    def _start(self) -> Iterator[Any]:
+        if self._states_after is not None:
+            # The random numbers that Keras's own fit has used by now, unless somebody set a seed since.
+            self._states_after.replay(self._states, self._parts[0])
+            self._states_after = None
+        if self._iterated and self.num_batches is None and self._inner.num_batches is not None:
+            # At the end of an epoch of known length Keras starts an iterator that it does not use, which draws from
+            # a shuffle's seeds. Where the length is not known here, the next epoch's order needs it all the same.
+            iter(self._dataset)
+        self._iterated = True
+        iterator = iter(self._dataset)
+        return iterator if self._recut is None or not self._recut.pads else self._noting_padding(iterator)
+
+    def _noting_padding(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for batch, differed in iterator:
+            if not self._warned_of_padding and bool(differed):
+                self._warned_of_padding = True
+                assert self._recut is not None
+                warnings.warn(
+                    "Batches of this dataset that are padded to different lengths come together in one effective "
+                    f"batch. They are padded with {' and '.join(self._recut.padding)} to the longest of them. If that "
+                    "is not your padding, pad to one length yourself, or let padded_batch be the dataset's last step: "
+                    "then what it pads with is known.",
+                    AutobatchWarning,
+                    stacklevel=2,
+                )
+            yield batch
+
+    # -- what Keras asks of a data adapter ----------------------------------------------------------------------------
 
     def get_tf_dataset(self) -> EffectiveBatches:
+        """Return the effective batches themselves; Keras asks for them when training starts."""
+        if not self._options["steps_per_epoch"] and not self._arrays and data_cut.is_endless(self._source):
+            # Keras accepts it, and a callback may end it; so it is not refused.
+            warnings.warn(
+                "The dataset is infinite and steps_per_epoch is not given, so that the first epoch never ends: no "
+                "validation and no callback at the end of an epoch will run. Pass steps_per_epoch, the number of "
+                "updates in an epoch.",
+                AutobatchWarning,
+                stacklevel=2,
+            )
         return self
 
     @property
     def num_batches(self) -> int | None:
-        return self._batches
+        """Updates in an epoch where that is certain: Keras ends the epoch after as many."""
+        return data_cut.updates(self.sample_limit, self.target_batch)
+
+    @property
+    def expected_batches(self) -> int | None:
+        """Updates that an epoch will very likely have, to show progress with; never ends an epoch."""
+        samples = self.sample_limit
+        if samples is None:
+            samples = data_cut.sample_cardinality(self._source, trust_maps=True)
+        if samples is not None:
+            return data_cut.updates(samples, self.target_batch)
+        least, most = data_seams.samples_of_loader(self._inner, self._rows_in_first)
+        fewest = data_cut.updates(least, self.target_batch)
+        return fewest if fewest == data_cut.updates(most, self.target_batch) else None
 
     @property
     def batch_size(self) -> int | None:
@@ -123,69 +274,3 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
 
     def on_epoch_end(self) -> None:
         self._inner.on_epoch_end()
-
-
-def _is_unbatched(x: Any, input_rank: int | None) -> bool:
-    """Whether ``x`` is a ``tf.data.Dataset`` of single samples.
-
-    A scalar among its parts settles it; otherwise the rank of the model's first input does, where it is known.
-    """
-    if not isinstance(x, tf.data.Dataset):
-        return False
-    specs = [spec for spec in tf.nest.flatten(x.element_spec) if isinstance(spec, (tf.TensorSpec, tf.RaggedTensorSpec))]
-    ranks = [spec.shape.rank for spec in specs]
-    if any(rank == 0 for rank in ranks):
-        return True
-    return bool(ranks) and input_rank is not None and ranks[0] == input_rank - 1
-
-
-def _sample_cardinality(dataset: Any) -> int | None:
-    """How many samples a dataset of batches has, where tf.data tells without reading it."""
-    dataset = _behind_wrappers(dataset)
-    batches = int(dataset.cardinality())
-    if batches < 0:
-        return None
-    first = next(
-        (spec for spec in tf.nest.flatten(dataset.element_spec) if getattr(spec, "shape", None) is not None), None
-    )
-    if first is not None and first.shape.rank and first.shape[0] is not None:
-        return batches * int(first.shape[0])
-    if type(dataset).__name__.lstrip("_") in ("BatchDataset", "ParallelBatchDataset", "PaddedBatchDataset"):
-        samples = int(dataset._input_dataset.cardinality())
-        return samples if samples >= 0 else None
-    return None
-
-
-def _behind_wrappers(dataset: Any) -> Any:
-    while type(dataset).__name__ in _KEEPS_ELEMENTS and hasattr(dataset, "_input_dataset"):
-        dataset = dataset._input_dataset
-    return dataset
-
-
-def _cut_anew(dataset: Any, target_batch: int) -> Any:
-    """The same samples in the same order, ``target_batch`` at a time."""
-    plain = _behind_wrappers(dataset)
-    if type(plain).__name__.lstrip("_") in ("BatchDataset", "ParallelBatchDataset"):
-        try:
-            if int(tf.get_static_value(plain._batch_size)) == target_batch:
-                return dataset
-        except (AttributeError, TypeError):
-            pass  # a dataset without a static batch size is cut anew like any other
-    specs = tf.nest.flatten(dataset.element_spec)
-    dense = [spec for spec in specs if isinstance(spec, tf.TensorSpec)]
-    infinite = int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
-    if any(None in spec.shape[1:] for spec in dense if spec.shape.rank is not None):
-        warnings.warn(
-            "The batches of this dataset are padded to varying lengths. Those that form one effective batch are padded "
-            "with zeros to the longest of them: pad to one length yourself if zero is not your padding.",
-            AutobatchWarning,
-            stacklevel=2,
-        )
-        dataset = dataset.unbatch().padded_batch(target_batch)
-    elif len(dense) == len(specs):
-        dataset = dataset.rebatch(target_batch)
-    else:
-        dataset = dataset.unbatch().batch(target_batch)
-    if infinite:
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-    return dataset.prefetch(tf.data.AUTOTUNE)

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
 from keras.src.losses import loss as _loss_module
+from keras.src.models.functional import Functional as _Functional
 from keras.src.trainers import data_adapters as _data_adapters
 from keras.src.trainers.compile_utils import CompileLoss as _CompileLoss
 from keras.src.trainers.data_adapters import array_slicing as _array_slicing
@@ -34,6 +36,7 @@ __all__ = [
     "split_validation",
     "squeeze_or_expand",
     "standardize_reduction",
+    "without_gradients",
 ]
 
 ApplyHandler = Callable[[Any, list[Any], list[Any]], None]
@@ -148,13 +151,38 @@ def global_seed_variables() -> list[Any]:
     return [] if generator is None else [generator.state]
 
 
-def build_on(model: Any, data: Any) -> None:
-    """Create all variables of a compiled model, its metrics and its optimizer, as its first ``fit`` would.
+def build_on(model: Any, element_spec: Any) -> None:
+    """Create what variables of a compiled model can be created before its first step is traced.
 
-    ``data`` is one batch, as a ``tf.data`` iterator yields it.
+    ``element_spec`` describes a batch, its first dimension left open (a model built on another remembers that).
+    Functional and sequential models are built whole, metrics and optimizer too; what is left the first trace builds, as
+    in Keras's own ``fit``: a model with a ``call`` or a ``train_step`` of its own need not run on symbolic inputs.
     """
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    model._symbolic_build(data_batch=(x, y, sample_weight))
+    if isinstance(model, (keras.Sequential, _Functional)):
+        symbolic = tf.nest.map_structure(
+            lambda spec: None if spec is None else keras.KerasTensor(tuple(spec.shape), spec.dtype.name), element_spec
+        )
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(symbolic)
+        # What is wrong with the user's model or data is raised by the trace, from their own code.
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, AttributeError):
+            model._symbolic_build(data_batch=(x, y, sample_weight))
+    if model.built and model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
+        model.optimizer.build(model.trainable_variables)
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """While this lasts, ``GradientTape.gradient`` returns zeros, so that a forward pass alone is traced."""
+    original = tf.GradientTape.gradient
+
+    def gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
+        return tf.nest.map_structure(lambda source: tf.zeros(source.shape, source.dtype), sources)
+
+    tf.GradientTape.gradient = gradient
+    try:
+        yield
+    finally:
+        tf.GradientTape.gradient = original
 
 
 def is_compiled(model: Any) -> bool:

@@ -51,6 +51,7 @@ class Normalizer:
         self.fraction = fraction
         self.totals = totals
         self.counts: list[Any] = []
+        self.scalar_losses: list[str] = []
 
     def __call__(
         self,
@@ -63,6 +64,8 @@ class Normalizer:
         dtype: Any,
     ) -> Any:
         """Reduce ``values`` as Keras would, times the factor of the table above."""
+        if len(values.shape) == 0:
+            self.scalar_losses.append(values.name.rsplit("/", 2)[-2] if "/" in values.name else "without a name")
         loss = reduce(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
         kind = keras_seams.standardize_reduction(reduction)
         if kind == "sum" or (kind in (None, "none") and of_compile):

@@ -42,7 +42,7 @@ CAUGHT = (tf.errors.OpError, MemoryError)
 
 
 class _RolledBackError(Exception):
-    """A step ran out of memory and was undone. It carries no traceback of the failure, which would keep tensors alive."""
+    """A step ran out of memory and was undone. It carries no traceback, which would keep the failed tensors alive."""
 
     def __init__(self, micro_batch: int, samples: int, diagnosis: oom.Diagnosis) -> None:
         super().__init__(diagnosis.detail)

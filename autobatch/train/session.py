@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
-from autobatch.train import keras_seams
+from autobatch.train import data_arrays, data_cut, data_seams
 from autobatch.train.data import EffectiveBatches
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
@@ -31,17 +31,23 @@ def prepare_data(
     remaining = dict(options)
     data = {name: remaining.pop(name) for name in _DATA_OPTIONS if name in remaining}
     x, y, sample_weight = _unpack(dataset, y, data.pop("sample_weight", None))
+    data_arrays.require_usable(x, y, sample_weight)
     split = remaining.pop("validation_split", 0.0)
     if split and remaining.get("validation_data") is None:
-        (x, y, sample_weight), remaining["validation_data"] = keras_seams.split_validation(x, y, sample_weight, split)
-    inputs = getattr(model, "inputs", None)
+        parts, remaining["validation_data"] = data_arrays.split_validation(x, y, sample_weight, split)
+        x, y, sample_weight = parts
+    input_shapes = _input_shapes(model)
+    if remaining.get("validation_data") is not None:
+        remaining["validation_data"] = _validation_data(
+            remaining["validation_data"], remaining.get("validation_batch_size"), target_batch, input_shapes
+        )
     batches = EffectiveBatches(
         x,
         y,
         sample_weight,
         target_batch=target_batch,
         steps_per_epoch=remaining.get("steps_per_epoch"),
-        input_rank=len(inputs[0].shape) if inputs else None,
+        input_shapes=input_shapes,
         **data,
     )
     return batches, remaining
@@ -96,8 +102,39 @@ def _unpack(dataset: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
     """Accept ``(x, y)`` and ``(x, y, sample_weight)`` as one argument, as ``validation_data`` does in Keras."""
     if isinstance(dataset, tuple) and y is None and 1 <= len(dataset) <= 3:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(dataset)
+        if weight is not None and sample_weight is not None:
+            raise ValueError(
+                "sample_weight is given twice: as the third part of dataset and as an argument. Give it once. "
+                f"Received: sample_weight={sample_weight!r}"
+            )
         return x, y, sample_weight if weight is None else weight
     return dataset, y, sample_weight
+
+
+def _input_shapes(model: Any) -> list[tuple[str, Any]]:
+    """Name and shape of each of the model's inputs, as far as they are known before it has seen data."""
+    inputs = getattr(model, "inputs", None)
+    if inputs:
+        return [(tensor.name, tuple(tensor.shape)) for tensor in inputs]
+    if not getattr(model, "built", False):
+        return []
+    config = model.get_build_config() or {}
+    shape = config.get("input_shape")
+    single = isinstance(shape, (tuple, list)) and all(size is None or isinstance(size, int) for size in shape)
+    return [("", tuple(shape))] if single and shape else []
+
+
+def _validation_data(data: Any, batch_size: int | None, target_batch: int, input_shapes: Any) -> Any:
+    """Validation data as Keras takes them: samples of a ``tf.data.Dataset`` in batches, mapped files read as needed."""
+    if isinstance(data, tf.data.Dataset):
+        is_of_samples = data_cut.is_of_samples(data, input_shapes)
+        return data.batch(batch_size or target_batch) if is_of_samples else data
+    if isinstance(data, (tuple, list)) and len(data) <= 3 and data_seams.are_arrays(*data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        data_arrays.require_usable(x, y, sample_weight)
+        if data_arrays.any_mapped(x, y):
+            return data_arrays.MappedArrays(x, y, sample_weight, batch_size=batch_size, shuffle=False)
+    return data
 
 
 def _callback_list(model: Any, batches: EffectiveBatches, options: dict[str, Any]) -> Any:

@@ -43,6 +43,7 @@ class AccumulatedStep:
         self._apply: Callable[[], None] | None = None
         self._evaluate: Callable[..., Logs] | None = None
         self._touched: dict[int, Any] = {}
+        self.scalar_losses: tuple[str, ...] = ()
         with tf.device("CPU:0"):
             self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
 
@@ -93,6 +94,11 @@ class AccumulatedStep:
         return distinct(own)
 
     @property
+    def updating_optimizers(self) -> tuple[Any, ...]:
+        """The optimizers that the traced step applies; all that it could apply before it was traced."""
+        return tuple(optimizer for optimizer, _, _ in self._captured) or self.optimizers
+
+    @property
     def accumulators(self) -> list[Any]:
         """The accumulators, in the order in which they were made; empty until a micro-batch was traced."""
         return list(self._accumulators.values())
@@ -113,6 +119,7 @@ class AccumulatedStep:
 
     def _trace_plain(self) -> Callable[..., Logs]:
         def update(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+            _ensure_built(optimizer, variables)
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
                 held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
@@ -216,6 +223,18 @@ class AccumulatedStep:
                 )
         return self._accumulators[id(inner)]
 
+    def _drop_unused_accumulators(self, training: bool) -> None:
+        """Let go of the accumulators of variables that got no gradient."""
+        if not training:
+            return
+        used = {
+            id(distinct([variable])[0])
+            for _, variables, present in self._captured
+            for variable, is_present in zip(variables, present, strict=True)
+            if is_present
+        }
+        self._accumulators = {key: value for key, value in self._accumulators.items() if key in used}
+
     def _capture_into_accumulators(self, fraction: Any) -> keras_seams.ApplyHandler:
         captured: list[tuple[Any, list[Any], list[bool]]] = []
         self._captured = captured
@@ -227,9 +246,7 @@ class AccumulatedStep:
                     "accumulate for. Apply it once with all gradients, or use one optimizer for each set of "
                     f"variables. Received: {optimizer.name!r}"
                 )
-            if not optimizer.built:
-                with tf.init_scope():
-                    optimizer.build(variables)
+            _ensure_built(optimizer, variables)
             captured.append((optimizer, variables, [gradient is not None for gradient in gradients]))
             for variable, gradient in zip(variables, gradients, strict=True):
                 if gradient is None:
@@ -267,14 +284,20 @@ class _MicroStep:
 
     def trace(self) -> None:
         """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
-        specs = self._owner.structure.specs
+        owner = self._owner
+        specs = owner.structure.specs
+        if self._training and len(owner.optimizers) == 1:
+            # A tf.function that creates variables while it is traced is traced a second time.
+            for variable in owner.model.trainable_variables:
+                owner._accumulator_for(variable)
         signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
         self._compiled = tf.function(
-            self._run, autograph=False, jit_compile=bool(self._owner.model.jit_compile), input_signature=signature
+            self._run, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
         )
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
         self._logs = concrete.structured_outputs
-        self._owner._watch(concrete)
+        owner._watch(concrete)
+        owner._drop_unused_accumulators(self._training)
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
 
     def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
@@ -287,6 +310,7 @@ class _MicroStep:
         ):
             logs = self._step(owner.structure.pack(leaves))
         self._count_length = len(normalizer.counts)
+        owner.scalar_losses = tuple(dict.fromkeys(normalizer.scalar_losses))
         known = set(owner.model.get_metrics_result()) if isinstance(logs, dict) else set()
         self._averaged = _which_are_averaged(logs, known)
         self._logs = logs
@@ -299,6 +323,7 @@ class _MicroStep:
             keras_seams.capture_apply(owner.optimizers, lambda *_: None),
             keras_seams.intercept_reductions(normalizer, fraction),
             keras_seams.discarding_assignments(owner.model),
+            keras_seams.without_gradients(),
         ):
             self._step(owner.structure.pack(leaves))
         self._count_length = len(normalizer.counts)
@@ -345,6 +370,13 @@ class _MicroStep:
         remaining = iter(parts)
         flat = [None if part is None else next(remaining) for part in tf.nest.flatten(self._logs)]
         return tf.nest.pack_sequence_as(self._logs, flat)
+
+
+def _ensure_built(optimizer: Any, variables: list[Any]) -> None:
+    """Create the optimizer's slots outside of the graph that is being traced."""
+    if not optimizer.built:
+        with tf.init_scope():
+            optimizer.build(variables)
 
 
 def _which_are_averaged(logs: Logs, metric_names: Iterable[str]) -> list[bool]:

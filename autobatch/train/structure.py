@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
+
+NONE_SPEC = type(tf.type_spec_from_value(None))
+"""How tf.data describes a part that is None."""
 
 
 def _is_missing(part: Any) -> bool:
-    return part is None or isinstance(part, (tf.experimental.Optional, tf.OptionalSpec))
+    return part is None or isinstance(part, (tf.experimental.Optional, tf.OptionalSpec, NONE_SPEC))
 
 
 def open_batch_dimension(spec: Any) -> Any:
@@ -63,7 +67,7 @@ def sample_count(leaves: list[Any]) -> Any:
 
 
 def cut(leaf: Any, start: Any, stop: Any) -> Any:
-    """Samples ``start`` to ``stop`` (int64 scalars) of one leaf; of a dense tensor no copy is made where it is aligned."""
+    """Samples ``start`` to ``stop`` (int64 scalars) of one leaf; no copy of a dense tensor where it is aligned."""
     if isinstance(leaf, tf.SparseTensor):
         begin = tf.concat([[start], tf.zeros_like(leaf.dense_shape[1:])], axis=0)
         extent = tf.concat([[stop - start], leaf.dense_shape[1:]], axis=0)
@@ -78,3 +82,27 @@ def repeat_to(leaf: Any, samples: int) -> Any:
         return cut(tf.sparse.concat(0, [leaf] * times), tf.constant(0, tf.int64), tf.constant(samples, tf.int64))
     rows = leaf.nrows() if isinstance(leaf, tf.RaggedTensor) else tf.shape(leaf, out_type=tf.int64)[0]
     return tf.gather(leaf, tf.range(samples, dtype=tf.int64) % tf.cast(rows, tf.int64))
+
+
+def row_sizes(leaf: Any) -> Any:
+    """What each sample of a leaf holds, in bytes: an array of integers; None where all hold the same.
+
+    A ragged sample counts its values, a sparse one those that are there, a sample of strings their characters.
+    """
+    if isinstance(leaf, tf.SparseTensor):
+        return np.bincount(leaf.indices.numpy()[:, 0], minlength=int(leaf.dense_shape[0])) * leaf.dtype.size
+    if isinstance(leaf, tf.RaggedTensor):
+        ends = leaf.row_splits.numpy()
+        values = leaf.values
+        while isinstance(values, tf.RaggedTensor):
+            ends = values.row_splits.numpy()[ends]
+            values = values.values
+        if values.dtype == tf.string:
+            return np.diff(np.concatenate([[0], np.cumsum(_characters(values))])[ends])
+        return np.diff(ends) * int(np.prod(values.shape[1:], initial=1)) * values.dtype.size
+    return _characters(leaf) if leaf.dtype == tf.string else None
+
+
+def _characters(strings: Any) -> Any:
+    lengths = tf.strings.length(strings).numpy()
+    return np.sum(lengths, axis=tuple(range(1, np.ndim(lengths))))

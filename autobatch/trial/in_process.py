@@ -21,11 +21,10 @@ from autobatch import __version__
 from autobatch.errors import AutobatchError
 from autobatch.memory import limits, oom
 from autobatch.records import Environment, Outcome, TrialRequest, TrialResult
-from autobatch.train import keras_seams
-from autobatch.train.data import EffectiveBatches
+from autobatch.train import inexact, keras_seams
 from autobatch.train.recovery import CAUGHT
 from autobatch.train.step import AccumulatedStep
-from autobatch.train.structure import repeat_to, sample_count
+from autobatch.trial.sample import Data, Sample
 from autobatch.trial.snapshot import Snapshot, bytes_of
 from autobatch.units import format_bytes
 
@@ -43,7 +42,7 @@ class LiveTrials:
     def __init__(
         self,
         model: Any,
-        batches: EffectiveBatches,
+        batches: Data,
         *,
         target_batch: int | None,
         user_limit_bytes: int | None,
@@ -58,18 +57,28 @@ class LiveTrials:
         self._snapshots: list[Snapshot] = []
         self._saved: set[int] = set()
         self.device = limits.default_device()
-        first = batches.first()
-        keras_seams.build_on(model, first)
+        self._sample = Sample(batches)
         self.step = AccumulatedStep(model, batches.element_spec)
-        self._sample = self.step.structure.leaves(first)
-        self._rows = int(sample_count(self._sample))
+        keras_seams.build_on(model, self.step.structure.pack(self.step.structure.specs))
         self.largest_useful = target_batch if batches.sample_limit is None else batches.sample_limit
         if target_batch is not None and self.largest_useful is not None:
             self.largest_useful = min(self.largest_useful, target_batch)
         self.model_name = str(getattr(model, "name", type(model).__name__))
-        self.warnings: tuple[str, ...] = ()
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What will differ from the full batch where gradients are accumulated; complete once a trial was run."""
+        return inexact.differences(self._model, self.step.updating_optimizers, self.step.scalar_losses)
+
+    def trace(self) -> None:
+        """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial."""
+        try:
+            self.step.prepare(whole=False)
+        except CAUGHT as error:
+            if not oom.diagnose(error).is_memory:
+                raise  # what ran out of memory here will again in the first step, which recovers
 
     def _fixed_bytes(self) -> int:
         """A lower bound on every peak: what is held already, weights and slots among it, and the accumulators."""
@@ -115,10 +124,7 @@ class LiveTrials:
         self.step.prepare(whole=whole)
         self._save()
         limits.reset_peak(self.device)
-        if whole:
-            timings = self._time_plain(request)
-        else:
-            timings = self._time_accumulated(request)
+        timings = self._time_plain(request) if whole else self._time_accumulated(request)
         first_seconds, step_seconds, apply_seconds = timings
         peak = limits.peak_bytes(self.device)
         budget = self.environment.budget_bytes
@@ -154,8 +160,7 @@ class LiveTrials:
         return first / 2, statistics.median(steps), statistics.median(applies)
 
     def _data(self, samples: int) -> Any:
-        with tf.device("CPU:0"):
-            return self.step.structure.pack([repeat_to(leaf, samples) for leaf in self._sample])
+        return self._sample.micro_batch(samples)
 
     def _seconds(self, call: Callable[[], Any]) -> float:
         start = self._clock()

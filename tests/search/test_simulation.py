@@ -24,10 +24,11 @@ def rows(shapes: tuple[str, ...], *, exact: bool, targeted: bool, failure: str =
 def test_default_mode_on_curves_that_are_nearly_straight(targeted: bool) -> None:
     found = rows(NEARLY_STRAIGHT, exact=False, targeted=targeted)
     assert statistics.median(row.trials for row in found) <= 3
-    assert share(found, lambda row: row.trials > 4) <= 0.08
+    # A workspace beside the line looks like a flat start, which is met with a trial more.
+    assert share(found, lambda row: row.trials > 4) <= 0.12
     # Most of these are first trials: 8 where fewer fit, or a small target.
     assert sum(row.failures for row in found) / len(found) <= 0.15
-    assert share(found, lambda row: row.ratio < 0.97) <= 0.02
+    assert share(found, lambda row: row.ratio < 0.97) <= 0.025
 
 
 @pytest.mark.parametrize("failure", ["silent", "measured"])

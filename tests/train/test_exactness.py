@@ -1,4 +1,4 @@
-"""The accumulated update is the full batch's: `autobatch.fit` against plain `Model.fit`, losses and metrics included."""
+"""The accumulated update is the full batch's: `autobatch.fit` against `Model.fit`, losses and metrics included."""
 
 from __future__ import annotations
 

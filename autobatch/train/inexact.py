@@ -1,0 +1,59 @@
+"""What cannot be the full batch's when gradients are accumulated, said by name before training.
+
+Everything that sees one micro-batch at a time and is no sum over samples differs: no accumulation, whoever writes it,
+can change that. The list is made of what is found in the model, not of what might be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+MOST_NAMES = 3
+"""So many layers are named; of more, their number."""
+
+_LINEAR = ("SGD",)
+"""Optimizers whose update is linear in the gradient, so that a repeated embedding row needs no summing beforehand."""
+
+
+def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Sentences on what in ``model`` depends on the micro-batch; empty where nothing does.
+
+    ``scalar_losses`` names losses that were seen to reduce the batch themselves.
+    """
+    layers = list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
+    found = []
+    norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
+    if norms:
+        found.append(f"{_named(norms)} normalises each micro-batch by its own mean and variance, not the full batch's.")
+    random = [layer for layer in layers if getattr(layer, "seed_generator", None) is not None]
+    if random:
+        found.append(f"{_named(random)} draws other random numbers, one draw for each micro-batch.")
+    if len(optimizers) > 1:
+        names = ", ".join(optimizer.name for optimizer in optimizers)
+        found.append(f"The optimizers {names} update once each, at the end: none sees what another has just changed.")
+    embeddings = [layer for layer in layers if isinstance(layer, keras.layers.Embedding) and layer.trainable]
+    adaptive = [optimizer for optimizer in optimizers if type(_innermost(optimizer)).__name__ not in _LINEAR]
+    if embeddings and adaptive:
+        found.append(
+            f"The gradients of a row of {_named(embeddings)} that occurs several times are summed before "
+            f"{adaptive[0].name} squares them; Keras's TensorFlow backend squares each by itself."
+        )
+    if scalar_losses:
+        found.append(
+            f"The loss {', '.join(scalar_losses)} returns one number for a batch; it is averaged over the "
+            "micro-batches by their samples, which is not the same where it compares samples with each other."
+        )
+    return tuple(found)
+
+
+def _named(layers: list[Any]) -> str:
+    kind = type(layers[0]).__name__
+    names = ", ".join(layer.name for layer in layers[:MOST_NAMES])
+    more = len(layers) - MOST_NAMES
+    return f"{kind} ({names}{f' and {more} more' if more > 0 else ''})"
+
+
+def _innermost(optimizer: Any) -> Any:
+    return getattr(optimizer, "inner_optimizer", optimizer)

@@ -1,0 +1,72 @@
+"""The worst case that a trial runs: a micro-batch of any size, of the longest samples seen in the user's own data.
+
+Where all samples hold the same, the first effective batch is repeated. Where they vary (ragged and sparse tensors,
+strings), the longest one fills the whole micro-batch: memory then grows with its size in a straight line, which the
+search relies on, and no micro-batch of the samples seen needs more. Nothing is read here but what
+:meth:`autobatch.train.data.EffectiveBatches.look` shows, which leaves the data as they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from autobatch.train.structure import Structure, repeat_to, row_sizes, sample_count
+
+
+class Data(Protocol):
+    """The data that trials run on: :class:`autobatch.train.data.EffectiveBatches`, or one batch of a loop."""
+
+    @property
+    def element_spec(self) -> Any: ...
+
+    @property
+    def structure(self) -> Structure: ...
+
+    @property
+    def sample_limit(self) -> int | None: ...
+
+    def look(self) -> Any:
+        """A batch of the data, which are left as they were."""
+        ...
+
+
+class Sample:
+    """Samples to fill micro-batches with.
+
+    Raises:
+        ValueError: there are no data.
+    """
+
+    def __init__(self, batches: Data) -> None:
+        self._structure = batches.structure
+        with tf.device("CPU:0"):
+            leaves = self._structure.leaves(batches.look())
+            self._leaves = _longest_only(leaves)
+
+    @property
+    def rows(self) -> int:
+        """How many different samples there are to repeat."""
+        return int(sample_count(self._leaves))
+
+    def micro_batch(self, samples: int) -> Any:
+        """A batch of ``samples`` of them, in the structure that ``train_step`` takes, on the host."""
+        with tf.device("CPU:0"):
+            return self._structure.pack([repeat_to(leaf, samples) for leaf in self._leaves])
+
+
+def _longest_only(leaves: list[Any]) -> list[Any]:
+    sizes = [size for leaf in leaves if (size := row_sizes(leaf)) is not None]
+    if not sizes:
+        return leaves
+    row = int(np.argmax(np.sum(sizes, axis=0)))
+    return [_row(leaf, row) for leaf in leaves]
+
+
+def _row(leaf: Any, row: int) -> Any:
+    if isinstance(leaf, tf.SparseTensor):
+        rest = leaf.dense_shape[1:]
+        return tf.sparse.slice(leaf, tf.concat([[row], tf.zeros_like(rest)], 0), tf.concat([[1], rest], 0))
+    return leaf[row : row + 1]

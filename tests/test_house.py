@@ -1,0 +1,73 @@
+"""The house keeps its shape: which room may know which, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import autobatch
+
+ROOT = Path(autobatch.__file__).parent
+ROOMS = {
+    "records": set(),
+    "errors": set(),
+    "units": set(),
+    "arguments": {"units"},
+    "search": {"records", "errors", "units"},
+    "report": {"records", "errors", "units"},
+    "cache": {"records", "errors", "units"},
+    "memory": {"records", "errors", "units"},
+    "train": {"records", "errors", "units", "memory", "trial"},
+    "trial": {"records", "errors", "units", "memory", "train", "api"},
+    "api": {"records", "errors", "units", "arguments", "search", "train", "trial", "memory", "cache"},
+    "cli": {"records", "errors", "units", "arguments", "report", "trial", "api", "memory", "cache"},
+    "notebook": {"records", "errors", "units", "report", "api", "cli"},
+}
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "autobatch":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("autobatch."):
+            yield node.module.split(".")[1]
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_arrows(room):
+    home = ROOT / room
+    files = list(home.rglob("*.py")) if home.is_dir() else [ROOT / f"{room}.py"]
+    assert files
+    for path in files:
+        strangers = set(imported_rooms(path)) - ROOMS[room] - {room, "__version__"}
+        assert not strangers, f"{path.name} imports from {strangers}"
+
+
+def test_every_room_is_on_the_plan():
+    found = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert found == {*ROOMS, "__init__", "__main__"}
+
+
+def test_only_the_seams_touch_what_is_private_in_keras():
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name not in ("keras_seams.py", "data_seams.py"):
+            assert "keras.src" not in text, path
+
+
+def test_public_names():
+    assert sorted(autobatch.__all__) == autobatch.__all__
+    for name in autobatch.__all__:
+        assert getattr(autobatch, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'batch_size'"):
+        autobatch.batch_size  # noqa: B018 - reading it is the test
+
+
+@pytest.mark.parametrize("statement", ["import autobatch", "import autobatch.cli, autobatch.api, autobatch.search"])
+def test_tensorflow_is_loaded_late(statement):
+    code = f"{statement}; import sys; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

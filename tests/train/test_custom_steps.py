@@ -1,0 +1,208 @@
+"""Any train_step, unchanged: a variational autoencoder, a GAN with two optimizers, distillation, loops without fit."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from models import SAMPLES, MemoryHog, arrays, classifier, relative_error
+
+import autobatch
+
+
+class Autoencoder(keras.Model):
+    """A variational autoencoder with its own train_step, as in Keras's guides; its noise is an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = layers.Dense(4)
+        self.decoder = layers.Dense(16)
+        self.total = keras.metrics.Mean(name="loss")
+        self.divergence = keras.metrics.Mean(name="kl")
+
+    @property
+    def metrics(self):
+        return [self.total, self.divergence]
+
+    def train_step(self, data):
+        x, noise = data
+        with tf.GradientTape() as tape:
+            mean, log_variance = tf.split(self.encoder(x), 2, axis=-1)
+            z = mean + tf.exp(0.5 * log_variance) * noise
+            reconstruction = tf.reduce_mean(tf.reduce_sum(tf.square(x - self.decoder(z)), axis=-1))
+            kl = tf.reduce_mean(-0.5 * tf.reduce_sum(1 + log_variance - mean**2 - tf.exp(log_variance), axis=-1))
+            loss = reconstruction + kl
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        samples = tf.shape(x)[0]
+        self.total.update_state(loss, sample_weight=samples)
+        self.divergence.update_state(kl, sample_weight=samples)
+        return {"loss": self.total.result(), "kl": self.divergence.result(), "raw": loss}
+
+
+def trained_both_ways(build, x, y, *, micro_batch=13, epochs=2, tolerance=1e-5):
+    plain, ours = build(), build()
+    expected = plain.fit(x, y, batch_size=SAMPLES, epochs=epochs, shuffle=False, verbose=0)
+    actual = autobatch.fit(
+        ours, x, y, target_batch=SAMPLES, micro_batch=micro_batch, epochs=epochs, shuffle=False, verbose=0
+    )
+    assert relative_error(ours.get_weights(), plain.get_weights()) < tolerance
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(actual.history[name], values, rtol=1e-4, err_msg=name)
+    return ours
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=str)
+def test_a_variational_autoencoder(options):
+    x, _ = arrays()
+    noise = np.random.default_rng(1).normal(size=(SAMPLES, 2)).astype("float32")
+
+    def build():
+        keras.utils.set_random_seed(1)
+        model = Autoencoder()
+        model.compile(keras.optimizers.Adam(0.01), **options)
+        return model
+
+    trained_both_ways(build, x, noise, micro_batch=12)
+
+
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": True}], ids=str)
+def test_eager_and_compiled_with_a_mask_and_metrics(options):
+    random = np.random.default_rng(0)
+    x = random.integers(1, 30, (SAMPLES, 6))
+    x[:, 4:] *= random.integers(0, 2, (SAMPLES, 1))
+    y = random.integers(0, 5, (SAMPLES, 6))
+
+    def build():
+        keras.utils.set_random_seed(1)
+        stack = [keras.Input((6,)), layers.Embedding(30, 6, mask_zero=True), layers.Dense(6, activation="tanh")]
+        model = keras.Sequential([*stack, layers.Dense(5)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.3), loss, weighted_metrics=["accuracy"], **options)
+        return model
+
+    trained_both_ways(build, x, y, micro_batch=20)
+
+
+def test_compute_loss_of_the_users_own():
+    class Distilled(keras.Sequential):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            hard = super().compute_loss(x, y, y_pred, sample_weight, training)
+            soft = ops.mean(ops.square(y_pred - ops.tanh(x[:, :10])))
+            return hard + 0.5 * soft
+
+    def build():
+        keras.utils.set_random_seed(1)
+        model = Distilled([keras.Input((16,)), layers.Dense(10)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=2)
+        model.compile(keras.optimizers.SGD(0.3), loss)
+        return model
+
+    trained_both_ways(build, *arrays())
+
+
+class Adversaries(keras.Model):
+    """A GAN whose two optimizers are attributes of its own; both gradients are taken before either is applied."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = layers.Dense(16)
+        self.critic = layers.Dense(1)
+
+    def compile(self, first, second):
+        super().compile()
+        self.first, self.second = first, second
+
+    def train_step(self, data):
+        real, latent = data
+        with tf.GradientTape(persistent=True) as tape:
+            fake = self.generator(latent)
+            judged = self.critic(fake)
+            critic_loss = tf.reduce_mean(judged) - tf.reduce_mean(self.critic(real))
+            generator_loss = -tf.reduce_mean(judged)
+        critic, generator = self.critic.trainable_weights, self.generator.trainable_weights
+        critic_gradients = tape.gradient(critic_loss, critic)
+        generator_gradients = tape.gradient(generator_loss, generator)
+        self.first.apply_gradients(zip(critic_gradients, critic, strict=True))
+        self.second.apply_gradients(zip(generator_gradients, generator, strict=True))
+        return {"critic": critic_loss, "generator": generator_loss}
+
+
+def test_two_optimizers_make_one_update_each():
+    x, _ = arrays()
+    latent = np.random.default_rng(1).normal(size=(SAMPLES, 3)).astype("float32")
+
+    def build():
+        keras.utils.set_random_seed(1)
+        model = Adversaries()
+        model.compile(keras.optimizers.Adam(0.01), keras.optimizers.RMSprop(0.02))
+        return model
+
+    with pytest.warns(autobatch.AutobatchWarning, match=r"The optimizers adam\S*, rm_?sprop\S* update once each"):
+        ours = trained_both_ways(build, x, latent)
+    assert int(ours.first.iterations.numpy()) == int(ours.second.iterations.numpy()) == 2
+
+
+def test_the_same_optimizer_twice_in_a_step_is_refused():
+    class Twice(keras.Sequential):
+        def train_step(self, data):
+            super().train_step(data)
+            return super().train_step(data)
+
+    model = Twice([keras.Input((16,)), layers.Dense(10)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.raises(ValueError, match="applies the same optimizer more than once.*Received: 'SGD'|Received: 'sgd"):
+        autobatch.fit(model, *arrays(), target_batch=SAMPLES, micro_batch=12, verbose=0)
+
+
+def test_what_differs_is_said_once_by_name():
+    extra = [layers.BatchNormalization(name="norm"), layers.Dropout(0.5, name="drop")]
+    loss = lambda y_true, y_pred: ops.mean(  # noqa: E731 - a loss without a name, as users write them
+        keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+    )
+    with pytest.warns(autobatch.AutobatchWarning) as caught:
+        autobatch.fit(classifier(loss=loss, extra=extra), *arrays(), target_batch=48, micro_batch=12, verbose=0)
+    said = [str(warning.message) for warning in caught if warning.category is autobatch.AutobatchWarning]
+    assert len(said) == 1
+    assert "BatchNormalization (norm) normalises each micro-batch" in said[0]
+    assert "Dropout (drop) draws other random numbers" in said[0]
+
+
+def test_where_nothing_is_accumulated_nothing_differs(recwarn):
+    autobatch.fit(
+        classifier(extra=[layers.BatchNormalization()]), *arrays(), target_batch=48, micro_batch=48, verbose=0
+    )
+    assert not [warning for warning in recwarn if warning.category is autobatch.AutobatchWarning]
+
+
+def test_a_loop_without_fit():
+    x, y = arrays(samples=100)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(40)
+
+    def make(too_many):
+        model = classifier(extra=[MemoryHog(too_many)])
+        optimizer = keras.optimizers.Adam(0.01)
+
+        def train_step(batch):
+            inputs, labels = batch
+            with tf.GradientTape() as tape:
+                loss = loss_of(labels, model(inputs, training=True))
+            gradients = tape.gradient(loss, model.trainable_variables)
+            optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+            return loss
+
+        return model, optimizer, train_step
+
+    plain, _, plain_step = make(lambda samples: False)
+    expected = [float(plain_step(batch)) for batch in dataset]
+    model, optimizer, train_step = make(lambda samples: samples > 17)
+    step = autobatch.wrap_step(train_step, model=model, optimizer=optimizer, target_batch=40)
+    actual = [float(step(batch)) for batch in dataset]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    assert relative_error(model.get_weights(), plain.get_weights()) < 1e-5
+    assert step.report.plan.micro_batch <= 17
+    assert int(optimizer.iterations.numpy()) == 3
+    assert step.recoveries == ()

@@ -1,0 +1,213 @@
+"""A step is a transaction: genuine out of memory anywhere in it ends as if the smaller size had been used."""
+
+from __future__ import annotations
+
+import logging
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from models import AtCall, MemoryHog, arrays, classifier, run_out_if
+
+import autobatch
+from autobatch.train.recovery import Transaction
+from autobatch.train.step import AccumulatedStep
+
+UPDATES = 3
+TARGET = 32
+MICRO = 16
+SMALLER = 11  # three quarters of 16 is 12; 11 needs as many accumulation steps for 32
+
+
+def never(*_):
+    return False
+
+
+def model_with_state(too_many=never, optimizer=None):
+    """BatchNormalization, dropout and metrics: all that a step can touch beside the weights."""
+    model = classifier(
+        optimizer or keras.optimizers.Adam(0.01),
+        extra=[layers.BatchNormalization(), layers.Dropout(0.3, seed=3), MemoryHog(too_many)],
+    )
+    return model
+
+
+def everything(model):
+    """Every variable's value, with its name."""
+    variables = [*model.variables, *model.optimizer.variables, *(v for m in model.metrics for v in m.variables)]
+    return [(variable.name, variable.numpy()) for variable in variables]
+
+
+def assert_same_bits(actual, expected):
+    for (_, left), (name, right) in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(left, right, err_msg=name)
+
+
+def batches():
+    x, y = arrays(samples=UPDATES * TARGET)
+    return list(tf.data.Dataset.from_tensor_slices((x, y)).batch(TARGET))
+
+
+def reference(sizes):
+    """Train with a given micro-batch for each update, with nothing ever failing."""
+    model = model_with_state()
+    data = batches()
+    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    for batch, micro_batch in zip(data, sizes, strict=True):
+        if micro_batch >= TARGET:
+            step.plain(batch)
+        else:
+            step.accumulate(batch, micro_batch)
+            step.apply()
+    return everything(model)
+
+
+def trained(model, micro_batch=MICRO):
+    data = batches()
+    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    transaction = Transaction(step, micro_batch, device="CPU:0")
+    for batch in data:
+        transaction.train(batch)
+    return transaction
+
+
+@pytest.mark.parametrize("update", range(UPDATES))
+@pytest.mark.parametrize("micro_step", [0, 1])
+def test_at_every_update_and_every_micro_batch(update, micro_step):
+    model = model_with_state(AtCall(2 * update + micro_step))
+    transaction = trained(model)
+    assert [r.micro_batch_after for r in transaction.recoveries] == [SMALLER]
+    assert transaction.recoveries[0].update == update
+    assert_same_bits(everything(model), reference([MICRO] * update + [SMALLER] * (UPDATES - update)))
+
+
+@pytest.mark.parametrize("update", range(UPDATES))
+def test_where_the_whole_effective_batch_is_one_micro_batch(update):
+    model = model_with_state(AtCall(update))
+    transaction = trained(model, TARGET)
+    after = transaction.recoveries[0].micro_batch_after
+    assert after < TARGET
+    assert_same_bits(everything(model), reference([TARGET] * update + [after] * (UPDATES - update)))
+
+
+def test_twice_in_the_same_update():
+    model = model_with_state(AtCall(3, 4))
+    transaction = trained(model)
+    sizes = [r.micro_batch_after for r in transaction.recoveries]
+    assert len(sizes) == 2
+    assert sizes[0] > sizes[1]
+    assert_same_bits(everything(model), reference([MICRO, sizes[1], sizes[1]]))
+
+
+class HungryAdam(keras.optimizers.Adam):
+    """Runs out of memory in the middle of its update: after some variables have changed, before others have."""
+
+    def __init__(self, asked, **kwargs):
+        super().__init__(0.01, **kwargs)
+        self.asked = asked
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self._get_variable_index(variable) == 2:
+            gradient = gradient + run_out_if(self.asked)
+        super().update_step(gradient, variable, learning_rate)
+
+
+@pytest.mark.parametrize("micro_batch", [MICRO, TARGET])
+@pytest.mark.parametrize("update", range(UPDATES))
+def test_in_the_middle_of_the_optimizers_update(update, micro_batch):
+    model = model_with_state(optimizer=HungryAdam(AtCall(update)))
+    transaction = trained(model, micro_batch)
+    after = transaction.recoveries[0].micro_batch_after
+    assert_same_bits(everything(model), reference([micro_batch] * update + [after] * (UPDATES - update)))
+
+
+def test_no_sample_is_lost_or_seen_twice_and_iterations_count_updates():
+    seen = []
+    calls = AtCall(1, 4)
+
+    def too_many(samples):
+        fails = calls()
+        if not fails:
+            seen.append(samples)
+        return fails
+
+    x, y = arrays(samples=100)
+    model = classifier(extra=[MemoryHog(too_many)])
+    history = autobatch.fit(model, x, y, target_batch=40, micro_batch=20, epochs=1, shuffle=False, verbose=0)
+    assert int(model.optimizer.iterations.numpy()) == 3
+    assert len(history.recoveries) == 2
+    assert history.plan == autobatch.Plan(micro_batch=20, accumulation_steps=2, effective_batch=40)
+
+
+def test_fit_says_in_one_line_what_happened(caplog):
+    x, y = arrays(samples=64)
+    model = classifier(extra=[MemoryHog(lambda samples: samples > 12)])
+    with caplog.at_level(logging.WARNING, logger="autobatch"):
+        history = autobatch.fit(model, x, y, target_batch=32, micro_batch=16, verbose=0, shuffle=False)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert "\n" not in lines[0]
+    assert "micro-batch 16 -> 11 (3 accumulation steps)" in lines[0]
+    assert history.recoveries[0].phase == "train"
+
+
+def test_validation_recovers_with_the_metrics_of_a_plain_evaluation():
+    x, y = arrays(samples=64)
+    limit = {"train": 1000, "now": 1000}
+    model = classifier(extra=[MemoryHog(lambda samples: samples > limit["now"])])
+    plain = classifier()
+
+    class Tighter(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            limit["now"] = 10
+
+        def on_test_end(self, logs=None):
+            limit["now"] = 1000
+
+    options = {"validation_data": (x[:50], y[:50]), "validation_batch_size": 25, "verbose": 0, "shuffle": False}
+    history = autobatch.fit(model, x, y, target_batch=32, micro_batch=32, callbacks=[Tighter()], **options)
+    expected = plain.fit(x, y, batch_size=32, **options)
+    assert {recovery.phase for recovery in history.recoveries} == {"validation"}
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(history.history[name], values, rtol=1e-5, err_msg=name)
+
+
+def test_not_even_one_sample_fits():
+    x, y = arrays(samples=96)
+    ended = []
+    armed = {"update": 1}
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == armed["update"]:
+                limit["now"] = 0
+                kept.append([np.array(w) for w in self.model.get_weights()])
+
+        def on_train_end(self, logs=None):
+            ended.append(True)
+
+    limit, kept = {"now": 1000}, []
+    model = classifier(extra=[layers.BatchNormalization(), MemoryHog(lambda samples: samples > limit["now"])])
+    with pytest.raises(autobatch.NoFeasibleBatchError, match="Not even one sample fits"):
+        autobatch.fit(model, x, y, target_batch=32, micro_batch=8, callbacks=[Watch()], verbose=0, shuffle=False)
+    assert ended == [True]
+    assert int(model.optimizer.iterations.numpy()) == 2
+    for actual, expected in zip(model.get_weights(), kept[0], strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert model.train_function is None
+
+
+def test_a_bug_in_the_model_is_never_out_of_memory():
+    x, y = arrays()
+
+    def explode(_):
+        raise ZeroDivisionError("a bug of the user's")
+
+    model = classifier(extra=[MemoryHog(explode)])
+    with pytest.raises(tf.errors.UnknownError, match="a bug of the user's"):
+        autobatch.fit(model, x, y, target_batch=32, micro_batch=8, verbose=0)
+    model = classifier(extra=[MemoryHog(explode)])
+    with pytest.raises(tf.errors.UnknownError, match="a bug of the user's"):
+        autobatch.fit(model, x, y, target_batch=32, verbose=0)

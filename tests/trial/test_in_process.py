@@ -1,0 +1,151 @@
+"""A search leaves no trace, finds what really fits, and passes on what the user's own code raises."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from models import AtCall, MemoryHog, arrays, classifier
+
+import autobatch
+
+MOST = 21
+
+
+def stateful(too_many=lambda samples: samples > MOST):
+    return classifier(
+        keras.optimizers.Adam(0.01),
+        extra=[layers.BatchNormalization(), layers.Dropout(0.3), MemoryHog(too_many)],
+    )
+
+
+def bits(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [variable.numpy() for variable in variables]
+
+
+def assert_same(actual, expected):
+    for left, right in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("target_batch", [None, 64, 16])
+def test_a_search_leaves_every_variable_as_it_was(target_batch):
+    model = stateful()
+    x, y = arrays(samples=128)
+    model.optimizer.build(model.trainable_variables)
+    before = bits(model)
+    report = autobatch.tune(model, x, y, target_batch=target_batch)
+    assert any(not trial.fits for trial in report.trials) or target_batch == 16
+    assert_same(bits(model), before)
+    assert model.train_function is None
+
+
+def test_a_training_with_a_search_equals_one_without():
+    x, y = arrays(samples=128)
+    searched, chosen = stateful(), stateful()
+    history = autobatch.fit(searched, x, y, target_batch=64, epochs=2, shuffle=False, verbose=0)
+    assert len(history.report.trials) > 1
+    micro_batch = history.plan.micro_batch
+    again = autobatch.fit(chosen, x, y, target_batch=64, micro_batch=micro_batch, epochs=2, shuffle=False, verbose=0)
+    assert_same(bits(searched), bits(chosen))
+    assert history.history == again.history
+
+
+def test_the_largest_that_fits_was_run_and_the_next_failed():
+    x, y = arrays(samples=128)
+    report = autobatch.tune(stateful(), x, y, exact=True)
+    assert report.largest_fit == MOST
+    assert report.smallest_failure == MOST + 1
+    run = {trial.micro_batch: trial.outcome.value for trial in report.trials}
+    assert run[MOST] == "fits"
+    assert run[MOST + 1] == "out_of_memory"
+    assert report.plan is None
+
+
+def test_with_a_target_only_useful_sizes_are_run():
+    x, y = arrays(samples=128)
+    report = autobatch.tune(stateful(), x, y, target_batch=64)
+    assert {trial.micro_batch for trial in report.trials} <= {-(-64 // k) for k in range(1, 65)}
+    assert report.plan.effective_batch == 64
+    assert report.plan.micro_batch <= MOST
+
+
+def test_a_target_that_fits_takes_one_trial():
+    x, y = arrays(samples=128)
+    report = autobatch.tune(stateful(), x, y, target_batch=20)
+    assert [trial.micro_batch for trial in report.trials] == [20]
+    assert report.plan == autobatch.Plan(micro_batch=20, accumulation_steps=1, effective_batch=20)
+
+
+def test_nothing_fits():
+    x, y = arrays(samples=64)
+    model = stateful(lambda samples: True)
+    before = [weight.copy() for weight in model.get_weights()]
+    with pytest.raises(autobatch.NoFeasibleBatchError, match=r"Not even a micro-batch of 1 fits on CPU:0: it needs"):
+        autobatch.fit(model, x, y, target_batch=32, verbose=0)
+    assert_same(model.get_weights(), before)
+
+
+def test_the_users_own_exception_comes_through_unchanged():
+    x, y = arrays(samples=64)
+
+    class Broken(layers.Layer):
+        def call(self, inputs):
+            raise ZeroDivisionError("the user's own")
+
+    model = keras.Sequential([Broken(), layers.Dense(10)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ZeroDivisionError, match="the user's own"):
+        autobatch.fit(model, x, y, target_batch=32, verbose=0)
+
+
+def test_ctrl_c_in_the_middle_of_a_search():
+    x, y = arrays(samples=64)
+    third = AtCall(5)
+
+    def interrupt(_):
+        if third():
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    model = stateful(interrupt)
+    model.optimizer.build(model.trainable_variables)
+    before = bits(model)
+    with pytest.raises(KeyboardInterrupt):
+        autobatch.fit(model, x, y, target_batch=64, verbose=0)
+    assert_same(bits(model), before)
+    assert model.train_function is None
+
+
+def test_an_unbuilt_model_starts_from_the_weights_that_plain_fit_would_give_it():
+    x, y = arrays(samples=64)
+
+    def build():
+        keras.utils.set_random_seed(4)
+        model = keras.Sequential([layers.Dense(8, activation="relu"), layers.Dropout(0.2), layers.Dense(10)])
+        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    plain, ours = build(), build()
+    plain.fit(x, y, batch_size=32, shuffle=False, verbose=0)
+    autobatch.fit(ours, x, y, target_batch=32, shuffle=False, verbose=0)
+    assert_same(ours.get_weights(), plain.get_weights())
+
+
+def test_a_tensorflow_variable_that_keras_does_not_track_is_put_back_too():
+    x, y = arrays(samples=64)
+    counter = tf.Variable(0)
+
+    class Counting(layers.Layer):
+        def call(self, inputs):
+            counter.assign_add(1)
+            return inputs
+
+    autobatch.tune(classifier(extra=[Counting()]), x, y, target_batch=32)
+    assert int(counter.numpy()) == 0
