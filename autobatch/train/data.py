@@ -6,8 +6,9 @@ Keras's own data adapters read the data, so that what Keras accepts is accepted 
 
 The data can be looked at before training (:meth:`EffectiveBatches.look`) without losing an element and without
 changing the order of an epoch: arrays and PyDatasets are read by index, a ``tf.data.Dataset`` from a copy of its own,
-a torch loader with the random states put back. What can be read only once is not copied: its first effective batch is
-kept, and the first epoch begins with it.
+a torch loader with the random states put back. What can be read only once, what Python's functions make within a
+dataset, and what is too large to copy is not copied: its first effective batch is kept, and the first epoch begins
+with it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
             be one of single samples as well: :func:`autobatch.train.data_cut.is_of_samples` tells.
         target_batch: samples in an effective batch; the last of an epoch may have fewer.
         input_shapes: name and shape of each of the model's inputs, the batch dimension included, where it is known.
+        only_look: the data will not be trained on. Python's functions within a ``tf.data.Dataset`` are then called for
+            a look alone, rather than that the dataset's order moves on.
 
     Raises:
         ValueError: the data are empty, the arrays differ in length, or Keras refuses them, in its own words.
@@ -51,6 +54,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         class_weight: dict[int, float] | None = None,
         steps_per_epoch: int | None = None,
         input_shapes: Sequence[tuple[str, data_cut.Shape]] = (),
+        only_look: bool = False,
     ) -> None:
         data_arrays.require_usable(x, y, sample_weight)
         if isinstance(x, tf.data.Dataset):
@@ -59,6 +63,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
             if data_cut.is_of_samples(x, input_shapes):
                 x = x.batch(target_batch)
         self.target_batch = target_batch
+        self._only_look = only_look
         self._parts = (x, y, sample_weight)
         self._options = {"class_weight": class_weight, "steps_per_epoch": steps_per_epoch}
         self._arrays = data_seams.are_arrays(x, y, sample_weight)
@@ -130,7 +135,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         source = None
         if data_seams.is_dataset_adapter(self._inner):
             varies = any(spec.dtype == tf.string or None in spec.shape[1:] for spec in self.structure.specs)
-            source = data_seams.independent_copy(self._source, keep_order=varies)
+            source = data_seams.independent_copy(self._source, keep_order=varies, may_call_python=self._only_look)
         elif data_seams.signature_of(self._inner) is not None and self._loader is not None:
             source = self._first_of_loader()
         if source is None:
@@ -178,7 +183,9 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         uses = [HostUse(f"{in_flight} effective batches of {self.target_batch} samples", effective_bytes)]
         if data_seams.is_dataset_adapter(self._inner):
             uses += data_host.uses_of_dataset(self._source, sample_bytes=sample_bytes)
-        uses += data_host.uses_of_loader(self._inner, sample_bytes=sample_bytes)
+        if data_seams.py_dataset_of(self._inner) is not None:
+            self.look()  # only a look tells how large its batches are, and the search will look anyway
+        uses += data_host.uses_of_loader(self._inner, sample_bytes=sample_bytes, batch_samples=self._rows_in_first)
         return tuple(uses)
 
     def _sample_bytes(self) -> int:
@@ -229,7 +236,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
 
     def get_tf_dataset(self) -> EffectiveBatches:
         """Return the effective batches themselves; Keras asks for them when training starts."""
-        if not self._options["steps_per_epoch"] and not self._arrays and data_cut.is_endless(self._source):
+        if not self._options["steps_per_epoch"] and self._is_endless():
             # Keras accepts it, and a callback may end it; so it is not refused.
             warnings.warn(
                 "The dataset is infinite and steps_per_epoch is not given, so that the first epoch never ends: no "
@@ -239,6 +246,12 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
                 stacklevel=2,
             )
         return self
+
+    def _is_endless(self) -> bool:
+        dataset = data_seams.py_dataset_of(self._inner)
+        if dataset is not None:
+            return dataset.num_batches is None
+        return not self._arrays and data_cut.is_endless(self._source)
 
     @property
     def num_batches(self) -> int | None:

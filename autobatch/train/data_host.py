@@ -110,10 +110,10 @@ def _element_bytes(element_spec: Any, sample_bytes: int, rows: int) -> int:
     return total
 
 
-def uses_of_loader(adapter: Any, *, sample_bytes: int) -> tuple[HostUse, ...]:
-    """The batches that workers of a PyDataset or a torch loader have ready."""
+def uses_of_loader(adapter: Any, *, sample_bytes: int, batch_samples: int | None) -> tuple[HostUse, ...]:
+    """The batches, of ``batch_samples`` if that is known, that workers of a PyDataset or a torch loader have ready."""
     dataset, loader = data_seams.py_dataset_of(adapter), data_seams.torch_loader_of(adapter)
-    batch_bytes = sample_bytes * (data_seams.first_batch_samples(adapter) or 1)
+    batch_bytes = sample_bytes * (batch_samples or getattr(loader, "batch_size", None) or 1)
     if dataset is not None and getattr(adapter, "enqueuer", None) is not None:
         size = int(dataset.max_queue_size)
         return (HostUse(f"the PyDataset's queue (max_queue_size={size})", size * batch_bytes),)

@@ -7,6 +7,7 @@ Seen with TensorFlow 2.20 and 2.21 and with Keras 3.14 and 3.15. Where a name ha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -88,11 +89,6 @@ def samples_of_loader(adapter: Any, first_batch_samples: int | None) -> tuple[in
     return (batches - 1) * first_batch_samples + 1, batches * first_batch_samples
 
 
-def first_batch_samples(adapter: Any) -> int | None:
-    """How many samples a torch loader's batches have; None where that is not known."""
-    return getattr(torch_loader_of(adapter), "batch_size", None)
-
-
 def signature_of(adapter: Any) -> Any:
     """The element spec of a PyDataset's or a torch loader's batches, once the adapter has made its dataset."""
     return adapter._output_signature
@@ -136,24 +132,33 @@ def tensors_in(dataset: Any) -> list[Any]:
     return held
 
 
-def independent_copy(dataset: Any, *, keep_order: bool) -> Any:
+def independent_copy(dataset: Any, *, keep_order: bool, may_call_python: bool) -> Any:
     """A dataset of the same elements that can be read without moving anything in ``dataset``; None if there is none.
 
     Reading a dataset that shuffles anew each time draws from a seed generator, which a plain copy would share, and a
     ``cache()`` that is not read to its end is of no use. So the copy has no caches, and its shuffles either have
     generators of their own (``keep_order``) or are left out, which spares filling their buffers.
+
+    Python's generators and functions within the dataset are called by the copy as well. Where one cannot be called
+    again without losing something, as ``from_generator(lambda: iterator)``, there must be no copy: ``may_call_python``.
     """
     if sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in tensors_in(dataset)) > _MOST_GRAPH_BYTES:
         return None
     try:
-        # The state that is ignored is Python's behind generators and functions, which are called again in this process.
         serialized = dataset._as_serialized_graph(external_state_policy=tf.data.experimental.ExternalStatePolicy.IGNORE)
         graph = _graph_pb2.GraphDef.FromString(serialized.numpy())
+        if _calls_python(graph) and not may_call_python:
+            return None
         _cut_ties(graph, keep_order=keep_order)
         variant = tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
         return _dataset_ops._VariantDataset(variant, dataset.element_spec)
     except (AttributeError, TypeError, ValueError, tf.errors.OpError):
         return None
+
+
+def _calls_python(graph: Any) -> bool:
+    nodes = itertools.chain(graph.node, *(function.node_def for function in graph.library.function))
+    return any(node.op in ("PyFunc", "PyFuncStateless", "EagerPyFunc") for node in nodes)
 
 
 def _cut_ties(graph: Any, *, keep_order: bool) -> None:

@@ -185,26 +185,26 @@ class Evidence:
         self._minimum_steps *= 2
 
 
-def explain(
-    mark: Census, now: Census, collected: Census, grown_bytes: int, *, freed_bytes: int, where: str, steps: int
-) -> Cause:
+def explain(mark: Census, now: Census, collected: Census, grown_bytes: int, *, where: str, steps: int) -> Cause:
     """Return the likely cause of a growth by ``grown_bytes`` over ``steps`` epochs, from what was alive around it.
 
-    ``mark`` is from its beginning, ``now`` from its end, ``collected`` from after a garbage collection, which gave back
-    ``freed_bytes``: on a host often nothing, as the allocator keeps what was freed. What is counted in bytes comes
-    first, then what brings the next one with it: a model built again is traced again.
+    ``mark`` is from its beginning, ``now`` from its end, ``collected`` from after a garbage collection then. Garbage
+    counts as growth only where there is more of it than at the mark. What is counted in bytes comes first, then what
+    brings the next one with it: a model built again is traced again.
     """
     enough = _EXPLAINS * grown_bytes
-    at_mark, at_end, left = (each.tensor_bytes(where) for each in (mark, now, collected))
-    if left - at_mark >= enough:
-        return Cause.TENSORS
-    if where == "host" and collected.array_bytes - mark.array_bytes >= enough:
-        return Cause.DATA
-    if max(collected.layers - mark.layers, now.layers - collected.layers) >= steps:
+    for cause, sizes in (
+        (Cause.TENSORS, [each.tensor_bytes(where) for each in (mark, now, collected)]),
+        (Cause.DATA, [each.array_bytes if where == "host" else 0 for each in (mark, now, collected)]),
+    ):
+        at_mark, at_end, left = sizes
+        if left - at_mark >= enough > 0:
+            return cause
+        if at_end - at_mark >= enough > 0:
+            return Cause.GARBAGE
+    if now.layers - mark.layers >= steps:
         return Cause.MODELS
-    if max(at_end - left, freed_bytes) >= enough:
-        return Cause.GARBAGE
-    if (collected.functions or 0) - (mark.functions or 0) >= steps:
+    if (now.functions or 0) - (mark.functions or 0) >= steps:
         return Cause.RETRACING
     if where == "host" and collected.memory_caches > 0:
         return Cause.DATA

@@ -31,7 +31,7 @@ from autobatch.memory import limits, oom
 from autobatch.records import MemoryModel, Recovery
 from autobatch.train.policy import MicroBatchPolicy
 from autobatch.train.step import AccumulatedStep, Logs
-from autobatch.train.structure import sample_count
+from autobatch.train.structure import count_samples
 from autobatch.trial.snapshot import Recorder, Snapshot, bytes_of
 from autobatch.units import format_bytes
 
@@ -76,7 +76,8 @@ class Transaction:
         self.policy = MicroBatchPolicy(micro_batch)
         self._validation_policy = MicroBatchPolicy(micro_batch)
         self._step = step
-        self._recorders: tuple[Recorder, tuple[Recorder, ...]] | None = None
+        self._recorder: Recorder | None = None
+        self._keeps_weights = True
         self._evaluations: dict[str, AccumulatedStep] = {}
         self._evaluation_recorders: dict[int, Recorder] = {}
         self._device = device
@@ -108,7 +109,7 @@ class Transaction:
         )
 
     def _run(self, data: Any, once: Callable[[Any, int], Logs], policy: MicroBatchPolicy, phase: str) -> Logs:
-        samples = int(sample_count(self._step.structure.leaves(data)))
+        samples = count_samples(data)
         try:
             return once(data, samples)
         except _RolledBackError as first:
@@ -135,22 +136,17 @@ class Transaction:
         step = self._step
         kept: list[Snapshot] = []
         try:
-            if step.prepare(whole=whole) or self._recorders is None:
-                self._recorders = self._make_recorders()
-            small, weights = self._recorders
-            kept.append(small.take())
-            if whole:
-                kept.extend(recorder.take() for recorder in weights)
-                logs = step.plain(data)
-            else:
-                logs = step.accumulate(data, micro_batch)
-                kept.extend(recorder.take() for recorder in weights)
+            if step.prepare(whole=whole) or self._recorder is None:
+                self._recorder = self._make_recorder()
+            kept.append(self._recorder.take())
+            logs = step.plain(data) if whole else step.accumulate(data, micro_batch)
+            if not whole:
                 step.apply()
         except CAUGHT as error:
             diagnosis = self._diagnose(error)
         else:
             return logs
-        if len(kept) < 2 and step.update_has_begun():
+        if not self._keeps_weights and step.update_has_begun():
             raise UpdateInterruptedError(
                 f"The optimizer's update ran out of memory half-way ({diagnosis.detail}), and there was no room to "
                 "keep the weights beside it. They are unusable now: load the last checkpoint, and use a smaller "
@@ -159,12 +155,12 @@ class Transaction:
         self._roll_back(kept)
         raise _RolledBackError(min(samples, micro_batch), samples, diagnosis)
 
-    def _make_recorders(self) -> tuple[Recorder, tuple[Recorder, ...]]:
-        """Recorders of what each micro-batch changes, and of what the update changes if there is room to keep it."""
+    def _make_recorder(self) -> Recorder:
+        """A recorder of what each micro-batch changes, and of what the update changes if there is room to keep it."""
         updated = self._step.updated_variables
-        known = {id(variable) for variable in updated}
-        small = Recorder(variable for variable in self._step.variables if id(variable) not in known)
-        return small, (Recorder(updated),) if self._can_keep(bytes_of(updated)) else ()
+        self._keeps_weights = self._can_keep(bytes_of(updated))
+        left_out = set() if self._keeps_weights else {id(variable) for variable in updated}
+        return Recorder(variable for variable in self._step.variables if id(variable) not in left_out)
 
     def _evaluate_once(self, step: AccumulatedStep, data: Any, samples: int) -> Logs:
         micro_batch = min(samples, self._validation_policy.micro_batch)
@@ -207,7 +203,7 @@ class Transaction:
 
     def _shrink(self, policy: MicroBatchPolicy, phase: str, failure: _RolledBackError) -> None:
         before = failure.micro_batch
-        self._recorders = None  # what there is room for may have changed
+        self._recorder = None  # what there is room for may have changed
         after = policy.failed(before, samples=failure.samples, fitting_now=self._fitting_now())
         if after is None:
             limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes

@@ -22,11 +22,12 @@ _DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
 
 
 def prepare_data(
-    model: Any, dataset: Any, y: Any, *, target_batch: int, options: dict[str, Any]
+    model: Any, dataset: Any, y: Any, *, target_batch: int, options: dict[str, Any], only_look: bool = False
 ) -> tuple[EffectiveBatches, dict[str, Any]]:
     """Turn ``fit``'s data and those of its options that concern data into effective batches.
 
-    Returns them with the options that are left for Keras's ``fit``.
+    Returns them with the options that are left for Keras's ``fit``. ``only_look`` tells that nothing will be trained
+    on them.
     """
     remaining = dict(options)
     data = {name: remaining.pop(name) for name in _DATA_OPTIONS if name in remaining}
@@ -48,6 +49,7 @@ def prepare_data(
         target_batch=target_batch,
         steps_per_epoch=remaining.get("steps_per_epoch"),
         input_shapes=input_shapes,
+        only_look=only_look,
         **data,
     )
     return batches, remaining

@@ -66,6 +66,14 @@ def sample_count(leaves: list[Any]) -> Any:
     return tf.shape(first, out_type=tf.int64)[0]
 
 
+def count_samples(data: Any) -> int:
+    """How many samples a batch outside of any graph has; runs no operation where the shape tells."""
+    first = next(part for part in tf.nest.flatten(data) if not _is_missing(part))
+    if isinstance(first, (tf.RaggedTensor, tf.SparseTensor)):
+        return int(sample_count([first]))
+    return int(first.shape[0])
+
+
 def cut(leaf: Any, start: Any, stop: Any) -> Any:
     """Samples ``start`` to ``stop`` (int64 scalars) of one leaf; no copy of a dense tensor where it is aligned."""
     if isinstance(leaf, tf.SparseTensor):

@@ -145,34 +145,33 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
 
     def _look_for_cause(self, evidence: Evidence, where: str, per: str) -> tuple[Cause, str]:
         """Compare what is alive with the mark that was set when memory began to grow."""
-        mark, names_at_mark = evidence.mark
+        mark, names_at_mark, tensors_at_mark = evidence.mark
         steps, grown = evidence.since_mark
         now = _census()
         gc.collect()
         collected = _census()
-        freed = max(evidence.levels[-1] - (self._level(where) or 0), 0)
-        cause = growth.explain(mark, now, collected, grown, freed_bytes=freed, where=where, steps=steps)
+        cause = growth.explain(mark, now, collected, grown, where=where, steps=steps)
         each = f"{'an' if per == 'epoch' else 'a'} {per}"
         detail = ""
         if cause is Cause.TENSORS:
-            held = f"{(collected.tensors - mark.tensors) / steps:.0f} tensors more {each}"
-            detail = f"{held}{_where_kept()}"
+            detail = (
+                f"tensors: {(collected.tensors - mark.tensors) / steps:.0f} more {each}{_where_kept(tensors_at_mark)}"
+            )
         elif cause is Cause.MODELS:
-            dropped, kept = now.layers - collected.layers, collected.layers - mark.layers
-            detail = f"{max(dropped, kept) / steps:.0f} layers more {each}"
-            if dropped >= kept:
+            detail = f"layers: {(now.layers - mark.layers) / steps:.0f} more {each}"
+            if now.layers - collected.layers >= steps:
                 detail += ", of models that were dropped but wait for Python's garbage collection"
         elif cause is Cause.RETRACING:
-            count = (collected.functions or 0) - (mark.functions or 0)
+            count = (now.functions or 0) - (mark.functions or 0)
             new = collections.Counter(map(_function_name, (_live_functions() or set()) - names_at_mark))
             most = "".join(f", most of them of {name!r}" for name, _ in new.most_common(1))
-            detail = f"{count / steps:.0f} new traces {each}{most}"
+            detail = f"new traces: {count / steps:.0f} {each}{most}"
         elif cause is Cause.DATA and collected.arrays > mark.arrays:
-            detail = f"{(collected.arrays - mark.arrays) / steps:.0f} NumPy arrays more {each} in Python containers"
+            detail = f"NumPy arrays in Python containers: {(collected.arrays - mark.arrays) / steps:.0f} more {each}"
         elif cause is Cause.DATA:
             detail = "the input pipeline has a tf.data cache() in memory, and nothing else that was counted grew"
         elif cause is Cause.GARBAGE:
-            freed = max(freed, now.tensor_bytes(where) - collected.tensor_bytes(where))
+            freed = now.tensor_bytes(where) - collected.tensor_bytes(where) + now.array_bytes - collected.array_bytes
             detail = f"a garbage collection just freed {format_bytes(freed)}"
         return cause, detail
 
@@ -232,8 +231,13 @@ def _function_name(name: str) -> str:
     return match.group(1) if match else name
 
 
-def _mark() -> tuple[Census, frozenset[str]]:
-    return _census(), frozenset(_live_functions() or ())
+def _mark() -> tuple[Census, frozenset[str], frozenset[int]]:
+    """What is alive, the names of the functions and the ids of the tensors, to tell which ones are new later on."""
+    return _census(), frozenset(_live_functions() or ()), frozenset(map(id, _live_tensors()))
+
+
+def _live_tensors() -> list[Any]:
+    return [found for found in gc.get_objects() if type(found).__name__ == "EagerTensor"]
 
 
 def _census() -> Census:
@@ -308,11 +312,10 @@ def _arrays_in(container: Any, kind: Any) -> Collection[Any]:
     return [item for item in items if type(item) is np.ndarray]
 
 
-def _where_kept() -> str:
-    """Say what holds the largest tensors: ", in a list, attribute 'kept' of Watched"; "" if it cannot be told."""
-    tensors = [found for found in gc.get_objects() if type(found).__name__ == "EagerTensor"]
-    tensors.sort(key=_tensor_bytes)
-    del tensors[:-_FEW]
+def _where_kept(known: Collection[int]) -> str:
+    """Say what holds the largest new tensors: ", in a list, attribute 'kept' of Watched"; "" if it cannot be told."""
+    tensors = sorted((tensor for tensor in _live_tensors() if id(tensor) not in known), key=_tensor_bytes)
+    tensors = [tensor for tensor in tensors[-_FEW:] if 2 * _tensor_bytes(tensor) >= _tensor_bytes(tensors[-1])]
     own = [tensors]
     held: list[Any] = tensors
     for _ in range(3):
@@ -324,7 +327,7 @@ def _where_kept() -> str:
         if not containers:
             return ""
         longest = max(containers, key=_length)
-        if _length(longest) >= len(tensors) // 2:
+        if _length(longest) >= max(len(tensors) // 2, 2):
             return f", in a {_container_kind(longest).__name__}{_owner(longest)}"
         # Pairs or dictionaries of a few tensors each: what holds those?
         own.append(containers)

@@ -1,0 +1,215 @@
+"""What a step costs: autobatch against plain Keras and against Keras's own gradient accumulation, time and memory.
+
+``python benchmarks/step_overhead.py [--output results/step_overhead.json] [--repeats 9]``
+
+Time is that of a whole epoch of ``fit`` over the same samples, callbacks and data pipeline included, the competitors
+taking turns so that a busy machine is busy for all; medians of at least 7 turns. Memory is the peak of TensorFlow's
+allocator in one update above one plain micro-step, in a limited arena of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+MODELS = ("dense", "cnn", "transformer")
+ACCUMULATION_STEPS = (1, 4, 16)
+UPDATES_IN_AN_EPOCH = {"dense": 32, "cnn": 4, "transformer": 4}
+
+
+def build(name: str, accumulation_steps: int | None = None):
+    """A model, samples for it, and the micro-batch of the comparison; ``accumulation_steps`` is Keras's own."""
+    import keras
+    import numpy as np
+    from keras import layers
+
+    keras.utils.set_random_seed(0)
+    random = np.random.default_rng(0)
+    if name == "dense":
+        micro_batch, shape = 32, (64,)
+        inputs = keras.Input(shape)
+        hidden = layers.Dense(256, activation="relu")(layers.Dense(256, activation="relu")(inputs))
+    elif name == "cnn":
+        micro_batch, shape = 16, (32, 32, 3)
+        inputs = keras.Input(shape)
+        hidden = layers.MaxPooling2D()(layers.Conv2D(32, 3, activation="relu")(inputs))
+        hidden = layers.Flatten()(layers.MaxPooling2D()(layers.Conv2D(64, 3, activation="relu")(hidden)))
+    else:
+        micro_batch, shape = 8, (64,)
+        inputs = keras.Input(shape, dtype="int32")
+        hidden = layers.Embedding(500, 64)(inputs)
+        for _ in range(2):
+            attended = layers.MultiHeadAttention(4, 16)(layers.LayerNormalization()(hidden), hidden)
+            hidden = hidden + attended
+            hidden = hidden + layers.Dense(64)(layers.Dense(128, activation="gelu")(layers.LayerNormalization()(hidden)))
+        hidden = layers.GlobalAveragePooling1D()(hidden)
+    model = keras.Model(inputs, layers.Dense(10)(hidden))
+    optimizer = keras.optimizers.Adam(1e-3, gradient_accumulation_steps=accumulation_steps)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+
+    def samples(count: int):
+        x = random.integers(0, 500, (count, *shape)) if name == "transformer" else random.normal(size=(count, *shape))
+        return x.astype("int32" if name == "transformer" else "float32"), random.integers(0, 10, count)
+
+    return model, samples, micro_batch
+
+
+def seconds_in_turns(contestants: dict, repeats: int) -> dict[str, float]:
+    """The median seconds of each, one turn of each after another; two turns beforehand are not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 2):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if turn >= 2:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+class Ours:
+    """Our trained steps behind Keras's fit, prepared once, so that an epoch is an epoch and no trace is in it."""
+
+    def __init__(self, name: str, target_batch: int, micro_batch: int, x, y) -> None:
+        from autobatch.train import session
+        from autobatch.train.recovery import Transaction
+        from autobatch.train.step import AccumulatedStep
+
+        self.model, _, _ = build(name)
+        self.batches, _ = session.prepare_data(
+            self.model, x, y, target_batch=target_batch, options={"shuffle": False}
+        )
+        step = AccumulatedStep(self.model, self.batches.element_spec)
+        self.transaction = Transaction(step, micro_batch, device="CPU:0")
+        self.replaced = session._functions_replaced
+
+    def epoch(self) -> None:
+        with self.replaced(self.model, self.transaction):
+            self.model.fit(self.batches, verbose=0, shuffle=False)
+
+
+def time_one(name: str, steps: int, repeats: int) -> dict[str, float]:
+    model, samples, micro_batch = build(name)
+    target = steps * micro_batch
+    x, y = samples(target * max(1, UPDATES_IN_AN_EPOCH[name] * 4 // steps))
+    ours = Ours(name, target, micro_batch, x, y)
+    contestants = {
+        "autobatch": ours.epoch,
+        "plain Keras at the micro-batch": lambda: model.fit(x, y, batch_size=micro_batch, shuffle=False, verbose=0),
+    }
+    if steps > 1:
+        accumulating, _, _ = build(name, steps)
+        contestants["Keras's gradient_accumulation_steps"] = lambda: accumulating.fit(
+            x, y, batch_size=micro_batch, shuffle=False, verbose=0
+        )
+    return seconds_in_turns(contestants, repeats)
+
+
+def peaks_of(name: str, steps: int) -> dict[str, int]:
+    """Peaks in bytes of one plain micro-step and of one accumulated update; runs in a limited arena."""
+    import autobatch
+
+    autobatch.limit_memory("4GiB")
+    import tensorflow as tf
+
+    from autobatch.memory import limits
+    from autobatch.train.step import AccumulatedStep
+    from autobatch.trial.snapshot import bytes_of
+
+    model, samples, micro_batch = build(name)
+    # A micro-batch large enough for activations to count, as where memory is short.
+    micro_batch *= 4
+    x, y = samples(micro_batch * steps)
+    data = tf.data.Dataset.from_tensors((x, y))
+    batch = next(iter(data))
+    small = tf.nest.map_structure(lambda part: tf.identity(part[:micro_batch]), batch)
+
+    def peak_of(run) -> int:
+        run()
+        limits.reset_peak("CPU:0")
+        before = limits.bytes_in_use("CPU:0")
+        run()
+        return limits.peak_bytes("CPU:0") - before
+
+    model.optimizer.build(model.trainable_variables)
+    one = model._make_function(model.train_step)  # Keras's own, as its fit runs it
+    plain = peak_of(lambda: one(iter([small])))
+    step = AccumulatedStep(model, data.element_spec)
+
+    def update() -> None:
+        step.accumulate(batch, micro_batch)
+        step.apply()
+
+    return {
+        "plain_step_bytes": plain,
+        "accumulated_above_held_bytes": peak_of(update),
+        "gradients_bytes": bytes_of(model.trainable_variables),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--peaks", nargs=2, metavar=("MODEL", "STEPS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peaks:
+        print(json.dumps(peaks_of(options.peaks[0], int(options.peaks[1]))))
+        return
+    rows = []
+    print(f"{'model':<12} {'k':>3} {'autobatch':>10} {'plain':>10} {'ratio':>7} {'Keras acc.':>11} {'faster':>7} {'memory':>8}")
+    for name in options.models.split(","):
+        for steps in ACCUMULATION_STEPS:
+            seconds = time_one(name, steps, options.repeats)
+            memory = json.loads(
+                subprocess.run(
+                    [sys.executable, __file__, "--peaks", name, str(steps)], check=True, capture_output=True, text=True
+                ).stdout.splitlines()[-1]
+            )
+            ours, plain = seconds["autobatch"], seconds["plain Keras at the micro-batch"]
+            keras_own = seconds.get("Keras's gradient_accumulation_steps")
+            # The accumulators are held all the time and so are not in the peak above what is held: they are added.
+            above = memory["accumulated_above_held_bytes"] + memory["gradients_bytes"] - memory["plain_step_bytes"]
+            share = above / memory["gradients_bytes"]
+            rows.append({"model": name, "accumulation_steps": steps, "seconds": seconds, "memory": memory})
+            print(
+                f"{name:<12} {steps:>3} {ours:>9.3f}s {plain:>9.3f}s {ours / plain:>7.3f} "
+                + (f"{keras_own:>10.3f}s {keras_own / ours:>6.2f}x" if keras_own else f"{'':>11} {'':>7}")
+                + (f" {share:>7.2f}g" if steps > 1 else ""),
+                flush=True,
+            )
+    print("ratio: autobatch / plain. faster: Keras's accumulation / autobatch. memory: an update's peak above one plain")
+    print("micro-step's, in units of the gradients' bytes.")
+    if options.output:
+        import keras
+        import tensorflow as tf
+
+        machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        versions = {"tensorflow": tf.__version__, "keras": keras.__version__, "python": platform.python_version()}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(
+            json.dumps(
+                {
+                    "command": "python benchmarks/step_overhead.py",
+                    "machine": machine,
+                    "versions": versions,
+                    "repeats": options.repeats,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
