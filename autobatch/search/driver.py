@@ -54,6 +54,10 @@ def search(
     - ``exact``, a straight line whose fixed part is the hint: 6 at the most, and 2 failures (3 where but one sample
       fits, if that); any curve: 10 + 2 log2(n) for n candidates.
 
+    A budget that is all that the allocator has is reached by few models: free memory is in pieces by then, and sizes
+    fail below the line's prediction (on a CPU from 0.86 of it on, where convolutions ask for large workspaces). Each
+    such failure is met with a smaller size.
+
     Without a budget, or where the allocator keeps no peak, the size doubles from the first trial on until it fails and
     is then bisected, to 3 % or, if ``exact``, to the end: 2 log2(n) + 2.
 

@@ -8,8 +8,9 @@ conservative, because increments then undo each other.
 
 The test is made again after every epoch, so the level of the j-th test of a view is its share of FALSE_ALARM_RATE over
 ``j (j + 1)``: these sum to that share, however long the training is. The views are: the whole series, cut into up to 16
-equal intervals, in which a slow growth stands out of noise as they become longer (half of the rate); and its last 8
-intervals of 1, 2, 4, ... steps, for a growth that starts late (a quarter, an eighth, ... of the rate).
+equal intervals, in which a slow growth stands out of noise as they become longer (half of the rate); its last 8
+intervals of 1, 2, 4, ... steps, for a growth that starts late (an eighth, a sixteenth, ... of the rate); and its last 4
+steps, for an even growth after an odd beginning (a quarter).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ MINIMUM_STEPS = 3
 _MARK_BYTES = MINIMUM_BYTES // 4  # before a growth can prove to be steady, so that the two can be compared
 _MOST_INTERVALS = 16
 _FEWEST_INTERVALS = 8
+_CLEAN_INTERVALS = 4
 _EXPLAINS = 0.5  # what was counted accounts for the growth if it is at least this share of it
 
 
@@ -267,11 +269,14 @@ def _views(steps: int) -> Iterator[tuple[int, int, float]]:
             before = _MOST_INTERVALS - MINIMUM_STEPS + 1 + (octave - 1) * _FEWEST_INTERVALS
             test = before + steps // stride - _FEWEST_INTERVALS
         yield stride, 0, FALSE_ALARM_RATE / 2 / (test * (test + 1))
+    if steps > _CLEAN_INTERVALS:
+        test = steps - _CLEAN_INTERVALS
+        yield 1, steps - _CLEAN_INTERVALS, FALSE_ALARM_RATE / 4 / (test * (test + 1))
     stride = 1
     while steps > stride * _FEWEST_INTERVALS:
         if steps % stride == 0:
             test = steps // stride - _FEWEST_INTERVALS + 1
-            yield stride, steps - stride * _FEWEST_INTERVALS, FALSE_ALARM_RATE / 4 / stride / (test * (test + 1))
+            yield stride, steps - stride * _FEWEST_INTERVALS, FALSE_ALARM_RATE / 8 / stride / (test * (test + 1))
         stride *= 2
 
 

@@ -29,8 +29,9 @@ import tensorflow as tf
 from autobatch.errors import NoFeasibleBatchError, UpdateInterruptedError
 from autobatch.memory import limits, oom
 from autobatch.records import MemoryModel, Recovery
+from autobatch.train.micro_step import Logs
 from autobatch.train.policy import MicroBatchPolicy
-from autobatch.train.step import AccumulatedStep, Logs
+from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import count_samples
 from autobatch.trial.snapshot import Recorder, Snapshot, bytes_of
 from autobatch.units import format_bytes

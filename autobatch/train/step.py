@@ -12,17 +12,15 @@ Nothing here knows about running out of memory: :mod:`autobatch.train.recovery` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from autobatch.train import keras_seams
-from autobatch.train.normalizer import Mode, Normalizer
-from autobatch.train.structure import Structure, cut, sample_count
+from autobatch.train.micro_step import Logs, MicroStep, loop
+from autobatch.train.structure import Structure, sample_count
 from autobatch.trial.snapshot import bytes_of, distinct
-
-Logs = Any
 
 
 class AccumulatedStep:
@@ -37,7 +35,7 @@ class AccumulatedStep:
         self.optimizers = keras_seams.optimizers_of(model)
         self._accumulators: dict[int, Any] = {}
         self._captured: list[tuple[Any, list[Any], list[bool]]] = []
-        self._micro: _MicroStep | None = None
+        self._micro: MicroStep | None = None
         self._plain: Callable[..., Logs] | None = None
         self._accumulate: Callable[..., Logs] | None = None
         self._apply: Callable[[], None] | None = None
@@ -56,7 +54,7 @@ class AccumulatedStep:
         if whole and self._plain is None:
             self._plain = self._trace_plain()
         if not whole and self._apply is None:
-            self._micro = _MicroStep(self, self.model.train_step, training=True)
+            self._micro = MicroStep(self, self.model.train_step, training=True)
             self._accumulate = self._trace_loop(self._micro, zero_first=True)
             self._apply = self._trace_apply()
         return missing
@@ -65,7 +63,7 @@ class AccumulatedStep:
         """Trace what :meth:`evaluate` needs; tell if anything was."""
         if self._evaluate is not None:
             return False
-        self._evaluate = self._trace_loop(_MicroStep(self, self.model.test_step, training=False), zero_first=False)
+        self._evaluate = self._trace_loop(MicroStep(self, self.model.test_step, training=False), zero_first=False)
         return True
 
     def update_has_begun(self) -> bool:
@@ -135,7 +133,7 @@ class AccumulatedStep:
             return step
         inner = tf.function(step, autograph=False, jit_compile=True) if self.model.jit_compile else step
         compiled = tf.function(inner, autograph=False, input_signature=[self.structure.specs])
-        self._watch(compiled.get_concrete_function())
+        self.watch(compiled.get_concrete_function())
         return compiled  # type: ignore[no-any-return]
 
     def _begin_update(self, variables: list[Any]) -> Any:
@@ -179,7 +177,7 @@ class AccumulatedStep:
         if self.model.run_eagerly:
             return apply
         compiled = tf.function(apply, autograph=False, input_signature=[])
-        self._watch(compiled.get_concrete_function())
+        self.watch(compiled.get_concrete_function())
         return compiled  # type: ignore[no-any-return]
 
     def evaluate(self, data: Any, micro_batch: int) -> Logs:
@@ -188,7 +186,7 @@ class AccumulatedStep:
         assert self._evaluate is not None
         return self._evaluate(self.structure.leaves(data), tf.constant(micro_batch, tf.int64))
 
-    def _trace_loop(self, micro: _MicroStep, *, zero_first: bool) -> Callable[..., Logs]:
+    def _trace_loop(self, micro: MicroStep, *, zero_first: bool) -> Callable[..., Logs]:
         def run(leaves: list[Any], micro_batch: Any) -> Logs:
             with tf.device("CPU:0"):
                 samples = sample_count(leaves)
@@ -201,7 +199,7 @@ class AccumulatedStep:
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
                 return micro.merge_logs(carried, micro(part, fraction, totals), fraction)
 
-            return micro.pack_logs(_loop(leaves, samples, micro_batch, micro.empty_logs(), body))
+            return micro.pack_logs(loop(leaves, samples, micro_batch, micro.empty_logs(), body))
 
         if self.model.run_eagerly:
             return run
@@ -209,12 +207,12 @@ class AccumulatedStep:
         compiled = tf.function(
             run, autograph=False, input_signature=[self.structure.specs, tf.TensorSpec([], tf.int64)]
         )
-        self._watch(compiled.get_concrete_function())
+        self.watch(compiled.get_concrete_function())
         return compiled  # type: ignore[no-any-return]
 
     # -- accumulators -----------------------------------------------------------------------------------------------
 
-    def _accumulator_for(self, variable: Any) -> Any:
+    def accumulator_for(self, variable: Any) -> Any:
         inner = distinct([variable])[0]
         if id(inner) not in self._accumulators:
             with tf.init_scope(), tf.device(inner.device):
@@ -223,7 +221,7 @@ class AccumulatedStep:
                 )
         return self._accumulators[id(inner)]
 
-    def _drop_unused_accumulators(self, training: bool) -> None:
+    def drop_unused_accumulators(self, training: bool) -> None:
         """Let go of the accumulators of variables that got no gradient."""
         if not training:
             return
@@ -235,7 +233,7 @@ class AccumulatedStep:
         }
         self._accumulators = {key: value for key, value in self._accumulators.items() if key in used}
 
-    def _capture_into_accumulators(self, fraction: Any) -> keras_seams.ApplyHandler:
+    def capture_into_accumulators(self, fraction: Any) -> keras_seams.ApplyHandler:
         captured: list[tuple[Any, list[Any], list[bool]]] = []
         self._captured = captured
 
@@ -251,7 +249,7 @@ class AccumulatedStep:
             for variable, gradient in zip(variables, gradients, strict=True):
                 if gradient is None:
                     continue
-                accumulator = self._accumulator_for(variable)
+                accumulator = self.accumulator_for(variable)
                 scale = tf.cast(fraction, accumulator.dtype)
                 if isinstance(gradient, tf.IndexedSlices):
                     scaled = tf.cast(gradient.values, accumulator.dtype) * scale
@@ -261,115 +259,9 @@ class AccumulatedStep:
 
         return add
 
-    def _watch(self, concrete: Any) -> None:
+    def watch(self, concrete: Any) -> None:
         for variable in concrete.graph.variables:
             self._touched.setdefault(id(variable), variable)
-
-
-class _MicroStep:
-    """``train_step`` or ``test_step`` on one micro-batch; and how its logs become those of the effective batch."""
-
-    def __init__(self, owner: AccumulatedStep, step: Callable[[Any], Logs], *, training: bool) -> None:
-        self._owner = owner
-        self._step = step
-        self._training = training
-        self._compiled: Callable[..., Logs] = self._run
-        self._count_compiled: Callable[..., Any] = self._run_counting
-        self._logs: Logs = None
-        self._averaged: list[bool] = []
-        self._count_length: int | None = None
-
-    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
-        return self._compiled(leaves, fraction, totals)
-
-    def trace(self) -> None:
-        """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
-        owner = self._owner
-        specs = owner.structure.specs
-        if self._training and len(owner.optimizers) == 1:
-            # A tf.function that creates variables while it is traced is traced a second time.
-            for variable in owner.model.trainable_variables:
-                owner._accumulator_for(variable)
-        signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
-        self._compiled = tf.function(
-            self._run, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
-        )
-        concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
-        self._logs = concrete.structured_outputs
-        owner._watch(concrete)
-        owner._drop_unused_accumulators(self._training)
-        self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
-
-    def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
-        owner = self._owner
-        normalizer = Normalizer(Mode.TRAIN, fraction, totals)
-        optimizers = owner.optimizers if self._training else ()
-        with (
-            keras_seams.capture_apply(optimizers, owner._capture_into_accumulators(fraction)),
-            keras_seams.intercept_reductions(normalizer, fraction),
-        ):
-            logs = self._step(owner.structure.pack(leaves))
-        self._count_length = len(normalizer.counts)
-        owner.scalar_losses = tuple(dict.fromkeys(normalizer.scalar_losses))
-        known = set(owner.model.get_metrics_result()) if isinstance(logs, dict) else set()
-        self._averaged = _which_are_averaged(logs, known)
-        self._logs = logs
-        return logs
-
-    def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
-        owner = self._owner
-        normalizer = Normalizer(Mode.COUNT, fraction, totals)
-        with (
-            keras_seams.capture_apply(owner.optimizers, lambda *_: None),
-            keras_seams.intercept_reductions(normalizer, fraction),
-            keras_seams.discarding_assignments(owner.model),
-            keras_seams.without_gradients(),
-        ):
-            self._step(owner.structure.pack(leaves))
-        self._count_length = len(normalizer.counts)
-        return tf.stack(normalizer.counts) if normalizer.counts else tf.zeros([0], tf.float64)
-
-    def count_over(self, leaves: list[Any], samples: Any, micro_batch: Any) -> Any:
-        """The denominators of the effective batch: a float64 vector, empty where none depends on the data."""
-        if self._count_length is None:  # an eager step has no trace to learn it from: count the first micro-batch
-            stop = tf.minimum(micro_batch, samples)
-            part = [cut(leaf, tf.constant(0, tf.int64), stop) for leaf in leaves]
-            self._run_counting(part, tf.constant(1.0, tf.float64), tf.zeros([0], tf.float64))
-        counts = tf.zeros([self._count_length], tf.float64)
-        if not self._count_length:
-            return counts
-        return _loop(
-            leaves,
-            samples,
-            micro_batch,
-            counts,
-            lambda part, fraction, carried: carried + self._count_compiled(part, fraction, tf.zeros_like(counts)),
-        )
-
-    def empty_logs(self) -> list[Any]:
-        """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""
-        if self._logs is None or tf.executing_eagerly():
-            return []
-        return [
-            tf.zeros([0 if size is None else size for size in part.shape], part.dtype)
-            for part in tf.nest.flatten(self._logs)
-            if part is not None
-        ]
-
-    def merge_logs(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
-        """Results of metrics stand for all micro-batches so far; what is no metric is averaged, weighted."""
-        parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
-        carried = carried or [tf.zeros_like(part) for part in parts]
-        return [
-            before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype) if averaged else part
-            for before, part, averaged in zip(carried, parts, self._averaged, strict=True)
-        ]
-
-    def pack_logs(self, parts: list[Any]) -> Logs:
-        """The logs in the structure in which the step returned them."""
-        remaining = iter(parts)
-        flat = [None if part is None else next(remaining) for part in tf.nest.flatten(self._logs)]
-        return tf.nest.pack_sequence_as(self._logs, flat)
 
 
 def _ensure_built(optimizer: Any, variables: list[Any]) -> None:
@@ -377,45 +269,3 @@ def _ensure_built(optimizer: Any, variables: list[Any]) -> None:
     if not optimizer.built:
         with tf.init_scope():
             optimizer.build(variables)
-
-
-def _which_are_averaged(logs: Logs, metric_names: Iterable[str]) -> list[bool]:
-    if not isinstance(logs, dict):
-        parts = [("", part) for part in tf.nest.flatten(logs) if part is not None]
-    else:
-        # tf.nest sorts a dict by its keys; so must this.
-        parts = [(key, part) for key in sorted(logs) for part in tf.nest.flatten(logs[key]) if part is not None]
-    return [
-        name not in set(metric_names)
-        and tf.convert_to_tensor(part).dtype.is_floating
-        and tf.convert_to_tensor(part).shape.rank == 0
-        for name, part in parts
-    ]
-
-
-def _loop(leaves: list[Any], samples: Any, micro_batch: Any, carried: Any, body: Callable[..., Any]) -> Any:
-    """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn."""
-
-    def step(start: Any, carried: Any) -> tuple[Any, Any]:
-        with tf.device("CPU:0"):
-            stop = tf.minimum(start + micro_batch, samples)
-            fraction = tf.cast(stop - start, tf.float64) / tf.cast(samples, tf.float64)
-            part = [cut(leaf, start, stop) for leaf in leaves]
-        return stop, body(part, fraction, carried)
-
-    start = tf.constant(0, tf.int64)
-    if tf.executing_eagerly():
-        while int(start) < int(samples):
-            start, carried = step(start, carried)
-        return carried
-    invariants = tf.nest.map_structure(
-        lambda tensor: tf.TensorShape([None if d == 0 else d for d in tensor.shape]), carried
-    )
-    _, carried = tf.while_loop(
-        lambda start, _: start < samples,
-        step,
-        (start, carried),
-        shape_invariants=(start.shape, invariants),
-        parallel_iterations=1,
-    )
-    return carried

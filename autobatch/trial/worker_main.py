@@ -32,7 +32,7 @@ from autobatch.errors import AutobatchError, AutobatchWarning, NoFeasibleBatchEr
 from autobatch.memory import arena, oom
 from autobatch.records import Outcome, TrialRequest, TrialResult
 from autobatch.trial.protocol import Trials
-from autobatch.trial.worker import Message, pack, pack_result, unpack
+from autobatch.trial.worker_process import Message, pack, pack_result, unpack
 
 _OWN_CODE = str(Path(__file__).resolve().parents[1]) + os.sep
 _LIBRARIES = tuple(

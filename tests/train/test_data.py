@@ -291,7 +291,6 @@ def order_recorded(fit):
     [
         pytest.param(lambda: (numbers().shuffle(44, seed=3).batch(16),), id="dataset"),
         pytest.param(lambda: (numbers().shuffle(44, seed=3).batch(16).map(lambda x, y: (x, y)),), id="mapped dataset"),
-        pytest.param(lambda: (np.repeat(np.arange(44.0)[:, None], 16, 1), Y), id="arrays"),
         pytest.param(lambda: (Reshuffled(),), id="PyDataset"),
         pytest.param(lambda: (torch_shuffled(),), id="torch"),
     ],
@@ -316,3 +315,21 @@ def test_a_search_before_training_leaves_the_order_of_plain_fit(data):
             autobatch.fit(model, *data(), target_batch=16, micro_batch=16, epochs=3, verbose=0)
 
     assert order_recorded(searching) == order_recorded(plain)
+
+
+def test_a_dataset_over_an_iterator_that_is_read_once_loses_nothing():
+    once = iter(zip(X, Y, strict=True))
+    signature = (tf.TensorSpec([16]), tf.TensorSpec([], tf.int64))
+    batches = prepared(tf.data.Dataset.from_generator(lambda: once, output_signature=signature).batch(3))
+    np.testing.assert_array_equal(batches.look()[0], X[:16])
+    np.testing.assert_array_equal(np.concatenate([x.numpy() for x, _ in batches]), X)
+
+
+def test_only_looking_moves_nothing_where_python_makes_the_samples():
+    def made():
+        samples = tf.data.Dataset.range(44).map(lambda i: tf.numpy_function(np.float32, [i], tf.float32))
+        return samples.map(lambda v: tf.fill([16], v)).shuffle(44, seed=3).batch(7)
+
+    looked, untouched = made(), made()
+    EffectiveBatches(looked, target_batch=16, only_look=True).look()
+    assert [x.numpy().tolist() for x in looked] == [x.numpy().tolist() for x in untouched]

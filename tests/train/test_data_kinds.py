@@ -125,7 +125,7 @@ def test_every_kind_gives_the_same_effective_batches(kind):
     assert batches.expected_batches == (None if kind.startswith("PyDataset") else 3)
 
 
-@pytest.mark.parametrize("kind", ["pandas", "small batches", "samples", "PyDataset with workers", "torch"])
+@pytest.mark.parametrize("kind", ["pandas", "samples", "PyDataset with workers", "torch"])
 def test_every_kind_trains_the_same_weights(kind):
     assert_same_training(ours_on(*KINDS[kind](), epochs=2), PLAIN_TWICE)
 
@@ -191,7 +191,6 @@ def test_class_weight(data):
     "validation",
     [
         pytest.param(lambda: {"validation_split": 0.25}, id="split"),
-        pytest.param(lambda: {"validation_data": (X[:20], Y[:20])}, id="arrays"),
         pytest.param(lambda: {"validation_data": (X[:20], Y[:20], W[:20])}, id="weighted"),
         pytest.param(lambda: {"validation_data": slices(X[:20], Y[:20]).batch(6)}, id="dataset"),
         pytest.param(lambda: {"validation_data": Batches(6)}, id="PyDataset"),

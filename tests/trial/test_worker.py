@@ -15,7 +15,7 @@ import pytest
 
 from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
 from autobatch.records import Outcome, TrialRequest
-from autobatch.trial import worker
+from autobatch.trial import worker, worker_process
 from autobatch.trial.worker import WorkerTrials
 
 # What the worker calls in place of autobatch.api.open_trials. The dataset is a function: a trial calls it with a size.
@@ -331,11 +331,11 @@ def test_devices_are_counted_among_the_visible_ones(monkeypatch):
 
 
 def test_frames_arrive_whole_however_they_are_cut():
-    frames = worker.pack({"kind": "a", "text": "ä\n\0"}) + worker.pack({"kind": "b"})
+    frames = worker_process.pack({"kind": "a", "text": "ä\n\0"}) + worker_process.pack({"kind": "b"})
     buffer, messages = bytearray(), []
     for byte in frames:
         buffer.append(byte)
-        while (message := worker.unpack(buffer)) is not None:
+        while (message := worker_process.unpack(buffer)) is not None:
             messages.append(message)
     assert messages == [{"kind": "a", "text": "ä\n\0"}, {"kind": "b"}]
     assert not buffer

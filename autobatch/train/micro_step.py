@@ -1,0 +1,166 @@
+"""One micro-batch through ``train_step`` or ``test_step``, and the loop over the micro-batches of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from autobatch.train import keras_seams
+from autobatch.train.normalizer import Mode, Normalizer
+from autobatch.train.structure import cut
+
+if TYPE_CHECKING:
+    from autobatch.train.step import AccumulatedStep
+
+Logs = Any
+"""What a step returns: a nest of tensors, mostly a dictionary of scalars."""
+
+
+class MicroStep:
+    """``train_step`` or ``test_step`` on one micro-batch; and how its logs become those of the effective batch."""
+
+    def __init__(self, owner: AccumulatedStep, step: Callable[[Any], Logs], *, training: bool) -> None:
+        self._owner = owner
+        self._step = step
+        self._training = training
+        self._compiled: Callable[..., Logs] = self._run
+        self._count_compiled: Callable[..., Any] = self._run_counting
+        self._logs: Logs = None
+        self._averaged: list[bool] = []
+        self._count_length: int | None = None
+
+    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
+        return self._compiled(leaves, fraction, totals)
+
+    def trace(self) -> None:
+        """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
+        owner = self._owner
+        specs = owner.structure.specs
+        if self._training and len(owner.optimizers) == 1:
+            # A tf.function that creates variables while it is traced is traced a second time.
+            for variable in owner.model.trainable_variables:
+                owner.accumulator_for(variable)
+        signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
+        self._compiled = tf.function(
+            self._run, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
+        )
+        concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
+        self._logs = concrete.structured_outputs
+        owner.watch(concrete)
+        owner.drop_unused_accumulators(self._training)
+        self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
+
+    def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
+        owner = self._owner
+        normalizer = Normalizer(Mode.TRAIN, fraction, totals)
+        optimizers = owner.optimizers if self._training else ()
+        with (
+            keras_seams.capture_apply(optimizers, owner.capture_into_accumulators(fraction)),
+            keras_seams.intercept_reductions(normalizer, fraction),
+        ):
+            logs = self._step(owner.structure.pack(leaves))
+        self._count_length = len(normalizer.counts)
+        owner.scalar_losses = tuple(dict.fromkeys(normalizer.scalar_losses))
+        known = set(owner.model.get_metrics_result()) if isinstance(logs, dict) else set()
+        self._averaged = _which_are_averaged(logs, known)
+        self._logs = logs
+        return logs
+
+    def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
+        owner = self._owner
+        normalizer = Normalizer(Mode.COUNT, fraction, totals)
+        with (
+            keras_seams.capture_apply(owner.optimizers, lambda *_: None),
+            keras_seams.intercept_reductions(normalizer, fraction),
+            keras_seams.discarding_assignments(owner.model),
+            keras_seams.without_gradients(),
+        ):
+            self._step(owner.structure.pack(leaves))
+        self._count_length = len(normalizer.counts)
+        return tf.stack(normalizer.counts) if normalizer.counts else tf.zeros([0], tf.float64)
+
+    def count_over(self, leaves: list[Any], samples: Any, micro_batch: Any) -> Any:
+        """The denominators of the effective batch: a float64 vector, empty where none depends on the data."""
+        if self._count_length is None:  # an eager step has no trace to learn it from: count the first micro-batch
+            stop = tf.minimum(micro_batch, samples)
+            part = [cut(leaf, tf.constant(0, tf.int64), stop) for leaf in leaves]
+            self._run_counting(part, tf.constant(1.0, tf.float64), tf.zeros([0], tf.float64))
+        counts = tf.zeros([self._count_length], tf.float64)
+        if not self._count_length:
+            return counts
+        return loop(
+            leaves,
+            samples,
+            micro_batch,
+            counts,
+            lambda part, fraction, carried: carried + self._count_compiled(part, fraction, tf.zeros_like(counts)),
+        )
+
+    def empty_logs(self) -> list[Any]:
+        """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""
+        if self._logs is None or tf.executing_eagerly():
+            return []
+        return [
+            tf.zeros([0 if size is None else size for size in part.shape], part.dtype)
+            for part in tf.nest.flatten(self._logs)
+            if part is not None
+        ]
+
+    def merge_logs(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
+        """Results of metrics stand for all micro-batches so far; what is no metric is averaged, weighted."""
+        parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
+        carried = carried or [tf.zeros_like(part) for part in parts]
+        return [
+            before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype) if averaged else part
+            for before, part, averaged in zip(carried, parts, self._averaged, strict=True)
+        ]
+
+    def pack_logs(self, parts: list[Any]) -> Logs:
+        """The logs in the structure in which the step returned them."""
+        remaining = iter(parts)
+        flat = [None if part is None else next(remaining) for part in tf.nest.flatten(self._logs)]
+        return tf.nest.pack_sequence_as(self._logs, flat)
+
+
+def _which_are_averaged(logs: Logs, metric_names: Iterable[str]) -> list[bool]:
+    if not isinstance(logs, dict):
+        parts = [("", part) for part in tf.nest.flatten(logs) if part is not None]
+    else:
+        # tf.nest sorts a dict by its keys; so must this.
+        parts = [(key, part) for key in sorted(logs) for part in tf.nest.flatten(logs[key]) if part is not None]
+    return [
+        name not in set(metric_names)
+        and tf.convert_to_tensor(part).dtype.is_floating
+        and tf.convert_to_tensor(part).shape.rank == 0
+        for name, part in parts
+    ]
+
+
+def loop(leaves: list[Any], samples: Any, micro_batch: Any, carried: Any, body: Callable[..., Any]) -> Any:
+    """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn."""
+
+    def step(start: Any, carried: Any) -> tuple[Any, Any]:
+        with tf.device("CPU:0"):
+            stop = tf.minimum(start + micro_batch, samples)
+            fraction = tf.cast(stop - start, tf.float64) / tf.cast(samples, tf.float64)
+            part = [cut(leaf, start, stop) for leaf in leaves]
+        return stop, body(part, fraction, carried)
+
+    start = tf.constant(0, tf.int64)
+    if tf.executing_eagerly():
+        while int(start) < int(samples):
+            start, carried = step(start, carried)
+        return carried
+    invariants = tf.nest.map_structure(
+        lambda tensor: tf.TensorShape([None if d == 0 else d for d in tensor.shape]), carried
+    )
+    _, carried = tf.while_loop(
+        lambda start, _: start < samples,
+        step,
+        (start, carried),
+        shape_invariants=(start.shape, invariants),
+        parallel_iterations=1,
+    )
+    return carried
