@@ -156,7 +156,7 @@ def open_trials(
 
     session.require_repeatable(dataset)
     rows = SAMPLE_ROWS if target_batch is None else target_batch
-    batches, _ = session.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False})
+    batches, _ = session.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True)
     effective = None if target_batch is None else _effective_batch(batches, target_batch)
     return LiveTrials(model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom)
 
@@ -208,6 +208,7 @@ def search_with(
         stopped_because=result.stopped_because,
         model_name=trials.model_name,
         warnings=trials.warnings if accumulates else (),
+        host_uses=trials.host_uses,
     )
 
 
@@ -260,6 +261,7 @@ def _unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> R
         stopped_because="no search: micro_batch was given",
         model_name=trials.model_name,
         warnings=trials.warnings if steps > 1 else (),
+        host_uses=trials.host_uses,
     )
 
 

@@ -173,6 +173,17 @@ class Recovery:
 
 
 @dataclass(frozen=True, slots=True)
+class HostUse:
+    """One thing that the input pipeline will hold in host memory: what it is, in words, and at least how much."""
+
+    name: str
+    held_bytes: int
+
+    def __post_init__(self) -> None:
+        _require(self.held_bytes >= 0, f"held_bytes must not be negative. Received: {self.held_bytes!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """All that is known after a search. ``plan`` is None where no target batch was given."""
 
@@ -185,4 +196,5 @@ class Report:
     stopped_because: str
     model_name: str = ""
     warnings: tuple[str, ...] = field(default=())
+    host_uses: tuple[HostUse, ...] = field(default=())
     schema_version: int = SCHEMA_VERSION

@@ -50,7 +50,8 @@ def build(name: str, accumulation_steps: int | None = None):
         for _ in range(2):
             attended = layers.MultiHeadAttention(4, 16)(layers.LayerNormalization()(hidden), hidden)
             hidden = hidden + attended
-            hidden = hidden + layers.Dense(64)(layers.Dense(128, activation="gelu")(layers.LayerNormalization()(hidden)))
+            wide = layers.Dense(128, activation="gelu")(layers.LayerNormalization()(hidden))
+            hidden = hidden + layers.Dense(64)(wide)
         hidden = layers.GlobalAveragePooling1D()(hidden)
     model = keras.Model(inputs, layers.Dense(10)(hidden))
     optimizer = keras.optimizers.Adam(1e-3, gradient_accumulation_steps=accumulation_steps)
@@ -84,9 +85,7 @@ class Ours:
         from autobatch.train.step import AccumulatedStep
 
         self.model, _, _ = build(name)
-        self.batches, _ = session.prepare_data(
-            self.model, x, y, target_batch=target_batch, options={"shuffle": False}
-        )
+        self.batches, _ = session.prepare_data(self.model, x, y, target_batch=target_batch, options={"shuffle": False})
         step = AccumulatedStep(self.model, self.batches.element_spec)
         self.transaction = Transaction(step, micro_batch, device="CPU:0")
         self.replaced = session._functions_replaced
@@ -166,7 +165,9 @@ def main() -> None:
         print(json.dumps(peaks_of(options.peaks[0], int(options.peaks[1]))))
         return
     rows = []
-    print(f"{'model':<12} {'k':>3} {'autobatch':>10} {'plain':>10} {'ratio':>7} {'Keras acc.':>11} {'faster':>7} {'memory':>8}")
+    headings = ("autobatch", "plain", "ratio", "Keras acc.", "faster", "memory")
+    widths = (10, 10, 7, 11, 7, 8)
+    print(f"{'model':<12} {'k':>3} " + " ".join(f"{text:>{n}}" for text, n in zip(headings, widths, strict=True)))
     for name in options.models.split(","):
         for steps in ACCUMULATION_STEPS:
             seconds = time_one(name, steps, options.repeats)
@@ -187,8 +188,8 @@ def main() -> None:
                 + (f" {share:>7.2f}g" if steps > 1 else ""),
                 flush=True,
             )
-    print("ratio: autobatch / plain. faster: Keras's accumulation / autobatch. memory: an update's peak above one plain")
-    print("micro-step's, in units of the gradients' bytes.")
+    print("ratio: autobatch / plain. faster: Keras's accumulation / autobatch. memory: an update's peak above one")
+    print("plain micro-step's, in units of the gradients' bytes.")
     if options.output:
         import keras
         import tensorflow as tf

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from autobatch.records import Environment, TrialRequest, TrialResult
+from autobatch.records import Environment, HostUse, TrialRequest, TrialResult
 from autobatch.report import sentences
 from autobatch.trial.protocol import Trials
 
@@ -103,6 +103,10 @@ class WatchedTrials:
     @property
     def warnings(self) -> tuple[str, ...]:
         return self._trials.warnings
+
+    @property
+    def host_uses(self) -> tuple[HostUse, ...]:
+        return self._trials.host_uses
 
     def run(self, request: TrialRequest) -> TrialResult:
         self._told.doing(f"Trying micro-batch {request.micro_batch:,}")

@@ -175,6 +175,7 @@ def _details(report: Report) -> str:
         ("Room left", sentences.distance(report)),
         ("Memory line", sentences.memory_line(report)),
         ("Stopped", sentences.stopped(report)),
+        *([("Data hold", sentences.host(report))] if report.host_uses else []),
     ]
     environment = sentences.environment_lines(report.environment)
     return (

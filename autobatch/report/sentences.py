@@ -142,6 +142,13 @@ def memory_line(report: Report) -> str:
     return f"peak = {format_bytes(line.fixed_bytes)} fixed (weights, gradients, optimizer slots) + {per_sample}"
 
 
+def host(report: Report) -> str:
+    """What the input pipeline will hold in host memory; empty where that is not known."""
+    parts = [f"{format_bytes(use.held_bytes)} {use.name}" for use in report.host_uses]
+    total = sum(use.held_bytes for use in report.host_uses)
+    return f"{format_bytes(total)} in host memory: {printable('; '.join(parts))}" if parts else ""
+
+
 def found(report: Report) -> str:
     """What was proven: the largest size that ran, the smallest that did not."""
     largest, failure = report.largest_fit, report.smallest_failure

@@ -78,6 +78,7 @@ def _findings(report: Report) -> list[tuple[str, str]]:
         ("Room left", sentences.distance(report)),
         ("Memory line", sentences.memory_line(report)),
         ("Stopped", sentences.stopped(report)),
+        *([("Data hold", sentences.host(report))] if report.host_uses else []),
     ]
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.errors import AutobatchWarning
+from autobatch.records import HostUse
 from autobatch.train import data_arrays, data_cut, data_host, data_seams, keras_seams
-from autobatch.train.data_host import HostUse
 from autobatch.train.structure import Structure
 
 EMPTY = "dataset is empty, so that there is nothing to train on. Give at least one sample. Received: "

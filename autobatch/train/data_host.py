@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -17,25 +16,13 @@ import tensorflow as tf
 
 from autobatch.errors import AutobatchWarning
 from autobatch.memory import limits
-from autobatch.records import Limit
+from autobatch.records import HostUse, Limit
 from autobatch.train import data_arrays, data_cut, data_seams
 from autobatch.train.structure import row_sizes, sample_count
 from autobatch.units import format_bytes
 
 AUTOTUNED_PREFETCH = 2
 """Elements that a prefetch whose size tf.data chooses is counted with; it may choose more where there is room."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostUse:
-    """One thing that will be held in host memory: what it is, in the user's words, and ``held_bytes`` at least."""
-
-    name: str
-    held_bytes: int
-
-    def __post_init__(self) -> None:
-        if self.held_bytes < 0:
-            raise ValueError(f"held_bytes must not be negative. Received: {self.held_bytes!r}")
 
 
 def uses_of_arrays(x: Any, y: Any, sample_weight: Any) -> tuple[HostUse, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from autobatch.records import Report
+from autobatch.records import HostUse, Report
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import Structure
@@ -67,6 +67,10 @@ class OneBatch:
         self.sample_limit = samples
         self.element_spec = element_spec_of(data)
         self.structure = Structure(self.element_spec)
+
+    def host_uses(self) -> tuple[HostUse, ...]:
+        """Nothing: the pipeline is the user's own loop."""
+        return ()
 
     def look(self) -> Any:
         """The batch."""

@@ -151,7 +151,7 @@ def _callback_list(model: Any, batches: EffectiveBatches, options: dict[str, Any
         add_progbar=verbose != 0,
         verbose=verbose,
         epochs=options.get("epochs", 1),
-        steps=options.get("steps_per_epoch") or batches.num_batches,
+        steps=options.get("steps_per_epoch") or batches.expected_batches,
         model=model,
     )
 

@@ -237,7 +237,8 @@ def _mark() -> tuple[Census, frozenset[str], frozenset[int]]:
 
 
 def _live_tensors() -> list[Any]:
-    return [found for found in gc.get_objects() if type(found).__name__ == "EagerTensor"]
+    eager = type(tf.constant(0))
+    return [found for found in gc.get_objects() if type(found) is eager]
 
 
 def _census() -> Census:

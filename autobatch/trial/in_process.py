@@ -58,6 +58,7 @@ class LiveTrials:
         self._saved: set[int] = set()
         self.device = limits.default_device()
         self._sample = Sample(batches)
+        self.host_uses = batches.host_uses()
         self.step = AccumulatedStep(model, batches.element_spec)
         keras_seams.build_on(model, self.step.structure.pack(self.step.structure.specs))
         self.largest_useful = target_batch if batches.sample_limit is None else batches.sample_limit
@@ -153,10 +154,11 @@ class LiveTrials:
         micro_batch = request.micro_batch
         two = self._data(2 * micro_batch)
         first = self._seconds(lambda: self.step.accumulate(two, micro_batch))
-        first_apply = self._seconds(self.step.apply)
+        self.step.apply()
         repeats = request.timed_steps if first < ENOUGH_SECONDS else 1
-        steps = [self._seconds(lambda: self.step.accumulate(two, micro_batch)) / 2 for _ in range(repeats)]
-        applies = [self._seconds(self.step.apply) for _ in range(repeats)] or [first_apply]
+        one = self._data(micro_batch)
+        steps = [self._seconds(lambda: self.step.accumulate(one, micro_batch)) for _ in range(repeats)]
+        applies = [self._seconds(self.step.apply) for _ in range(repeats)]
         return first / 2, statistics.median(steps), statistics.median(applies)
 
     def _data(self, samples: int) -> Any:

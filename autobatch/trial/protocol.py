@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from autobatch.records import Environment, TrialRequest, TrialResult
+from autobatch.records import Environment, HostUse, TrialRequest, TrialResult
 
 
 class Trials(Protocol):
@@ -12,7 +12,8 @@ class Trials(Protocol):
 
     ``largest_useful`` is a size above which trying makes no sense (the target batch, or the samples there are), None
     if unknown. ``fixed_bytes_hint`` is what weights, accumulators and optimizer slots will hold together, a lower bound
-    on every peak, None if unknown. ``model_name`` and ``warnings`` go into the report.
+    on every peak, None if unknown. ``model_name``, ``warnings`` and ``host_uses``
+    go into the report.
     """
 
     @property
@@ -29,6 +30,9 @@ class Trials(Protocol):
 
     @property
     def warnings(self) -> tuple[str, ...]: ...
+
+    @property
+    def host_uses(self) -> tuple[HostUse, ...]: ...
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size. Out of memory is an outcome; what the user's code raises is passed on."""

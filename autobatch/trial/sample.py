@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from autobatch.records import HostUse
 from autobatch.train.structure import Structure, repeat_to, row_sizes, sample_count
 
 
@@ -27,6 +28,10 @@ class Data(Protocol):
 
     @property
     def sample_limit(self) -> int | None: ...
+
+    def host_uses(self) -> tuple[HostUse, ...]:
+        """What these data will hold in host memory while they are trained on."""
+        ...
 
     def look(self) -> Any:
         """A batch of the data, which are left as they were."""

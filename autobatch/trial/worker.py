@@ -19,7 +19,7 @@ from types import TracebackType
 
 from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
 from autobatch.memory import arena, oom
-from autobatch.records import Environment, Outcome, TrialRequest, TrialResult
+from autobatch.records import Environment, HostUse, Outcome, TrialRequest, TrialResult
 from autobatch.trial.worker_process import (
     Message,
     WorkerDied,
@@ -44,6 +44,7 @@ class _Ready:
     fixed_bytes_hint: int | None
     model_name: str
     warnings: tuple[str, ...]
+    host_uses: tuple[HostUse, ...]
     fingerprint: str
 
 
@@ -124,6 +125,10 @@ class WorkerTrials:
     @property
     def warnings(self) -> tuple[str, ...]:
         return self._ready.warnings
+
+    @property
+    def host_uses(self) -> tuple[HostUse, ...]:
+        return self._ready.host_uses
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size; see ``trial.protocol.Trials``."""
@@ -207,6 +212,7 @@ class WorkerTrials:
             fixed_bytes_hint=message["fixed_bytes_hint"],
             model_name=message["model_name"],
             warnings=tuple(message["warnings"]),
+            host_uses=tuple(HostUse(name, held_bytes) for name, held_bytes in message["host_uses"]),
             fingerprint=message["fingerprint"],
         )
 

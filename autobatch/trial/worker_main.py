@@ -95,6 +95,7 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
                 "fixed_bytes_hint": trials.fixed_bytes_hint,
                 "model_name": trials.model_name,
                 "warnings": [*trials.warnings, *notes],
+                "host_uses": [[use.name, use.held_bytes] for use in trials.host_uses],
                 "fingerprint": fingerprint,
             }
         )

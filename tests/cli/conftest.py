@@ -17,6 +17,7 @@ class Stub:
     fixed_bytes_hint = None
     model_name = "stub"
     warnings = ()
+    host_uses = ()
 
     def __init__(self, act):
         self.act = act

@@ -14,8 +14,8 @@ from models import arrays, classifier
 
 import autobatch
 from autobatch.memory import limits
-from autobatch.records import Limit
-from autobatch.train import data_host, session
+from autobatch.records import HostUse, Limit
+from autobatch.train import session
 
 MEASURE = """
 import json, re, sys
@@ -207,4 +207,4 @@ def test_too_much_is_warned_about_by_name_before_it_is_held(monkeypatch, arrays_
 
 def test_a_use_is_never_negative():
     with pytest.raises(ValueError, match="Received: -1"):
-        data_host.HostUse("cache()", -1)
+        HostUse("cache()", -1)

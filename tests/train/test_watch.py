@@ -125,6 +125,8 @@ def models_kept():
 
 def models_in_a_loop_of_fits():
     """Search over models, as in a notebook: each is dropped, but not yet collected when the next one comes."""
+    import keras
+
     from autobatch.train.watch import MemoryWatch
 
     watch = MemoryWatch()
@@ -132,7 +134,8 @@ def models_in_a_loop_of_fits():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(8):
-            model = network(2**16)
+            hidden = [keras.layers.Dense(512) for _ in range(10)]  # 1 MiB each, with Adam's slots 3
+            model = keras.Sequential([keras.Input((32,)), *hidden, keras.layers.Dense(10)])
             model.compile("adam", "mse", run_eagerly=True)
             model.fit(*data(), batch_size=SAMPLES, verbose=0, callbacks=[watch])
     return watch, [str(each.message) for each in caught if each.category.__name__ == "AutobatchWarning"]
@@ -232,7 +235,8 @@ def test_a_leak_is_reported_once_with_its_cause(leaks, leak, cause, said):
     assert "an epoch; at this rate" in told["messages"][0]
     # What the look for a cause collected is used again, so that the process may not grow any more after it.
     steps = np.diff(told["hosts"])
-    assert told["findings"][0]["bytes"] == pytest.approx(np.median(steps[steps > 2**20]), rel=0.3)
+    usual = np.median(steps[steps > 2**20])
+    assert usual / 2 <= told["findings"][0]["bytes"] <= 2 * usual
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ class Stub:
     fixed_bytes_hint = None
     model_name = "stub"
     warnings = ("a warning",)
+    host_uses = ()
     def __init__(self, act):
         self.act = act
     def run(self, request):
