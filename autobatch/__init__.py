@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from autobatch.errors import AutobatchError, AutobatchWarning, NoFeasibleBatchError, UpdateInterruptedError
     from autobatch.memory.arena import configure_memory, limit_memory
     from autobatch.records import MemoryModel, Outcome, Plan, Recovery, Report, TrialResult
+    from autobatch.train.watch import MemoryWatch
 
 _HOME = {
     "AutobatchError": "autobatch.errors",
     "AutobatchWarning": "autobatch.errors",
     "MemoryModel": "autobatch.records",
+    "MemoryWatch": "autobatch.train.watch",
     "NoFeasibleBatchError": "autobatch.errors",
     "Outcome": "autobatch.records",
     "Plan": "autobatch.records",
@@ -37,6 +39,7 @@ __all__ = [
     "AutobatchError",
     "AutobatchWarning",
     "MemoryModel",
+    "MemoryWatch",
     "NoFeasibleBatchError",
     "Outcome",
     "Plan",

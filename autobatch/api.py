@@ -35,6 +35,7 @@ def fit(
     micro_batch: int | str = "auto",
     memory_limit: int | str | None = None,
     headroom: float = 0.05,
+    memory_watch: bool = True,
     **fit_options: Any,
 ) -> Any:
     """Train a compiled Keras model at an effective batch of ``target_batch``, in whatever memory there is.
@@ -50,6 +51,8 @@ def fit(
             search and starts there.
         memory_limit: At most so much, in bytes or as "512MiB"; None uses what the device has.
         headroom: The share of the limit that is left alone.
+        memory_watch: Warn when memory grows from epoch to epoch, with the likely cause; see
+            :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its place.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
             updates.
 
@@ -90,6 +93,7 @@ def fit(
         device=trials.device,
         user_limit_bytes=limit_bytes,
         options=options,
+        memory_watch=memory_watch,
     )
 
 

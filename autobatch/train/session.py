@@ -17,6 +17,7 @@ from autobatch.train import data_arrays, data_cut, data_seams
 from autobatch.train.data import EffectiveBatches
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
+from autobatch.train.watch import MemoryWatch
 
 _DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
 
@@ -74,6 +75,7 @@ def train(
     device: str,
     user_limit_bytes: int | None,
     options: dict[str, Any],
+    memory_watch: bool,
 ) -> Any:
     """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``."""
     plan = report.plan
@@ -88,6 +90,11 @@ def train(
     )
     options = dict(options)
     callbacks = _callback_list(model, batches, options)
+    if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
+        watch = MemoryWatch()
+        watch.set_params(callbacks.params)
+        watch.set_model(model)
+        callbacks.callbacks.append(watch)
     with _functions_replaced(model, transaction), _quiet_about_length(batches, options):
         try:
             history = model.fit(batches, callbacks=callbacks, shuffle=False, **options)

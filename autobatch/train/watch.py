@@ -212,7 +212,7 @@ def _host_bytes() -> int | None:
 def _live_functions() -> set[str] | None:
     """The names of all functions that TensorFlow's eager context holds: each trace adds one, until it is freed.
 
-    Private; seen in TensorFlow 2.19 to 2.21. None where it has moved: then retracing is not found.
+    Private; seen in TensorFlow 2.21. None where it has moved: then retracing is not found.
     """
     try:
         from tensorflow.python.eager import context
@@ -282,7 +282,7 @@ def _kind(exact: type) -> Any:
     bases = exact.__mro__
     for kind in (tf.Tensor, keras.layers.Layer, tf.data.Dataset, list, dict):
         if kind in bases:
-            # Private names, seen in TensorFlow 2.19 to 2.21. Where they have moved, these are not found.
+            # Private names, seen in TensorFlow 2.21. Where they have moved, these are not found.
             name = {tf.Tensor: "EagerTensor", tf.data.Dataset: "CacheDataset"}.get(kind, exact.__name__)
             return kind if name == exact.__name__ else None
     return None
