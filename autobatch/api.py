@@ -141,6 +141,7 @@ def tune(
         )
     finally:
         trials.close()
+        trials.step.release_accumulators()
 
 
 def open_trials(

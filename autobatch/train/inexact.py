@@ -40,6 +40,11 @@ def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[st
             f"The gradients of a row of {_named(embeddings)} that occurs several times are summed before "
             f"{adaptive[0].name} squares them; Keras's TensorFlow backend squares each by itself."
         )
+    if isinstance(model, keras.Model) and type(model).train_step is not keras.Model.train_step:
+        found.append(
+            f"{type(model).__name__}.train_step: what of its loss is no keras.losses.Loss is taken for a mean over the "
+            "samples of a batch, and a sum is weighed as one."
+        )
     if scalar_losses:
         found.append(
             f"The loss {', '.join(scalar_losses)} returns one number for a batch; it is averaged over the "

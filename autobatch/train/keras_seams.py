@@ -7,6 +7,8 @@ them moves.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 __all__ = [
     "DataAdapter",
     "apply_mask",
+    "apply_of",
     "build_on",
     "capture_apply",
     "data_adapter_for",
@@ -31,8 +34,9 @@ __all__ = [
     "global_seed_variables",
     "intercept_reductions",
     "is_array_adapter",
-    "is_compiled",
+    "is_built",
     "optimizers_of",
+    "require_supported",
     "split_validation",
     "squeeze_or_expand",
     "standardize_reduction",
@@ -45,18 +49,31 @@ ApplyHandler = Callable[[Any, list[Any], list[Any]], None]
 ReductionHandler = Callable[..., Any]
 """Takes Keras's own ``reduce_weighted_values``, whether ``compile(loss=...)`` is calling, and its arguments."""
 
+_PATCHING = threading.RLock()
+"""Held while something of Keras's is replaced, so that fits on several threads do not put each other's back."""
+
+_REPLACED: dict[int, Any] = {}
+"""By the optimizer's id, the ``apply`` on the instance that :func:`capture_apply` has replaced; None if it had none."""
+
 apply_mask = _loss_module.apply_mask
 squeeze_or_expand = _loss_module.squeeze_or_expand_to_same_rank
 standardize_reduction = _loss_module.standardize_reduction
 
 
 def optimizers_of(model: Any) -> tuple[Any, ...]:
-    """The optimizers that a ``train_step`` of this model can call: ``model.optimizer`` and those it has as attributes.
+    """The optimizers that a ``train_step`` of this model can call: ``model.optimizer`` and those among its attributes.
 
     Of a ``LossScaleOptimizer`` and the optimizer that it wraps only the outer one counts.
     """
     found: list[Any] = []
-    candidates = [getattr(model, "optimizer", None), *vars(model).values()]
+    candidates = [getattr(model, "optimizer", None)]
+    for attribute in vars(model).values():
+        if isinstance(attribute, dict):
+            candidates += attribute.values()
+        elif isinstance(attribute, (list, tuple)):
+            candidates += attribute
+        else:
+            candidates.append(attribute)
     for candidate in candidates:
         if isinstance(candidate, keras.optimizers.Optimizer) and all(candidate is not known for known in found):
             found.append(candidate)
@@ -80,13 +97,25 @@ def capture_apply(optimizers: Sequence[Any], handler: ApplyHandler) -> Iterator[
 
         return apply
 
-    for optimizer in optimizers:
-        optimizer.__dict__["apply"] = replacement_for(optimizer)
-    try:
-        yield
-    finally:
+    with _PATCHING:
         for optimizer in optimizers:
-            optimizer.__dict__.pop("apply", None)
+            _REPLACED[id(optimizer)] = optimizer.__dict__.get("apply")
+            optimizer.__dict__["apply"] = replacement_for(optimizer)
+        try:
+            yield
+        finally:
+            for optimizer in optimizers:
+                own = _REPLACED.pop(id(optimizer))
+                if own is None:
+                    del optimizer.__dict__["apply"]
+                else:
+                    optimizer.__dict__["apply"] = own
+
+
+def apply_of(optimizer: Any) -> Callable[..., None]:
+    """The ``apply`` that :func:`capture_apply` has replaced: the class's, or one that the user set on the instance."""
+    own = _REPLACED.get(id(optimizer))
+    return functools.partial(type(optimizer).apply, optimizer) if own is None else own
 
 
 @contextlib.contextmanager
@@ -100,6 +129,7 @@ def intercept_reductions(handler: ReductionHandler, output_loss_weight: Any) -> 
     ``output_loss_weight``: Keras weighs them by the static batch dimension, which is None where it is left open, so
     that each micro-batch would count as one, whatever its share of the effective batch.
     """
+    _PATCHING.acquire()
     original_reduce = _loss_module.reduce_weighted_values
     original_call = _CompileLoss.call
     original_update = keras.metrics.Mean.update_state
@@ -135,6 +165,7 @@ def intercept_reductions(handler: ReductionHandler, output_loss_weight: Any) -> 
         _loss_module.reduce_weighted_values = original_reduce
         _CompileLoss.call = original_call
         keras.metrics.Mean.update_state = original_update
+        _PATCHING.release()
 
 
 def discarding_assignments(model: Any) -> Any:
@@ -173,21 +204,46 @@ def build_on(model: Any, element_spec: Any) -> None:
 @contextlib.contextmanager
 def without_gradients() -> Iterator[None]:
     """While this lasts, ``GradientTape.gradient`` returns zeros, so that a forward pass alone is traced."""
+    _PATCHING.acquire()
     original = tf.GradientTape.gradient
 
     def gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
-        return tf.nest.map_structure(lambda source: tf.zeros(source.shape, source.dtype), sources)
+        return tf.nest.map_structure(
+            lambda source: tf.zeros_like(source) if tf.is_tensor(source) else tf.zeros(source.shape, source.dtype),
+            sources,
+        )
 
     tf.GradientTape.gradient = gradient
     try:
         yield
     finally:
         tf.GradientTape.gradient = original
+        _PATCHING.release()
 
 
-def is_compiled(model: Any) -> bool:
-    """Whether ``compile`` was called on this model."""
-    return bool(getattr(model, "compiled", False))
+def is_built(model: Any) -> bool:
+    """Whether all layers of the model have their variables."""
+    return all(layer.built for layer in model._flatten_layers())
+
+
+def require_supported(model: Any) -> None:
+    """Refuse models whose training goes another way than through Keras's own ``fit`` on one device.
+
+    Raises:
+        ValueError: the model was made under a distribution strategy, or makes its own train function.
+    """
+    strategy = getattr(model, "_distribute_strategy", None)
+    if strategy is not None or tf.distribute.has_strategy():
+        strategy = strategy or tf.distribute.get_strategy()
+        raise ValueError(
+            "autobatch trains on one device: a model made or trained under a tf.distribute strategy is not supported "
+            f"yet. Make it outside of the strategy's scope. Received: {type(strategy).__name__}"
+        )
+    if getattr(type(model), "make_train_function", None) is not keras.Model.make_train_function:
+        raise ValueError(
+            "This model overrides make_train_function, which autobatch would pass by. Put what it does in train_step. "
+            f"Received: {type(model).__name__}"
+        )
 
 
 def data_adapter_for(**arguments: Any) -> Any:

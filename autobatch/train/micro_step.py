@@ -61,6 +61,12 @@ class MicroStep:
             keras_seams.intercept_reductions(normalizer, fraction),
         ):
             logs = self._step(owner.structure.pack(leaves))
+        if self._training and owner.model.trainable_variables and not owner.captured_any:
+            raise ValueError(
+                "train_step applied no optimizer that autobatch can see, so there are no gradients to accumulate. Keep "
+                "the optimizer as model.optimizer, or as an attribute of the model, and call its apply or "
+                f"apply_gradients. Received: {type(owner.model).__name__}"
+            )
         self._count_length = len(normalizer.counts)
         owner.scalar_losses = tuple(dict.fromkeys(normalizer.scalar_losses))
         known = set(owner.model.get_metrics_result()) if isinstance(logs, dict) else set()
@@ -148,7 +154,13 @@ def loop(leaves: list[Any], samples: Any, micro_batch: Any, carried: Any, body: 
             part = [cut(leaf, start, stop) for leaf in leaves]
         return stop, body(part, fraction, carried)
 
-    start = tf.constant(0, tf.int64)
+    with tf.device("CPU:0"):
+        start = tf.constant(0, tf.int64)
+
+    def more(start: Any, _: Any) -> Any:
+        with tf.device("CPU:0"):  # a comparison on the device would wait for it at every micro-batch
+            return start < samples
+
     if tf.executing_eagerly():
         while int(start) < int(samples):
             start, carried = step(start, carried)
@@ -157,7 +169,7 @@ def loop(leaves: list[Any], samples: Any, micro_batch: Any, carried: Any, body: 
         lambda tensor: tf.TensorShape([None if d == 0 else d for d in tensor.shape]), carried
     )
     _, carried = tf.while_loop(
-        lambda start, _: start < samples,
+        more,
         step,
         (start, carried),
         shape_invariants=(start.shape, invariants),

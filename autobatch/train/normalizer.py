@@ -65,7 +65,8 @@ class Normalizer:
     ) -> Any:
         """Reduce ``values`` as Keras would, times the factor of the table above."""
         if len(values.shape) == 0:
-            self.scalar_losses.append(values.name.rsplit("/", 2)[-2] if "/" in values.name else "without a name")
+            name = "" if tf.executing_eagerly() else values.name
+            self.scalar_losses.append(name.rsplit("/", 2)[-2] if "/" in name else "without a name")
         loss = reduce(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
         kind = keras_seams.standardize_reduction(reduction)
         if kind == "sum" or (kind in (None, "none") and of_compile):

@@ -58,6 +58,7 @@ class Transaction:
     Args:
         step: the model's compiled steps.
         micro_batch: the size to begin with, proven or chosen.
+        effective_batch: samples in all updates but an epoch's last; None where batches may have any size.
         device: TensorFlow's name of the device, such as "GPU:0".
         memory_model: predicts the peak; picks the next size after a failure.
         user_limit_bytes, headroom: as for ``fit``.
@@ -69,6 +70,7 @@ class Transaction:
         micro_batch: int,
         *,
         device: str,
+        effective_batch: int | None = None,
         memory_model: MemoryModel | None = None,
         user_limit_bytes: int | None = None,
         headroom: float = 0.0,
@@ -82,6 +84,7 @@ class Transaction:
         self._evaluations: dict[str, AccumulatedStep] = {}
         self._evaluation_recorders: dict[int, Recorder] = {}
         self._device = device
+        self._effective_batch = effective_batch
         self._memory_model = memory_model
         self._user_limit_bytes = user_limit_bytes
         self._headroom = headroom
@@ -105,9 +108,11 @@ class Transaction:
         if key not in self._evaluations:
             self._evaluations[key] = AccumulatedStep(self._step.model, element_spec)
         step = self._evaluations[key]
-        return self._run(
+        logs = self._run(
             data, lambda data, samples: self._evaluate_once(step, data, samples), self._validation_policy, "validation"
         )
+        self._validation_policy.succeeded()
+        return logs
 
     def _run(self, data: Any, once: Callable[[Any, int], Logs], policy: MicroBatchPolicy, phase: str) -> Logs:
         samples = count_samples(data)
@@ -133,7 +138,8 @@ class Transaction:
 
     def _train_once(self, data: Any, samples: int) -> Logs:
         micro_batch = self.policy.micro_batch
-        whole = samples <= micro_batch
+        # An epoch's last, smaller batch goes the way of the others: the plain step was never run beside accumulators.
+        whole = micro_batch >= max(samples, self._effective_batch or samples)
         step = self._step
         kept: list[Snapshot] = []
         try:
@@ -147,7 +153,7 @@ class Transaction:
             diagnosis = self._diagnose(error)
         else:
             return logs
-        if not self._keeps_weights and step.update_has_begun():
+        if kept and not self._keeps_weights and step.update_has_begun():
             raise UpdateInterruptedError(
                 f"The optimizer's update ran out of memory half-way ({diagnosis.detail}), and there was no room to "
                 "keep the weights beside it. They are unusable now: load the last checkpoint, and use a smaller "
@@ -159,9 +165,15 @@ class Transaction:
     def _make_recorder(self) -> Recorder:
         """A recorder of what each micro-batch changes, and of what the update changes if there is room to keep it."""
         updated = self._step.updated_variables
-        self._keeps_weights = self._can_keep(bytes_of(updated))
+        # The update itself needs room at the same time: for gradients that have no accumulators, for temporaries.
+        weights = [bytes_of([variable]) for variable in self._step.model.trainable_variables]
+        temporaries = sum(weights) + 2 * max(weights, default=0)
+        self._keeps_weights = self._can_keep(bytes_of(updated) + temporaries)
         left_out = set() if self._keeps_weights else {id(variable) for variable in updated}
-        return Recorder(variable for variable in self._step.variables if id(variable) not in left_out)
+        return Recorder(
+            (variable for variable in self._step.variables if id(variable) not in left_out),
+            beforehand=self._step.note_no_update,
+        )
 
     def _evaluate_once(self, step: AccumulatedStep, data: Any, samples: int) -> Logs:
         micro_batch = min(samples, self._validation_policy.micro_batch)

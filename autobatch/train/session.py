@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
-from autobatch.train import data_arrays, data_cut, data_seams
+from autobatch.train import data_arrays, data_cut, data_seams, keras_seams
 from autobatch.train.data import EffectiveBatches
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
@@ -30,6 +30,7 @@ def prepare_data(
     Returns them with the options that are left for Keras's ``fit``. ``only_look`` tells that nothing will be trained
     on them.
     """
+    keras_seams.require_supported(model)
     remaining = dict(options)
     data = {name: remaining.pop(name) for name in _DATA_OPTIONS if name in remaining}
     x, y, sample_weight = _unpack(dataset, y, data.pop("sample_weight", None))
@@ -84,6 +85,7 @@ def train(
         step,
         plan.micro_batch,
         device=device,
+        effective_batch=plan.effective_batch,
         memory_model=report.memory_model,
         user_limit_bytes=user_limit_bytes,
         headroom=report.environment.headroom,
@@ -99,8 +101,13 @@ def train(
         try:
             history = model.fit(batches, callbacks=callbacks, shuffle=False, **options)
         except NoFeasibleBatchError:
-            callbacks.on_train_end()  # files are closed and best weights restored, as at any other end
+            for callback in callbacks.callbacks:
+                # Files are closed and best weights restored, as at any other end; the backup to resume from is kept.
+                if not isinstance(callback, keras.callbacks.BackupAndRestore):
+                    callback.on_train_end()
             raise
+        finally:
+            step.release_accumulators()
     history.plan = plan
     history.report = report
     history.recoveries = tuple(transaction.recoveries)
@@ -185,7 +192,11 @@ def _functions_replaced(model: Any, transaction: Transaction) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train_function, model.test_function = before
+        # What a callback has put there, by compile() say, is newer than what was there before.
+        if model.train_function is train_function:
+            model.train_function = before[0]
+        if model.test_function is test_function:
+            model.test_function = before[1]
 
 
 def _several(model: Any, iterator: Any, once: Callable[[Any], Any]) -> Any:

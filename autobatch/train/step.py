@@ -66,6 +66,10 @@ class AccumulatedStep:
         self._evaluate = self._trace_loop(MicroStep(self, self.model.test_step, training=False), zero_first=False)
         return True
 
+    def note_no_update(self) -> None:
+        """Note that no update is under way; to be run before each step."""
+        self._update_begun.assign(False)
+
     def update_has_begun(self) -> bool:
         """Whether the last step came as far as its update, so that weights may have changed."""
         return bool(self._update_begun.numpy())
@@ -92,6 +96,11 @@ class AccumulatedStep:
         return distinct(own)
 
     @property
+    def captured_any(self) -> bool:
+        """Whether the step that was traced last applied an optimizer."""
+        return bool(self._captured)
+
+    @property
     def updating_optimizers(self) -> tuple[Any, ...]:
         """The optimizers that the traced step applies; all that it could apply before it was traced."""
         return tuple(optimizer for optimizer, _, _ in self._captured) or self.optimizers
@@ -102,7 +111,13 @@ class AccumulatedStep:
         return list(self._accumulators.values())
 
     def release_accumulators(self) -> None:
-        """Let go of the accumulators and of what was traced with them."""
+        """Let go of the accumulators, of their memory, and of what was traced with them.
+
+        TensorFlow's registry of gradient functions keeps a traced update, and the buffers that it names, for the life
+        of the process; so the buffers are emptied first.
+        """
+        for accumulator in self._accumulators.values():
+            tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=tf.zeros([0], accumulator.dtype))
         self._micro = self._accumulate = self._apply = None
         self._accumulators = {}
         self._captured = []
@@ -121,11 +136,12 @@ class AccumulatedStep:
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
                 held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
-                with tf.control_dependencies([self._begin_update(variables)]):
-                    type(optimizer).apply(optimizer, held, variables)
+                # XLA allocates all that a compiled step needs before anything runs, and writes nothing before its end.
+                begun = tf.no_op() if self.model.jit_compile else self._begin_update(variables)
+                with tf.control_dependencies([begun]):
+                    keras_seams.apply_of(optimizer)(held, variables)
 
         def step(leaves: list[Any]) -> Logs:
-            self._update_begun.assign(False)
             with keras_seams.capture_apply(self.optimizers, update):
                 return self.model.train_step(self.structure.pack(leaves))
 
@@ -142,10 +158,9 @@ class AccumulatedStep:
         The block is as large as the weights and is given back at once. It is only taken from the allocator, not
         written to.
         """
-        if self.model.jit_compile:
-            return tf.no_op()  # XLA allocates all that it needs before anything runs
         with tf.device(variables[0].device if isinstance(variables[0], tf.Variable) else variables[0].value.device):
-            room = tf.raw_ops.Empty(shape=[bytes_of(variables)], dtype=tf.uint8)
+            # Two dimensions, for each is an int32.
+            room = tf.raw_ops.Empty(shape=[-(-bytes_of(variables) // 2**20), 2**20], dtype=tf.uint8)
         with tf.control_dependencies([room]), tf.device("CPU:0"):
             return self._update_begun.assign(True, read_value=False)
 
@@ -168,7 +183,9 @@ class AccumulatedStep:
             for optimizer, variables, present in self._captured:
                 begun = self._begin_update(variables)
                 gradients = [
-                    self._accumulators[id(distinct([variable])[0])].read_value() if is_present else None
+                    tf.cast(self._accumulators[id(distinct([variable])[0])].read_value(), distinct([variable])[0].dtype)
+                    if is_present
+                    else None
                     for variable, is_present in zip(variables, present, strict=True)
                 ]
                 with tf.control_dependencies([begun]):
@@ -191,9 +208,10 @@ class AccumulatedStep:
             with tf.device("CPU:0"):
                 samples = sample_count(leaves)
             if zero_first:
-                self._update_begun.assign(False)
+                # A zero that is not known beforehand: of a constant one TensorFlow keeps a copy of each shape.
+                zero = tf.cast(micro_batch < 0, tf.float32)
                 for accumulator in self._accumulators.values():
-                    accumulator.assign(tf.zeros_like(accumulator))
+                    accumulator.assign(tf.fill(accumulator.shape, tf.cast(zero, accumulator.dtype)))
             totals = micro.count_over(leaves, samples, micro_batch)
 
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
@@ -215,9 +233,11 @@ class AccumulatedStep:
     def accumulator_for(self, variable: Any) -> Any:
         inner = distinct([variable])[0]
         if id(inner) not in self._accumulators:
+            # Sums of 16-bit gradients are kept in 32 bits: else what a micro-batch adds is lost in what is there.
+            dtype = tf.float32 if inner.dtype.size < 4 else inner.dtype
             with tf.init_scope(), tf.device(inner.device):
                 self._accumulators[id(inner)] = tf.Variable(
-                    tf.zeros(inner.shape, inner.dtype), trainable=False, name="autobatch_accumulator"
+                    tf.zeros(inner.shape, dtype), trainable=False, name="autobatch_accumulator"
                 )
         return self._accumulators[id(inner)]
 
@@ -245,12 +265,16 @@ class AccumulatedStep:
                     f"variables. Received: {optimizer.name!r}"
                 )
             _ensure_built(optimizer, variables)
+            scales: dict[Any, Any] = {}
             captured.append((optimizer, variables, [gradient is not None for gradient in gradients]))
             for variable, gradient in zip(variables, gradients, strict=True):
                 if gradient is None:
                     continue
                 accumulator = self.accumulator_for(variable)
-                scale = tf.cast(fraction, accumulator.dtype)
+                if accumulator.dtype not in scales:
+                    with tf.device("CPU:0"):
+                        scales[accumulator.dtype] = tf.cast(fraction, accumulator.dtype)
+                scale = scales[accumulator.dtype]
                 if isinstance(gradient, tf.IndexedSlices):
                     scaled = tf.cast(gradient.values, accumulator.dtype) * scale
                     accumulator.scatter_add(tf.IndexedSlices(scaled, gradient.indices))

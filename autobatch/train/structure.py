@@ -43,11 +43,14 @@ class Structure:
 
     def leaves(self, data: Any) -> list[Any]:
         """The tensors of one batch, in order; missing parts left out."""
-        return [
-            tf.convert_to_tensor(part) if not isinstance(part, (tf.RaggedTensor, tf.SparseTensor)) else part
-            for part in tf.nest.flatten(data)
-            if not _is_missing(part)
-        ]
+        parts = [part for part in tf.nest.flatten(data) if not _is_missing(part)]
+        if all(tf.is_tensor(part) for part in parts):
+            return parts
+        with tf.device("CPU:0"):  # arrays are not to land on the device whole
+            return [
+                part if isinstance(part, (tf.RaggedTensor, tf.SparseTensor)) else tf.convert_to_tensor(part)
+                for part in parts
+            ]
 
     def pack(self, leaves: list[Any]) -> Any:
         """The structure that ``train_step`` takes, around these leaves."""

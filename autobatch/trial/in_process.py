@@ -11,6 +11,7 @@ import gc
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import keras
 import tensorflow as tf
 
 from autobatch import __version__
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchWarning
 from autobatch.memory import limits, oom
 from autobatch.records import Environment, Outcome, TrialRequest, TrialResult
 from autobatch.train import inexact, keras_seams
@@ -61,6 +62,13 @@ class LiveTrials:
         self.host_uses = batches.host_uses()
         self.step = AccumulatedStep(model, batches.element_spec)
         keras_seams.build_on(model, self.step.structure.pack(self.step.structure.specs))
+        if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
+            warnings.warn(
+                f"memory_limit cannot be held to: TensorFlow's allocator on {self.device} keeps no figures. Call "
+                "autobatch.limit_memory before TensorFlow starts, or leave oneDNN on.",
+                AutobatchWarning,
+                stacklevel=4,
+            )
         self.largest_useful = target_batch if batches.sample_limit is None else batches.sample_limit
         if target_batch is not None and self.largest_useful is not None:
             self.largest_useful = min(self.largest_useful, target_batch)
@@ -104,6 +112,12 @@ class LiveTrials:
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size for real; what the user's own code raises is passed on."""
+        if self._model.run_eagerly and not keras_seams.is_built(self._model):
+            raise ValueError(
+                "This model runs eagerly and is not built yet, so that its state before a trial cannot be kept. Build "
+                "it first, by calling it on a batch or by model.build(input_shape); or give micro_batch, which skips "
+                f"the search. Received: {type(self._model).__name__}"
+            )
         whole = self._target_batch is not None and request.micro_batch >= self._target_batch
         try:
             return self._run(request, whole)
@@ -188,11 +202,3 @@ class LiveTrials:
         self._snapshots = []
         self._saved = set()
         gc.collect()
-
-    def require_usable(self) -> None:
-        """Raise if the device cannot be measured and no limit is known, in words that name the remedy."""
-        if self.environment.budget_bytes is not None and self.environment.budget_bytes <= 0:
-            raise AutobatchError(
-                f"No memory is left on {self.device}: the limit is {self.environment.limit_bytes} bytes. "
-                "Free memory, or give a higher memory_limit."
-            )

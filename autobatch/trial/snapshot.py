@@ -7,7 +7,7 @@ device memory is held.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -57,14 +57,20 @@ class Snapshot:
 
 
 class Recorder:
-    """Takes snapshots of the same variables again and again, on the device, in one call each."""
+    """Takes snapshots of the same variables again and again, on the device, in one call each.
 
-    def __init__(self, variables: Iterable[Any]) -> None:
+    ``beforehand`` is traced into that call.
+    """
+
+    def __init__(self, variables: Iterable[Any], *, beforehand: Callable[[], object] = lambda: None) -> None:
         self._variables = distinct(variables)
-        self._read = tf.function(
-            lambda: [variable.read_value() for variable in self._variables], autograph=False, input_signature=[]
-        )
+
+        def read() -> list[Any]:
+            beforehand()
+            return [variable.read_value() for variable in self._variables]
+
+        self._read = tf.function(read, autograph=False, input_signature=[])
 
     def take(self) -> Snapshot:
         """The values now; buffers are shared with the variables until those are updated."""
-        return Snapshot(self._variables, list(self._read()) if self._variables else [])
+        return Snapshot(self._variables, list(self._read()))
