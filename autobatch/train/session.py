@@ -93,7 +93,7 @@ def train(
     options = dict(options)
     callbacks = _callback_list(model, batches, options)
     if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
-        watch = MemoryWatch()
+        watch = MemoryWatch(look_for_cause=False)  # nobody asked for a walk over all that is alive
         watch.set_params(callbacks.params)
         watch.set_model(model)
         callbacks.callbacks.append(watch)

@@ -54,13 +54,15 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         warmup_epochs: Epochs of each training that may grow: the first one traces, allocates the optimizer's slots
             and fills ``cache()``. At least 1.
         verbose: 1 logs each epoch's memory, to the logger "autobatch" at level INFO.
+        look_for_cause: Once memory grows, count what is alive among Python's objects to name the cause. Without it only
+            retracing is told apart.
 
     Attributes:
         samples: A :class:`MemorySample` for each epoch.
         findings: A :class:`MemoryFinding` for each cause found, as warned about.
     """
 
-    def __init__(self, *, warmup_epochs: int = 1, verbose: int = 0) -> None:
+    def __init__(self, *, warmup_epochs: int = 1, verbose: int = 0, look_for_cause: bool = True) -> None:
         super().__init__()
         if isinstance(warmup_epochs, bool) or not isinstance(warmup_epochs, int):
             raise TypeError(f"warmup_epochs is a whole number. Received: {warmup_epochs!r}")
@@ -70,6 +72,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         self.findings: tuple[MemoryFinding, ...] = ()
         self._warmup_epochs = warmup_epochs
         self._verbose = verbose
+        self._look_for_objects = look_for_cause
         self._device: str | None = None
         self._fit = -1
         self._epochs_seen = 0
@@ -121,7 +124,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
             level = sample.device_bytes if where == "device" else sample.host_bytes
             if level is None:
                 continue
-            slope = evidence.add(level, _mark)
+            slope = evidence.add(level, self._mark)
             if slope is None:
                 continue
             cause, detail = self._look_for_cause(evidence, where, per)
@@ -147,9 +150,9 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         """Compare what is alive with the mark that was set when memory began to grow."""
         mark, names_at_mark, tensors_at_mark = evidence.mark
         steps, grown = evidence.since_mark
-        now = _census()
+        now = self._census()
         gc.collect()
-        collected = _census()
+        collected = self._census()
         cause = growth.explain(mark, now, collected, grown, where=where, steps=steps)
         each = f"{'an' if per == 'epoch' else 'a'} {per}"
         detail = ""
@@ -174,6 +177,16 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
             freed = now.tensor_bytes(where) - collected.tensor_bytes(where) + now.array_bytes - collected.array_bytes
             detail = f"a garbage collection just freed {format_bytes(freed)}"
         return cause, detail
+
+    def _mark(self) -> tuple[Census, frozenset[str], frozenset[int]]:
+        """What is alive, the functions' names and the tensors' ids, to tell which ones are new later on."""
+        tensors = map(id, _live_tensors()) if self._look_for_objects else ()
+        return self._census(), frozenset(_live_functions() or ()), frozenset(tensors)
+
+    def _census(self) -> Census:
+        if self._look_for_objects:
+            return _census()
+        return Census(_count(_live_functions()), 0, 0, 0, 0, 0, 0, 0)
 
     def _level(self, where: str) -> int | None:
         if where == "host":
@@ -229,11 +242,6 @@ def _count(names: Collection[str] | None) -> int | None:
 def _function_name(name: str) -> str:
     match = _FUNCTION_NAME.match(name)
     return match.group(1) if match else name
-
-
-def _mark() -> tuple[Census, frozenset[str], frozenset[int]]:
-    """What is alive, the names of the functions and the ids of the tensors, to tell which ones are new later on."""
-    return _census(), frozenset(_live_functions() or ()), frozenset(map(id, _live_tensors()))
 
 
 def _live_tensors() -> list[Any]:
@@ -299,17 +307,14 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 def _arrays_in(container: Any, kind: Any) -> Collection[Any]:
-    """The arrays in a container whose last item is one. Not by the container's own methods: they may be the user's."""
-    try:
-        last = next(list.__reversed__(container) if kind is list else reversed(dict.values(container)), None)
-        if type(last) is np.ndarray:
-            items = list.copy(container) if kind is list else list(dict.values(container))
-        elif kind is list and type(last) is tuple and any(type(item) is np.ndarray for item in last):
-            items = [item for row in list.copy(container) if type(row) is tuple for item in row]
-        else:
-            return ()
-    except RuntimeError:  # another thread is changing it
-        return ()
+    """The arrays in a container, or in the tuples of a list.
+
+    Asked of the garbage collector, not of the container: a list that C code is still filling has holes, and to iterate
+    over one is a segmentation fault.
+    """
+    items = gc.get_referents(container)
+    if kind is list and items and type(items[-1]) is tuple:
+        items = gc.get_referents(*(item for item in items if type(item) is tuple))
     return [item for item in items if type(item) is np.ndarray]
 
 
