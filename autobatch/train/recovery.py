@@ -11,7 +11,9 @@ What a step touches falls in two parts:
   is held anyway, they are kept, and a failed update is undone. Where it does not, nothing can be undone, so the
   update makes sure beforehand: it asks the allocator for one block as large as the weights, gives it back, and only
   then starts, with room for its temporaries. Should it run out of memory all the same, half done,
-  :class:`~autobatch.errors.UpdateInterruptedError` says so rather than training on with it.
+  :class:`~autobatch.errors.UpdateInterruptedError` says so rather than training on with it. The same holds where one
+  micro-batch is the whole effective batch and :data:`PROVEN_UPDATES` updates went well: keeping the weights would cost
+  a small model more time than its step, and what an update needs does not change from one to the next.
 
 After rolling back, the same samples run again with a smaller micro-batch (:mod:`autobatch.train.policy`).
 """
@@ -40,6 +42,10 @@ logger = logging.getLogger("autobatch")
 
 # What TensorFlow and NumPy raise when memory runs out, and much else: memory.oom tells which it was.
 CAUGHT = (tf.errors.OpError, MemoryError)
+
+
+PROVEN_UPDATES = 4
+"""So many updates in a row show that the optimizer's update fits beside all else that is held."""
 
 
 class _RolledBackError(Exception):
@@ -81,6 +87,8 @@ class Transaction:
         self._step = step
         self._recorder: Recorder | None = None
         self._keeps_weights = True
+        self._proven = False
+        self._good_updates = 0
         self._evaluations: dict[str, AccumulatedStep] = {}
         self._evaluation_recorders: dict[int, Recorder] = {}
         self._device = device
@@ -99,6 +107,7 @@ class Transaction:
         """
         logs = self._run(data, self._train_once, self.policy, "train")
         self._updates += 1
+        self._good_updates += 1
         self.policy.succeeded()
         return logs
 
@@ -143,7 +152,9 @@ class Transaction:
         step = self._step
         kept: list[Snapshot] = []
         try:
-            if step.prepare(whole=whole) or self._recorder is None:
+            proven = whole and self._good_updates >= PROVEN_UPDATES
+            if step.prepare(whole=whole) or self._recorder is None or proven is not self._proven:
+                self._proven = proven
                 self._recorder = self._make_recorder()
             kept.append(self._recorder.take())
             logs = step.plain(data) if whole else step.accumulate(data, micro_batch)
@@ -168,7 +179,7 @@ class Transaction:
         # The update itself needs room at the same time: for gradients that have no accumulators, for temporaries.
         weights = [bytes_of([variable]) for variable in self._step.model.trainable_variables]
         temporaries = sum(weights) + 2 * max(weights, default=0)
-        self._keeps_weights = self._can_keep(bytes_of(updated) + temporaries)
+        self._keeps_weights = not self._proven and self._can_keep(bytes_of(updated) + temporaries)
         left_out = set() if self._keeps_weights else {id(variable) for variable in updated}
         return Recorder(
             (variable for variable in self._step.variables if id(variable) not in left_out),
@@ -216,6 +227,7 @@ class Transaction:
 
     def _shrink(self, policy: MicroBatchPolicy, phase: str, failure: _RolledBackError) -> None:
         before = failure.micro_batch
+        self._good_updates = 0
         self._recorder = None  # what there is room for may have changed
         after = policy.failed(before, samples=failure.samples, fitting_now=self._fitting_now())
         if after is None:

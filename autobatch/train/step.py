@@ -155,12 +155,13 @@ class AccumulatedStep:
     def _begin_update(self, variables: list[Any]) -> Any:
         """Make sure of room for the update's temporaries, then note that it has begun; an op to depend on.
 
-        The block is as large as the weights and is given back at once. It is only taken from the allocator, not
-        written to.
+        The block is as large as the weights and twice the largest of them, and is given back at once. It is only taken
+        from the allocator, not written to.
         """
+        needed_bytes = bytes_of(variables) + 2 * max(bytes_of([variable]) for variable in variables)
         with tf.device(variables[0].device if isinstance(variables[0], tf.Variable) else variables[0].value.device):
             # Two dimensions, for each is an int32.
-            room = tf.raw_ops.Empty(shape=[-(-bytes_of(variables) // 2**20), 2**20], dtype=tf.uint8)
+            room = tf.raw_ops.Empty(shape=[-(-needed_bytes // 2**10), 2**10], dtype=tf.uint8)
         with tf.control_dependencies([room]), tf.device("CPU:0"):
             return self._update_begun.assign(True, read_value=False)
 

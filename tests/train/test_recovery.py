@@ -211,3 +211,38 @@ def test_a_bug_in_the_model_is_never_out_of_memory():
     model = classifier(extra=[MemoryHog(explode)])
     with pytest.raises(tf.errors.UnknownError, match="a bug of the user's"):
         autobatch.fit(model, x, y, target_batch=32, verbose=0)
+
+
+def test_once_proven_an_update_of_the_whole_batch_keeps_no_weights_and_says_so_if_it_is_interrupted():
+    data = batches() * 3
+    model = model_with_state(optimizer=HungryAdam(AtCall(7)))
+    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    transaction = Transaction(step, TARGET, device="CPU:0", effective_batch=TARGET)
+    for batch in data[:7]:
+        transaction.train(batch)
+    with pytest.raises(autobatch.UpdateInterruptedError, match="ran out of memory half-way"):
+        transaction.train(data[7])
+
+
+def test_once_proven_running_out_before_the_update_is_still_rolled_back():
+    data = batches() * 2
+    model = model_with_state(AtCall(5))
+    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    transaction = Transaction(step, TARGET, device="CPU:0", effective_batch=TARGET)
+    for batch in data[:5]:
+        transaction.train(batch)
+    before = model.get_weights()
+    kept = everything(model)
+    step_failed = transaction.policy.micro_batch
+    transaction.train(data[5])
+    assert transaction.recoveries[0].micro_batch_before == step_failed == TARGET
+    clean = model_with_state()
+    clean.optimizer.build(clean.trainable_variables)
+    for variable, (_, value) in zip([*clean.variables, *clean.optimizer.variables], kept, strict=False):
+        variable.assign(value)
+    again = AccumulatedStep(clean, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    again.accumulate(data[5], transaction.recoveries[0].micro_batch_after)
+    again.apply()
+    assert any((left != right).any() for left, right in zip(model.get_weights(), before, strict=True))
+    for left, right in zip(model.get_weights(), clean.get_weights(), strict=True):
+        np.testing.assert_array_equal(left, right)
