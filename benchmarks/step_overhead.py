@@ -80,6 +80,7 @@ class Ours:
     """Our trained steps behind Keras's fit, prepared once, so that an epoch is an epoch and no trace is in it."""
 
     def __init__(self, name: str, target_batch: int, micro_batch: int, x, y) -> None:
+        from autobatch.memory import limits
         from autobatch.train import session
         from autobatch.train.recovery import Transaction
         from autobatch.train.step import AccumulatedStep
@@ -87,7 +88,7 @@ class Ours:
         self.model, _, _ = build(name)
         self.batches, _ = session.prepare_data(self.model, x, y, target_batch=target_batch, options={"shuffle": False})
         step = AccumulatedStep(self.model, self.batches.element_spec)
-        self.transaction = Transaction(step, micro_batch, device="CPU:0")
+        self.transaction = Transaction(step, micro_batch, device=limits.default_device())
         self.replaced = session._functions_replaced
 
     def epoch(self) -> None:
@@ -131,12 +132,14 @@ def peaks_of(name: str, steps: int) -> dict[str, int]:
     batch = next(iter(data))
     small = tf.nest.map_structure(lambda part: tf.identity(part[:micro_batch]), batch)
 
+    device = limits.default_device()
+
     def peak_of(run) -> int:
         run()
-        limits.reset_peak("CPU:0")
-        before = limits.bytes_in_use("CPU:0")
+        limits.reset_peak(device)
+        before = limits.bytes_in_use(device)
         run()
-        return limits.peak_bytes("CPU:0") - before
+        return limits.peak_bytes(device) - before
 
     model.optimizer.build(model.trainable_variables)
     one = model._make_function(model.train_step)  # Keras's own, as its fit runs it

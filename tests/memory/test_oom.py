@@ -66,6 +66,12 @@ def load(name: str) -> Any:
 
 
 RECORDED = [each for each in load("recorded.json")["messages"] if each["name"] not in IN_THE_CHAIN]
+# What benchmarks/gpu.py provoked: every one of those is memory.
+RECORDED_BY_BENCHMARK = [
+    each | {"name": f"{path.stem}: {each['name']}"}
+    for path in sorted(MESSAGES.glob("recorded_*.json"))
+    for each in load(path.name)["messages"]
+]
 
 
 def rebuild(classes: list[str], message: str) -> BaseException:
@@ -86,6 +92,13 @@ def rebuild(classes: list[str], message: str) -> BaseException:
 def test_a_recorded_message_is_told_for_what_it_was(record):
     diagnosis = oom.diagnose(rebuild(record["classes"], record["message"]))
     assert (diagnosis.kind, diagnosis.requested_bytes) == EXPECTED[record["name"]]
+
+
+@pytest.mark.parametrize("record", RECORDED_BY_BENCHMARK, ids=lambda record: record["name"])
+def test_what_the_benchmark_provoked_is_memory(record):
+    diagnosis = oom.diagnose(rebuild(record["classes"], record["message"]))
+    assert diagnosis.is_memory
+    assert (diagnosis.kind.value, diagnosis.requested_bytes) == (record["kind"], record["requested_bytes"])
 
 
 @pytest.mark.parametrize("record", load("from_source.json"), ids=lambda record: record["name"])
