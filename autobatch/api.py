@@ -5,22 +5,21 @@ Importing this imports no TensorFlow; using it does.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from autobatch import arguments, search
-from autobatch.errors import AutobatchWarning, NoFeasibleBatchError
-from autobatch.records import Plan, Report, TrialResult
+from autobatch import arguments
+from autobatch.errors import AutobatchWarning
+from autobatch.records import Report
 from autobatch.search import planning
-from autobatch.units import format_bytes
+from autobatch.searching import say_what_differs, unsearched
+from autobatch.searching import search_with as search_with  # the command line's way in
 
 if TYPE_CHECKING:
     from autobatch.train.data import EffectiveBatches
     from autobatch.train.loop import WrappedStep
     from autobatch.trial.in_process import LiveTrials
-    from autobatch.trial.protocol import Trials
 
 SAMPLE_ROWS = 32
 """Samples that are taken from the data where no target says how many; trials repeat them as needed."""
@@ -83,8 +82,8 @@ def fit(
         finally:
             trials.close()
     else:
-        report = _unsearched(trials, min(chosen, effective), effective)
-    _say_what_differs(report)
+        report = unsearched(trials, min(chosen, effective), effective)
+    say_what_differs(report)
     return session.train(
         model,
         batches,
@@ -166,57 +165,6 @@ def open_trials(
     return LiveTrials(model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom)
 
 
-def search_with(
-    trials: Trials,
-    *,
-    target_batch: int | None,
-    exact: bool = False,
-    objective: str = "throughput",
-    max_trials: int | None = None,
-    max_seconds: float | None = None,
-    on_trial: Callable[[TrialResult], None] | None = None,
-) -> Report:
-    """Run the search over any source of trials and make the report of it.
-
-    Raises:
-        NoFeasibleBatchError: Not even one sample fits.
-    """
-    environment = trials.environment
-    if target_batch is not None and trials.largest_useful is not None:
-        target_batch = min(target_batch, trials.largest_useful)
-    result = search.search(
-        trials.run,
-        target_batch=target_batch,
-        budget_bytes=environment.budget_bytes,
-        max_micro_batch=trials.largest_useful,
-        fixed_bytes_hint=trials.fixed_bytes_hint,
-        exact=exact,
-        objective=objective,
-        max_trials=max_trials,
-        max_seconds=max_seconds,
-        clock=time.monotonic,
-        on_trial=on_trial,
-    )
-    if result.largest_fit is None:
-        raise _nothing_fits(trials, result.trials)
-    plan = None
-    if target_batch is not None:
-        plan = planning.make_plan(result.trials, target_batch=target_batch, objective=objective)
-    accumulates = plan is None or plan.accumulation_steps > 1
-    return Report(
-        plan=plan,
-        largest_fit=result.largest_fit,
-        smallest_failure=result.smallest_failure,
-        trials=result.trials,
-        memory_model=result.memory_model,
-        environment=environment,
-        stopped_because=result.stopped_because,
-        model_name=trials.model_name,
-        warnings=trials.warnings if accumulates else (),
-        host_uses=trials.host_uses,
-    )
-
-
 def _require_compiled(model: Any) -> None:
     if not hasattr(model, "train_step"):
         raise TypeError(f"model must be a Keras model. Received: {model!r} (of type {type(model).__name__})")
@@ -237,59 +185,6 @@ def _effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
         stacklevel=3,
     )
     return batches.sample_limit
-
-
-def _say_what_differs(report: Report) -> None:
-    plan = report.plan
-    if plan is None or not report.warnings:
-        return
-    differences = " ".join(report.warnings)
-    warnings.warn(
-        f"{plan.accumulation_steps} micro-batches of {plan.micro_batch} will differ from one batch of "
-        f"{plan.effective_batch} in this: {differences}",
-        AutobatchWarning,
-        stacklevel=3,
-    )
-
-
-def _unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> Report:
-    steps = -(-effective_batch // micro_batch)
-    if steps > 1:
-        trials.trace()
-    return Report(
-        plan=Plan(micro_batch, steps, effective_batch),
-        largest_fit=None,
-        smallest_failure=None,
-        trials=(),
-        memory_model=None,
-        environment=trials.environment,
-        stopped_because="no search: micro_batch was given",
-        model_name=trials.model_name,
-        warnings=trials.warnings if steps > 1 else (),
-        host_uses=trials.host_uses,
-    )
-
-
-def _nothing_fits(trials: Trials, tried: tuple[TrialResult, ...]) -> NoFeasibleBatchError:
-    smallest = min(tried, key=lambda trial: trial.micro_batch)
-    environment = trials.environment
-    known = [value for value in (smallest.peak_bytes, trials.fixed_bytes_hint) if value is not None]
-    needed = max(known, default=None)
-    if needed is not None and smallest.peak_bytes is None:
-        needed += smallest.requested_bytes or 0
-    needs = "more than there is" if needed is None else f"at least {format_bytes(needed)}"
-    limit = (
-        "unknown"
-        if environment.limit_bytes is None
-        else f"{format_bytes(environment.limit_bytes)} ({environment.limit_source})"
-    )
-    return NoFeasibleBatchError(
-        f"Not even a micro-batch of {smallest.micro_batch} fits on {environment.device}: it needs {needs}, and the "
-        f"limit is {limit}{f', of which {environment.headroom:.0%} is headroom' if environment.headroom else ''}. "
-        "Free memory, raise the limit, use smaller samples, a smaller model or an optimizer with fewer slots.",
-        needed_bytes=needed,
-        limit_bytes=environment.limit_bytes,
-    )
 
 
 def wrap_step(
@@ -344,8 +239,8 @@ def wrap_step(
             finally:
                 trials.close()
         else:
-            report = _unsearched(trials, min(chosen, target), target)
-        _say_what_differs(report)
+            report = unsearched(trials, min(chosen, target), target)
+        say_what_differs(report)
         assert report.plan is not None
         transaction = Transaction(
             trials.step,

@@ -23,7 +23,8 @@ ROOMS = {
     "memory": {"records", "errors", "units"},
     "train": {"records", "errors", "units", "memory", "trial"},
     "trial": {"records", "errors", "units", "memory", "train", "api"},
-    "api": {"records", "errors", "units", "arguments", "search", "train", "trial", "memory", "cache"},
+    "searching": {"records", "errors", "units", "search", "trial", "cache"},
+    "api": {"records", "errors", "units", "arguments", "search", "searching", "train", "trial", "memory", "cache"},
     "cli": {"records", "errors", "units", "arguments", "report", "trial", "api", "memory", "cache"},
     "notebook": {"records", "errors", "units", "report", "api", "cli"},
 }
