@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from autobatch import search
 from autobatch.errors import AutobatchWarning, NoFeasibleBatchError
+from autobatch.memory.pressure import explain_pressure
 from autobatch.records import Plan, Report, TrialResult
 from autobatch.search import planning
 from autobatch.units import format_bytes
@@ -119,7 +120,8 @@ def _nothing_fits(trials: Trials, tried: tuple[TrialResult, ...]) -> NoFeasibleB
     return NoFeasibleBatchError(
         f"Not even a micro-batch of {smallest.micro_batch} fits on {environment.device}: it needs {needs}, and the "
         f"limit is {limit}{f', of which {environment.headroom:.0%} is headroom' if environment.headroom else ''}. "
-        "Free memory, raise the limit, use smaller samples, a smaller model or an optimizer with fewer slots.",
+        "Free memory, raise the limit, use smaller samples, a smaller model or an optimizer with fewer slots."
+        + "".join(f" {cause}" for cause in explain_pressure(environment.device)),
         needed_bytes=needed,
         limit_bytes=environment.limit_bytes,
     )

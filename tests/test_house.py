@@ -23,7 +23,7 @@ ROOMS = {
     "memory": {"records", "errors", "units"},
     "train": {"records", "errors", "units", "memory", "trial"},
     "trial": {"records", "errors", "units", "memory", "train", "api"},
-    "searching": {"records", "errors", "units", "search", "trial", "cache"},
+    "searching": {"records", "errors", "units", "search", "trial", "cache", "memory"},
     "api": {"records", "errors", "units", "arguments", "search", "searching", "train", "trial", "memory", "cache"},
     "cli": {"records", "errors", "units", "arguments", "report", "trial", "api", "memory", "cache"},
     "notebook": {"records", "errors", "units", "report", "api", "cli"},

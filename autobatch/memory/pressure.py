@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from autobatch.memory import arena, limits, nvml
@@ -50,7 +51,7 @@ def _other_processes(card: nvml.NvmlCard) -> list[str]:
     listed_bytes = 0
     for process in card.processes:
         listed_bytes += process.used_bytes or 0
-        if process.pid == os.getpid():
+        if _is_ours(process.pid):
             continue
         if process.used_bytes is not None and process.used_bytes < _NOTABLE_BYTES:
             continue
@@ -70,6 +71,17 @@ def _other_processes(card: nvml.NvmlCard) -> list[str]:
             "another container or user, or a process that ended without giving them back."
         )
     return causes
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether it is this process, or one that it started: a worker that runs its trials."""
+    if pid == os.getpid():
+        return True
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return f"PPid:\t{os.getpid()}" in lines
 
 
 def _growth_is_off(device: str) -> bool:

@@ -30,6 +30,7 @@ import tensorflow as tf
 
 from autobatch.errors import NoFeasibleBatchError, UpdateInterruptedError
 from autobatch.memory import limits, oom
+from autobatch.memory.pressure import explain_pressure
 from autobatch.records import MemoryModel, Recovery
 from autobatch.train.micro_step import Logs
 from autobatch.train.policy import MicroBatchPolicy
@@ -235,7 +236,8 @@ class Transaction:
             raise NoFeasibleBatchError(
                 f"Not even one sample fits in memory any more ({failure.diagnosis.detail}; the limit now is "
                 f"{'unknown' if limit is None else format_bytes(limit)}). The model holds the last completed update. "
-                "Free memory on the device, make the samples smaller, or use a smaller model.",
+                "Free memory on the device, make the samples smaller, or use a smaller model."
+                + "".join(f" {cause}" for cause in explain_pressure(self._device)),
                 needed_bytes=failure.diagnosis.requested_bytes,
                 limit_bytes=limit,
             )

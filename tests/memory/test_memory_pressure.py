@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 from autobatch.memory.nvml import NvmlAnswer, NvmlCard, NvmlProcess
 from autobatch.memory.pressure import explain_pressure
@@ -33,6 +35,13 @@ def test_a_pool_taken_whole_is_told():
 def test_this_process_and_small_ones_explain_nothing():
     own, small = NvmlProcess(os.getpid(), "python", 60 * GIB), NvmlProcess(2, "Xorg", 4 * 2**20)
     assert explain_pressure("GPU:0", answer(own, small, used_bytes=61 * GIB)) == []
+
+
+def test_a_worker_of_this_process_is_not_another():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker:
+        own = NvmlProcess(worker.pid, "python", 60 * GIB)
+        assert explain_pressure("GPU:0", answer(own, used_bytes=61 * GIB)) == []
+        worker.communicate(b"\n")
 
 
 def test_memory_that_nobody_holds_is_told():

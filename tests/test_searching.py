@@ -1,0 +1,39 @@
+"""What a search that finds nothing tells its user."""
+
+from __future__ import annotations
+
+import pytest
+
+from autobatch import searching
+from autobatch.errors import NoFeasibleBatchError
+from autobatch.memory.pressure import explain_pressure
+from autobatch.records import Environment, Outcome, TrialResult
+
+GIB = 2**30
+
+
+class FullCard:
+    """Trials on a card that has no room for one sample."""
+
+    environment = Environment("GPU:0", 8 * GIB, "all memory of a card", 7 * GIB, 0.05, "float32", False)
+    largest_useful = 64
+    fixed_bytes_hint = 6 * GIB
+    model_name = "model"
+    warnings = ()
+    host_uses = ()
+
+    def run(self, request):
+        return TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY, requested_bytes=3 * GIB)
+
+    def close(self):
+        pass
+
+
+def test_what_else_takes_the_memory_is_named():
+    with pytest.raises(NoFeasibleBatchError) as raised:
+        searching.search_with(FullCard(), target_batch=64)
+    message = str(raised.value)
+    assert "it needs at least 9 GiB, and the limit is 8 GiB (all memory of a card), of which 5% is" in message
+    causes = explain_pressure("GPU:0")
+    assert message.endswith(" ".join(["fewer slots.", *causes]))
+    assert (raised.value.needed_bytes, raised.value.limit_bytes) == (9 * GIB, 8 * GIB)
