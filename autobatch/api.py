@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 SAMPLE_ROWS = 32
 """Samples that are taken from the data where no target says how many; trials repeat them as needed."""
 
+watch_search: Callable[[Trials, Callable[..., Report]], Report] | None = None
+"""What shows a search on a live model while it runs, None for nothing: it is given the trials and the search to run.
+
+Set by a front end, such as a notebook.
+"""
+
 
 def fit(
     model: Any,
@@ -79,7 +85,7 @@ def fit(
     trials = LiveTrials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
     if chosen is None:
         try:
-            report = search_with(trials, target_batch=effective)
+            report = _shown_search(trials, quiet=fit_options.get("verbose") == 0, target_batch=effective)
         finally:
             trials.close()
     else:
@@ -131,7 +137,7 @@ def tune(
     if target is not None and trials.largest_useful is not None:
         target = min(target, trials.largest_useful)
     try:
-        return search_with(
+        return _shown_search(
             trials,
             target_batch=target,
             exact=exact,
@@ -215,6 +221,15 @@ def search_with(
         warnings=trials.warnings if accumulates else (),
         host_uses=trials.host_uses,
     )
+
+
+def _shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Report:
+    """:func:`search_with`, watched by whoever has asked for it."""
+
+    def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
+        return search_with(trials, on_trial=on_trial, **settings)
+
+    return search_now(trials) if quiet or watch_search is None else watch_search(trials, search_now)
 
 
 def _require_compiled(model: Any) -> None:
@@ -340,7 +355,7 @@ def wrap_step(
         trials = LiveTrials(shell, batches, target_batch=target, user_limit_bytes=limit_bytes, headroom=share)
         if chosen is None:
             try:
-                report = search_with(trials, target_batch=target)
+                report = _shown_search(trials, target_batch=target)
             finally:
                 trials.close()
         else:
