@@ -44,7 +44,7 @@ def split(line: str) -> list[str]:
         elif character in _OPENING:
             depth += 1
         elif character in _CLOSING:
-            depth -= 1
+            depth = max(0, depth - 1)  # one too many is for Python to tell
         elif not depth and character.isspace():
             if part:
                 parts.append(part)

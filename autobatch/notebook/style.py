@@ -27,7 +27,9 @@ _STYLE = f"""
 {_ROOT} h1, {_ROOT} h2 {{ color: inherit; letter-spacing: normal; }}
 {_ROOT} section, {_ROOT} figure {{ border-radius: 6px; padding: 10px 14px; margin: 10px 0 0; }}
 {_ROOT} .cards, {_ROOT} .plots {{ gap: 10px; padding: 0; }}
+{_ROOT} .plots, {_ROOT} .columns {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)); }}
 {_ROOT} .columns {{ gap: 0 10px; }}
+{_ROOT} svg {{ max-width: 520px; font-size: 13px; }}
 {_ROOT} .card {{ border-radius: 6px; padding: 8px 12px; }}
 {_ROOT} .figure {{ font-size: 20px; }}
 {_ROOT} header .kicker, {_ROOT} .label, {_ROOT} .note, {_ROOT} th, {_ROOT} tr.detail td, {_ROOT} footer,
