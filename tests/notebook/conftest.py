@@ -18,7 +18,6 @@ def shell(tmp_path, monkeypatch):
     config = Config()
     config.HistoryManager.enabled = False
     shell = InteractiveShell.instance(config=config)
-    shell.colors = "nocolor"
     yield shell
     notebook.unload(shell)
     InteractiveShell.clear_instance()

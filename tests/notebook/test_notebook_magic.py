@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import warnings
 
 import keras
@@ -32,15 +33,15 @@ def cell(shell, source):
     """Run a cell; what it printed, and its result with the exception if there was one."""
     with capture_output() as captured:
         result = shell.run_cell(source, store_history=True)
-    return captured, result
+    return re.sub(r"\x1b\[[0-9;]*m", "", captured.stdout), result
 
 
 def test_it_shows_the_report_and_returns_it(shell, names):
     before = [variable.numpy().tobytes() for variable in names["model"].variables]
-    captured, result = cell(shell, "%autobatch model (x, y) --target-batch {2 * n} --objective largest")
+    printed, result = cell(shell, "%autobatch model (x, y) --target-batch {2 * n} --objective largest")
     assert isinstance(result.result, autobatch.Report)
     assert result.result.plan == autobatch.Plan(12, 1, 12)
-    assert captured.stdout.count("effective batch 12 in one micro-batch") == 1
+    assert printed.count("effective batch 12 in one micro-batch") == 1
     assert [variable.numpy().tobytes() for variable in names["model"].variables] == before
 
 
@@ -54,6 +55,13 @@ def test_the_options_reach_the_search(shell, names, capsys):
     assert report.stopped_because == "limit of 1 trial reached"
     assert report.environment.headroom == 0.25
     assert report.environment.limit_bytes == 8 * 2**30
+
+
+def test_a_limit_may_be_a_share(shell, names):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", autobatch.AutobatchWarning)
+        half, whole = (magic(shell, f"model (x, y) --quiet --max-trials 1 --memory-limit {n}%") for n in (10, 20))
+    assert half.environment.limit_bytes == pytest.approx(whole.environment.limit_bytes / 2, abs=1)
 
 
 def test_it_sees_a_function_s_own_names(shell, names):
@@ -117,13 +125,12 @@ def test_a_line_that_cannot_be_used_is_told_in_a_line(shell, names, line, messag
 
 
 def test_autobatch_s_own_errors_are_a_line(shell, names):
-    captured, result = cell(shell, "%autobatch 3 x")
+    printed, result = cell(shell, "%autobatch 3 x")
     assert isinstance(result.error_in_exec, TypeError)
-    printed = captured.stdout.strip()
-    assert printed == "TypeError: model must be a Keras model. Received: 3 (of type int)"
-    captured, result = cell(shell, "%autobatch keras.Sequential([keras.layers.Dense(1)]) x")
-    assert captured.stdout.startswith("ValueError: The model is not compiled")
-    assert captured.stdout.count("\n") == 1
+    assert printed.strip() == "TypeError: model must be a Keras model. Received: 3 (of type int)"
+    printed, result = cell(shell, "%autobatch keras.Sequential([keras.layers.Dense(1)]) x")
+    assert printed.startswith("ValueError: The model is not compiled")
+    assert printed.count("\n") == 1
 
 
 def test_a_bug_in_the_users_model_is_shown_from_their_code_on(shell, names):
@@ -137,20 +144,20 @@ broken = Broken()
 broken.compile("sgd", "mse")
 """
     cell(shell, source)
-    captured, result = cell(shell, "%autobatch broken (x, y) --target-batch 4")
+    printed, result = cell(shell, "%autobatch broken (x, y) --target-batch 4")
     assert isinstance(result.error_in_exec, RuntimeError)
-    assert "self.helper(x)" in captured.stdout
-    assert "mine" in captured.stdout
-    assert "_tune" not in captured.stdout
-    assert "autobatch/notebook" not in captured.stdout
+    assert "self.helper(x)" in printed
+    assert "mine" in printed
+    assert "_tune" not in printed
+    assert "autobatch/notebook" not in printed
 
 
 def test_a_bug_in_the_users_expression_is_shown_from_their_code_on(shell, names):
     cell(shell, "def load():\n    return 1 / 0")
-    captured, result = cell(shell, "%autobatch model load()")
+    printed, result = cell(shell, "%autobatch model load()")
     assert isinstance(result.error_in_exec, ZeroDivisionError)
-    assert "return 1 / 0" in captured.stdout
-    assert "evaluate" not in captured.stdout
+    assert "return 1 / 0" in printed
+    assert "evaluate" not in printed
 
 
 def test_unloaded_it_is_gone(shell, names):
