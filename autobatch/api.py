@@ -60,7 +60,7 @@ def fit(
         memory_watch: Warn when memory grows from epoch to epoch, with the likely cause; see
             :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its place.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
-            updates.
+            updates, and ``verbose=0`` keeps a notebook from showing the search as well.
 
     Returns:
         Keras's ``History``, with ``plan``, ``report`` and ``recoveries`` as further attributes.
