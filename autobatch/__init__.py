@@ -7,6 +7,7 @@ The public names are loaded when they are first used: ``import autobatch`` impor
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,11 +58,29 @@ __all__ = [
 __version__ = "0.1.0"
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """What ``%load_ext autobatch`` calls."""
+    from autobatch import notebook
+
+    notebook.load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """What ``%unload_ext autobatch`` calls."""
+    from autobatch import notebook
+
+    notebook.unload(shell)
+
+
 def __getattr__(name: str) -> Any:
     try:
         home = _HOME[name]
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    if "IPython" in sys.modules:
+        from autobatch import notebook
+
+        notebook.attach()
     return getattr(importlib.import_module(home), name)
 
 

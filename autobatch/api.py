@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import arguments
 from autobatch.errors import AutobatchWarning
-from autobatch.records import Report
+from autobatch.records import Report, TrialResult
 from autobatch.search import planning
 from autobatch.searching import say_what_differs, unsearched
 from autobatch.searching import search_with as search_with  # the command line's way in
@@ -20,9 +20,16 @@ if TYPE_CHECKING:
     from autobatch.train.data import EffectiveBatches
     from autobatch.train.loop import WrappedStep
     from autobatch.trial.in_process import LiveTrials
+    from autobatch.trial.protocol import Trials
 
 SAMPLE_ROWS = 32
 """Samples that are taken from the data where no target says how many; trials repeat them as needed."""
+
+watch_search: Callable[[Trials, Callable[..., Report]], Report] | None = None
+"""What shows a search on a live model while it runs, None for nothing: it is given the trials and the search to run.
+
+Set by a front end, such as a notebook.
+"""
 
 
 def fit(
@@ -53,7 +60,7 @@ def fit(
         memory_watch: Warn when memory grows from epoch to epoch, with the likely cause; see
             :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its place.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
-            updates.
+            updates, and ``verbose=0`` keeps a notebook from showing the search as well.
 
     Returns:
         Keras's ``History``, with ``plan``, ``report`` and ``recoveries`` as further attributes.
@@ -78,7 +85,7 @@ def fit(
     trials = LiveTrials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
     if chosen is None:
         try:
-            report = search_with(trials, target_batch=effective)
+            report = _shown_search(trials, quiet=fit_options.get("verbose") == 0, target_batch=effective)
         finally:
             trials.close()
     else:
@@ -130,7 +137,7 @@ def tune(
     if target is not None and trials.largest_useful is not None:
         target = min(target, trials.largest_useful)
     try:
-        return search_with(
+        return _shown_search(
             trials,
             target_batch=target,
             exact=exact,
@@ -163,6 +170,15 @@ def open_trials(
     batches, _ = session.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True)
     effective = None if target_batch is None else _effective_batch(batches, target_batch)
     return LiveTrials(model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom)
+
+
+def _shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Report:
+    """:func:`search_with`, watched by whoever has asked for it."""
+
+    def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
+        return search_with(trials, on_trial=on_trial, **settings)
+
+    return search_now(trials) if quiet or watch_search is None else watch_search(trials, search_now)
 
 
 def _require_compiled(model: Any) -> None:
@@ -235,7 +251,7 @@ def wrap_step(
         trials = LiveTrials(shell, batches, target_batch=target, user_limit_bytes=limit_bytes, headroom=share)
         if chosen is None:
             try:
-                report = search_with(trials, target_batch=target)
+                report = _shown_search(trials, target_batch=target)
             finally:
                 trials.close()
         else:

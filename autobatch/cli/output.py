@@ -14,8 +14,10 @@ from autobatch.records import Report
 from autobatch.report import RENDERERS
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=list(RENDERERS), default="text", help="default: %(default)s")
+def add_arguments(parser: argparse.ArgumentParser, *, default_format: str | None = "text") -> None:
+    """``default_format=None`` leaves the format to the front end where none is asked for."""
+    told = "default: HTML in a notebook, else text" if default_format is None else "default: %(default)s"
+    parser.add_argument("--format", choices=list(RENDERERS), default=default_format, help=told)
     parser.add_argument("--output", metavar="FILE", help="write the report to FILE, not to standard output")
 
 

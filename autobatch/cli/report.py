@@ -29,6 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"{target.FORMS}; the function returns (model, dataset), a compiled Keras model and its training data",
     )
     add_search_arguments(parser)
+    add_worker_arguments(parser)
     parser.add_argument(
         "--input",
         type=arguments.input_shape,
@@ -50,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the search itself, which any other front end shares."""
+    """The options of the search itself, which the notebook's magic shares."""
     positive = arguments.positive_int
     parser.add_argument("--target-batch", type=positive, metavar="N", help="effective batch to make a plan for")
     parser.add_argument(
@@ -66,7 +67,6 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the limit to keep free (default: %(default)s)",
     )
-    parser.add_argument("--device", type=arguments.device, metavar="DEVICE", help='"CPU", "GPU" or "GPU:1"')
     parser.add_argument("--exact", action="store_true", help="prove the largest size: run the next one up as well")
     parser.add_argument(
         "--objective",
@@ -74,6 +74,13 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default="throughput",
         help="plan for the shortest update or for the largest micro-batch (default: %(default)s)",
     )
+    parser.add_argument("--max-trials", type=positive, metavar="N", help="stop after so many trials")
+    parser.add_argument("--max-seconds", type=arguments.seconds, metavar="SECONDS", help="start no trial after so long")
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of what is decided before the model is built, and so in a worker process alone."""
+    parser.add_argument("--device", type=arguments.device, metavar="DEVICE", help='"CPU", "GPU" or "GPU:1"')
     parser.add_argument("--precision", choices=_PRECISIONS, help="Keras dtype policy, set before TARGET is called")
     parser.add_argument(
         "--jit",
@@ -81,8 +88,6 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="XLA on or off (default: as TARGET compiles the model)",
     )
-    parser.add_argument("--max-trials", type=positive, metavar="N", help="stop after so many trials")
-    parser.add_argument("--max-seconds", type=arguments.seconds, metavar="SECONDS", help="start no trial after so long")
     parser.add_argument(
         "--timeout",
         type=arguments.seconds,
@@ -117,7 +122,7 @@ def _search(options: argparse.Namespace) -> Report:
 
     settings: dict[str, Any] = {
         "target_batch": options.target_batch,
-        "memory_limit": _limit_bytes(options),
+        "memory_limit": limit_bytes(options.memory_limit, options.device),
         "headroom": options.headroom,
         "trial_timeout_seconds": options.timeout,
         "device": options.device,
@@ -147,10 +152,10 @@ def _search(options: argparse.Namespace) -> Report:
             )
 
 
-def _limit_bytes(options: argparse.Namespace) -> int | None:
-    limit: int | arguments.Share | None = options.memory_limit
+def limit_bytes(limit: int | arguments.Share | None, device: str | None) -> int | None:
+    """The value of ``--memory-limit`` in bytes; a share is of ``device``, None for TensorFlow's first."""
     if not isinstance(limit, arguments.Share):
         return limit
     from autobatch.cli.totals import total_bytes
 
-    return max(arguments.SMALLEST_LIMIT_BYTES, int(limit.fraction * total_bytes(options.device)))
+    return max(arguments.SMALLEST_LIMIT_BYTES, int(limit.fraction * total_bytes(device)))

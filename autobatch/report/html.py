@@ -5,9 +5,10 @@ Every string that came from outside is escaped here, once, on its way into the p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
-from autobatch.records import Outcome, Report
+from autobatch.records import Environment, Outcome, Report, TrialResult
 from autobatch.report import plot, sentences
 from autobatch.report.html_style import STYLE
 from autobatch.units import format_bytes, format_seconds
@@ -144,11 +145,19 @@ def _key(css_class: str, label: str) -> str:
 def _trials(report: Report) -> str:
     if not report.trials:
         return "<section><h2>Trials</h2><p>No trial was run.</p></section>"
-    chosen = sentences.decisive_trial(report)
+    label = sentences.decisive_label(report)
+    table = trial_table(report.trials, report.environment, chosen=sentences.decisive_trial(report), label=label)
+    return f"<section><h2>Trials, in the order run</h2>{table}</section>"
+
+
+def trial_table(
+    trials: Iterable[TrialResult], environment: Environment, *, chosen: TrialResult | None = None, label: str = ""
+) -> str:
+    """A row for each trial, and ``label`` beside the chosen one."""
     rows = []
-    for trial in report.trials:
-        cells = sentences.trial_cells(trial, report.environment)
-        badge = f' <b class="badge">{sentences.decisive_label(report)}</b>' if trial is chosen else ""
+    for trial in trials:
+        cells = sentences.trial_cells(trial, environment)
+        badge = f' <b class="badge">{label}</b>' if trial is chosen else ""
         rows.append(
             f'<tr{" class=chosen" if trial is chosen else ""}><td class="number">{cells.micro_batch}{badge}</td>'
             f'<td><i class="dot {trial.outcome.value}"></i>{cells.outcome}</td>'
@@ -162,10 +171,7 @@ def _trials(report: Report) -> str:
         '<th class="number">Micro-batch</th><th>Outcome</th><th class="number">Peak</th>'
         '<th class="number wide">Of limit</th><th class="number wide">Step</th><th class="number">Samples/s</th>'
     )
-    return (
-        '<section><h2>Trials, in the order run</h2><div class="scroll"><table>'
-        f"<thead><tr>{headings}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
-    )
+    return f'<div class="scroll"><table><thead><tr>{headings}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _details(report: Report) -> str:

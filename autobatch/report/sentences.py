@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from autobatch.records import Environment, Outcome, Report, TrialResult
+from autobatch.records import Environment, MemoryModel, Outcome, Plan, Report, TrialResult
 from autobatch.units import format_bytes, format_seconds
 
 TIMES = "\u00d7"
@@ -109,17 +109,19 @@ def plan(report: Report) -> str:
     """The plan in a line, with the time of an update where it was measured."""
     if report.plan is None:
         return "none: nothing fits" if report.largest_fit is None else "none: no target batch was given"
-    made = report.plan
-    if made.accumulation_steps == 1:
-        text = f"effective batch {made.effective_batch:,} in one micro-batch, nothing to accumulate"
-    else:
-        product = f"{made.accumulation_steps:,} {TIMES} micro-batch {made.micro_batch:,}"
-        text = f"effective batch {made.effective_batch:,} = {product}"
-        ragged = made.effective_batch - (made.accumulation_steps - 1) * made.micro_batch
-        if ragged != made.micro_batch:
-            text += f" (the last one {samples(ragged)})"
+    text = plan_alone(report.plan)
     seconds = update_seconds(report)
     return text if seconds is None else f"{text}, about {format_seconds(seconds)} an update"
+
+
+def plan_alone(made: Plan) -> str:
+    """The plan in a line, by itself."""
+    if made.accumulation_steps == 1:
+        return f"effective batch {made.effective_batch:,} in one micro-batch, nothing to accumulate"
+    product = f"{made.accumulation_steps:,} {TIMES} micro-batch {made.micro_batch:,}"
+    text = f"effective batch {made.effective_batch:,} = {product}"
+    ragged = made.effective_batch - (made.accumulation_steps - 1) * made.micro_batch
+    return text if ragged == made.micro_batch else f"{text} (the last one {samples(ragged)})"
 
 
 def update_seconds(report: Report) -> float | None:
@@ -133,8 +135,11 @@ def update_seconds(report: Report) -> float | None:
 def memory_line(report: Report) -> str:
     """The straight line through the measured peaks, and what its two parts hold."""
     line = report.memory_model
-    if line is None:
-        return "not known: too few trials measured a peak"
+    return "not known: too few trials measured a peak" if line is None else memory_model(line)
+
+
+def memory_model(line: MemoryModel) -> str:
+    """The straight line, by itself."""
     per_sample = f"{format_bytes(line.per_sample_bytes)} a sample (activations, inputs)"
     if line.fixed_bytes < 0:
         # Measured peaks need not lie on a line; what it is below zero samples means nothing.
