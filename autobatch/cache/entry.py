@@ -10,6 +10,7 @@ from autobatch.records import MemoryModel
 
 Column = int | float | str | None
 
+_NO_YEAR_SECONDS = 2.5e11  # past the year 9000, which not every platform can write as a date
 _LARGEST = 2**63 - 1  # what SQLite keeps as a whole number
 
 
@@ -45,6 +46,8 @@ class Remembered:
                 raise ValueError(f"{name} must be a whole number above 0. Received: {value!r}")
         if self.micro_batch > self.largest_fit or self.micro_batch > (self.target_batch or self.micro_batch):
             raise ValueError(f"micro_batch must be a size that fits and is of use. Received: {self!r}")
+        if not 0 <= self.created_seconds < _NO_YEAR_SECONDS:
+            raise ValueError(f"created_seconds must be a time since 1970. Received: {self.created_seconds!r}")
 
     def to_columns(self) -> dict[str, Column]:
         """The fields as SQLite keeps them, the memory model in two; an unknown limit is 0."""

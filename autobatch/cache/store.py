@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import sqlite3
 import time
 import warnings
@@ -32,7 +33,9 @@ MOST_RESULTS = 1000
 """So many results are kept; the oldest go first."""
 
 BUSY_SECONDS = 10.0
-"""How long to wait for another process's transaction, which takes milliseconds."""
+"""How long to wait for other processes' transactions, each of which takes milliseconds."""
+
+_PAUSE_SECONDS = 0.02
 
 _COLUMNS = (
     "limit_bytes",
@@ -154,8 +157,7 @@ class ResultStore:
         try:
             for last in (False, True):
                 try:
-                    with self._open() as connection:
-                        return operation(connection)
+                    return self._patiently(operation)
                 except (_Unusable, sqlite3.DatabaseError) as error:
                     if last or not _is_about_the_file(error):
                         raise
@@ -166,6 +168,22 @@ class ResultStore:
                 message = f"Results are not remembered: {self.path} cannot be used ({error}). AUTOBATCH_CACHE_DIR names"
                 warnings.warn(f"{message} another folder; cache=False does without.", AutobatchWarning, stacklevel=2)
         return otherwise
+
+    def _patiently(self, operation: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Run a transaction, again while another process is in its own.
+
+        SQLite's lock is no queue: who waits for it looks again after up to 100 ms, and under many writers that was seen
+        to take ten seconds. So it is asked again sooner, and at random.
+        """
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                with self._open() as connection:
+                    return operation(connection)
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0, _PAUSE_SECONDS))
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -182,7 +200,7 @@ class ResultStore:
 
     def _set_aside_if_unusable(self) -> None:
         """Rename the file if it is unusable still: of two processes that found it so, the second finds a new one."""
-        with _connect(self.folder / "set-aside.lock") as lock:
+        with _connect(self.folder / "set-aside.lock", wait_seconds=BUSY_SECONDS) as lock:
             # A lock that every platform has and that a killed process does not leave behind.
             lock.execute("BEGIN EXCLUSIVE")
             try:
@@ -212,8 +230,8 @@ class ResultStore:
 
 
 @contextlib.contextmanager
-def _connect(path: Path) -> Iterator[sqlite3.Connection]:
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+def _connect(path: Path, *, wait_seconds: float = 0.05) -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(path, timeout=wait_seconds, isolation_level=None)
     # A flipped bit in a name must not make the whole file unreadable.
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
     with contextlib.closing(connection):
