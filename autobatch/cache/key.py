@@ -3,7 +3,7 @@
 Made of plain values. What describes the model and its data comes as one digest from whoever has them at hand
 (:mod:`autobatch.trial.content`). Too much in a key costs a search that was not needed, too little a trial: a result
 that is found is run once before anything is made of it. The limit in force is no part of the key but is compared
-(:func:`limits_agree`), since what is free on a device differs by a little from run to run.
+(:func:`limits_agree`), since what is free on a device differs from run to run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from autobatch.records import Environment
 KEY_VERSION = 1
 """Raised when the same key comes to stand for something else."""
 
-LIMIT_TOLERANCE = 0.02
-"""Limits that differ by this share of the smaller one are alike: less than the 3 % to which a search looks."""
+MORE = 1.05
+"""A limit larger by this factor is still alike: a search would find a size that is hardly larger ..."""
+
+LESS = 0.75
+"""... and so is one smaller by this: what was found is too large, if anything, and the trial that confirms it tells."""
 
 _VERSIONS = ("autobatch", "keras", "tensorflow")
 
@@ -68,11 +71,13 @@ def make_key(
 
 
 def limits_agree(now_bytes: int | None, then_bytes: int | None, *, is_bound: bool, exact: bool) -> bool:
-    """Whether what was found under one limit is what would be found under the other.
+    """Whether what was found under the limit of then may be what would be found under the one of now.
 
-    ``is_bound`` tells that memory ended the search; a target that fitted whole fits whole under a larger limit as well,
-    and under a smaller one the trial tells. ``exact`` results are proven for one limit, to the byte.
+    Both are what was in force, which for a device that others use is what was free. Limits that somebody set are in the
+    key's digest, to the byte. ``is_bound`` tells that memory ended the search; a target that fitted whole fits whole
+    under a larger limit as well, and under a smaller one the trial tells. ``exact`` results are proven for one limit,
+    to the byte.
     """
     if exact or now_bytes is None or then_bytes is None:
         return now_bytes == then_bytes
-    return not is_bound or abs(now_bytes - then_bytes) <= LIMIT_TOLERANCE * min(now_bytes, then_bytes)
+    return not is_bound or LESS * then_bytes <= now_bytes <= MORE * then_bytes

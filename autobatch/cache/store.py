@@ -88,6 +88,10 @@ class _Unusable(Exception):
         self.kind = kind
 
 
+_FAILURES = (_Unusable, sqlite3.Error, UnicodeDecodeError)
+"""The last of them where SQLite's own message quotes what stands in a damaged file."""
+
+
 class ResultStore:
     """The results remembered in one folder, which need not exist; see the top of this file.
 
@@ -158,11 +162,11 @@ class ResultStore:
             for last in (False, True):
                 try:
                     return self._patiently(operation)
-                except (_Unusable, sqlite3.DatabaseError) as error:
+                except _FAILURES as error:
                     if last or not _is_about_the_file(error):
                         raise
                 self._set_aside_if_unusable()
-        except (_Unusable, sqlite3.Error, OSError) as error:
+        except (*_FAILURES, OSError) as error:
             if self.folder not in _warned:
                 _warned.add(self.folder)
                 message = f"Results are not remembered: {self.path} cannot be used ({error}). AUTOBATCH_CACHE_DIR names"
@@ -210,12 +214,10 @@ class ResultStore:
                 if problem == "ok":
                     return
                 unusable = _Unusable("broken", problem)
-            except _Unusable as error:
-                unusable = error
-            except sqlite3.DatabaseError as error:
+            except _FAILURES as error:
                 if not _is_about_the_file(error):
                     raise
-                unusable = _Unusable("broken", str(error))
+                unusable = error if isinstance(error, _Unusable) else _Unusable("broken", str(error))
             name = f"{self.path.name}.{unusable.kind}-{int(self._clock())}-{os.getpid()}"
             # The journal first: it must never be taken for the new file's.
             for suffix in ("-journal", ""):
@@ -257,7 +259,7 @@ def _is_made(connection: sqlite3.Connection) -> bool:
 
 def _is_about_the_file(error: Exception) -> bool:
     """Whether the file itself is at fault; a lock, a full disk or a missing permission are an OperationalError."""
-    return isinstance(error, _Unusable) or type(error) is sqlite3.DatabaseError
+    return isinstance(error, (_Unusable, UnicodeDecodeError)) or type(error) is sqlite3.DatabaseError
 
 
 def _agrees(key: Key, found: Remembered) -> bool:

@@ -34,10 +34,15 @@ _DEEPEST = 30
 
 def content_digest(model: Any, sample: Iterable[object], surroundings: Mapping[str, object]) -> str:
     """The digest of a compiled model, of what its data hold, and of ``surroundings``: further plain values."""
+    text = json.dumps(_content(model, sample, surroundings), sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _content(model: Any, sample: Iterable[object], surroundings: Mapping[str, object]) -> dict[str, object]:
     trained = model.model if isinstance(model, LoopModel) else model
     layers = list(trained._flatten_layers()) if hasattr(trained, "_flatten_layers") else []
     loss = getattr(model, "loss", None)
-    description = {
+    return {
         "model": _describe(trained),
         "layers": [[_describe(layer), keras_seams.remat_mode_of(layer)] for layer in layers],
         "variables": [[*variable.shape, str(variable.dtype), bool(variable.trainable)] for variable in model.variables],
@@ -48,8 +53,6 @@ def content_digest(model: Any, sample: Iterable[object], surroundings: Mapping[s
         "sample": _plain(list(sample)),
         "surroundings": _plain(dict(surroundings)),
     }
-    text = json.dumps(description, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _describe(thing: Any) -> object:
@@ -60,9 +63,18 @@ def _describe(thing: Any) -> object:
     own = [cls for cls in type(thing).__mro__ if cls.__module__.partition(".")[0] not in _LIBRARIES]
     if own:
         described.append([[_class_name(cls), _class_code(cls)] for cls in own])
-        attributes = {name: value for name, value in vars(thing).items() if not name.startswith("_")}
-        described.append({name: _plain(value) for name, value in attributes.items() if _is_simple(value)})
+        # Private ones are Keras's for the most part, and change in training.
+        names = [name for name in vars(thing) if not name.startswith("_") and name not in _attributes_of_keras()]
+        described.append({name: _plain(vars(thing)[name]) for name in names if _is_simple(vars(thing)[name])})
     return described
+
+
+@functools.cache
+def _attributes_of_keras() -> frozenset[str]:
+    """What Keras itself keeps in a layer's and a model's dictionary."""
+    # Given a name, they do not make Keras count on those of the user's layers.
+    plain = (keras.layers.Layer(name="plain"), keras.Model(name="plain"))
+    return frozenset(["stop_training", *(name for thing in plain for name in vars(thing))])
 
 
 def _config_of(thing: Any) -> object:
