@@ -65,6 +65,8 @@ def warnings_as_lines() -> Iterator[None]:
             for warning in caught:
                 if issubclass(warning.category, AutobatchWarning):
                     print(f"autobatch: {printable(str(warning.message))}", file=sys.stderr)
+                else:
+                    warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _write_aside(path: Path, text: str) -> None:
