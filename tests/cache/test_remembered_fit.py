@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import subprocess
 import sys
 
@@ -83,6 +82,7 @@ def test_without_the_cache_every_fit_searches_and_nothing_is_written():
     assert not cache_folder().exists()
 
 
+@pytest.mark.slow
 def test_what_is_another_training_and_what_is_not():
     assert not is_remembered(tune(model()))
     same = {
@@ -201,16 +201,6 @@ def test_a_broken_file_does_not_stop_a_fit():
     assert is_remembered(tune(model()))
 
 
-def test_a_remembered_size_below_one_that_would_be_useful_is_found_by_its_peak():
-    report = tune(model())
-    connection = sqlite3.connect(ResultStore(cache_folder()).path)
-    connection.execute("UPDATE results SET peak_bytes = NULL")
-    connection.commit()
-    connection.close()
-    assert report.trials[0].peak_bytes is None  # the CPU's own allocator keeps no figure, so that nothing is compared
-    assert is_remembered(tune(model()))
-
-
 class Subclassed(keras.Model):
     def __init__(self, units):
         super().__init__()
@@ -279,6 +269,7 @@ print(t.key_of(t.compiled(t.Subclassed(8))))
 """
 
 
+@pytest.mark.slow
 def test_another_process_knows_it_by_the_same_key():
     here = os.path.dirname(__file__)
     path = os.pathsep.join([os.path.dirname(here), os.path.dirname(os.path.dirname(autobatch.__file__))])
