@@ -30,11 +30,17 @@ _LIBRARIES = ("keras", "tensorflow", "autobatch", "builtins", "abc", "typing", "
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
 _DEEPEST = 30
+_MOST_ITEMS = 1000
 
 
 def content_digest(model: Any, sample: Iterable[object], surroundings: Mapping[str, object]) -> str:
     """The digest of a compiled model, of what its data hold, and of ``surroundings``: further plain values."""
-    text = json.dumps(_content(model, sample, surroundings), sort_keys=True)
+    try:
+        text = json.dumps(_content(model, sample, surroundings), sort_keys=True)
+    except Exception as error:  # noqa: BLE001 - objects of the user's may do anything when they are looked at
+        logger.debug("%s is known by its variables alone: %r", type(model).__name__, error)
+        parts = (_class_name(type(model)), *_variables(model), *sample, *sorted(surroundings.items()))
+        text = "\n".join(map(str, parts))
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
@@ -45,7 +51,7 @@ def _content(model: Any, sample: Iterable[object], surroundings: Mapping[str, ob
     return {
         "model": _describe(trained),
         "layers": [[_describe(layer), keras_seams.remat_mode_of(layer)] for layer in layers],
-        "variables": [[*variable.shape, str(variable.dtype), bool(variable.trainable)] for variable in model.variables],
+        "variables": _variables(model),
         "train_step": _plain(model.train_step) if isinstance(model, LoopModel) else None,
         "loss": _plain(list(loss.values()) if isinstance(loss, dict) else loss),
         "run_eagerly": bool(model.run_eagerly),
@@ -53,6 +59,10 @@ def _content(model: Any, sample: Iterable[object], surroundings: Mapping[str, ob
         "sample": _plain(list(sample)),
         "surroundings": _plain(dict(surroundings)),
     }
+
+
+def _variables(model: Any) -> list[object]:
+    return [[*variable.shape, str(variable.dtype), bool(variable.trainable)] for variable in model.variables]
 
 
 def _describe(thing: Any) -> object:
@@ -100,9 +110,10 @@ def _describe_optimizer(optimizer: Any) -> object:
     return [_class_name(type(optimizer)), kept]
 
 
-def _is_simple(value: object) -> bool:
+def _is_simple(value: object, depth: int = 0) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(_is_simple(item) for item in value)
+        few = len(value) <= _MOST_ITEMS and depth < _DEEPEST  # not data, and not a list that holds itself
+        return few and all(_is_simple(item, depth + 1) for item in value)
     return isinstance(value, (*_SCALARS, types.FunctionType))
 
 
