@@ -70,6 +70,7 @@ def fit(
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
     share = arguments.headroom(headroom)
+    remembers = arguments.cache(cache)
     _require_compiled(model)
     arguments.require_fit_options(model, fit_options)
 
@@ -81,7 +82,7 @@ def fit(
     trials = LiveTrials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
     if chosen is None:
         try:
-            report = search_with(trials, target_batch=effective, cache=cache)
+            report = search_with(trials, target_batch=effective, cache=remembers)
         finally:
             trials.close()
     else:
@@ -129,6 +130,7 @@ def tune(
     target = None if target_batch is None else arguments.target_batch(target_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
     share = arguments.headroom(headroom)
+    remembers = arguments.cache(cache)
     planning.require_objective(objective)
     trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
     if target is not None and trials.largest_useful is not None:
@@ -141,7 +143,7 @@ def tune(
             objective=objective,
             max_trials=max_trials,
             max_seconds=max_seconds,
-            cache=cache,
+            cache=remembers,
         )
     finally:
         trials.close()
@@ -225,6 +227,7 @@ def wrap_step(
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
     share = arguments.headroom(headroom)
+    remembers = arguments.cache(cache)
     if not callable(train_step):
         raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")
 
@@ -241,7 +244,7 @@ def wrap_step(
         trials = LiveTrials(shell, batches, target_batch=target, user_limit_bytes=limit_bytes, headroom=share)
         if chosen is None:
             try:
-                report = search_with(trials, target_batch=target, cache=cache)
+                report = search_with(trials, target_batch=target, cache=remembers)
             finally:
                 trials.close()
         else:

@@ -62,6 +62,7 @@ class LiveTrials:
         self._clock = clock
         self._snapshots: list[Snapshot] = []
         self._saved: set[int] = set()
+        self._content: tuple[int, str] | None = None
         self.device = limits.default_device()
         self._sample = Sample(batches)
         self.host_uses = batches.host_uses()
@@ -89,6 +90,13 @@ class LiveTrials:
     @property
     def content(self) -> str:
         """A digest of model, data, optimizer and loss, of the device's name and the limits that somebody set."""
+        # Only what the trials build changes it.
+        variables = len(self._model.variables)
+        if self._content is None or self._content[0] != variables:
+            self._content = variables, self._digest()
+        return self._content[1]
+
+    def _digest(self) -> str:
         surroundings = {
             "device_name": limits.tensorflow_device_name(self.device) or platform.machine(),
             "user_limit_bytes": self._user_limit_bytes,
