@@ -42,6 +42,7 @@ def fit(
     memory_limit: int | str | None = None,
     headroom: float = 0.05,
     memory_watch: bool = True,
+    cache: bool = True,
     **fit_options: Any,
 ) -> Any:
     """Train a compiled Keras model at an effective batch of ``target_batch``, in whatever memory there is.
@@ -59,6 +60,8 @@ def fit(
         headroom: The share of the limit that is left alone.
         memory_watch: Warn when memory grows from epoch to epoch, with the likely cause; see
             :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its place.
+        cache: Remember what the search finds, in the user's cache folder; where it is remembered already, confirm it
+            with one trial and skip the search.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
             updates, and ``verbose=0`` keeps a notebook from showing the search as well.
 
@@ -74,6 +77,7 @@ def fit(
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
     share = arguments.headroom(headroom)
+    remembers = arguments.cache(cache)
     _require_compiled(model)
     arguments.require_fit_options(model, fit_options)
 
@@ -85,7 +89,9 @@ def fit(
     trials = LiveTrials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
     if chosen is None:
         try:
-            report = _shown_search(trials, quiet=fit_options.get("verbose") == 0, target_batch=effective)
+            report = _shown_search(
+                trials, quiet=fit_options.get("verbose") == 0, target_batch=effective, cache=remembers
+            )
         finally:
             trials.close()
     else:
@@ -115,15 +121,16 @@ def tune(
     objective: str = "throughput",
     max_trials: int | None = None,
     max_seconds: float | None = None,
+    cache: bool = True,
 ) -> Report:
     """Search for the micro-batch without training; the model and the data are left as they were.
 
     Args:
-        model, dataset, y, memory_limit, headroom: As for :func:`fit`.
+        model, dataset, y, memory_limit, headroom, cache: As for :func:`fit`.
         target_batch: As for :func:`fit`; None searches for the largest micro-batch alone.
         exact: Prove that the size found is the largest: it fits, and the next one was run and does not.
         objective: "throughput" plans for the shortest update, "largest" for the largest micro-batch.
-        max_trials, max_seconds: Stop after so many, with the best size found until then.
+        max_trials, max_seconds: Stop after so many, with the best size found until then, which is not remembered.
 
     Raises:
         TypeError, ValueError: An argument cannot be used; nothing has been run or changed.
@@ -132,6 +139,7 @@ def tune(
     target = None if target_batch is None else arguments.target_batch(target_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
     share = arguments.headroom(headroom)
+    remembers = arguments.cache(cache)
     planning.require_objective(objective)
     trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
     if target is not None and trials.largest_useful is not None:
@@ -144,6 +152,7 @@ def tune(
             objective=objective,
             max_trials=max_trials,
             max_seconds=max_seconds,
+            cache=remembers,
         )
     finally:
         trials.close()
@@ -213,6 +222,7 @@ def wrap_step(
     memory_limit: int | str | None = None,
     headroom: float = 0.05,
     jit_compile: bool = False,
+    cache: bool = True,
 ) -> WrappedStep:
     """Give a training loop of your own the search, the accumulation and the recovery of :func:`fit`.
 
@@ -225,7 +235,7 @@ def wrap_step(
         model: The model whose variables it trains.
         optimizer: The optimizer that it calls.
         target_batch: Samples in the batches that you will pass; the search is made for it at the first of them.
-        micro_batch, memory_limit, headroom: As for :func:`fit`.
+        micro_batch, memory_limit, headroom, cache: As for :func:`fit`.
         jit_compile: Compile the step with XLA.
 
     Raises:
@@ -235,6 +245,7 @@ def wrap_step(
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
     share = arguments.headroom(headroom)
+    remembers = arguments.cache(cache)
     if not callable(train_step):
         raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")
 
@@ -251,7 +262,7 @@ def wrap_step(
         trials = LiveTrials(shell, batches, target_batch=target, user_limit_bytes=limit_bytes, headroom=share)
         if chosen is None:
             try:
-                report = _shown_search(trials, target_batch=target)
+                report = _shown_search(trials, target_batch=target, cache=remembers)
             finally:
                 trials.close()
         else:

@@ -61,6 +61,20 @@ def memory_limit(value: Any) -> int | None:
     return None if value is None else parse_bytes(value)
 
 
+def cache(value: Any) -> bool:
+    """Check ``cache``: True or False, and not a folder.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(
+            "cache must be True or False; where results are remembered, the environment variable AUTOBATCH_CACHE_DIR "
+            f"says. Received: {value!r}"
+        )
+    return value
+
+
 def require_fit_options(model: Any, options: dict[str, Any]) -> None:
     """Refuse options that this model's ``fit`` does not have, ``batch_size``, and what is given by another name here.
 

@@ -7,7 +7,9 @@ Bytes are ``int`` and seconds are ``float`` throughout, and a field's name ends 
 from __future__ import annotations
 
 import enum
+import importlib
 from dataclasses import dataclass, field
+from typing import Any
 
 SCHEMA_VERSION = 1
 """Version of the serialised :class:`Report`; a change of a field's meaning raises it."""
@@ -198,3 +200,22 @@ class Report:
     warnings: tuple[str, ...] = field(default=())
     host_uses: tuple[HostUse, ...] = field(default=())
     schema_version: int = SCHEMA_VERSION
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """This report as JSON, which :meth:`from_json` reads back; the format is described in ``report/json.py``."""
+        return str(_json_format().render(self, indent=indent))
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what :meth:`to_json`, or ``autobatch report --format json``, wrote; an equal report.
+
+        Raises:
+            ValueError: ``text`` is no report, or comes from a newer autobatch.
+        """
+        report: Report = _json_format().load(text)
+        return report
+
+
+def _json_format() -> Any:
+    # Named, not imported: the format knows the records, and they know no other room.
+    return importlib.import_module("autobatch.report.json")

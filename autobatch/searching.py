@@ -5,6 +5,7 @@ Knows no TensorFlow; importing this imports none.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING
 from autobatch import search
 from autobatch.errors import AutobatchWarning, NoFeasibleBatchError
 from autobatch.memory.pressure import explain_pressure
-from autobatch.records import Plan, Report, TrialResult
+from autobatch.records import Plan, Report, SearchResult, TrialRequest, TrialResult
+from autobatch.remembering import Remembering, without_repeats
 from autobatch.search import planning
 from autobatch.units import format_bytes
 
@@ -31,19 +33,41 @@ def search_with(
     max_trials: int | None = None,
     max_seconds: float | None = None,
     on_trial: Callable[[TrialResult], None] | None = None,
+    cache: bool = False,
 ) -> Report:
     """Run the search over any source of trials and make the report of it.
+
+    With ``cache``, an earlier result is confirmed instead where there is one (:mod:`autobatch.remembering`); the trials
+    of one that failed are in the report, and do not count for ``max_trials``.
 
     Raises:
         NoFeasibleBatchError: Not even one sample fits.
     """
-    environment = trials.environment
     if target_batch is not None and trials.largest_useful is not None:
         target_batch = min(target_batch, trials.largest_useful)
+    planning.require_objective(objective)
+    tried: list[TrialResult] = []
+    told: list[TrialResult] = []
+
+    def tell(trial: TrialResult) -> None:
+        if on_trial is not None and all(trial is not known for known in told):
+            on_trial(trial)
+        told.append(trial)
+
+    def run(request: TrialRequest) -> TrialResult:
+        trial = trials.run(request)
+        tell(trial)
+        return trial
+
+    memory = Remembering(trials, target_batch=target_batch, objective=objective, exact=exact) if cache else None
+    confirmed = None if memory is None else memory.confirm(run, tried)
+    if confirmed is not None:
+        return _report(trials, confirmed.result, confirmed.plan)
+    started = time.monotonic()
     result = search.search(
-        trials.run,
+        without_repeats(trials.run, tried),
         target_batch=target_batch,
-        budget_bytes=environment.budget_bytes,
+        budget_bytes=trials.environment.budget_bytes,
         max_micro_batch=trials.largest_useful,
         fixed_bytes_hint=trials.fixed_bytes_hint,
         exact=exact,
@@ -51,13 +75,24 @@ def search_with(
         max_trials=max_trials,
         max_seconds=max_seconds,
         clock=time.monotonic,
-        on_trial=on_trial,
+        on_trial=tell,
     )
+    cut_short = (max_trials is not None and len(result.trials) >= max_trials) or (
+        max_seconds is not None and time.monotonic() - started >= max_seconds
+    )
+    before = tuple(trial for trial in tried if all(trial is not known for known in result.trials))
+    result = dataclasses.replace(result, trials=(*before, *result.trials))
     if result.largest_fit is None:
         raise _nothing_fits(trials, result.trials)
     plan = None
     if target_batch is not None:
         plan = planning.make_plan(result.trials, target_batch=target_batch, objective=objective)
+    if memory is not None and not cut_short:
+        memory.keep(result, plan)
+    return _report(trials, result, plan)
+
+
+def _report(trials: Trials, result: SearchResult, plan: Plan | None) -> Report:
     accumulates = plan is None or plan.accumulation_steps > 1
     return Report(
         plan=plan,
@@ -65,7 +100,7 @@ def search_with(
         smallest_failure=result.smallest_failure,
         trials=result.trials,
         memory_model=result.memory_model,
-        environment=environment,
+        environment=trials.environment,
         stopped_because=result.stopped_because,
         model_name=trials.model_name,
         warnings=trials.warnings if accumulates else (),

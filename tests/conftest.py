@@ -1,11 +1,27 @@
-"""Set before TensorFlow is loaded: with oneDNN off an allocation that must fail does so at once, not after 10 s."""
+"""What all tests stand on: no trace in the user's own cache, and what TensorFlow reads when it is loaded.
+
+With oneDNN off an allocation that must fail does so at once, not after 10 s.
+"""
 
 import os
+import tempfile
 
+import pytest
+
+# Nothing that a test finds may be remembered for the user, nor for another test (``own_cache`` below). This folder is
+# for fixtures that live longer than a test.
+_session_cache = tempfile.TemporaryDirectory(prefix="autobatch-tests-")
+os.environ["AUTOBATCH_CACHE_DIR"] = _session_cache.name
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-import pytest
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """A folder of this test's own for remembered results; it is made when something is remembered."""
+    folder = tmp_path_factory.getbasetemp() / "remembered" / os.urandom(8).hex()
+    monkeypatch.setenv("AUTOBATCH_CACHE_DIR", str(folder))
+    return folder
 
 
 @pytest.fixture

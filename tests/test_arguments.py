@@ -41,6 +41,7 @@ def untouched():
         ({"target_batch": 8, "headroom": -0.1}, ValueError, "headroom.*Received: -0.1"),
         ({"target_batch": 8, "headroom": float("nan")}, ValueError, "headroom.*Received: nan"),
         ({"target_batch": 8, "headroom": "5%"}, TypeError, "headroom.*Received: '5%'"),
+        ({"target_batch": 8, "cache": "/tmp"}, TypeError, "cache must be True or False.*AUTOBATCH_CACHE_DIR.*'/tmp'"),
     ],
     ids=str,
 )

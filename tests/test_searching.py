@@ -19,6 +19,7 @@ class FullCard:
     largest_useful = 64
     fixed_bytes_hint = 6 * GIB
     model_name = "model"
+    content = ""
     warnings = ()
     host_uses = ()
 

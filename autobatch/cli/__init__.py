@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from autobatch import __version__
-from autobatch.cli import devices, report, show
+from autobatch.cli import cache, devices, report, show
 from autobatch.cli.exits import FAILED, INTERRUPTED, OK, USAGE, USER_CODE, UsageError
 from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
 from autobatch.report.sentences import printable
@@ -74,6 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (report, show, devices):
+    for command in (report, show, devices, cache):
         command.add_parser(commands)
     return parser

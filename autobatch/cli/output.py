@@ -7,11 +7,15 @@ import contextlib
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from autobatch.cli.exits import UsageError
+from autobatch.errors import AutobatchWarning
 from autobatch.records import Report
 from autobatch.report import RENDERERS
+from autobatch.report.sentences import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, default_format: str | None = "text") -> None:
@@ -39,7 +43,7 @@ def check(path: str | None) -> None:
 def write(report: Report, *, format_name: str, path: str | None) -> None:
     renderer = RENDERERS[format_name]
     if path is None:
-        _reconfigure_stdout()
+        reconfigure_stdout()
         print(renderer.render(report))
         return
     text = renderer.render(report) + "\n"
@@ -50,6 +54,21 @@ def write(report: Report, *, format_name: str, path: str | None) -> None:
             _write_aside(Path(os.path.realpath(path)), text)
     except OSError as error:
         raise UsageError(f"--output: {error.strerror or error}. Received: {path!r}") from error
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """While this lasts, autobatch's own warnings are kept; at its end each is a line on standard error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AutobatchWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                if issubclass(warning.category, AutobatchWarning):
+                    print(f"autobatch: {printable(str(warning.message))}", file=sys.stderr)
+                else:
+                    warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _write_aside(path: Path, text: str) -> None:
@@ -69,7 +88,7 @@ def _is_special(path: str) -> bool:
     return os.path.exists(path) and not os.path.isfile(path)
 
 
-def _reconfigure_stdout() -> None:
+def reconfigure_stdout() -> None:
     """An ASCII-only terminal shall see an escape where it has no character, not a traceback."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:

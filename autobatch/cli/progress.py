@@ -108,6 +108,10 @@ class WatchedTrials:
     def host_uses(self) -> tuple[HostUse, ...]:
         return self._trials.host_uses
 
+    @property
+    def content(self) -> str:
+        return self._trials.content
+
     def run(self, request: TrialRequest) -> TrialResult:
         self._told.doing(f"Trying micro-batch {request.micro_batch:,}")
         result = self._trials.run(request)

@@ -45,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--fail-under",
         type=arguments.positive_int,
         metavar="N",
-        help="exit with 1 when the largest micro-batch that fits is under N",
+        help="exit with 1 when the largest micro-batch that fits is under N; always searches, as with --no-cache",
     )
     parser.set_defaults(run=run)
 
@@ -73,6 +73,12 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["throughput", "largest"],
         default="throughput",
         help="plan for the shortest update or for the largest micro-batch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="search anew, and do not remember what is found; else a remembered size is confirmed with one trial",
     )
     parser.add_argument("--max-trials", type=positive, metavar="N", help="stop after so many trials")
     parser.add_argument("--max-seconds", type=arguments.seconds, metavar="SECONDS", help="start no trial after so long")
@@ -105,7 +111,8 @@ def run(options: argparse.Namespace) -> int:
             f"--fail-under {options.fail_under} can never be met: nothing above --target-batch {options.target_batch} "
             "is tried."
         )
-    report = _search(options)
+    with output.warnings_as_lines():
+        report = _search(options)
     output.write(report, format_name=options.format, path=options.output)
     largest = report.largest_fit or 0
     if options.fail_under is not None and largest < options.fail_under:
@@ -143,6 +150,8 @@ def _search(options: argparse.Namespace) -> Report:
                 raise UsageError(f"--device {options.device}: TensorFlow sees no such device here, only {where}.")
             return api.search_with(
                 WatchedTrials(trials, told),
+                # What is confirmed is the plan's micro-batch, which may be smaller than the largest that fits.
+                cache=options.cache and options.fail_under is None,
                 target_batch=options.target_batch,
                 exact=options.exact,
                 objective=options.objective,

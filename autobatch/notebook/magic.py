@@ -70,6 +70,7 @@ def _magic(shell: Any) -> Callable[..., Report | None]:
             objective=options.objective,
             max_trials=options.max_trials,
             max_seconds=options.max_seconds,
+            cache=options.cache,
         )
         try:
             _show(shell, report, options)

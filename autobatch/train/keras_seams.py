@@ -36,6 +36,7 @@ __all__ = [
     "is_array_adapter",
     "is_built",
     "optimizers_of",
+    "remat_mode_of",
     "require_supported",
     "split_validation",
     "squeeze_or_expand",
@@ -224,6 +225,12 @@ def without_gradients() -> Iterator[None]:
 def is_built(model: Any) -> bool:
     """Whether all layers of the model have their variables."""
     return all(layer.built for layer in model._flatten_layers())
+
+
+def remat_mode_of(layer: Any) -> list[str] | None:
+    """The ``keras.RematScope`` that a layer was made in, in words; None if there was none."""
+    mode = getattr(layer, "_remat_mode", None)
+    return None if mode is None else [str(mode.mode), str(mode.output_size_threshold), str(mode.layer_names)]
 
 
 def require_supported(model: Any) -> None:

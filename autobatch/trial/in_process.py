@@ -8,6 +8,7 @@ host memory before the first trial and put back by :meth:`LiveTrials.close`, bit
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import time
@@ -20,17 +21,21 @@ import tensorflow as tf
 
 from autobatch import __version__
 from autobatch.errors import AutobatchWarning
-from autobatch.memory import limits, oom
+from autobatch.memory import arena, limits, oom
 from autobatch.records import Environment, Outcome, TrialRequest, TrialResult
 from autobatch.train import inexact, keras_seams
 from autobatch.train.recovery import CAUGHT
 from autobatch.train.step import AccumulatedStep
+from autobatch.trial.content import content_digest
 from autobatch.trial.sample import Data, Sample
 from autobatch.trial.snapshot import Snapshot, bytes_of
 from autobatch.units import format_bytes
 
 ENOUGH_SECONDS = 4.0
 """Once a trial's steps have taken this long, one timed repeat is precise enough."""
+
+_CHANGE_MEMORY = ("TF_ENABLE_ONEDNN_OPTS", "TF_GPU_ALLOCATOR", "TF_XLA_FLAGS", "XLA_FLAGS")
+"""Environment variables that change what a step needs."""
 
 
 class LiveTrials:
@@ -57,6 +62,7 @@ class LiveTrials:
         self._clock = clock
         self._snapshots: list[Snapshot] = []
         self._saved: set[int] = set()
+        self._content: tuple[int, str] | None = None
         self.device = limits.default_device()
         self._sample = Sample(batches)
         self.host_uses = batches.host_uses()
@@ -80,6 +86,24 @@ class LiveTrials:
     def warnings(self) -> tuple[str, ...]:
         """What will differ from the full batch where gradients are accumulated; complete once a trial was run."""
         return inexact.differences(self._model, self.step.updating_optimizers, self.step.scalar_losses)
+
+    @property
+    def content(self) -> str:
+        """A digest of model, data, optimizer and loss, of the device's name and the limits that somebody set."""
+        # Only what the trials build changes it.
+        variables = len(self._model.variables)
+        if self._content is None or self._content[0] != variables:
+            self._content = variables, self._digest()
+        return self._content[1]
+
+    def _digest(self) -> str:
+        surroundings = {
+            "device_name": limits.tensorflow_device_name(self.device) or platform.machine(),
+            "user_limit_bytes": self._user_limit_bytes,
+            "arena_limit_bytes": arena.arena_limit_bytes(self.device),
+            **{name: os.environ.get(name) for name in _CHANGE_MEMORY},
+        }
+        return content_digest(self._model, self._sample.describe(), surroundings)
 
     def trace(self) -> None:
         """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial."""

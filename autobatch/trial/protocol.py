@@ -13,7 +13,8 @@ class Trials(Protocol):
     ``largest_useful`` is a size above which trying makes no sense (the target batch, or the samples there are), None
     if unknown. ``fixed_bytes_hint`` is what weights, accumulators and optimizer slots will hold together, a lower bound
     on every peak, None if unknown. ``model_name``, ``warnings`` and ``host_uses``
-    go into the report.
+    go into the report. ``content`` is a digest of what is trained and of what was set for it, by which an earlier
+    result is found; it may change once the first trial has built what was not built.
     """
 
     @property
@@ -33,6 +34,9 @@ class Trials(Protocol):
 
     @property
     def host_uses(self) -> tuple[HostUse, ...]: ...
+
+    @property
+    def content(self) -> str: ...
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size. Out of memory is an outcome; what the user's code raises is passed on."""

@@ -8,6 +8,7 @@ search relies on, and no micro-batch of the samples seen needs more. Nothing is 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,6 +57,13 @@ class Sample:
         """How many different samples there are to repeat."""
         return int(sample_count(self._leaves))
 
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """What one sample holds: each leaf's kind, dtype and sizes, those that vary in steps of a fifth.
+
+        Else a shuffled data set, which begins with other samples each time, would be another one each time.
+        """
+        return [_describe(leaf, spec) for leaf, spec in zip(self._leaves, self._structure.specs, strict=True)]
+
     def micro_batch(self, samples: int) -> Any:
         """A batch of ``samples`` of them, in the structure that ``train_step`` takes, on the host."""
         with tf.device("CPU:0"):
@@ -68,6 +76,21 @@ def _longest_only(leaves: list[Any]) -> list[Any]:
         return leaves
     row = int(np.argmax(np.sum(sizes, axis=0)))
     return [_row(leaf, row) for leaf in leaves]
+
+
+def _describe(leaf: Any, spec: Any) -> tuple[str, str, tuple[int, ...]]:
+    kind = type(spec).__name__
+    varying = row_sizes(leaf)
+    if varying is not None:
+        return kind, leaf.dtype.name, (_step(int(np.max(varying, initial=0))),)
+    known = [None] * (leaf.shape.rank - 1) if spec.shape.rank is None else spec.shape.as_list()[1:]
+    sizes = zip(leaf.shape.as_list()[1:], known, strict=True)
+    return kind, leaf.dtype.name, tuple(_step(size) if fixed is None else size for size, fixed in sizes)
+
+
+def _step(size: int) -> int:
+    """Four steps to each doubling, so that sizes in one step differ by a fifth at the most."""
+    return int(4 * math.log2(size)) if size else -1
 
 
 def _row(leaf: Any, row: int) -> Any:

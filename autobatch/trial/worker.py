@@ -46,6 +46,7 @@ class _Ready:
     warnings: tuple[str, ...]
     host_uses: tuple[HostUse, ...]
     fingerprint: str
+    content: str
 
 
 class WorkerTrials:
@@ -129,6 +130,10 @@ class WorkerTrials:
     @property
     def host_uses(self) -> tuple[HostUse, ...]:
         return self._ready.host_uses
+
+    @property
+    def content(self) -> str:
+        return self._ready.content
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size; see ``trial.protocol.Trials``."""
@@ -214,6 +219,7 @@ class WorkerTrials:
             warnings=tuple(message["warnings"]),
             host_uses=tuple(HostUse(name, held_bytes) for name, held_bytes in message["host_uses"]),
             fingerprint=message["fingerprint"],
+            content=message["content"],
         )
 
     def _restart(self) -> None:

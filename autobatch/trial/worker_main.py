@@ -97,6 +97,7 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
                 "warnings": [*trials.warnings, *notes],
                 "host_uses": [[use.name, use.held_bytes] for use in trials.host_uses],
                 "fingerprint": fingerprint,
+                "content": trials.content,
             }
         )
     except BaseException as error:  # noqa: BLE001 - see above

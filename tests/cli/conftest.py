@@ -18,6 +18,7 @@ class Stub:
     model_name = "stub"
     warnings = ()
     host_uses = ()
+    content = "stub"
 
     def __init__(self, act):
         self.act = act

@@ -108,3 +108,32 @@ def test_a_target_that_cannot_be_used_is_one_line(target, function, capfd):
 def test_gpu_that_is_not_there(target, capfd):
     assert main(["report", f"{target}:build", "--device", "GPU:0"]) == 2
     assert "TensorFlow sees no such device" in capfd.readouterr().err
+
+
+def _trials(report_text):
+    return [trial["micro_batch"] for trial in json.loads(report_text)["trials"]]
+
+
+def test_a_second_report_confirms_what_is_remembered_with_one_trial(target, capfd):
+    command = ["report", f"{target}:build", "--target-batch", "64", "--format", "json"]
+    outputs = []
+    for more in ([], [], ["--no-cache"], ["--fail-under", "1"], ["--exact"], ["--max-trials", "9"]):
+        assert main([*command, *more]) == 0
+        outputs.append(capfd.readouterr().out)
+    first, again, without, gate, proven, limited = map(_trials, outputs)
+    assert len(first) > 1
+    assert again == [json.loads(outputs[0])["plan"]["micro_batch"]] == limited
+    assert json.loads(outputs[1])["plan"] == json.loads(outputs[0])["plan"]
+    assert "remembered from" in json.loads(outputs[1])["stopped_because"]
+    assert without == gate == first
+    assert len(proven) > 1
+
+
+def test_a_broken_cache_is_one_line_on_standard_error(target, own_cache, capfd):
+    own_cache.mkdir(parents=True)
+    (own_cache / "results-1.db").write_bytes(b"broken" * 1000)
+    assert main(["report", f"{target}:build", "--target-batch", "64"]) == 0
+    out, err = capfd.readouterr()
+    assert "sizing report" in out
+    assert err.startswith("autobatch: The remembered results in ")
+    assert err.count("\n") == 1

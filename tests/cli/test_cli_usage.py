@@ -98,6 +98,10 @@ def test_python_m_is_the_command():
         (["show", "absent.json"], "cannot be read"),
         (["show", "/"], "cannot be read"),
         (["devices", "more"], "unrecognized arguments"),
+        (["cache"], "the following arguments are required: ACTION"),
+        (["cache", "forget"], "invalid choice"),
+        (["cache", "list", "more"], "unrecognized arguments"),
+        (["cache", "clear", "--all"], "unrecognized arguments"),
     ],
 )
 def test_usage_errors(arguments, message, capfd):
@@ -190,7 +194,25 @@ def test_fuzzed_command_lines_never_show_a_traceback(tmp_path, monkeypatch, capf
     seed = 7
     rng = random.Random(seed)
     words = [
-        *("report", "show", "devices", "x:y", "a.py:b", "keras:", "keras:ResNet", ":", "::", "", "-", "--", "-h"),
+        *(
+            "report",
+            "show",
+            "devices",
+            "cache",
+            "list",
+            "clear",
+            "--no-cache",
+            "x:y",
+            "a.py:b",
+            "keras:",
+            "keras:ResNet",
+            ":",
+            "::",
+            "",
+            "-",
+            "--",
+            "-h",
+        ),
         *("--format", "json", "html", "--output", "/no/x", ".", "--target-batch", "0", "1", "-5", "1e9", "%", "1B"),
         *("--memory-limit", "80%", "--headroom", "nan", "--device", "GPU:99999", "--fail-under", "\udc80", "\0"),
         *("\0.py:f", "--timeout", "--jit", "--no-jit", "--input", "1,,2", "--classes", "\u2028", "--version"),

@@ -68,6 +68,16 @@ def test_what_is_read_back_is_what_was_written(report):
     assert json.load(text) == report
 
 
+def test_a_report_writes_and_reads_itself(report):
+    text = report.to_json()
+    assert text == json.render(report)
+    assert Report.from_json(text) == report
+    assert "\n" not in report.to_json(indent=None)
+    assert Report.from_json(report.to_json(indent=None)) == report
+    with pytest.raises(ValueError, match="This is not JSON"):
+        Report.from_json(text[:-1])
+
+
 def test_the_keys_are_the_fields_and_the_version_comes_first(full):
     data = standard_json.loads(json.render(full))
     assert next(iter(data)) == "schema_version"

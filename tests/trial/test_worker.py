@@ -29,6 +29,7 @@ class Stub:
     model_name = "stub"
     warnings = ("a warning",)
     host_uses = ()
+    content = "stub"
     def __init__(self, act):
         self.act = act
     def run(self, request):
