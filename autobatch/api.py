@@ -94,6 +94,7 @@ def fit(
         user_limit_bytes=limit_bytes,
         options=options,
         memory_watch=memory_watch,
+        lengths=trials.length_rule(report),
     )
 
 
@@ -352,6 +353,7 @@ def wrap_step(
             report.plan.micro_batch,
             device=trials.device,
             memory_model=report.memory_model,
+            lengths=trials.length_rule(report),
             user_limit_bytes=limit_bytes,
             headroom=share,
         )

@@ -31,6 +31,7 @@ import tensorflow as tf
 from autobatch.errors import NoFeasibleBatchError, UpdateInterruptedError
 from autobatch.memory import limits, oom
 from autobatch.records import MemoryModel, Recovery
+from autobatch.train.lengths import LengthRule
 from autobatch.train.micro_step import Logs
 from autobatch.train.policy import MicroBatchPolicy
 from autobatch.train.step import AccumulatedStep
@@ -51,11 +52,12 @@ PROVEN_UPDATES = 4
 class _RolledBackError(Exception):
     """A step ran out of memory and was undone. It carries no traceback, which would keep the failed tensors alive."""
 
-    def __init__(self, micro_batch: int, samples: int, diagnosis: oom.Diagnosis) -> None:
+    def __init__(self, micro_batch: int, samples: int, diagnosis: oom.Diagnosis, length_ratio: float = 1.0) -> None:
         super().__init__(diagnosis.detail)
         self.micro_batch = micro_batch
         self.samples = samples
         self.diagnosis = diagnosis
+        self.length_ratio = length_ratio
 
 
 class Transaction:
@@ -67,6 +69,7 @@ class Transaction:
         effective_batch: samples in all updates but an epoch's last; None where batches may have any size.
         device: TensorFlow's name of the device, such as "GPU:0".
         memory_model: predicts the peak; picks the next size after a failure.
+        lengths: sizes the micro-batch by the length of the samples; None leaves it as it is.
         user_limit_bytes, headroom: as for ``fit``.
     """
 
@@ -78,6 +81,7 @@ class Transaction:
         device: str,
         effective_batch: int | None = None,
         memory_model: MemoryModel | None = None,
+        lengths: LengthRule | None = None,
         user_limit_bytes: int | None = None,
         headroom: float = 0.0,
     ) -> None:
@@ -94,6 +98,7 @@ class Transaction:
         self._device = device
         self._effective_batch = effective_batch
         self._memory_model = memory_model
+        self._lengths = lengths or LengthRule(step.structure, None)
         self._user_limit_bytes = user_limit_bytes
         self._headroom = headroom
         self._updates = 0
@@ -149,6 +154,9 @@ class Transaction:
         micro_batch = self.policy.micro_batch
         # An epoch's last, smaller batch goes the way of the others: the plain step was never run beside accumulators.
         whole = micro_batch >= max(samples, self._effective_batch or samples)
+        ratio = self._lengths.ratio(data)
+        micro_batch = self._lengths.sized(micro_batch, ratio, samples)
+        whole = whole and micro_batch >= samples
         step = self._step
         kept: list[Snapshot] = []
         try:
@@ -171,7 +179,7 @@ class Transaction:
                 "model, an optimizer with fewer slots, or a device with more memory."
             )
         self._roll_back(kept)
-        raise _RolledBackError(min(samples, micro_batch), samples, diagnosis)
+        raise _RolledBackError(min(samples, micro_batch), samples, diagnosis, ratio)
 
     def _make_recorder(self) -> Recorder:
         """A recorder of what each micro-batch changes, and of what the update changes if there is room to keep it."""
@@ -229,7 +237,7 @@ class Transaction:
         before = failure.micro_batch
         self._good_updates = 0
         self._recorder = None  # what there is room for may have changed
-        after = policy.failed(before, samples=failure.samples, fitting_now=self._fitting_now())
+        after = self._smaller(policy, failure)
         if after is None:
             limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes
             raise NoFeasibleBatchError(
@@ -251,6 +259,21 @@ class Transaction:
             after,
             steps,
         )
+
+    def _smaller(self, policy: MicroBatchPolicy, failure: _RolledBackError) -> int | None:
+        """The size to run the same samples with again; None if one sample failed."""
+        before, ratio, samples = failure.micro_batch, failure.length_ratio, failure.samples
+        if before > policy.micro_batch:  # more than was tried, of short samples: nothing is wrong with what was
+            self._lengths.failed(before / policy.micro_batch)
+            return self._lengths.sized(policy.micro_batch, ratio, samples)
+        if ratio <= 1:
+            return policy.failed(before, samples=samples, fitting_now=self._fitting_now())
+        after: int | None = before
+        while after is not None and after >= before > 1:
+            # What this size is at the length that was tried is what the policy counts in.
+            smaller = policy.failed(policy.micro_batch, samples=samples, fitting_now=None)
+            after = None if smaller is None else min(samples, self._lengths.sized(smaller, ratio, samples))
+        return None if before <= 1 else after
 
     def _fitting_now(self) -> int | None:
         model = self._memory_model

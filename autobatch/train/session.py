@@ -15,6 +15,7 @@ from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
 from autobatch.train import data_arrays, data_cut, data_seams, keras_seams
 from autobatch.train.data import EffectiveBatches
+from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.watch import MemoryWatch
@@ -77,6 +78,7 @@ def train(
     user_limit_bytes: int | None,
     options: dict[str, Any],
     memory_watch: bool,
+    lengths: LengthRule | None = None,
 ) -> Any:
     """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``."""
     plan = report.plan
@@ -87,6 +89,7 @@ def train(
         device=device,
         effective_batch=plan.effective_batch,
         memory_model=report.memory_model,
+        lengths=lengths,
         user_limit_bytes=user_limit_bytes,
         headroom=report.environment.headroom,
     )

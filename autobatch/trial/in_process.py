@@ -21,8 +21,9 @@ import tensorflow as tf
 from autobatch import __version__
 from autobatch.errors import AutobatchWarning
 from autobatch.memory import limits, oom
-from autobatch.records import Environment, Outcome, TrialRequest, TrialResult
+from autobatch.records import Environment, Outcome, Report, TrialRequest, TrialResult
 from autobatch.train import inexact, keras_seams
+from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import CAUGHT
 from autobatch.train.step import AccumulatedStep
 from autobatch.trial.sample import Data, Sample
@@ -80,6 +81,10 @@ class LiveTrials:
     def warnings(self) -> tuple[str, ...]:
         """What will differ from the full batch where gradients are accumulated; complete once a trial was run."""
         return inexact.differences(self._model, self.step.updating_optimizers, self.step.scalar_losses)
+
+    def length_rule(self, report: Report) -> LengthRule:
+        """How training is to size micro-batches of samples that are shorter or longer than the trials'."""
+        return LengthRule.after_search(self._sample.structure, self._sample.leaves, report)
 
     def trace(self) -> None:
         """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial."""

@@ -46,20 +46,20 @@ class Sample:
     """
 
     def __init__(self, batches: Data) -> None:
-        self._structure = batches.structure
+        self.structure = batches.structure
         with tf.device("CPU:0"):
-            leaves = self._structure.leaves(batches.look())
-            self._leaves = _longest_only(leaves)
+            leaves = self.structure.leaves(batches.look())
+            self.leaves = _longest_only(leaves)
 
     @property
     def rows(self) -> int:
         """How many different samples there are to repeat."""
-        return int(sample_count(self._leaves))
+        return int(sample_count(self.leaves))
 
     def micro_batch(self, samples: int) -> Any:
         """A batch of ``samples`` of them, in the structure that ``train_step`` takes, on the host."""
         with tf.device("CPU:0"):
-            return self._structure.pack([repeat_to(leaf, samples) for leaf in self._leaves])
+            return self.structure.pack([repeat_to(leaf, samples) for leaf in self.leaves])
 
 
 def _longest_only(leaves: list[Any]) -> list[Any]:
