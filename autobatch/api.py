@@ -95,6 +95,7 @@ def fit(
         options=options,
         memory_watch=memory_watch,
         lengths=trials.length_rule(report),
+        keeper=trials.keeper,
     )
 
 
@@ -354,6 +355,7 @@ def wrap_step(
             device=trials.device,
             memory_model=report.memory_model,
             lengths=trials.length_rule(report),
+            keeper=trials.keeper,
             user_limit_bytes=limit_bytes,
             headroom=share,
         )

@@ -15,6 +15,7 @@ from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
 from autobatch.train import data_arrays, data_cut, data_seams, keras_seams
 from autobatch.train.data import EffectiveBatches
+from autobatch.train.keeping import Keeper
 from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
@@ -79,6 +80,7 @@ def train(
     options: dict[str, Any],
     memory_watch: bool,
     lengths: LengthRule | None = None,
+    keeper: Keeper | None = None,
 ) -> Any:
     """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``."""
     plan = report.plan
@@ -90,6 +92,7 @@ def train(
         effective_batch=plan.effective_batch,
         memory_model=report.memory_model,
         lengths=lengths,
+        keeper=keeper,
         user_limit_bytes=user_limit_bytes,
         headroom=report.environment.headroom,
     )
