@@ -9,12 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 MOST_NAMES = 3
 """So many layers are named; of more, their number."""
 
 _LINEAR = ("SGD",)
 """Optimizers whose update is linear in the gradient, so that a repeated embedding row needs no summing beforehand."""
+
+
+_COMPARING = ("circle",)
+"""Keras's losses whose value for a sample depends on the others in the batch."""
 
 
 def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -40,6 +45,12 @@ def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[st
             f"The gradients of a row of {_named(embeddings)} that occurs several times are summed before "
             f"{adaptive[0].name} squares them; Keras's TensorFlow backend squares each by itself."
         )
+    comparing = [name for loss in _losses_of(model) if (name := _name_of(loss)) in _COMPARING]
+    if comparing:
+        found.append(
+            f"The loss {', '.join(dict.fromkeys(comparing))} compares samples with each other; it sees those of one "
+            "micro-batch at a time."
+        )
     if isinstance(model, keras.Model) and type(model).train_step is not keras.Model.train_step:
         found.append(
             f"{type(model).__name__}.train_step: what of its loss is no keras.losses.Loss is taken for a mean over the "
@@ -51,6 +62,21 @@ def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[st
             "micro-batches by their samples, which is not the same where it compares samples with each other."
         )
     return tuple(found)
+
+
+def _losses_of(model: Any) -> list[Any]:
+    """The losses given to ``compile``, and those among the model's attributes, for a ``train_step`` of its own."""
+    found = []
+    for attribute in vars(model).values():
+        parts = attribute if isinstance(attribute, (list, tuple)) else [attribute]
+        parts = list(attribute.values()) if isinstance(attribute, dict) else parts
+        found += [part for part in parts if isinstance(part, keras.losses.Loss)]
+    return [*tf.nest.flatten(getattr(model, "loss", None)), *found]
+
+
+def _name_of(loss: Any) -> str:
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+    return str(name).lower()
 
 
 def _named(layers: list[Any]) -> str:
