@@ -6,10 +6,13 @@ can change that. The list is made of what is found in the model, not of what mig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from autobatch.trial.snapshot import distinct
 
 MOST_NAMES = 3
 """So many layers are named; of more, their number."""
@@ -22,11 +25,18 @@ _COMPARING = ("circle",)
 """Keras's losses whose value for a sample depends on the others in the batch."""
 
 
-def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[str, ...] = ()) -> tuple[str, ...]:
+def differences(
+    model: Any,
+    optimizers: tuple[Any, ...],
+    scalar_losses: tuple[str, ...] = (),
+    tables_kept_as_rows: Sequence[Any] = (),
+) -> tuple[str, ...]:
     """Sentences on what in ``model`` depends on the micro-batch; empty where nothing does.
 
-    ``scalar_losses`` names losses that were seen to reduce the batch themselves.
+    ``scalar_losses`` names losses that were seen to reduce the batch themselves; ``tables_kept_as_rows`` are the
+    embeddings' variables whose gradients reach the optimizer as in plain Keras.
     """
+    as_rows = {id(table) for table in tables_kept_as_rows}
     layers = list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
     found = []
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
@@ -38,7 +48,13 @@ def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[st
     if len(optimizers) > 1:
         names = ", ".join(optimizer.name for optimizer in optimizers)
         found.append(f"The optimizers {names} update once each, at the end: none sees what another has just changed.")
-    embeddings = [layer for layer in layers if isinstance(layer, keras.layers.Embedding) and layer.trainable]
+    embeddings = [
+        layer
+        for layer in layers
+        if isinstance(layer, keras.layers.Embedding)
+        and layer.trainable
+        and not all(id(table) in as_rows for table in distinct(layer.trainable_weights))
+    ]
     adaptive = [optimizer for optimizer in optimizers if type(_innermost(optimizer)).__name__ not in _LINEAR]
     if embeddings and adaptive:
         found.append(

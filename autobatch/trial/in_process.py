@@ -63,7 +63,7 @@ class LiveTrials:
         self.device = limits.default_device()
         self._sample = Sample(batches)
         self.host_uses = batches.host_uses()
-        self.step = AccumulatedStep(model, batches.element_spec)
+        self.step = AccumulatedStep(model, batches.element_spec, effective_batch=target_batch)
         self.keeper = Keeper(self.step, self.device, user_limit_bytes=user_limit_bytes, headroom=headroom)
         keras_seams.build_on(model, self.step.structure.pack(self.step.structure.specs))
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
@@ -83,7 +83,12 @@ class LiveTrials:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What will differ from the full batch where gradients are accumulated; complete once a trial was run."""
-        return inexact.differences(self._model, self.step.updating_optimizers, self.step.scalar_losses)
+        return inexact.differences(
+            self._model,
+            self.step.updating_optimizers,
+            self.step.scalar_losses,
+            tables_kept_as_rows=self.step.tables_kept_as_rows,
+        )
 
     def length_rule(self, report: Report) -> LengthRule:
         """How training is to size micro-batches of samples that are shorter or longer than the trials'."""
@@ -101,7 +106,7 @@ class LiveTrials:
         """A lower bound on every peak: what is held already, weights and slots among it, and the accumulators."""
         slots = sum(bytes_of(optimizer.variables) for optimizer in self.step.optimizers)
         held = limits.bytes_in_use(self.device) or 0
-        return max(held, bytes_of(self._model.variables) + slots) + bytes_of(self._model.trainable_variables)
+        return max(held, bytes_of(self._model.variables) + slots) + self.step.least_accumulator_bytes
 
     def _look_around(self) -> Environment:
         limit = limits.find_limit(self.device, self._user_limit_bytes)
