@@ -3,10 +3,10 @@
 What every micro-batch changes (statistics, seeds, metrics) is small and always kept on the device. The weights and the
 optimizer's variables change in the update alone. Next to themselves on the device they are kept for nothing until the
 update overwrites them, if the budget has room for that then. Where it has none, or where an update ran out of memory
-beside them, they are copied to the host before each step until :data:`PROVEN_UPDATES` updates have gone well: that
-takes time, but no device memory. From then on nothing is kept, for what an update needs does not change from one to
-the next. Where one micro-batch is the whole effective batch nothing is kept from then on either: keeping the weights
-would cost a small model more time than its step.
+beside them, they are copied to the host before each step until :data:`PROVEN_UPDATES` updates have gone well, if they
+fit there: that takes time, but no device memory. From then on nothing is kept, for what an update needs does not change
+from one to the next. Where one micro-batch is the whole effective batch nothing is kept from then on either: keeping
+the weights would cost a small model more time than its step.
 
 Trials take the same copies as training, so that what they prove is what training does.
 """
@@ -14,6 +14,7 @@ Trials take the same copies as training, so that what they prove is what trainin
 from __future__ import annotations
 
 import enum
+import sys
 from dataclasses import dataclass
 
 from autobatch.memory import limits
@@ -99,7 +100,9 @@ class Keeper:
             self._room = not self.ran_out_beside_copies and self._has_room()
         if proven and (whole or not self._room):
             return Place.NOWHERE
-        return Place.DEVICE if self._room else Place.HOST
+        if self._room:
+            return Place.DEVICE
+        return Place.HOST if self._host_has_room() else Place.NOWHERE
 
     def _has_room(self) -> bool:
         """Whether the budget has room for the copies and, at the same time, for the update itself."""
@@ -112,3 +115,9 @@ class Keeper:
         update_bytes = sum(weights) + 2 * max(weights, default=0)
         needed = bytes_of(self._step.updated_variables) + update_bytes
         return in_use + needed <= limit.limit_bytes * (1 - self._headroom)
+
+    def _host_has_room(self) -> bool:
+        # An arena's limit on the CPU is enforced by TensorFlow's allocator, and the copies are not TensorFlow's.
+        found = limits.all_limits("CPU:0")
+        known = [limit.limit_bytes for limit in found if limit.limit_bytes is not None and not limit.enforced]
+        return bytes_of(self._step.updated_variables) <= min(known, default=sys.maxsize)

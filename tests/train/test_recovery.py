@@ -12,6 +12,7 @@ from keras import layers
 from models import AtCall, MemoryHog, arrays, classifier, run_out_if
 
 import autobatch
+from autobatch.records import Limit
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
 
@@ -147,6 +148,18 @@ def test_without_room_for_copies_the_host_keeps_them_until_the_update_is_proven(
     assert transaction.recoveries[0].micro_batch_after < micro_batch
     with pytest.raises(autobatch.UpdateInterruptedError, match="4 updates like it had gone well"):
         transaction.train(data[6])
+
+
+def test_with_room_for_copies_neither_on_the_device_nor_on_the_host_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr("autobatch.memory.limits.all_limits", lambda device: [Limit(1024, "a small host")])
+    data = batches()
+    model = model_with_state(optimizer=HungryAdam(AtCall(1)))
+    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    transaction = Transaction(step, MICRO, device="CPU:0", effective_batch=TARGET)
+    transaction._keeper.ran_out_beside_copies = True
+    transaction.train(data[0])
+    with pytest.raises(autobatch.UpdateInterruptedError, match="for want of room"):
+        transaction.train(data[1])
 
 
 def test_no_sample_is_lost_or_seen_twice_and_iterations_count_updates():
