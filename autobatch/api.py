@@ -106,6 +106,8 @@ def fit(
         user_limit_bytes=limit_bytes,
         options=options,
         memory_watch=memory_watch,
+        lengths=trials.length_rule(report),
+        keeper=trials.keeper,
     )
 
 
@@ -249,11 +251,13 @@ def wrap_step(
     if not callable(train_step):
         raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")
 
+    from autobatch.train import keras_seams
     from autobatch.train.loop import LoopModel, OneBatch, WrappedStep, element_spec_of
     from autobatch.train.recovery import Transaction
     from autobatch.train.structure import Structure, sample_count
     from autobatch.trial.in_process import LiveTrials
 
+    keras_seams.require_stateless(model)
     shell = LoopModel(train_step, model, optimizer, jit_compile=jit_compile)
 
     def open_first(batch: Any) -> Any:
@@ -274,6 +278,8 @@ def wrap_step(
             report.plan.micro_batch,
             device=trials.device,
             memory_model=report.memory_model,
+            lengths=trials.length_rule(report),
+            keeper=trials.keeper,
             user_limit_bytes=limit_bytes,
             headroom=share,
         )

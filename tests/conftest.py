@@ -24,6 +24,19 @@ def own_cache(tmp_path_factory, monkeypatch):
     return folder
 
 
+def pytest_sessionstart():
+    """Where the environment says which Keras is to be tested, refuse to test another."""
+    expected = os.environ.get("AUTOBATCH_EXPECT_KERAS")
+    if expected:
+        import keras
+
+        if keras.__version__ != expected:
+            raise pytest.UsageError(
+                f"Keras {expected} is to be tested. Received: {keras.__version__} from {keras.__file__}"
+            )
+        print(f"testing with Keras {keras.__version__}")
+
+
 @pytest.fixture
 def keras():
     """Keras with all its seeds set, as at the start of a fresh process."""

@@ -28,6 +28,16 @@ from autobatch.train.structure import Structure
 EMPTY = "dataset is empty, so that there is nothing to train on. Give at least one sample. Received: "
 
 
+class EffectiveIterator(Iterator[Any]):
+    """One pass over effective batches, told by its type from what a callback may hand to the model meanwhile."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
+
+    def __next__(self) -> Any:
+        return next(self._iterator)
+
+
 class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
     """An iterable of effective batches that Keras's ``fit`` accepts as its data.
 
@@ -201,8 +211,8 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         if self._pending is not None:
             first, rest = self._pending
             self._pending = None
-            return itertools.chain([first], rest)
-        return self._start()
+            return EffectiveIterator(itertools.chain([first], rest))
+        return EffectiveIterator(self._start())
 
     def _start(self) -> Iterator[Any]:
         if self._states_after is not None:

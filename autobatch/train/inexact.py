@@ -6,9 +6,13 @@ can change that. The list is made of what is found in the model, not of what mig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
+
+from autobatch.trial.snapshot import distinct
 
 MOST_NAMES = 3
 """So many layers are named; of more, their number."""
@@ -17,11 +21,22 @@ _LINEAR = ("SGD",)
 """Optimizers whose update is linear in the gradient, so that a repeated embedding row needs no summing beforehand."""
 
 
-def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[str, ...] = ()) -> tuple[str, ...]:
+_COMPARING = ("circle",)
+"""Keras's losses whose value for a sample depends on the others in the batch."""
+
+
+def differences(
+    model: Any,
+    optimizers: tuple[Any, ...],
+    scalar_losses: tuple[str, ...] = (),
+    tables_kept_as_rows: Sequence[Any] = (),
+) -> tuple[str, ...]:
     """Sentences on what in ``model`` depends on the micro-batch; empty where nothing does.
 
-    ``scalar_losses`` names losses that were seen to reduce the batch themselves.
+    ``scalar_losses`` names losses that were seen to reduce the batch themselves; ``tables_kept_as_rows`` are the
+    embeddings' variables whose gradients reach the optimizer as in plain Keras.
     """
+    as_rows = {id(table) for table in tables_kept_as_rows}
     layers = list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
     found = []
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
@@ -33,12 +48,24 @@ def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[st
     if len(optimizers) > 1:
         names = ", ".join(optimizer.name for optimizer in optimizers)
         found.append(f"The optimizers {names} update once each, at the end: none sees what another has just changed.")
-    embeddings = [layer for layer in layers if isinstance(layer, keras.layers.Embedding) and layer.trainable]
+    embeddings = [
+        layer
+        for layer in layers
+        if isinstance(layer, keras.layers.Embedding)
+        and layer.trainable
+        and not all(id(table) in as_rows for table in distinct(layer.trainable_weights))
+    ]
     adaptive = [optimizer for optimizer in optimizers if type(_innermost(optimizer)).__name__ not in _LINEAR]
     if embeddings and adaptive:
         found.append(
             f"The gradients of a row of {_named(embeddings)} that occurs several times are summed before "
             f"{adaptive[0].name} squares them; Keras's TensorFlow backend squares each by itself."
+        )
+    comparing = [name for loss in _losses_of(model) if (name := _name_of(loss)) in _COMPARING]
+    if comparing:
+        found.append(
+            f"The loss {', '.join(dict.fromkeys(comparing))} compares samples with each other; it sees those of one "
+            "micro-batch at a time."
         )
     if isinstance(model, keras.Model) and type(model).train_step is not keras.Model.train_step:
         found.append(
@@ -51,6 +78,21 @@ def differences(model: Any, optimizers: tuple[Any, ...], scalar_losses: tuple[st
             "micro-batches by their samples, which is not the same where it compares samples with each other."
         )
     return tuple(found)
+
+
+def _losses_of(model: Any) -> list[Any]:
+    """The losses given to ``compile``, and those among the model's attributes, for a ``train_step`` of its own."""
+    found = []
+    for attribute in vars(model).values():
+        parts = attribute if isinstance(attribute, (list, tuple)) else [attribute]
+        parts = list(attribute.values()) if isinstance(attribute, dict) else parts
+        found += [part for part in parts if isinstance(part, keras.losses.Loss)]
+    return [*tf.nest.flatten(getattr(model, "loss", None)), *found]
+
+
+def _name_of(loss: Any) -> str:
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+    return str(name).lower()
 
 
 def _named(layers: list[Any]) -> str:

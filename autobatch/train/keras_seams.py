@@ -36,7 +36,9 @@ __all__ = [
     "is_array_adapter",
     "is_built",
     "optimizers_of",
+    "own_function",
     "remat_mode_of",
+    "require_stateless",
     "require_supported",
     "split_validation",
     "squeeze_or_expand",
@@ -251,6 +253,33 @@ def require_supported(model: Any) -> None:
             "This model overrides make_train_function, which autobatch would pass by. Put what it does in train_step. "
             f"Received: {type(model).__name__}"
         )
+    require_stateless(model)
+
+
+def require_stateless(model: Any) -> None:
+    """Refuse recurrent layers that hand a sample's state on to the one in the same place of the next batch.
+
+    Raises:
+        ValueError: names the layers.
+    """
+    layers = model._flatten_layers() if hasattr(model, "_flatten_layers") else ()
+    stateful = [layer.name for layer in layers if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    if stateful:
+        raise ValueError(
+            "A recurrent layer with stateful=True hands each sample's state to the sample in the same place of the "
+            "next batch; cut into micro-batches, it would go to another sample of the same batch. Set stateful=False, "
+            f"or train this model by Model.fit. Received: {', '.join(stateful)}"
+        )
+
+
+def own_function(model: Any, kind: str) -> Callable[[Any], Any]:
+    """Keras's own "train" or "test" function of a model whose function is replaced at the moment."""
+    attribute = f"{kind}_function"
+    replaced = getattr(model, attribute)
+    getattr(model, f"make_{attribute}")(force=True)
+    own: Callable[[Any], Any] = getattr(model, attribute)
+    setattr(model, attribute, replaced)
+    return own
 
 
 def data_adapter_for(**arguments: Any) -> Any:

@@ -15,7 +15,8 @@ the same, with a mask       elements that the mask lets pass   needs a count
 =========================== ================================== =====================
 
 The fraction stands outside, so that everything that is not known to be otherwise is a mean over samples, and so that
-Keras's loss tracker, which weighs a micro-batch's loss by ``n_k``, ends with the loss of the effective batch.
+Keras's loss tracker, which weighs a micro-batch's loss by ``n_k``, ends with the loss of the effective batch. (Under
+``None`` it reports the mean of what is differentiated as a sum: there the factor is the gradient's alone.)
 
 "Needs a count" means that ``D`` depends on the data: :data:`Mode.COUNT` traces the same losses once more, keeping only
 the counts; TensorFlow prunes what they do not need.
@@ -69,10 +70,12 @@ class Normalizer:
             self.scalar_losses.append(name.rsplit("/", 2)[-2] if "/" in name else "without a name")
         loss = reduce(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
         kind = keras_seams.standardize_reduction(reduction)
-        if kind == "sum" or (kind in (None, "none") and of_compile):
-            # Without a reduction Keras differentiates the vector, which sums it. Outside of compile(loss=...) the
-            # user's train_step reduces it, by a mean for all we can know.
+        if kind == "sum":
             return loss * tf.cast(1.0 / self.fraction, loss.dtype)
+        if kind in (None, "none") and of_compile:
+            # Without a reduction Keras differentiates the vector, which sums it, but reports its mean. Outside of
+            # compile(loss=...) the user's train_step reduces it, by a mean for all we can know.
+            return _with_gradient_times(loss, tf.cast(1.0 / self.fraction, loss.dtype))
         if kind in (None, "none") or not self._needs_count(kind, values, sample_weight, mask):
             return loss
         count = tf.cast(self._count(kind, values, sample_weight, mask, dtype), tf.float64)
@@ -101,3 +104,12 @@ class Normalizer:
         weight = keras_seams.apply_mask(weight, mask, dtype=values.dtype, reduction=kind)
         _, weight = keras_seams.squeeze_or_expand(values, weight)
         return tf.reduce_sum(tf.cast(weight, tf.float64))
+
+
+def _with_gradient_times(values: Any, factor: Any) -> Any:
+    """The same values, whose gradient is ``factor`` times as large."""
+
+    def passed(values: Any) -> Any:
+        return tf.identity(values), lambda upstream: upstream * factor
+
+    return tf.custom_gradient(passed)(values)

@@ -6,23 +6,22 @@ What a step touches falls in two parts:
   values are kept on the device before each step and put back when it fails. The accumulators need nothing: each step
   begins by clearing them.
 * The weights and the optimizer's variables change in the update alone, which begins when the last gradient is there.
-  Keeping their values costs nothing until the update overwrites them, and then their own size for as long as the
-  update lasts: memory that the activations, gone by then, have just given back. Where it fits the budget next to what
-  is held anyway, they are kept, and a failed update is undone. Where it does not, nothing can be undone, so the
-  update makes sure beforehand: it asks the allocator for one block as large as the weights, gives it back, and only
-  then starts, with room for its temporaries. Should it run out of memory all the same, half done,
-  :class:`~autobatch.errors.UpdateInterruptedError` says so rather than training on with it. The same holds where one
-  micro-batch is the whole effective batch and :data:`PROVEN_UPDATES` updates went well: keeping the weights would cost
-  a small model more time than its step, and what an update needs does not change from one to the next.
+  :mod:`autobatch.train.keeping` keeps their values too, on the device or on the host, and a failed update is undone.
+  Once updates have proven to fit it may keep nothing. The update then makes sure beforehand: it asks the allocator for
+  one block as large as the weights, gives it back, and only then starts, with room for its temporaries. Should it run
+  out of memory all the same, half done, :class:`~autobatch.errors.UpdateInterruptedError` says so rather than training
+  on with it.
 
-After rolling back, the same samples run again with a smaller micro-batch (:mod:`autobatch.train.policy`).
+After rolling back, the same samples run again with a smaller micro-batch (:mod:`autobatch.train.policy`). Only where
+the update ran out of memory beside copies of the weights the size is kept, and the copies are not: a smaller
+micro-batch would not make an update smaller.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tenacity
@@ -32,11 +31,13 @@ from autobatch.errors import NoFeasibleBatchError, UpdateInterruptedError
 from autobatch.memory import limits, oom
 from autobatch.memory.pressure import explain_pressure
 from autobatch.records import MemoryModel, Recovery
+from autobatch.train.keeping import PROVEN_UPDATES, Keeper, Kept, Place
+from autobatch.train.lengths import LengthRule
 from autobatch.train.micro_step import Logs
 from autobatch.train.policy import MicroBatchPolicy
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import count_samples
-from autobatch.trial.snapshot import Recorder, Snapshot, bytes_of
+from autobatch.trial.snapshot import Recorder
 from autobatch.units import format_bytes
 
 logger = logging.getLogger("autobatch")
@@ -45,18 +46,24 @@ logger = logging.getLogger("autobatch")
 CAUGHT = (tf.errors.OpError, MemoryError)
 
 
-PROVEN_UPDATES = 4
-"""So many updates in a row show that the optimizer's update fits beside all else that is held."""
-
-
 class _RolledBackError(Exception):
     """A step ran out of memory and was undone. It carries no traceback, which would keep the failed tensors alive."""
 
-    def __init__(self, micro_batch: int, samples: int, diagnosis: oom.Diagnosis) -> None:
+    def __init__(
+        self,
+        micro_batch: int,
+        samples: int,
+        diagnosis: oom.Diagnosis,
+        *,
+        length_ratio: float = 1.0,
+        beside_copies: bool = False,
+    ) -> None:
         super().__init__(diagnosis.detail)
         self.micro_batch = micro_batch
         self.samples = samples
         self.diagnosis = diagnosis
+        self.length_ratio = length_ratio
+        self.beside_copies = beside_copies
 
 
 class Transaction:
@@ -68,6 +75,8 @@ class Transaction:
         effective_batch: samples in all updates but an epoch's last; None where batches may have any size.
         device: TensorFlow's name of the device, such as "GPU:0".
         memory_model: predicts the peak; picks the next size after a failure.
+        lengths: sizes the micro-batch by the length of the samples; None leaves it as it is.
+        keeper: that of the trials before, which knows what they found; None makes one.
         user_limit_bytes, headroom: as for ``fit``.
     """
 
@@ -79,6 +88,8 @@ class Transaction:
         device: str,
         effective_batch: int | None = None,
         memory_model: MemoryModel | None = None,
+        lengths: LengthRule | None = None,
+        keeper: Keeper | None = None,
         user_limit_bytes: int | None = None,
         headroom: float = 0.0,
     ) -> None:
@@ -86,15 +97,14 @@ class Transaction:
         self.policy = MicroBatchPolicy(micro_batch)
         self._validation_policy = MicroBatchPolicy(micro_batch)
         self._step = step
-        self._recorder: Recorder | None = None
-        self._keeps_weights = True
-        self._proven = False
+        self._keeper = keeper or Keeper(step, device, user_limit_bytes=user_limit_bytes, headroom=headroom)
         self._good_updates = 0
         self._evaluations: dict[str, AccumulatedStep] = {}
         self._evaluation_recorders: dict[int, Recorder] = {}
         self._device = device
         self._effective_batch = effective_batch
         self._memory_model = memory_model
+        self._lengths = lengths or LengthRule(step.structure, None)
         self._user_limit_bytes = user_limit_bytes
         self._headroom = headroom
         self._updates = 0
@@ -150,14 +160,15 @@ class Transaction:
         micro_batch = self.policy.micro_batch
         # An epoch's last, smaller batch goes the way of the others: the plain step was never run beside accumulators.
         whole = micro_batch >= max(samples, self._effective_batch or samples)
+        ratio = self._lengths.ratio(data)
+        micro_batch = self._lengths.sized(micro_batch, ratio, samples)
+        whole = whole and micro_batch >= samples
         step = self._step
-        kept: list[Snapshot] = []
+        kept: Kept | None = None
         try:
-            proven = whole and self._good_updates >= PROVEN_UPDATES
-            if step.prepare(whole=whole) or self._recorder is None or proven is not self._proven:
-                self._proven = proven
-                self._recorder = self._make_recorder()
-            kept.append(self._recorder.take())
+            if step.prepare(whole=whole):
+                self._keeper.forget()
+            kept = self._keeper.take(whole=whole, proven=self._good_updates >= PROVEN_UPDATES)
             logs = step.plain(data) if whole else step.accumulate(data, micro_batch)
             if not whole:
                 step.apply()
@@ -165,38 +176,33 @@ class Transaction:
             diagnosis = self._diagnose(error)
         else:
             return logs
-        if kept and not self._keeps_weights and step.update_has_begun():
+        updating_beside = kept.weights_at if kept is not None and step.update_has_begun() else None
+        if updating_beside is Place.NOWHERE:
             raise UpdateInterruptedError(
-                f"The optimizer's update ran out of memory half-way ({diagnosis.detail}), and there was no room to "
-                "keep the weights beside it. They are unusable now: load the last checkpoint, and use a smaller "
-                "model, an optimizer with fewer slots, or a device with more memory."
+                f"The optimizer's update ran out of memory half-way ({diagnosis.detail}), and the weights were not "
+                f"kept beside it, for want of room or because {PROVEN_UPDATES} updates like it had gone well. They are "
+                "unusable now: load the last checkpoint, and use a smaller model, an optimizer with fewer slots, or a "
+                "device with more memory."
             )
-        self._roll_back(kept)
-        raise _RolledBackError(min(samples, micro_batch), samples, diagnosis)
-
-    def _make_recorder(self) -> Recorder:
-        """A recorder of what each micro-batch changes, and of what the update changes if there is room to keep it."""
-        updated = self._step.updated_variables
-        # The update itself needs room at the same time: for gradients that have no accumulators, for temporaries.
-        weights = [bytes_of([variable]) for variable in self._step.model.trainable_variables]
-        temporaries = sum(weights) + 2 * max(weights, default=0)
-        self._keeps_weights = not self._proven and self._can_keep(bytes_of(updated) + temporaries)
-        left_out = set() if self._keeps_weights else {id(variable) for variable in updated}
-        return Recorder(
-            (variable for variable in self._step.variables if id(variable) not in left_out),
-            beforehand=self._step.note_no_update,
+        self._roll_back(() if kept is None else (kept,))
+        raise _RolledBackError(
+            min(samples, micro_batch),
+            samples,
+            diagnosis,
+            length_ratio=ratio,
+            beside_copies=updating_beside is Place.DEVICE,
         )
 
     def _evaluate_once(self, step: AccumulatedStep, data: Any, samples: int) -> Logs:
         micro_batch = min(samples, self._validation_policy.micro_batch)
-        kept: list[Snapshot] = []
+        kept: list[Kept] = []
         try:
             if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
                 updated = {id(variable) for variable in step.updated_variables}
                 self._evaluation_recorders[id(step)] = Recorder(
                     variable for variable in step.variables if id(variable) not in updated
                 )
-            kept.append(self._evaluation_recorders[id(step)].take())
+            kept.append(Kept(Place.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
             return step.evaluate(data, micro_batch)
         except CAUGHT as error:
             diagnosis = self._diagnose(error)
@@ -213,24 +219,16 @@ class Transaction:
         return diagnosis
 
     @staticmethod
-    def _roll_back(kept: list[Snapshot]) -> None:
+    def _roll_back(kept: Iterable[Kept]) -> None:
         gc.collect()
-        for snapshot in kept:
-            snapshot.restore()
-            snapshot.drop()
-
-    def _can_keep(self, size_bytes: int) -> bool:
-        limit = limits.find_limit(self._device, self._user_limit_bytes)
-        in_use = limits.bytes_in_use(self._device)
-        if limit.limit_bytes is None or in_use is None:
-            return True
-        return in_use + size_bytes <= limit.limit_bytes * (1 - self._headroom)
+        for each in kept:
+            each.restore()
 
     def _shrink(self, policy: MicroBatchPolicy, phase: str, failure: _RolledBackError) -> None:
         before = failure.micro_batch
         self._good_updates = 0
-        self._recorder = None  # what there is room for may have changed
-        after = policy.failed(before, samples=failure.samples, fitting_now=self._fitting_now())
+        self._keeper.forget()
+        after = self._smaller(policy, failure)
         if after is None:
             limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes
             raise NoFeasibleBatchError(
@@ -243,16 +241,34 @@ class Transaction:
             )
         self.recoveries.append(Recovery(self._updates, phase, before, after, failure.diagnosis.detail))
         steps = -(-failure.samples // after)
+        change = f"micro-batch {before} -> {after} ({steps} accumulation steps)"
+        if failure.beside_copies:
+            change = f"micro-batch {before} as before, without a copy of the weights on the device"
         logger.warning(
-            "Out of memory in update %d, %s (%s): rolled back; micro-batch %d -> %d (%d accumulation steps); the same "
-            "samples run again.",
+            "Out of memory in update %d, %s (%s): rolled back; %s; the same samples run again.",
             self._updates,
             phase,
             failure.diagnosis.detail,
-            before,
-            after,
-            steps,
+            change,
         )
+
+    def _smaller(self, policy: MicroBatchPolicy, failure: _RolledBackError) -> int | None:
+        """The size to run the same samples with again; None if one sample failed."""
+        before, ratio, samples = failure.micro_batch, failure.length_ratio, failure.samples
+        if failure.beside_copies:
+            self._keeper.ran_out_beside_copies = True
+            return before
+        if before > policy.micro_batch:  # more than was tried, of short samples: nothing is wrong with what was
+            self._lengths.failed(before / policy.micro_batch)
+            return self._lengths.sized(policy.micro_batch, ratio, samples)
+        if ratio <= 1:
+            return policy.failed(before, samples=samples, fitting_now=self._fitting_now())
+        after: int | None = before
+        while after is not None and after >= before > 1:
+            # What this size is at the length that was tried is what the policy counts in.
+            smaller = policy.failed(policy.micro_batch, samples=samples, fitting_now=None)
+            after = None if smaller is None else min(samples, self._lengths.sized(smaller, ratio, samples))
+        return None if before <= 1 else after
 
     def _fitting_now(self) -> int | None:
         model = self._memory_model

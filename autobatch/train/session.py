@@ -14,7 +14,9 @@ import tensorflow as tf
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
 from autobatch.train import data_arrays, data_cut, data_seams, keras_seams
-from autobatch.train.data import EffectiveBatches
+from autobatch.train.data import EffectiveBatches, EffectiveIterator
+from autobatch.train.keeping import Keeper
+from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.watch import MemoryWatch
@@ -77,6 +79,8 @@ def train(
     user_limit_bytes: int | None,
     options: dict[str, Any],
     memory_watch: bool,
+    lengths: LengthRule | None = None,
+    keeper: Keeper | None = None,
 ) -> Any:
     """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``."""
     plan = report.plan
@@ -87,6 +91,8 @@ def train(
         device=device,
         effective_batch=plan.effective_batch,
         memory_model=report.memory_model,
+        lengths=lengths,
+        keeper=keeper,
         user_limit_bytes=user_limit_bytes,
         headroom=report.environment.headroom,
     )
@@ -172,20 +178,27 @@ def _callback_list(model: Any, batches: EffectiveBatches, options: dict[str, Any
 
 @contextlib.contextmanager
 def _functions_replaced(model: Any, transaction: Transaction) -> Iterator[None]:
-    """While this lasts, ``model.fit`` and ``model.evaluate`` run the transaction's steps."""
+    """While this lasts, ``model.fit`` and ``model.evaluate`` run the transaction's steps.
+
+    What a callback trains or tests on by itself, by ``train_on_batch``, ``test_on_batch`` or a ``fit`` of its own, goes
+    to Keras's own functions.
+    """
+    own: dict[str, Callable[[Any], Any]] = {}
 
     def train_function(iterator: Any) -> Any:
+        if not isinstance(iterator, EffectiveIterator):
+            if "train" not in own:
+                own["train"] = keras_seams.own_function(model, "train")
+            return own["train"](iterator)
         return _several(model, iterator, transaction.train)
 
     def test_function(iterator: Any) -> Any:
         spec = getattr(iterator, "element_spec", None)
-
-        def evaluate(data: Any) -> Any:
-            return transaction.evaluate(
-                data, tf.nest.map_structure(tf.type_spec_from_value, data) if spec is None else spec
-            )
-
-        return _several(model, iterator, evaluate)
+        if spec is None:
+            if "test" not in own:
+                own["test"] = keras_seams.own_function(model, "test")
+            return own["test"](iterator)
+        return _several(model, iterator, lambda data: transaction.evaluate(data, spec))
 
     before = model.train_function, model.test_function
     model.train_function, model.test_function = train_function, test_function

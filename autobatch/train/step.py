@@ -19,7 +19,8 @@ import tensorflow as tf
 
 from autobatch.train import keras_seams
 from autobatch.train.micro_step import Logs, MicroStep, loop
-from autobatch.train.structure import Structure, sample_count
+from autobatch.train.sparse import RowBuffer, tables_of
+from autobatch.train.structure import Structure, count_samples, sample_count
 from autobatch.trial.snapshot import bytes_of, distinct
 
 
@@ -27,13 +28,18 @@ class AccumulatedStep:
     """The compiled steps of one model on data of one structure.
 
     ``element_spec`` describes a batch, whatever its size: a nest of type specs. Everything is traced at its first use.
+    ``effective_batch`` is the most samples in an update, where that is known: then the gradients of large embeddings
+    are kept as rows (:mod:`autobatch.train.sparse`).
     """
 
-    def __init__(self, model: Any, element_spec: Any) -> None:
+    def __init__(self, model: Any, element_spec: Any, *, effective_batch: int | None = None) -> None:
         self.model = model
         self.structure = Structure(element_spec)
         self.optimizers = keras_seams.optimizers_of(model)
         self._accumulators: dict[int, Any] = {}
+        self._row_buffers: dict[int, RowBuffer] = {}
+        # Of two evened micro-batches, of which a trial runs both in full, one may have a sample more.
+        self._most_samples = None if effective_batch is None else effective_batch + 1
         self._captured: list[tuple[Any, list[Any], list[bool]]] = []
         self._micro: MicroStep | None = None
         self._plain: Callable[..., Logs] | None = None
@@ -54,6 +60,7 @@ class AccumulatedStep:
         if whole and self._plain is None:
             self._plain = self._trace_plain()
         if not whole and self._apply is None:
+            self._make_row_buffers()
             self._micro = MicroStep(self, self.model.train_step, training=True)
             self._accumulate = self._trace_loop(self._micro, zero_first=True)
             self._apply = self._trace_apply()
@@ -85,6 +92,7 @@ class AccumulatedStep:
         own.extend(keras_seams.global_seed_variables())
         own.extend(self._touched.values())
         accumulators = {id(accumulator) for accumulator in self._accumulators.values()}
+        accumulators.update(id(variable) for buffer in self._row_buffers.values() for variable in buffer.variables)
         return [variable for variable in distinct(own) if id(variable) not in accumulators]
 
     @property
@@ -110,6 +118,17 @@ class AccumulatedStep:
         """The accumulators, in the order in which they were made; empty until a micro-batch was traced."""
         return list(self._accumulators.values())
 
+    @property
+    def tables_kept_as_rows(self) -> list[Any]:
+        """The embeddings' tables whose gradients are not summed but kept, a row for each token."""
+        return [variable for variable in self.updated_variables if id(variable) in self._row_buffers]
+
+    @property
+    def least_accumulator_bytes(self) -> int:
+        """What the accumulators will take at the least; known before anything is traced."""
+        tables = self._possible_tables()
+        return bytes_of(self.model.trainable_variables) - bytes_of(tables)
+
     def release_accumulators(self) -> None:
         """Let go of the accumulators, of their memory, and of what was traced with them.
 
@@ -118,8 +137,13 @@ class AccumulatedStep:
         """
         for accumulator in self._accumulators.values():
             tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=tf.zeros([0], accumulator.dtype))
+        for buffer in self._row_buffers.values():
+            buffer.release()
+        for variable in (*self._accumulators.values(), *(v for b in self._row_buffers.values() for v in b.variables)):
+            self._touched.pop(id(variable), None)
         self._micro = self._accumulate = self._apply = None
         self._accumulators = {}
+        self._row_buffers = {}
         self._captured = []
 
     # -- one effective batch as one micro-batch ---------------------------------------------------------------------
@@ -169,6 +193,9 @@ class AccumulatedStep:
 
     def accumulate(self, data: Any, micro_batch: int) -> Logs:
         """Sum the gradients of an effective batch, ``micro_batch`` samples at a time; no weight changes."""
+        if self._row_buffers and self._most_samples is not None and count_samples(data) > self._most_samples:
+            self.release_accumulators()  # more samples than was said: there is no room for so many rows
+            self._most_samples = None
         self.prepare(whole=False)
         assert self._accumulate is not None
         return self._accumulate(self.structure.leaves(data), tf.constant(micro_batch, tf.int64))
@@ -184,9 +211,7 @@ class AccumulatedStep:
             for optimizer, variables, present in self._captured:
                 begun = self._begin_update(variables)
                 gradients = [
-                    tf.cast(self._accumulators[id(distinct([variable])[0])].read_value(), distinct([variable])[0].dtype)
-                    if is_present
-                    else None
+                    self._accumulated(distinct([variable])[0]) if is_present else None
                     for variable, is_present in zip(variables, present, strict=True)
                 ]
                 with tf.control_dependencies([begun]):
@@ -197,6 +222,13 @@ class AccumulatedStep:
         compiled = tf.function(apply, autograph=False, input_signature=[])
         self.watch(compiled.get_concrete_function())
         return compiled  # type: ignore[no-any-return]
+
+    def _accumulated(self, variable: Any) -> Any:
+        if id(variable) in self._row_buffers:
+            return self._row_buffers[id(variable)].gradient()
+        value = self._accumulators[id(variable)].read_value()
+        value.set_shape(variable.shape)
+        return tf.cast(value, variable.dtype)
 
     def evaluate(self, data: Any, micro_batch: int) -> Logs:
         """Run ``model.test_step`` over a batch, ``micro_batch`` samples at a time, with the metrics of the whole."""
@@ -212,7 +244,9 @@ class AccumulatedStep:
                 # A zero that is not known beforehand: of a constant one TensorFlow keeps a copy of each shape.
                 zero = tf.cast(micro_batch < 0, tf.float32)
                 for accumulator in self._accumulators.values():
-                    accumulator.assign(tf.fill(accumulator.shape, tf.cast(zero, accumulator.dtype)))
+                    accumulator.assign(tf.fill(tf.shape(accumulator), tf.cast(zero, accumulator.dtype)))
+                for buffer in self._row_buffers.values():
+                    buffer.clear()
             totals = micro.count_over(leaves, samples, micro_batch)
 
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
@@ -236,11 +270,25 @@ class AccumulatedStep:
         if id(inner) not in self._accumulators:
             # Sums of 16-bit gradients are kept in 32 bits: else what a micro-batch adds is lost in what is there.
             dtype = tf.float32 if inner.dtype.size < 4 else inner.dtype
+            # Beside a buffer of rows it takes no memory before the trace shows which of the two is used.
+            beside_rows = id(inner) in self._row_buffers
             with tf.init_scope(), tf.device(inner.device):
                 self._accumulators[id(inner)] = tf.Variable(
-                    tf.zeros(inner.shape, dtype), trainable=False, name="autobatch_accumulator"
+                    tf.zeros([0] if beside_rows else inner.shape, dtype),
+                    shape=tf.TensorShape(None) if beside_rows else None,
+                    trainable=False,
+                    name="autobatch_accumulator",
                 )
         return self._accumulators[id(inner)]
+
+    def _possible_tables(self) -> list[Any]:
+        if self._most_samples is None or self.model.jit_compile or self.model.run_eagerly:
+            return []
+        return tables_of(self.model._flatten_layers() if hasattr(self.model, "_flatten_layers") else ())
+
+    def _make_row_buffers(self) -> None:
+        for table in self._possible_tables():
+            self._row_buffers[id(table)] = RowBuffer(table, tf.float32 if table.dtype.size < 4 else table.dtype)
 
     def drop_unused_accumulators(self, training: bool) -> None:
         """Let go of the accumulators of variables that got no gradient."""
@@ -253,6 +301,16 @@ class AccumulatedStep:
             if is_present
         }
         self._accumulators = {key: value for key, value in self._accumulators.items() if key in used}
+        rows = {key: buffer for key, buffer in self._row_buffers.items() if buffer.rows_per_sample is not None}
+        for variable in self.updated_variables:
+            key = id(variable)
+            if key in rows:
+                assert self._most_samples is not None
+                rows[key].reserve(self._most_samples)
+                self._accumulators.pop(key, None)
+            elif key in self._row_buffers and key in self._accumulators:
+                self._accumulators[key].assign(tf.zeros(variable.shape, self._accumulators[key].dtype))
+        self._row_buffers = rows
 
     def capture_into_accumulators(self, fraction: Any) -> keras_seams.ApplyHandler:
         captured: list[tuple[Any, list[Any], list[bool]]] = []
@@ -276,13 +334,21 @@ class AccumulatedStep:
                     with tf.device("CPU:0"):
                         scales[accumulator.dtype] = tf.cast(fraction, accumulator.dtype)
                 scale = scales[accumulator.dtype]
-                if isinstance(gradient, tf.IndexedSlices):
+                buffer = self._row_buffers.get(id(distinct([variable])[0]))
+                if buffer is not None and self._keeps_rows(buffer, gradient):
+                    buffer.add(gradient, scale)
+                elif isinstance(gradient, tf.IndexedSlices):
                     scaled = tf.cast(gradient.values, accumulator.dtype) * scale
                     accumulator.scatter_add(tf.IndexedSlices(scaled, gradient.indices))
                 else:
                     accumulator.assign_add(tf.cast(gradient, accumulator.dtype) * scale)
 
         return add
+
+    def _keeps_rows(self, buffer: RowBuffer, gradient: Any) -> bool:
+        if not isinstance(gradient, tf.IndexedSlices) or self._most_samples is None:
+            return False
+        return buffer.takes(gradient, self.structure, self._most_samples)
 
     def watch(self, concrete: Any) -> None:
         for variable in concrete.graph.variables:

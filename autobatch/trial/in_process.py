@@ -22,8 +22,10 @@ import tensorflow as tf
 from autobatch import __version__
 from autobatch.errors import AutobatchWarning
 from autobatch.memory import arena, limits, oom
-from autobatch.records import Environment, Outcome, TrialRequest, TrialResult
+from autobatch.records import Environment, Outcome, Report, TrialRequest, TrialResult
 from autobatch.train import inexact, keras_seams
+from autobatch.train.keeping import Keeper, Place
+from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import CAUGHT
 from autobatch.train.step import AccumulatedStep
 from autobatch.trial.content import content_digest
@@ -63,10 +65,12 @@ class LiveTrials:
         self._snapshots: list[Snapshot] = []
         self._saved: set[int] = set()
         self._content: tuple[int, str] | None = None
+        self._tried_beside_copies: set[bool] = set()
         self.device = limits.default_device()
         self._sample = Sample(batches)
         self.host_uses = batches.host_uses()
-        self.step = AccumulatedStep(model, batches.element_spec)
+        self.step = AccumulatedStep(model, batches.element_spec, effective_batch=target_batch)
+        self.keeper = Keeper(self.step, self.device, user_limit_bytes=user_limit_bytes, headroom=headroom)
         keras_seams.build_on(model, self.step.structure.pack(self.step.structure.specs))
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
             warnings.warn(
@@ -85,7 +89,16 @@ class LiveTrials:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What will differ from the full batch where gradients are accumulated; complete once a trial was run."""
-        return inexact.differences(self._model, self.step.updating_optimizers, self.step.scalar_losses)
+        return inexact.differences(
+            self._model,
+            self.step.updating_optimizers,
+            self.step.scalar_losses,
+            tables_kept_as_rows=self.step.tables_kept_as_rows,
+        )
+
+    def length_rule(self, report: Report) -> LengthRule:
+        """How training is to size micro-batches of samples that are shorter or longer than the trials'."""
+        return LengthRule.after_search(self._sample.structure, self._sample.leaves, report)
 
     @property
     def content(self) -> str:
@@ -117,7 +130,7 @@ class LiveTrials:
         """A lower bound on every peak: what is held already, weights and slots among it, and the accumulators."""
         slots = sum(bytes_of(optimizer.variables) for optimizer in self.step.optimizers)
         held = limits.bytes_in_use(self.device) or 0
-        return max(held, bytes_of(self._model.variables) + slots) + bytes_of(self._model.trainable_variables)
+        return max(held, bytes_of(self._model.variables) + slots) + self.step.least_accumulator_bytes
 
     def _look_around(self) -> Environment:
         limit = limits.find_limit(self.device, self._user_limit_bytes)
@@ -160,14 +173,16 @@ class LiveTrials:
 
     def _run(self, request: TrialRequest, whole: bool) -> TrialResult:
         micro_batch = request.micro_batch
-        self.step.prepare(whole=whole)
+        if self.step.prepare(whole=whole):
+            self.keeper.forget()
         self._save()
         limits.reset_peak(self.device)
         timings = self._time_plain(request) if whole else self._time_accumulated(request)
         first_seconds, step_seconds, apply_seconds = timings
         peak = limits.peak_bytes(self.device)
-        budget = self.environment.budget_bytes
-        over = peak is not None and budget is not None and peak > budget
+        over = self._is_over(peak)
+        if not over:
+            self._try_beside_copies(whole, micro_batch)
         detail = f"its peak of {format_bytes(peak or 0)} is over the budget" if over else ""
         return TrialResult(
             micro_batch,
@@ -198,6 +213,35 @@ class LiveTrials:
         steps = [self._seconds(lambda: self.step.accumulate(one, micro_batch)) for _ in range(repeats)]
         applies = [self._seconds(self.step.apply) for _ in range(repeats)]
         return first / 2, statistics.median(steps), statistics.median(applies)
+
+    def _try_beside_copies(self, whole: bool, micro_batch: int) -> None:
+        """Run an update beside the copies of the weights that training keeps; if that is too much, it keeps none.
+
+        What an update needs does not depend on the micro-batch, so once is enough; it is no part of a trial's peak.
+        """
+        if whole in self._tried_beside_copies or self.keeper.ran_out_beside_copies:
+            return
+        self._tried_beside_copies.add(whole)
+        data = self._data(micro_batch)
+        limits.reset_peak(self.device)
+        try:
+            kept = self.keeper.take(whole=False, proven=True)
+            if kept.weights_at is Place.DEVICE:
+                self._seconds((lambda: self.step.plain(data)) if whole else self.step.apply)
+            kept.drop()
+        except CAUGHT as error:
+            if not oom.diagnose(error).is_memory:
+                raise
+            error.__traceback__ = None
+            self.keeper.ran_out_beside_copies = self.step.update_has_begun()
+        else:
+            self.keeper.ran_out_beside_copies = self._is_over(limits.peak_bytes(self.device))
+        if self.keeper.ran_out_beside_copies:
+            self.keeper.forget()
+
+    def _is_over(self, peak_bytes: int | None) -> bool:
+        budget = self.environment.budget_bytes
+        return peak_bytes is not None and budget is not None and peak_bytes > budget
 
     def _data(self, samples: int) -> Any:
         return self._sample.micro_batch(samples)

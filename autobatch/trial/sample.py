@@ -47,27 +47,27 @@ class Sample:
     """
 
     def __init__(self, batches: Data) -> None:
-        self._structure = batches.structure
+        self.structure = batches.structure
         with tf.device("CPU:0"):
-            leaves = self._structure.leaves(batches.look())
-            self._leaves = _longest_only(leaves)
+            leaves = self.structure.leaves(batches.look())
+            self.leaves = _longest_only(leaves)
 
     @property
     def rows(self) -> int:
         """How many different samples there are to repeat."""
-        return int(sample_count(self._leaves))
+        return int(sample_count(self.leaves))
 
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """What one sample holds: each leaf's kind, dtype and sizes, those that vary in steps of a fifth.
 
         Else a shuffled data set, which begins with other samples each time, would be another one each time.
         """
-        return [_describe(leaf, spec) for leaf, spec in zip(self._leaves, self._structure.specs, strict=True)]
+        return [_describe(leaf, spec) for leaf, spec in zip(self.leaves, self.structure.specs, strict=True)]
 
     def micro_batch(self, samples: int) -> Any:
         """A batch of ``samples`` of them, in the structure that ``train_step`` takes, on the host."""
         with tf.device("CPU:0"):
-            return self._structure.pack([repeat_to(leaf, samples) for leaf in self._leaves])
+            return self.structure.pack([repeat_to(leaf, samples) for leaf in self.leaves])
 
 
 def _longest_only(leaves: list[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from keras import layers
 from models import AtCall, MemoryHog, arrays, classifier, run_out_if
 
 import autobatch
+from autobatch.records import Limit
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
 
@@ -121,6 +122,44 @@ def test_in_the_middle_of_the_optimizers_update(update, micro_batch):
     transaction = trained(model, micro_batch)
     after = transaction.recoveries[0].micro_batch_after
     assert_same_bits(everything(model), reference([micro_batch] * update + [after] * (UPDATES - update)))
+
+
+def test_an_update_that_failed_beside_copies_of_the_weights_runs_again_at_the_same_size_without_them(caplog):
+    model = model_with_state(optimizer=HungryAdam(AtCall(1, 2)))
+    with caplog.at_level(logging.WARNING, logger="autobatch"):
+        transaction = trained(model)
+    # Kept on the host the second failure is undone as well; then a smaller size is all that is left to try.
+    sizes = [(r.micro_batch_before, r.micro_batch_after) for r in transaction.recoveries]
+    assert sizes == [(MICRO, MICRO), (MICRO, SMALLER)]
+    assert "micro-batch 16 as before, without a copy of the weights on the device" in caplog.records[0].getMessage()
+    assert_same_bits(everything(model), reference([MICRO, SMALLER, SMALLER]))
+
+
+@pytest.mark.parametrize("micro_batch", [MICRO, TARGET])
+def test_without_room_for_copies_the_host_keeps_them_until_the_update_is_proven(micro_batch):
+    data = batches() * 3
+    model = model_with_state(optimizer=HungryAdam(AtCall(1, 7)))
+    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    transaction = Transaction(step, micro_batch, device="CPU:0", effective_batch=TARGET)
+    transaction._keeper.ran_out_beside_copies = True
+    for batch in data[:6]:
+        transaction.train(batch)
+    assert len(transaction.recoveries) == 1
+    assert transaction.recoveries[0].micro_batch_after < micro_batch
+    with pytest.raises(autobatch.UpdateInterruptedError, match="4 updates like it had gone well"):
+        transaction.train(data[6])
+
+
+def test_with_room_for_copies_neither_on_the_device_nor_on_the_host_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr("autobatch.memory.limits.all_limits", lambda device: [Limit(1024, "a small host")])
+    data = batches()
+    model = model_with_state(optimizer=HungryAdam(AtCall(1)))
+    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    transaction = Transaction(step, MICRO, device="CPU:0", effective_batch=TARGET)
+    transaction._keeper.ran_out_beside_copies = True
+    transaction.train(data[0])
+    with pytest.raises(autobatch.UpdateInterruptedError, match="for want of room"):
+        transaction.train(data[1])
 
 
 def test_no_sample_is_lost_or_seen_twice_and_iterations_count_updates():

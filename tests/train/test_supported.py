@@ -178,3 +178,86 @@ def test_sixteen_bit_weights_are_summed_in_thirty_two():
     # bfloat16 tells 1 part in 256, of the weights; summed in it, 256 gradients lose several of that.
     for one, many in zip(*moved, strict=True):
         assert float(np.max(np.abs(one - many))) <= 2 * float(np.max(np.abs(one))) / 256 + 2 / 256
+
+
+def test_a_stateful_recurrent_layer_is_refused_by_name():
+    model = keras.Sequential([keras.Input((4, 3), batch_size=8), layers.LSTM(5, stateful=True, name="kept")])
+    model.compile("sgd", "mse")
+    x = np.zeros((16, 4, 3), "float32")
+    with pytest.raises(ValueError, match="stateful=True hands each sample's state.*Received: kept"):
+        autobatch.fit(model, x, x[:, 0], target_batch=8, verbose=0)
+    with pytest.raises(ValueError, match="Received: kept"):
+        autobatch.wrap_step(lambda batch: None, model=model, optimizer=model.optimizer, target_batch=8)
+    inner = layers.Bidirectional(layers.GRU(5, stateful=True, name="inner"))
+    model = keras.Sequential([keras.Input((4, 3), batch_size=8), inner])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="Received: .*inner"):
+        autobatch.tune(model, x, np.zeros((16, 10), "float32"), target_batch=8)
+
+
+@pytest.mark.parametrize("loss", ["circle", keras.losses.Circle(), keras.losses.circle])
+def test_a_loss_that_compares_samples_is_named(loss):
+    x, y = arrays()
+    model = keras.Sequential([keras.Input((16,)), layers.Dense(4), layers.UnitNormalization()])
+    model.compile("sgd", loss)
+    with pytest.warns(autobatch.AutobatchWarning, match="The loss circle compares samples with each other"):
+        autobatch.fit(model, x, y, target_batch=16, micro_batch=8, verbose=0)
+
+
+class Aside(keras.callbacks.Callback):
+    """Trains and tests by itself in the middle of a fit, on data of other structures than the fit's."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        x, y = arrays(seed=9, samples=20)
+        weight = np.linspace(0, 1, 20).astype("float32")
+        self.told += self.model.train_on_batch(x, y, sample_weight=weight)
+        self.told += self.model.train_on_batch(x[:7], y[:7], class_weight={1: 3.0})
+        self.told += self.model.test_on_batch(x, y, sample_weight=weight)
+        self.told += self.model.evaluate(tf.data.Dataset.from_tensors((x, y, weight)), verbose=0)
+        history = self.model.fit(x, y, sample_weight=weight, batch_size=9, shuffle=False, verbose=0)
+        self.told += history.history["loss"]
+        self.told += list(self.model.predict(x[:2], verbose=0)[0])
+
+
+@pytest.mark.parametrize("micro_batch", [13, 32])
+def test_what_a_callback_trains_on_by_itself_is_kerass(micro_batch):
+    x, y = arrays()
+    plain, ours = classifier("adam"), classifier("adam")
+    expected, actual = Aside(), Aside()
+    options = {"epochs": 2, "shuffle": False, "verbose": 0}
+    plain.fit(x, y, batch_size=32, callbacks=[expected], **options)
+    history = autobatch.fit(ours, x, y, target_batch=32, micro_batch=micro_batch, callbacks=[actual], **options)
+    np.testing.assert_allclose(actual.told, expected.told, rtol=1e-4, atol=1e-6)
+    assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-4
+    assert int(ours.optimizer.iterations.numpy()) == int(plain.optimizer.iterations.numpy())
+    assert history.plan.micro_batch == micro_batch
+    assert ours.train_function is ours.test_function is None
+
+
+def test_running_out_of_memory_in_a_predict_of_a_callback_is_raised_as_it_is():
+    from models import MemoryHog
+
+    limit = {"now": 1000}
+    weights = []
+
+    class Predicting(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            weights.append(self.model.get_weights())
+            if batch == 1:
+                limit["now"] = 4
+                self.model.predict(arrays()[0], verbose=0)
+
+    model = classifier(extra=[MemoryHog(lambda samples: samples > limit["now"])])
+    x, y = arrays()
+    with pytest.raises(tf.errors.ResourceExhaustedError):
+        autobatch.fit(model, x, y, target_batch=16, micro_batch=8, callbacks=[Predicting()], verbose=0)
+    assert int(model.optimizer.iterations.numpy()) == 2
+    for actual, expected in zip(model.get_weights(), weights[-1], strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert model.train_function is model.test_function is None
+    autobatch.fit(model, x, y, target_batch=16, micro_batch=4, verbose=0)
+    assert int(model.optimizer.iterations.numpy()) == 5

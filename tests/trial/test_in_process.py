@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from models import AtCall, MemoryHog, arrays, classifier
+from models import AtCall, MemoryHog, arrays, classifier, run_out_if
 
 import autobatch
+from autobatch import api
+from autobatch.records import TrialRequest
 
 MOST = 21
 
@@ -149,3 +151,34 @@ def test_a_tensorflow_variable_that_keras_does_not_track_is_put_back_too():
 
     autobatch.tune(classifier(extra=[Counting()]), x, y, target_batch=32)
     assert int(counter.numpy()) == 0
+
+
+class HungryAdam(keras.optimizers.Adam):
+    """Runs out of memory in the updates for which ``asked()`` is true, half-way through."""
+
+    def __init__(self, asked):
+        super().__init__(0.01)
+        self.asked = asked
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self._get_variable_index(variable) == 2:
+            gradient = gradient + run_out_if(self.asked)
+        super().update_step(gradient, variable, learning_rate)
+
+
+@pytest.mark.parametrize("micro_batch", [16, 32])
+def test_whether_an_update_fits_beside_copies_of_the_weights_is_found_out_before_training_relies_on_it(micro_batch):
+    timed = 3
+    asked = AtCall(timed + 1)  # once for the proof, then the timed ones, then beside the copies
+    model = classifier(HungryAdam(asked))
+    model.optimizer.build(model.trainable_variables)
+    before = bits(model)
+    trials = api.open_trials(model, *arrays(), target_batch=32, memory_limit_bytes=None, headroom=0.0)
+    try:
+        assert trials.run(TrialRequest(micro_batch, timed_steps=timed)).fits
+        assert trials.keeper.ran_out_beside_copies
+        assert trials.run(TrialRequest(micro_batch, timed_steps=timed)).fits
+        assert asked.count == 2 * (timed + 1)  # known now, and not tried again
+    finally:
+        trials.close()
+    assert_same(bits(model), before)

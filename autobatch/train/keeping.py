@@ -1,0 +1,123 @@
+"""Where the values are kept that a step is undone with: beside the variables, in host memory, or nowhere.
+
+What every micro-batch changes (statistics, seeds, metrics) is small and always kept on the device. The weights and the
+optimizer's variables change in the update alone. Next to themselves on the device they are kept for nothing until the
+update overwrites them, if the budget has room for that then. Where it has none, or where an update ran out of memory
+beside them, they are copied to the host before each step until :data:`PROVEN_UPDATES` updates have gone well, if they
+fit there: that takes time, but no device memory. From then on nothing is kept, for what an update needs does not change
+from one to the next. Where one micro-batch is the whole effective batch nothing is kept from then on either: keeping
+the weights would cost a small model more time than its step.
+
+Trials take the same copies as training, so that what they prove is what training does.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from dataclasses import dataclass
+
+from autobatch.memory import limits
+from autobatch.train.step import AccumulatedStep
+from autobatch.trial.snapshot import Recorder, Snapshot, bytes_of
+
+PROVEN_UPDATES = 4
+"""So many updates in a row show that the optimizer's update fits beside all else that is held."""
+
+
+class Place(enum.Enum):
+    """Where the weights and the optimizer's variables are kept during a step."""
+
+    DEVICE = "device"
+    HOST = "host"
+    NOWHERE = "nowhere"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The values from before one step."""
+
+    weights_at: Place
+    snapshots: tuple[Snapshot, ...]
+
+    def restore(self) -> None:
+        """Give every kept variable its value back, and let go of it."""
+        for snapshot in self.snapshots:
+            snapshot.restore()
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of the values."""
+        for snapshot in self.snapshots:
+            snapshot.drop()
+
+
+class Keeper:
+    """Keeps what the steps of one training, and of the trials before it, are undone with.
+
+    Args:
+        step: the compiled steps.
+        device: TensorFlow's name of the device, such as "GPU:0".
+        user_limit_bytes, headroom: as for ``fit``.
+    """
+
+    def __init__(self, step: AccumulatedStep, device: str, *, user_limit_bytes: int | None, headroom: float) -> None:
+        self._step = step
+        self._device = device
+        self._user_limit_bytes = user_limit_bytes
+        self._headroom = headroom
+        self._recorders: dict[bool, Recorder] = {}
+        self._room: bool | None = None
+        self.ran_out_beside_copies = False
+        """Whether an update ran out of memory beside copies on the device: then there are to be none."""
+
+    def forget(self) -> None:
+        """Look anew at what there is to keep and at what room there is: something was traced, or memory ran out."""
+        self._recorders = {}
+        self._room = None
+
+    def take(self, *, whole: bool, proven: bool) -> Kept:
+        """Keep the values of now; everything that the step needs is traced.
+
+        ``whole`` tells that one micro-batch is the whole effective batch, ``proven`` that :data:`PROVEN_UPDATES`
+        updates have gone well.
+        """
+        place = self._place(whole=whole, proven=proven)
+        on_device = place is Place.DEVICE
+        if on_device not in self._recorders:
+            left_out = set() if on_device else {id(variable) for variable in self._step.updated_variables}
+            self._recorders[on_device] = Recorder(
+                (variable for variable in self._step.variables if id(variable) not in left_out),
+                beforehand=self._step.note_no_update,
+            )
+        snapshots = [self._recorders[on_device].take()]
+        if place is Place.HOST:
+            snapshots.append(Snapshot.on_host(self._step.updated_variables))
+        return Kept(place, tuple(snapshots))
+
+    def _place(self, *, whole: bool, proven: bool) -> Place:
+        if self._room is None:
+            self._room = not self.ran_out_beside_copies and self._has_room()
+        if proven and (whole or not self._room):
+            return Place.NOWHERE
+        if self._room:
+            return Place.DEVICE
+        return Place.HOST if self._host_has_room() else Place.NOWHERE
+
+    def _has_room(self) -> bool:
+        """Whether the budget has room for the copies and, at the same time, for the update itself."""
+        limit = limits.find_limit(self._device, self._user_limit_bytes)
+        in_use = limits.bytes_in_use(self._device)
+        if limit.limit_bytes is None or in_use is None:
+            return True
+        # Gradients that have no accumulators, and temporaries.
+        weights = [bytes_of([variable]) for variable in self._step.model.trainable_variables]
+        update_bytes = sum(weights) + 2 * max(weights, default=0)
+        needed = bytes_of(self._step.updated_variables) + update_bytes
+        return in_use + needed <= limit.limit_bytes * (1 - self._headroom)
+
+    def _host_has_room(self) -> bool:
+        # An arena's limit on the CPU is enforced by TensorFlow's allocator, and the copies are not TensorFlow's.
+        found = limits.all_limits("CPU:0")
+        known = [limit.limit_bytes for limit in found if limit.limit_bytes is not None and not limit.enforced]
+        return bytes_of(self._step.updated_variables) <= min(known, default=sys.maxsize)
