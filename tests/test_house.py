@@ -23,8 +23,9 @@ ROOMS = {
     "memory": {"records", "errors", "units"},
     "train": {"records", "errors", "units", "memory", "trial"},
     "trial": {"records", "errors", "units", "memory", "train", "api"},
-    "api": {"records", "errors", "units", "arguments", "search", "train", "trial", "memory", "cache"},
-    "cli": {"records", "errors", "units", "arguments", "report", "trial", "api", "memory", "cache"},
+    "remedies": {"records", "errors", "units", "trial"},
+    "api": {"records", "errors", "units", "arguments", "search", "train", "trial", "memory", "cache", "remedies"},
+    "cli": {"records", "errors", "units", "arguments", "remedies", "report", "trial", "api", "memory", "cache"},
     "notebook": {"records", "errors", "units", "report", "api", "cli"},
 }
 

@@ -7,10 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from autobatch.cli import arguments, output, target
-from autobatch.cli.exits import FAILED, OK, UsageError
+from autobatch.cli.exits import FAILED, INTERRUPTED, OK, UsageError
+from autobatch.records import Variant
 
 if TYPE_CHECKING:
     from autobatch.records import Report
+    from autobatch.trial.worker import WorkerTrials
 
 _PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64")
 
@@ -45,6 +47,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=arguments.positive_int,
         metavar="N",
         help="exit with 1 when the largest micro-batch that fits is under N",
+    )
+    parser.add_argument(
+        "--remedies",
+        action="store_true",
+        help="try mixed precision, XLA, rematerialisation and an optimizer without slots as well, each in a worker of "
+        "its own, and what gains together; --max-trials and --max-seconds then count for each (minutes in all)",
     )
     parser.set_defaults(run=run)
 
@@ -100,8 +108,11 @@ def run(options: argparse.Namespace) -> int:
             f"--fail-under {options.fail_under} can never be met: nothing above --target-batch {options.target_batch} "
             "is tried."
         )
-    report = _search(options)
+    report, code = _search(options)
     output.write(report, format_name=options.format, path=options.output)
+    if code != OK:
+        print("autobatch: interrupted; the report has what was measured until then", file=sys.stderr)
+        return code
     largest = report.largest_fit or 0
     if options.fail_under is not None and largest < options.fail_under:
         print(f"autobatch: the largest micro-batch is {largest}, under {options.fail_under}", file=sys.stderr)
@@ -109,10 +120,13 @@ def run(options: argparse.Namespace) -> int:
     return OK if report.largest_fit is not None else FAILED
 
 
-def _search(options: argparse.Namespace) -> Report:
+def _search(options: argparse.Namespace) -> tuple[Report, int]:
+    """The report, and `INTERRUPTED` where Ctrl-C left remedies out of it."""
     # Late, so that usage errors do not wait for them.
     from autobatch import api
     from autobatch.cli.progress import WatchedTrials, progress
+    from autobatch.cli.totals import host_total_bytes
+    from autobatch.remedies import workers
     from autobatch.trial.worker import WorkerTrials
 
     settings: dict[str, Any] = {
@@ -126,13 +140,16 @@ def _search(options: argparse.Namespace) -> Report:
         "input_shape": options.input,
         "classes": options.classes,
     }
-    with progress() as told:
-        told.doing(f"Starting a worker and building {options.target}")
+
+    def open_worker(variant: Variant) -> WorkerTrials:
         try:
-            trials = WorkerTrials(options.target, **settings)
+            return WorkerTrials(options.target, variant=variant, **settings)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        with trials:
+
+    with progress() as told:
+
+        def search(trials: WorkerTrials) -> Report:
             where = trials.environment.device
             if (options.device or "").startswith("GPU") and not where.startswith("GPU"):
                 raise UsageError(f"--device {options.device}: TensorFlow sees no such device here, only {where}.")
@@ -145,6 +162,19 @@ def _search(options: argparse.Namespace) -> Report:
                 max_seconds=options.max_seconds,
                 on_trial=told.tried,
             )
+
+        told.doing(f"Starting a worker and building {options.target}")
+        if not options.remedies:
+            with open_worker(Variant()) as trials:
+                return search(trials), OK
+        try:
+            base = workers.report_as_it_is(open_worker, search)
+            total_bytes = host_total_bytes()
+            return workers.with_remedies(
+                base, open_worker, search, host_total_bytes=total_bytes, on_start=told.under
+            ), OK
+        except workers.Interrupted as interrupted:
+            return interrupted.report, INTERRUPTED
 
 
 def _limit_bytes(options: argparse.Namespace) -> int | None:

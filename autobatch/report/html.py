@@ -8,7 +8,7 @@ from __future__ import annotations
 from html import escape
 
 from autobatch.records import Outcome, Report
-from autobatch.report import plot, sentences
+from autobatch.report import html_remedies, plot, sentences
 from autobatch.report.html_style import STYLE
 from autobatch.units import format_bytes, format_seconds
 
@@ -41,6 +41,7 @@ def fragment(report: Report) -> str:
         _warnings(report),
         _plots(report),
         _trials(report),
+        html_remedies.section(report),
         _details(report),
         _footer(report),
     )

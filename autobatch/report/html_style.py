@@ -66,6 +66,16 @@ body:has(> .autobatch) {{ margin: 0; }}
 .autobatch .dot.fits {{ background: var(--green); }}
 .autobatch .dot.out_of_memory {{ background: var(--red); }}
 .autobatch .dot.timed_out {{ background: var(--amber); }}
+.autobatch .remedies p {{ margin: 0 0 10px; overflow-wrap: anywhere; }}
+.autobatch .remedies .remedy {{ margin: 14px 0 0; }}
+.autobatch .remedies td.name {{ white-space: normal; min-width: 110px; }}
+.autobatch .ratio {{ color: var(--soft); font-size: 13px; font-weight: 400; }}
+.autobatch .ratio.better {{ color: var(--green); }}
+.autobatch .ratio.worse {{ color: var(--red); }}
+.autobatch pre {{
+    margin: 4px 0 0; padding: 8px 12px; overflow-x: auto; background: var(--page);
+    border-radius: 6px; font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
+}}
 .autobatch dl {{ margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: 5px 16px; }}
 .autobatch dt {{ color: var(--soft); }}
 .autobatch dd {{ margin: 0; overflow-wrap: anywhere; min-width: 0; }}
@@ -110,6 +120,7 @@ body:has(> .autobatch) {{ margin: 0; }}
     .autobatch .wide {{ display: none; }}
     .autobatch dl {{ grid-template-columns: 1fr; gap: 0; }}
     .autobatch dd {{ margin-bottom: 8px; }}
+    .autobatch .ratio {{ display: block; }}
     .autobatch th, .autobatch td {{ padding-right: 7px; font-size: 13px; }}
 }}
 @media print {{ .autobatch section, .autobatch figure {{ break-inside: avoid; }} }}
