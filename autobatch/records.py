@@ -188,13 +188,20 @@ class Variant:
     """The same model, built or compiled in another way; None and False leave it as it is.
 
     ``precision`` is a Keras dtype policy that is set before the model is built, ``jit_compile`` turns XLA on or off,
-    ``rematerialise`` builds it under ``keras.RematScope``, ``slotless_optimizer`` gives it an SGD without momentum.
+    ``rematerialise`` builds it under ``keras.RematScope``, for whole "layers" or for their "activations",
+    ``slotless_optimizer`` gives it an SGD without momentum.
     """
 
     precision: str | None = None
     jit_compile: bool | None = None
-    rematerialise: bool = False
+    rematerialise: str | None = None
     slotless_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self.rematerialise in (None, "layers", "activations"),
+            f'rematerialise must be None, "layers" or "activations". Received: {self.rematerialise!r}',
+        )
 
 
 @dataclass(frozen=True, slots=True)

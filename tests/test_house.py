@@ -23,7 +23,7 @@ ROOMS = {
     "memory": {"records", "errors", "units"},
     "train": {"records", "errors", "units", "memory", "trial"},
     "trial": {"records", "errors", "units", "memory", "train", "api"},
-    "remedies": {"records", "errors", "units", "trial"},
+    "remedies": {"records", "errors", "units", "trial", "memory"},
     "api": {"records", "errors", "units", "arguments", "search", "train", "trial", "memory", "cache", "remedies"},
     "cli": {"records", "errors", "units", "arguments", "remedies", "report", "trial", "api", "memory", "cache"},
     "notebook": {"records", "errors", "units", "report", "api", "cli"},

@@ -70,14 +70,20 @@ def candidates(base: Report) -> tuple[Candidate, ...]:
     xla = Candidate(
         f"XLA {'on' if jit else 'off'}", f"model.compile(..., jit_compile={jit})", "", Variant(jit_compile=jit)
     )
-    remat = Candidate("rematerialisation", _remat_code(()), "", Variant(rematerialise=True))
+    layers = Candidate("rematerialised layers", _remat_code(()), "", Variant(rematerialise="layers"))
+    activations = Candidate(
+        "rematerialised activations",
+        'with keras.RematScope(mode="activations"):\n    model = build()',
+        "",
+        Variant(rematerialise="activations"),
+    )
     sgd = Candidate(
         "optimizer without slots",
         "model.compile(keras.optimizers.SGD(learning_rate), loss)",
         "another optimizer: tune its learning rate anew",
         Variant(slotless_optimizer=True),
     )
-    return (*policies, xla, remat, sgd)
+    return (*policies, xla, layers, activations, sgd)
 
 
 def _precision(policy: str, consequence: str) -> Candidate:
@@ -142,6 +148,14 @@ def unfinished(base: Report, done: Sequence[Remedy]) -> tuple[Remedy, ...]:
     planned = [*((each.name, each.code) for each in candidates(base)), (COMBINATION, "")]
     left_out = [Remedy(name, code, why_not=INTERRUPTED) for name, code in planned[len(done) :]]
     return recommend([*done, *left_out], base)
+
+
+def without_remedies(base: Report, reason: str) -> Report:
+    """``base`` with every remedy unmeasured for one reason."""
+    planned = [*((each.name, each.code) for each in candidates(base)), (COMBINATION, "")]
+    return dataclasses.replace(
+        base, remedies=tuple(Remedy(name, code, why_not=f"{NO}: {reason}") for name, code in planned)
+    )
 
 
 def gains(remedy: Remedy, base: Report) -> bool:
@@ -220,7 +234,7 @@ def _combination(gaining: Sequence[tuple[Candidate, Remedy]]) -> tuple[Candidate
     """The best of each kind together; else None, and why."""
     best: dict[str, tuple[Candidate, Remedy]] = {}
     for candidate, remedy in gaining:
-        kind = "precision" if candidate.variant.precision else candidate.name
+        kind = "precision" if candidate.variant.precision else candidate.name.partition(" ")[0]
         if kind not in best or _merit(remedy) > _merit(best[kind][1]):
             best[kind] = (candidate, remedy)
     chosen = [candidate for candidate, _ in best.values()]
@@ -233,7 +247,7 @@ def _combination(gaining: Sequence[tuple[Candidate, Remedy]]) -> tuple[Candidate
     variant = Variant(
         precision=next((each.variant.precision for each in chosen if each.variant.precision), None),
         jit_compile=next((each.variant.jit_compile for each in chosen if each.variant.jit_compile is not None), None),
-        rematerialise=any(each.variant.rematerialise for each in chosen),
+        rematerialise=next((each.variant.rematerialise for each in chosen if each.variant.rematerialise), None),
     )
     changes = "; ".join(each.changes_training for each in chosen if each.changes_training)
     code = "\n".join(each.code for each in chosen)

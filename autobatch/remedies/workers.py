@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from autobatch.errors import NoFeasibleBatchError, NotApplicableError
-from autobatch.records import Environment, Outcome, Remedy, Report, TrialRequest, TrialResult, Variant
+from autobatch.records import Environment, HostUse, Outcome, Remedy, Report, TrialRequest, TrialResult, Variant
 from autobatch.remedies import measuring
 from autobatch.trial.worker import WorkerTrials
 
@@ -49,6 +49,12 @@ def report_as_it_is(open_worker: OpenWorker, search: Search) -> Base:
                 report, model_name=trials.model_name, warnings=trials.warnings, host_uses=trials.host_uses
             )
             return Base(report, trials.fingerprint)
+
+
+def with_own(base: Base, *, model_name: str, host_uses: tuple[HostUse, ...]) -> Base:
+    """``base`` with what only the process knows that has the model and the data themselves."""
+    report = dataclasses.replace(base.report, model_name=model_name, host_uses=host_uses)
+    return dataclasses.replace(base, report=report)
 
 
 def _nothing_fits(error: NoFeasibleBatchError, environment: Environment) -> Report:

@@ -26,6 +26,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 __all__ = [
     "DataAdapter",
+    "activated_layers",
     "apply_mask",
     "apply_of",
     "build_on",
@@ -283,3 +284,13 @@ def rematerialisable_layers(model: Any) -> list[Any]:
         elif getattr(layer, "_remat_mode", None) is not None:
             found.append(layer)
     return found
+
+
+def activated_layers(model: Any) -> list[Any]:
+    """The layers made under a ``keras.RematScope`` that have an activation to recompute."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if getattr(layer, "_remat_mode", None) is not None
+        and getattr(layer, "activation", None) not in (None, keras.activations.linear)
+    ]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from autobatch.errors import NotApplicableError
 
-_T = TypeVar("_T")
+_Built = tuple[Any, object, object]  # model, dataset, y
 
 
-def rematerialised(call: Callable[[], tuple[Any, object, object]]) -> tuple[tuple[Any, object, object], list[str]]:
+def rematerialised(call: Callable[[], _Built], what: str) -> tuple[_Built, list[str]]:
     """What ``call`` returns, made under ``keras.RematScope``, and the names of the layers that it covers.
 
     The scope's mode "full" covers the model as well, which then fails in a compiled step; see
@@ -25,18 +25,30 @@ def rematerialised(call: Callable[[], tuple[Any, object, object]]) -> tuple[tupl
     import keras
 
     names = [""]  # an empty list would be replaced by another
-    with keras.RematScope(mode="list_of_layers", layer_names=names):
+    if what == "activations":
+        scope = keras.RematScope(mode="activations")
+    else:
+        scope = keras.RematScope(mode="list_of_layers", layer_names=names)
+    with scope:
         returned = call()
 
     from autobatch.train import keras_seams
 
-    names[:] = dict.fromkeys(layer.name for layer in keras_seams.rematerialisable_layers(returned[0]))
+    if what == "activations":
+        layers = keras_seams.activated_layers(returned[0])
+    else:
+        layers = keras_seams.rematerialisable_layers(returned[0])
+    names[:] = dict.fromkeys(layer.name for layer in layers)
     if not names:
-        raise NotApplicableError(
-            "no layer can be recomputed: TensorFlow's recompute_grad takes no keyword arguments in a compiled step, "
-            "and every layer gets training or mask as one, or was made before the function was called"
-        )
+        raise NotApplicableError(_NO_ACTIVATION if what == "activations" else _NO_LAYER)
     return returned, names
+
+
+_NO_LAYER = (
+    "TensorFlow's recompute_grad takes no keyword arguments in a compiled step, and every layer of the model gets "
+    "training or mask as one, or was made before the function was called"
+)
+_NO_ACTIVATION = "no layer of the model has an activation, or all were made before the function was called"
 
 
 def take_slots_away(model: Any) -> None:

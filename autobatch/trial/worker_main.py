@@ -164,7 +164,9 @@ def _build(options: Message, variant: Variant, build: Callable[[], object]) -> t
     """What the target returns, changed as the variant says, and the names of the layers that are rematerialised."""
     names: list[str] = []
     if variant.rematerialise:
-        (model, dataset, y), names = variants.rematerialised(lambda: _call(options["target"], build))
+        (model, dataset, y), names = variants.rematerialised(
+            lambda: _call(options["target"], build), variant.rematerialise
+        )
     else:
         model, dataset, y = _call(options["target"], build)
     if variant.slotless_optimizer:

@@ -35,7 +35,7 @@ def measure(base: Report, gives: dict[str, object], again: TrialResult | None = 
         asked.append(variant)
         name = (
             variant.precision
-            or ("remat" if variant.rematerialise else "")
+            or {"layers": "remat", "activations": "activations", None: ""}[variant.rematerialise]
             or ("sgd" if variant.slotless_optimizer else "xla")
         )
         if sum(map(bool, dataclasses.astuple(variant))) > 1:
@@ -56,7 +56,8 @@ def test_each_is_tried_by_itself_and_nothing_is_recommended_where_nothing_gains(
         Variant(precision="mixed_bfloat16"),
         Variant(precision="mixed_float16"),
         Variant(jit_compile=True),
-        Variant(rematerialise=True),
+        Variant(rematerialise="layers"),
+        Variant(rematerialise="activations"),
         Variant(slotless_optimizer=True),
     ]
     assert not any(remedy.recommended for remedy in found.values())
@@ -91,14 +92,23 @@ def test_an_optimizer_that_trains_differently_is_never_recommended():
     assert not found["optimizer without slots"].recommended
     assert found["XLA on"].recommended
     assert found["best combination"].why_not == "only XLA on gains by itself"
-    assert len(asked) == 5
+    assert len(asked) == 6
 
 
 def test_a_combination_may_be_worse_than_one_of_its_parts():
     gives = {"xla": report(32, 0.1), "remat": report(32, 0.2), "together": report(32, 0.3)}
     _, found, _ = measure(BASE, gives)
     assert found["XLA on"].recommended
-    assert not found["rematerialisation + XLA on"].recommended
+    assert not found["rematerialised layers + XLA on"].recommended
+
+
+def test_of_two_of_a_kind_the_better_is_combined():
+    gives = {"remat": report(32, 0.25), "activations": report(32, 0.2), "xla": report(16, 0.1)}
+    _, found, asked = measure(BASE, gives)
+    assert asked[-1] == Variant(rematerialise="activations", jit_compile=True)
+    code = found["rematerialised activations + XLA on"].code
+    compile(code, "code", "exec")
+    assert code.startswith('with keras.RematScope(mode="activations"):')
 
 
 def test_without_a_target_the_largest_size_counts():
@@ -123,8 +133,8 @@ def test_three_percent_is_no_gain():
 def test_whatever_fits_gains_where_the_model_as_it_is_does_not():
     _, found, _ = measure(report(None, 0.0), {"mixed_bfloat16": report(2, 1.0), "remat": report(4, 1.0)})
     assert found["mixed_bfloat16"].measured
-    assert found["mixed_bfloat16 + rematerialisation"].largest_fit is None
-    assert found["rematerialisation"].recommended  # the shorter update of the two
+    assert found["mixed_bfloat16 + rematerialised layers"].largest_fit is None
+    assert found["rematerialised layers"].recommended  # the shorter update of the two
 
 
 def test_why_a_remedy_does_not_apply():
@@ -139,8 +149,8 @@ def test_why_a_remedy_does_not_apply():
     assert found["mixed_float16"].measured
     assert (found["mixed_float16"].largest_fit, found["mixed_float16"].smallest_failure) == (None, 1)
     assert found["XLA on"].why_not == "does not apply: the model fails with it: InvalidArgumentError: unsupported"
-    assert found["rematerialisation"].why_not == "does not apply: the worker went away"
-    assert not found["rematerialisation"].measured
+    assert found["rematerialised layers"].why_not == "does not apply: the worker went away"
+    assert not found["rematerialised layers"].measured
 
 
 @pytest.mark.parametrize("policy", PRECISIONS)
@@ -155,7 +165,7 @@ def test_what_the_model_has_already_is_not_run(policy):
 
 def test_the_code_of_rematerialisation_names_the_layers():
     _, found, _ = measure(BASE, {"remat": report(32, 0.2)})
-    lines = found["rematerialisation"].code.splitlines()
+    lines = found["rematerialised layers"].code.splitlines()
     assert lines[0] == "with keras.RematScope(mode=\"list_of_layers\", layer_names=['a', 'b']):"
     assert lines[1] == "    model = build()"
     compile("\n".join(lines), "code", "exec")
@@ -192,7 +202,7 @@ def test_what_an_interrupt_leaves_out():
     with pytest.raises(KeyboardInterrupt):
         measuring.measure(BASE, run, again=lambda size: BASE.trials[0], on_remedy=done.append)
     found = measuring.unfinished(BASE, done)
-    assert [remedy.measured for remedy in found] == [True, True, False, False, False, False]
+    assert [remedy.measured for remedy in found] == [True, True, False, False, False, False, False]
     assert found[0].recommended
     assert {remedy.why_not for remedy in found[2:]} == {"not measured: interrupted"}
 
@@ -205,8 +215,8 @@ def test_what_is_told_before_each():
         again=lambda size: BASE.trials[0],
         on_start=lambda *words: told.append(words),
     )
-    assert told[0] == ("mixed_bfloat16", 1, 6)
-    assert [number for _, number, _ in told] == [1, 2, 3, 4, 5, 6]
+    assert told[0] == ("mixed_bfloat16", 1, 7)
+    assert [number for _, number, _ in told] == [1, 2, 3, 4, 5, 6, 7]
     assert told[-1][0].startswith("mixed_bfloat16 + ")
 
 

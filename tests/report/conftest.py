@@ -117,7 +117,9 @@ REMEDIED = dataclasses.replace(
             "mixed_float16", _POLICY.replace("bfloat16", "float16"), why_not="does not apply: the model fails with it"
         ),
         Remedy("XLA on", _XLA, "", True, "", Plan(64, 4, 256), 64, 86, 390 * MIB, 900.0, 0.29, "proven"),
-        Remedy("rematerialisation", _SCOPE, "", True, "", Plan(86, 3, 256), 86, 128, 450 * MIB, 350.0, 0.74, "proven"),
+        Remedy(
+            "rematerialised layers", _SCOPE, "", True, "", Plan(86, 3, 256), 86, 128, 450 * MIB, 350.0, 0.74, "proven"
+        ),
         Remedy(
             "optimizer without slots",
             "model.compile(keras.optimizers.SGD(learning_rate), loss)",
