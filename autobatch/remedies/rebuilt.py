@@ -6,9 +6,12 @@ global dtype policy are written without one, so that they follow the worker's.
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
+import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,9 +94,13 @@ def build(folder: str) -> tuple[Any, Any]:
     keras.config.set_floatx(written["floatx"])
     keras.config.set_image_data_format(written["image_data_format"])
     keras.config.enable_unsafe_deserialization()  # Lambda layers: it is the user's own model, written a moment ago
+    sys.path += [place for place in written["path"] if place not in sys.path]
     try:
-        model = keras.saving.deserialize_keras_object(written["model"])
-        model.compile(**keras.saving.deserialize_keras_object(written["compile"]))
+        # Keras itself imports no module to look for a class.
+        own = {name: getattr(importlib.import_module(module), name) for module, name in written["own"]}
+        with keras.saving.custom_object_scope(own):
+            model = keras.saving.deserialize_keras_object(written["model"])
+            model.compile(**keras.saving.deserialize_keras_object(written["compile"]))
     except (TypeError, ValueError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
         raise NotApplicableError(_not_rebuilt(error)) from error
     model.jit_compile = written["jit_compile"]
@@ -120,6 +127,7 @@ def _write(folder: Path, model: Any, batch_of: Callable[[int], Any], samples: in
         compiled = {**compiled, "optimizer": keras.saving.serialize_keras_object(optimizer)} if compiled else None
         if compiled is None or described.get("config") is None:
             raise ValueError(f"{type(model).__name__} does not tell how it is made or compiled")
+        own = [*_own_classes([described, compiled]), *_own_functions(model)]
         text = json.dumps(
             {
                 "model": _without_policy(described, policy),
@@ -128,6 +136,8 @@ def _write(folder: Path, model: Any, batch_of: Callable[[int], Any], samples: in
                 "floatx": keras.config.floatx(),
                 "image_data_format": keras.config.image_data_format(),
                 "samples": samples,
+                "own": own,
+                "path": sys.path,
             }
         )
     except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
@@ -136,6 +146,43 @@ def _write(folder: Path, model: Any, batch_of: Callable[[int], Any], samples: in
     (folder / "batch.pickle").write_bytes(pickle.dumps(_on_host(batch_of(min(samples, MOST_SAMPLES)))))
     (folder / "target.py").write_text(_TARGET.format(folder=str(folder)), encoding="utf-8")
     return {"policy": policy}
+
+
+def _own_classes(described: Any) -> list[tuple[str, str]]:
+    """Module and name of every class described that is not Keras's.
+
+    Raises:
+        ValueError: one of them is of the script itself: Keras then gives no module.
+    """
+    found = []
+    if isinstance(described, dict):
+        if {"module", "class_name", "registered_name"} <= set(described):
+            module, name = described["module"], described["class_name"]
+            if module is None:
+                raise ValueError(f"{name} is defined in the script itself, where a worker cannot import it")
+            if module.partition(".")[0] not in ("keras", "builtins"):
+                found.append((module, name))
+        described = list(described.values())
+    if isinstance(described, list):
+        found += [each for item in described for each in _own_classes(item)]
+    return list(dict.fromkeys(found))
+
+
+def _own_functions(model: Any) -> list[tuple[str, str]]:
+    """Module and name of the loss and of activations that are functions of the user's own; Keras writes names alone."""
+    import keras
+
+    functions = [
+        *keras.tree.flatten(getattr(model, "loss", None)),
+        *(getattr(layer, "activation", None) for layer in model._flatten_layers()),
+    ]
+    found = []
+    for function in functions:
+        if isinstance(function, types.FunctionType) and function.__module__.partition(".")[0] != "keras":
+            if function.__module__ == "__main__" or "<" in function.__qualname__:
+                raise ValueError(f"{function.__qualname__} is defined where a worker cannot import it")
+            found.append((function.__module__, function.__name__))
+    return list(dict.fromkeys(found))
 
 
 def _without_policy(described: Any, policy: str) -> Any:
@@ -183,5 +230,8 @@ def _require_room(environment: Environment) -> None:
     )
 
 
-def _not_rebuilt(error: Exception) -> str:
-    return f"the model cannot be rebuilt in a worker: {str(error).strip().partition(chr(10))[0]}; {INSTEAD}"
+def _not_rebuilt(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause  # what Keras raises over it says less
+    told = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+    return f"the model cannot be rebuilt in a worker: {told}; {INSTEAD}"

@@ -17,7 +17,11 @@ def section(report: Report) -> str:
     if not report.remedies:
         return ""
     advice = "".join(f"<p>{escape(printable(line))}</p>" for line in report.advice)
-    each = "".join(_remedy(report, remedy) for remedy in report.remedies)
+    each = "".join(_remedy(report, remedy) for remedy in report.remedies if remedy.measured)
+    each += "".join(
+        f'<p class="remedy"><b>{escape(names)}</b>: {escape(reason)}</p>'
+        for names, reason in remedies.unmeasured(report)
+    )
     vain = "".join(f"<dt>{escape(name)}</dt><dd>{escape(why)}</dd>" for name, why in remedies.IN_VAIN)
     return (
         '<section class="remedies"><h2>Remedies, each measured on this model</h2>'
@@ -50,8 +54,6 @@ def _figure(figure: remedies.Figure) -> str:
 
 def _remedy(report: Report, remedy: Remedy) -> str:
     name = escape(printable(remedy.name))
-    if not remedy.measured:
-        return f'<p class="remedy"><b>{name}</b> {escape(printable(remedy.why_not))}</p>'
     told = "; ".join(remedies.notes(report, remedy))
     note = f": {escape(told)}" if told else ""
     code = escape("\n".join(remedies.code_lines(remedy)))

@@ -114,6 +114,15 @@ def notes(report: Report, remedy: Remedy) -> list[str]:
     return [*found, *(printable(note) for note in remedy.notes)]
 
 
+def unmeasured(report: Report) -> list[tuple[str, str]]:
+    """Name and reason of the remedies that were not measured; those that share a reason are told together."""
+    reasons: dict[str, list[str]] = {}
+    for remedy in report.remedies:
+        if not remedy.measured:
+            reasons.setdefault(printable(remedy.why_not), []).append(printable(remedy.name))
+    return [(", ".join(names), reason) for reason, names in reasons.items()]
+
+
 def code_lines(remedy: Remedy) -> list[str]:
     """The lines of code that do it, indentation kept."""
     return ["".join(c if c.isprintable() else "?" for c in line) for line in remedy.code.splitlines()]

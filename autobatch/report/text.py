@@ -95,7 +95,10 @@ def _remedies(report: Report, *, rich_boxes: bool) -> list[Text | Table | Paddin
         table.add_row(Text(name), *cells, style="bold" if row.recommended else "")
     parts += [table, Text()]
     for remedy in report.remedies:
-        parts += _remedy(report, remedy)
+        if remedy.measured:
+            parts += _remedy(report, remedy)
+    for names, reason in remedies.unmeasured(report):
+        parts.append(Padding(Text(f"{names}: {reason}", style="dim"), (0, 0, 0, 2)))
     parts += [Text(), *(_bullet(line) for line in (remedies.summary(report), *report.advice))]
     parts += [
         Text(),
@@ -107,8 +110,6 @@ def _remedies(report: Report, *, rich_boxes: bool) -> list[Text | Table | Paddin
 
 def _remedy(report: Report, remedy: Remedy) -> list[Text | Table | Padding]:
     name = sentences.printable(remedy.name)
-    if not remedy.measured:
-        return [Padding(Text(f"{name}: {sentences.printable(remedy.why_not)}", style="dim"), (0, 0, 0, 2))]
     told = "; ".join(remedies.notes(report, remedy))
     parts: list[Text | Table | Padding] = [Padding(Text(f"{name}: {told}" if told else f"{name}:"), (0, 0, 0, 2))]
     parts += [Padding(Text(line, style="cyan", overflow="fold"), (0, 0, 0, 6)) for line in remedies.code_lines(remedy)]

@@ -20,15 +20,15 @@ def rematerialised(call: Callable[[], _Built], what: str) -> tuple[_Built, list[
 
     The scope's mode "full" covers the model as well, which then fails in a compiled step; see
     :func:`autobatch.train.keras_seams.rematerialisable_layers`. So the layers are named, once it is known which there
-    are: the scope keeps the list that it was given, and looks into it when a layer is called.
+    are: Keras looks for a layer's name among them when the layer is called.
     """
     import keras
 
-    names = [""]  # an empty list would be replaced by another
+    covered = _Names()
     if what == "activations":
         scope = keras.RematScope(mode="activations")
     else:
-        scope = keras.RematScope(mode="list_of_layers", layer_names=names)
+        scope = keras.RematScope(mode="list_of_layers", layer_names=covered)
     with scope:
         returned = call()
 
@@ -38,10 +38,20 @@ def rematerialised(call: Callable[[], _Built], what: str) -> tuple[_Built, list[
         layers = keras_seams.activated_layers(returned[0])
     else:
         layers = keras_seams.rematerialisable_layers(returned[0])
-    names[:] = dict.fromkeys(layer.name for layer in layers)
-    if not names:
+    covered.names = list(dict.fromkeys(layer.name for layer in layers))
+    if not covered.names:
         raise NotApplicableError(_NO_ACTIVATION if what == "activations" else _NO_LAYER)
-    return returned, names
+    return returned, covered.names
+
+
+class _Names:
+    """Names that are known only later. A list would not do: Keras copies those that it keeps in a layer."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
 
 _NO_LAYER = (

@@ -262,3 +262,22 @@ def test_an_interrupt_ends_the_worker_and_gives_130(target, tmp_path):
     assert err == "autobatch: interrupted; the workers are gone\n"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_an_interrupt_among_the_remedies_prints_what_was_measured_until_then(target, tmp_path):
+    pid_file = tmp_path / "pid"
+    command = [sys.executable, "-c", _STUBBED, "report", f"{target}:hangs_in_a_remedy", "--remedies"]
+    env = _environment(AUTOBATCH_TEST_PID=str(pid_file))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    pid = int(pid_file.read_text())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "16 samples fit" in out
+    assert "mixed_bfloat16: not measured: interrupted" in out
+    assert err == "autobatch: interrupted; the report has what was measured until then\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
