@@ -91,6 +91,9 @@ def summary(report: Report) -> str:
         if best.update_seconds is not None and report.update_seconds is not None:
             was = format_seconds(report.update_seconds)
             words[-1] += f", an update in {format_seconds(best.update_seconds)} (was {was})"
+        elif best.samples_per_second is not None:
+            speed = None if report.decisive_trial is None else report.decisive_trial.samples_per_second
+            words[-1] += f", {_speed(best.samples_per_second)} samples/s (was {_speed(speed)})"
         words[-1] += "."
     return " ".join(words)
 

@@ -159,6 +159,17 @@ def test_a_file_that_may_not_be_read(tmp_path, capfd):
     assert "worker_main" not in err
 
 
+def test_a_syntax_error_is_shown_as_python_shows_it(tmp_path, capfd):
+    path = tmp_path / "wrong.py"
+    path.write_text("def build(:\n    pass\n")
+    assert main(["report", f"{path}:build", "--remedies"]) == 3
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert f'File "{path}", line 1' in err
+    assert "SyntaxError" in err.splitlines()[-1]
+    assert "worker_main" not in err
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"{}", b"[1]", b"\xff\xfe", b'{"schema_version": 99}', b'{"schema_version": 1}']
 )
@@ -194,7 +205,7 @@ def test_fuzzed_command_lines_never_show_a_traceback(tmp_path, monkeypatch, capf
         *("--format", "json", "html", "--output", "/no/x", ".", "--target-batch", "0", "1", "-5", "1e9", "%", "1B"),
         *("--memory-limit", "80%", "--headroom", "nan", "--device", "GPU:99999", "--fail-under", "\udc80", "\0"),
         *("\0.py:f", "--timeout", "--jit", "--no-jit", "--input", "1,,2", "--classes", "\u2028", "--version"),
-        *("--max-trials", "\U0001f600"),
+        *("--max-trials", "\U0001f600", "--remedies", "--remedies=1", "--no-remedies"),
     ]
     for _ in range(200):
         line = rng.choices(words, k=rng.randint(0, 6))
@@ -277,7 +288,8 @@ def test_an_interrupt_among_the_remedies_prints_what_was_measured_until_then(tar
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "16 samples fit" in out
-    assert "mixed_bfloat16: not measured: interrupted" in out
+    assert "mixed_bfloat16, mixed_float16, XLA on" in out
+    assert "not measured: interrupted" in " ".join(out.split())
     assert err == "autobatch: interrupted; the report has what was measured until then\n"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
