@@ -124,6 +124,7 @@ def tune(
     max_trials: int | None = None,
     max_seconds: float | None = None,
     cache: bool = True,
+    remedies: bool = False,
 ) -> Report:
     """Search for the micro-batch without training; the model and the data are left as they were.
 
@@ -133,6 +134,10 @@ def tune(
         exact: Prove that the size found is the largest: it fits, and the next one was run and does not.
         objective: "throughput" plans for the shortest update, "largest" for the largest micro-batch.
         max_trials, max_seconds: Stop after so many, with the best size found until then, which is not remembered.
+        remedies: Try mixed precision, XLA, rematerialisation and an optimizer without slots as well, and what gains
+            together: ``report.remedies``. Each in a worker process, as is the model itself then, which takes minutes;
+            a script that calls this needs no ``if __name__ == "__main__"``. Where nothing fits, the report says so
+            instead of an error.
 
     Raises:
         TypeError, ValueError: An argument cannot be used; nothing has been run or changed.
@@ -146,7 +151,8 @@ def tune(
     trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
     if target is not None and trials.largest_useful is not None:
         target = min(target, trials.largest_useful)
-    try:
+
+    def search_one(trials: Trials) -> Report:
         return _shown_search(
             trials,
             target_batch=target,
@@ -154,7 +160,23 @@ def tune(
             objective=objective,
             max_trials=max_trials,
             max_seconds=max_seconds,
-            cache=remembers,
+            # Of a remembered result only the planned size is run again, and remedies are measured by the largest.
+            cache=remembers and not remedies,
+        )
+
+    try:
+        if not remedies:
+            return search_one(trials)
+        from autobatch.remedies import rebuilt
+
+        return rebuilt.report_with_remedies(
+            model,
+            trials.batch_of,
+            trials,
+            search_one,
+            target_batch=target,
+            memory_limit_bytes=limit_bytes,
+            headroom=share,
         )
     finally:
         trials.close()

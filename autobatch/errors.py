@@ -8,6 +8,7 @@
     +-- TargetError            the command line's TARGET cannot be used (no file, no function, wrong result)
     +-- UserCodeError          the user's code failed in a worker process; carries its traceback as text
     +-- WorkerError            a worker process could not be started or talked to
+    +-- NotApplicableError     a remedy changes nothing in this model, or cannot be tried on it
 
     AutobatchWarning (a UserWarning)
 
@@ -56,6 +57,10 @@ class UserCodeError(AutobatchError):
 
 class WorkerError(AutobatchError):
     """A worker process could not be started, or broke the protocol."""
+
+
+class NotApplicableError(AutobatchError):
+    """A remedy changes nothing in this model, or cannot be tried on it; the message says why."""
 
 
 class AutobatchWarning(UserWarning):

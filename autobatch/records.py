@@ -186,8 +186,65 @@ class HostUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """The same model, built or compiled in another way; None and False leave it as it is.
+
+    ``precision`` is a Keras dtype policy that is set before the model is built, ``jit_compile`` turns XLA on or off,
+    ``rematerialise`` builds it under ``keras.RematScope``, for whole "layers" or for their "activations",
+    ``slotless_optimizer`` gives it an SGD without momentum.
+    """
+
+    precision: str | None = None
+    jit_compile: bool | None = None
+    rematerialise: str | None = None
+    slotless_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self.rematerialise in (None, "layers", "activations"),
+            f'rematerialise must be None, "layers" or "activations". Received: {self.rematerialise!r}',
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """One way to larger micro-batches or shorter updates, as measured on this model; compare it with the report.
+
+    ``code`` is the line that does it. ``changes_training`` tells how training will then differ, empty where it does
+    not. ``why_not`` tells why nothing was measured, empty where it was. ``plan``, ``largest_fit`` and
+    ``smallest_failure`` are as in :class:`Report`; ``peak_bytes`` and ``samples_per_second`` are those of the planned
+    micro-batch, or of the largest where there is no plan; ``update_seconds`` is one update at the target. ``notes`` are
+    what the report of this variant warns of and the model as it is does not. ``recommended`` marks the one that gains
+    most of those that keep the optimizer.
+    """
+
+    name: str
+    code: str
+    changes_training: str = ""
+    keeps_optimizer: bool = True
+    why_not: str = ""
+    plan: Plan | None = None
+    largest_fit: int | None = None
+    smallest_failure: int | None = None
+    peak_bytes: int | None = None
+    samples_per_second: float | None = None
+    update_seconds: float | None = None
+    stopped_because: str = ""
+    notes: tuple[str, ...] = field(default=())
+    recommended: bool = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether the model was really run with this remedy."""
+        return not self.why_not
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """All that is known after a search. ``plan`` is None where no target batch was given."""
+    """All that is known after a search. ``plan`` is None where no target batch was given.
+
+    ``remedies`` are empty where none were asked for; ``advice`` is what the measurements say beyond them.
+    """
 
     plan: Plan | None
     largest_fit: int | None
@@ -199,7 +256,25 @@ class Report:
     model_name: str = ""
     warnings: tuple[str, ...] = field(default=())
     host_uses: tuple[HostUse, ...] = field(default=())
+    remedies: tuple[Remedy, ...] = field(default=())
+    advice: tuple[str, ...] = field(default=())
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def decisive_trial(self) -> TrialResult | None:
+        """The trial that the report is about: of the planned micro-batch, or else of the largest that fits."""
+        micro_batch = self.plan.micro_batch if self.plan else self.largest_fit
+        fitting = [trial for trial in self.trials if trial.fits and trial.micro_batch == micro_batch]
+        # A size may have been run more than once; the last run is the one that the search ended on.
+        return fitting[-1] if fitting else None
+
+    @property
+    def update_seconds(self) -> float | None:
+        """One optimizer update of the plan: its micro-batches and the apply, None where the trial was not timed."""
+        trial = self.decisive_trial
+        if self.plan is None or trial is None or trial.step_seconds is None:
+            return None
+        return self.plan.accumulation_steps * trial.step_seconds + (trial.apply_seconds or 0.0)
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """This report as JSON, which :meth:`from_json` reads back; the format is described in ``report/json.py``."""

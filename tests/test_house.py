@@ -25,8 +25,21 @@ ROOMS = {
     "trial": {"records", "errors", "units", "memory", "train", "api"},
     "remembering": {"records", "errors", "search", "trial", "cache"},
     "searching": {"records", "errors", "units", "search", "trial", "remembering", "memory"},
-    "api": {"records", "errors", "units", "arguments", "search", "searching", "train", "trial", "memory", "cache"},
-    "cli": {"records", "errors", "units", "arguments", "report", "trial", "api", "memory", "cache"},
+    "remedies": {"records", "errors", "units", "trial", "memory"},
+    "api": {
+        "records",
+        "errors",
+        "units",
+        "arguments",
+        "search",
+        "searching",
+        "train",
+        "trial",
+        "memory",
+        "cache",
+        "remedies",
+    },
+    "cli": {"records", "errors", "units", "arguments", "remedies", "report", "trial", "api", "memory", "cache"},
     "notebook": {"records", "errors", "units", "report", "api", "cli"},
 }
 

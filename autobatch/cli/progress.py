@@ -18,12 +18,19 @@ if TYPE_CHECKING:
 class Progress(Protocol):
     """Told of each thing as it begins and ends."""
 
+    def under(self, heading: str) -> None:
+        """What follows is part of this."""
+        ...
+
     def doing(self, what: str) -> None: ...
 
     def tried(self, result: TrialResult) -> None: ...
 
 
 class _Silent:
+    def under(self, heading: str) -> None:
+        pass
+
     def doing(self, what: str) -> None:
         pass
 
@@ -37,10 +44,16 @@ class _Lines:
     def __init__(self, live: Live) -> None:
         self._live = live
         self._done: list[str] = []
+        self._heading = ""
         self._doing = ""
 
+    def under(self, heading: str) -> None:
+        self._heading = heading
+        self._done.append(heading)
+        self.doing("Starting a worker and building the model")
+
     def doing(self, what: str) -> None:
-        self._doing = what
+        self._doing = f"{self._heading}: {what}" if self._heading else what
         self._show()
 
     def tried(self, result: TrialResult) -> None:

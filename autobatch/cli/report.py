@@ -7,10 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from autobatch.cli import arguments, output, target
-from autobatch.cli.exits import FAILED, OK, UsageError
+from autobatch.cli.exits import FAILED, INTERRUPTED, OK, UsageError
+from autobatch.records import Variant
 
 if TYPE_CHECKING:
     from autobatch.records import Report
+    from autobatch.trial.worker import WorkerTrials
 
 _PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64")
 
@@ -80,6 +82,12 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="search anew, and do not remember what is found; else a remembered size is confirmed with one trial",
     )
+    parser.add_argument(
+        "--remedies",
+        action="store_true",
+        help="try mixed precision, XLA, rematerialisation and an optimizer without slots as well, each in a worker of "
+        "its own, and what gains together; --max-trials and --max-seconds then count for each (minutes in all)",
+    )
     parser.add_argument("--max-trials", type=positive, metavar="N", help="stop after so many trials")
     parser.add_argument("--max-seconds", type=arguments.seconds, metavar="SECONDS", help="start no trial after so long")
 
@@ -112,8 +120,11 @@ def run(options: argparse.Namespace) -> int:
             "is tried."
         )
     with output.warnings_as_lines():
-        report = _search(options)
+        report, code = _search(options)
     output.write(report, format_name=options.format, path=options.output)
+    if code != OK:
+        print("autobatch: interrupted; the report has what was measured until then", file=sys.stderr)
+        return code
     largest = report.largest_fit or 0
     if options.fail_under is not None and largest < options.fail_under:
         print(f"autobatch: the largest micro-batch is {largest}, under {options.fail_under}", file=sys.stderr)
@@ -121,10 +132,13 @@ def run(options: argparse.Namespace) -> int:
     return OK if report.largest_fit is not None else FAILED
 
 
-def _search(options: argparse.Namespace) -> Report:
+def _search(options: argparse.Namespace) -> tuple[Report, int]:
+    """The report, and `INTERRUPTED` where Ctrl-C left remedies out of it."""
     # Late, so that usage errors do not wait for them.
     from autobatch import api
     from autobatch.cli.progress import WatchedTrials, progress
+    from autobatch.cli.totals import host_total_bytes
+    from autobatch.remedies import workers
     from autobatch.trial.worker import WorkerTrials
 
     settings: dict[str, Any] = {
@@ -138,20 +152,23 @@ def _search(options: argparse.Namespace) -> Report:
         "input_shape": options.input,
         "classes": options.classes,
     }
-    with progress() as told:
-        told.doing(f"Starting a worker and building {options.target}")
+
+    def open_worker(variant: Variant) -> WorkerTrials:
         try:
-            trials = WorkerTrials(options.target, **settings)
+            return WorkerTrials(options.target, variant=variant, **settings)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        with trials:
+
+    with progress() as told:
+
+        def search(trials: WorkerTrials) -> Report:
             where = trials.environment.device
             if (options.device or "").startswith("GPU") and not where.startswith("GPU"):
                 raise UsageError(f"--device {options.device}: TensorFlow sees no such device here, only {where}.")
             return api.search_with(
                 WatchedTrials(trials, told),
                 # What is confirmed is the plan's micro-batch, which may be smaller than the largest that fits.
-                cache=options.cache and options.fail_under is None,
+                cache=options.cache and options.fail_under is None and not options.remedies,
                 target_batch=options.target_batch,
                 exact=options.exact,
                 objective=options.objective,
@@ -159,6 +176,19 @@ def _search(options: argparse.Namespace) -> Report:
                 max_seconds=options.max_seconds,
                 on_trial=told.tried,
             )
+
+        told.doing(f"Starting a worker and building {options.target}")
+        if not options.remedies:
+            with open_worker(Variant()) as trials:
+                return search(trials), OK
+        try:
+            base = workers.report_as_it_is(open_worker, search)
+            total_bytes = host_total_bytes()
+            return workers.with_remedies(
+                base, open_worker, search, host_total_bytes=total_bytes, on_start=told.under
+            ), OK
+        except workers.Interrupted as interrupted:
+            return interrupted.report, INTERRUPTED
 
 
 def limit_bytes(limit: int | arguments.Share | None, device: str | None) -> int | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 from autobatch.cli.exits import UsageError
 from autobatch.memory import nvml
+from autobatch.memory.limits import host_total_bytes
 from autobatch.trial.worker import visible_devices
 
-_CGROUP_FILES = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
+__all__ = ["host_total_bytes", "total_bytes"]
 
 
 def total_bytes(device: str | None) -> int:
@@ -27,16 +26,3 @@ def total_bytes(device: str | None) -> int:
             "Give the limit as a size, or name the GPU with --device."
         )
     return card.total_bytes
-
-
-def host_total_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """The machine's memory, or the control group's limit where that is less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in _CGROUP_FILES:
-        try:
-            text = (cgroup / name).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdecimal():  # "max" is no limit
-            total = min(total, int(text))
-    return total

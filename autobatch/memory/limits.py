@@ -18,6 +18,8 @@ from autobatch.units import format_bytes
 CUDA_CONTEXT_BYTES = 400 * 2**20
 """What the driver takes for a process's CUDA context and libraries, outside TensorFlow's pool; about 300 to 500 MiB."""
 
+_CGROUP_TOTALS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
+
 _NO_CGROUP_LIMIT = 2**60  # cgroup v1 writes "no limit" as the largest multiple of a page
 
 
@@ -210,6 +212,19 @@ def _cgroup_directories(root: Path) -> list[tuple[Path, tuple[str, str, str], st
                 if directory.is_relative_to(base) and (directory / files[0]).is_file():
                     found.append((directory, files, version))
     return found
+
+
+def host_total_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The machine's memory, or the control group's limit where that is less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in _CGROUP_TOTALS:
+        try:
+            text = (cgroup / name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdecimal():  # "max" is no limit
+            total = min(total, int(text))
+    return total
 
 
 def _read_int(path: Path) -> int | None:

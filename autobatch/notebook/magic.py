@@ -71,6 +71,7 @@ def _magic(shell: Any) -> Callable[..., Report | None]:
             max_trials=options.max_trials,
             max_seconds=options.max_seconds,
             cache=options.cache,
+            remedies=options.remedies,
         )
         try:
             _show(shell, report, options)

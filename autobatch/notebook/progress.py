@@ -62,6 +62,10 @@ class SearchDisplay:
             where.append(f"limit {format_bytes(environment.limit_bytes)}")
         self._where = " · ".join(part for part in where if part)
 
+    def under(self, heading: str) -> None:
+        """Take in what the next trials are part of."""
+        self._where = heading
+
     def doing(self, what: str) -> None:
         """Show what is under way."""
         self._show(f'<p class="doing">{escape(what)} … <span>{escape(self._where)}</span></p>{self._table()}', what)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from html import escape
 
 from autobatch.records import Environment, Outcome, Report, TrialResult
-from autobatch.report import plot, sentences
+from autobatch.report import html_remedies, plot, sentences
 from autobatch.report.html_style import STYLE
 from autobatch.units import format_bytes, format_seconds
 
@@ -42,6 +42,7 @@ def fragment(report: Report) -> str:
         _warnings(report),
         _plots(report),
         _trials(report),
+        html_remedies.section(report),
         _details(report),
         _footer(report),
     )

@@ -77,6 +77,16 @@ def rules(root: str) -> str:
 {root} .dot.fits {{ background: var(--green); }}
 {root} .dot.out_of_memory {{ background: var(--red); }}
 {root} .dot.timed_out {{ background: var(--amber); }}
+{root} .remedies p {{ margin: 0 0 10px; overflow-wrap: anywhere; }}
+{root} .remedies .remedy {{ margin: 14px 0 0; }}
+{root} .remedies td.name {{ white-space: normal; min-width: 110px; }}
+{root} .ratio {{ color: var(--soft); font-size: 13px; font-weight: 400; }}
+{root} .ratio.better {{ color: var(--green); }}
+{root} .ratio.worse {{ color: var(--red); }}
+{root} pre {{
+    margin: 4px 0 0; padding: 8px 12px; overflow-x: auto; background: var(--page);
+    border-radius: 6px; font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
+}}
 {root} dl {{ margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: 5px 16px; }}
 {root} dt {{ color: var(--soft); }}
 {root} dd {{ margin: 0; overflow-wrap: anywhere; min-width: 0; }}
@@ -120,6 +130,7 @@ def rules(root: str) -> str:
     {root} .wide {{ display: none; }}
     {root} dl {{ grid-template-columns: 1fr; gap: 0; }}
     {root} dd {{ margin-bottom: 8px; }}
+    {root} .ratio {{ display: block; }}
     {root} th, {root} td {{ padding-right: 7px; font-size: 13px; }}
 }}
 @media print {{ {root} section, {root} figure {{ break-inside: avoid; }} }}

@@ -37,11 +37,8 @@ def title(report: Report) -> str:
 
 
 def decisive_trial(report: Report) -> TrialResult | None:
-    """The trial that the report is about: of the planned micro-batch, or else of the largest that fits."""
-    micro_batch = report.plan.micro_batch if report.plan else report.largest_fit
-    fitting = [trial for trial in report.trials if trial.fits and trial.micro_batch == micro_batch]
-    # A size may have been run more than once; the last run is the one that the search ended on.
-    return fitting[-1] if fitting else None
+    """The trial that the report is about; see :attr:`autobatch.records.Report.decisive_trial`."""
+    return report.decisive_trial
 
 
 def share_of_limit(trial: TrialResult, environment: Environment) -> float | None:
@@ -125,11 +122,8 @@ def plan_alone(made: Plan) -> str:
 
 
 def update_seconds(report: Report) -> float | None:
-    """One optimizer update of the plan: its micro-batches and the apply, None where the trial was not timed."""
-    trial = decisive_trial(report)
-    if report.plan is None or trial is None or trial.step_seconds is None:
-        return None
-    return report.plan.accumulation_steps * trial.step_seconds + (trial.apply_seconds or 0.0)
+    """One optimizer update of the plan, None where the trial was not timed."""
+    return report.update_seconds
 
 
 def memory_line(report: Report) -> str:

@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from autobatch.records import Outcome, Report
-from autobatch.report import sentences
+from autobatch.records import Outcome, Remedy, Report
+from autobatch.report import remedies, sentences
 
 PLAIN_WIDTH = 100
 _FIGURES = {"Peak": "peak", "Of limit": "share", "Step": "step", "Samples/s": "speed"}
@@ -20,6 +20,8 @@ _FIGURES = {"Peak": "peak", "Of limit": "share", "Step": "step", "Samples/s": "s
 _COLUMN_NEEDS_WIDTH = {"Of limit": 76, "Step": 66}
 
 _OUTCOME_STYLES = {Outcome.FITS: "green", Outcome.OUT_OF_MEMORY: "red", Outcome.TIMED_OUT: "yellow"}
+
+_BETTER_STYLES = {True: "green", False: "red", None: ""}
 
 # Nothing but spaces and dashes: what is piped may meet an ASCII-only reader.
 _PLAIN_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
@@ -66,9 +68,52 @@ def _layout(report: Report, *, rich_boxes: bool, width: int) -> Group:
     else:
         parts.append(Text("  No trial was run."))
     parts += [Text(), _pairs(_findings(report), strong=("Plan",))]
+    if report.remedies:
+        parts += _remedies(report, rich_boxes=rich_boxes)
     if report.warnings:
         parts += [Text(), Text("Warnings", style="bold yellow"), *(_bullet(warning) for warning in report.warnings)]
     return Group(*parts)
+
+
+def _remedies(report: Report, *, rich_boxes: bool) -> list[Text | Table | Padding]:
+    """What each remedy was worth against the model as it is, then the code of those that were measured."""
+    timed = remedies.has_target(report)
+    table = Table(box=box.SIMPLE_HEAD if rich_boxes else _PLAIN_BOX, padding=(0, 0, 0, 1), show_edge=False)
+    table.add_column("Remedy", overflow="fold", min_width=8)
+    headings = ["Largest", "Samples/s", *(["Update"] if timed else [])]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    parts: list[Text | Table | Padding] = [Text(), Text("Remedies, measured", style="bold"), Text()]
+    for row in remedies.rows(report):
+        if row.why_not:
+            continue
+        figures = [row.largest, row.speed, *([row.update] if timed else [])]
+        name = f"{row.name} (recommended)" if row.recommended else row.name
+        cells = [
+            Text(f"{figure.text} {figure.ratio}".strip(), style=_BETTER_STYLES[figure.better]) for figure in figures
+        ]
+        table.add_row(Text(name), *cells, style="bold" if row.recommended else "")
+    parts += [table, Text()]
+    for remedy in report.remedies:
+        if remedy.measured:
+            parts += _remedy(report, remedy)
+    for names, reason in remedies.unmeasured(report):
+        parts.append(Padding(Text(f"{names}: {reason}", style="dim"), (0, 0, 0, 2)))
+    parts += [Text(), *(_bullet(line) for line in (remedies.summary(report), *report.advice))]
+    parts += [
+        Text(),
+        Text("Tried in vain", style="bold"),
+        *(_bullet(f"{name} {why}") for name, why in remedies.IN_VAIN),
+    ]
+    return parts
+
+
+def _remedy(report: Report, remedy: Remedy) -> list[Text | Table | Padding]:
+    name = sentences.printable(remedy.name)
+    told = "; ".join(remedies.notes(report, remedy))
+    parts: list[Text | Table | Padding] = [Padding(Text(f"{name}: {told}" if told else f"{name}:"), (0, 0, 0, 2))]
+    parts += [Padding(Text(line, style="cyan", overflow="fold"), (0, 0, 0, 6)) for line in remedies.code_lines(remedy)]
+    return parts
 
 
 def _findings(report: Report) -> list[tuple[str, str]]:

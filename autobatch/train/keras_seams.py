@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 __all__ = [
     "DataAdapter",
+    "activated_layers",
     "apply_mask",
     "apply_of",
     "build_on",
@@ -38,6 +40,7 @@ __all__ = [
     "optimizers_of",
     "own_function",
     "remat_mode_of",
+    "rematerialisable_layers",
     "require_stateless",
     "require_supported",
     "split_validation",
@@ -296,3 +299,34 @@ def split_validation(x: Any, y: Any, sample_weight: Any, validation_split: float
     """Split arrays as ``Model.fit(validation_split=...)`` does: ``((x, y, sample_weight), validation_data)``."""
     train, validation = _array_slicing.train_validation_split((x, y, sample_weight), validation_split=validation_split)
     return train, validation
+
+
+def rematerialisable_layers(model: Any) -> list[Any]:
+    """The outermost layers made under a ``keras.RematScope`` that TensorFlow can recompute in a compiled step.
+
+    ``tf.recompute_grad`` takes no keyword arguments there, and Keras passes ``training`` and ``mask`` as such: layers
+    whose ``call`` has either are looked into instead, and so is the model itself.
+    """
+    found: list[Any] = []
+    pending = list(model._flatten_layers(recursive=False, include_self=False))
+    while pending:
+        layer = pending.pop(0)
+        keywords = {"training", "mask"} & set(inspect.signature(layer.call).parameters)
+        # What an embedding or an input puts out is no intermediate of its own.
+        if isinstance(layer, (keras.layers.InputLayer, keras.layers.Embedding)):
+            continue
+        if keywords or isinstance(layer, keras.Model):
+            pending += layer._flatten_layers(recursive=False, include_self=False)
+        elif getattr(layer, "_remat_mode", None) is not None:
+            found.append(layer)
+    return found
+
+
+def activated_layers(model: Any) -> list[Any]:
+    """The layers made under a ``keras.RematScope`` that have an activation to recompute."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if getattr(layer, "_remat_mode", None) is not None
+        and getattr(layer, "activation", None) not in (None, keras.activations.linear)
+    ]

@@ -214,6 +214,10 @@ class LiveTrials:
         applies = [self._seconds(self.step.apply) for _ in range(repeats)]
         return first / 2, statistics.median(steps), statistics.median(applies)
 
+    def batch_of(self, samples: int) -> Any:
+        """A batch of so many samples, of the longest ones seen, on the host."""
+        return self._sample.micro_batch(samples)
+
     def _try_beside_copies(self, whole: bool, micro_batch: int) -> None:
         """Run an update beside the copies of the weights that training keeps; if that is too much, it keeps none.
 

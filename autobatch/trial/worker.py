@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
+from autobatch.errors import NoFeasibleBatchError, NotApplicableError, TargetError, UserCodeError, WorkerError
 from autobatch.memory import arena, oom
-from autobatch.records import Environment, HostUse, Outcome, TrialRequest, TrialResult
+from autobatch.records import Environment, HostUse, Outcome, TrialRequest, TrialResult, Variant
 from autobatch.trial.worker_process import (
     Message,
     WorkerDied,
@@ -34,6 +34,8 @@ from autobatch.units import format_bytes, parse_bytes
 OPENER = "autobatch.api:open_trials"
 """What the worker calls with the user's model and data; it returns a ``trial.protocol.Trials``."""
 
+AS_IT_IS = Variant()
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Ready:
@@ -47,6 +49,7 @@ class _Ready:
     host_uses: tuple[HostUse, ...]
     fingerprint: str
     content: str
+    rematerialised: tuple[str, ...]
 
 
 class WorkerTrials:
@@ -61,6 +64,7 @@ class WorkerTrials:
         device: "CPU", "GPU" or "GPU:1"; None for TensorFlow's own choice.
         precision: a Keras dtype policy set before the target is called; None leaves it alone.
         jit_compile: XLA on or off; None leaves the model as it was compiled.
+        variant: the model built or compiled in another way; goes before ``precision`` and ``jit_compile``.
         input_shape, classes: of a ``keras:Name`` target.
         opener: for tests, another ``module:function`` in place of :data:`OPENER`.
 
@@ -69,6 +73,7 @@ class WorkerTrials:
         UserCodeError: it failed, with its traceback.
         NoFeasibleBatchError: there is not even room for the model.
         WorkerError: no worker could be started, or two workers built different models.
+        NotApplicableError: the variant would change nothing, or cannot be made of this model.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class WorkerTrials:
         device: str | None = None,
         precision: str | None = None,
         jit_compile: bool | None = None,
+        variant: Variant = AS_IT_IS,
         input_shape: tuple[int, ...] = (224, 224, 3),
         classes: int = 1000,
         opener: str | None = None,
@@ -101,6 +107,7 @@ class WorkerTrials:
             "headroom": headroom,
             "precision": precision,
             "jit_compile": jit_compile,
+            "variant": dataclasses.asdict(variant),
             "input_shape": list(input_shape),
             "classes": classes,
         }
@@ -134,6 +141,16 @@ class WorkerTrials:
     @property
     def content(self) -> str:
         return self._ready.content
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's variables in short: equal for two models that are built alike."""
+        return self._ready.fingerprint
+
+    @property
+    def rematerialised(self) -> tuple[str, ...]:
+        """The names of the layers that the variant rematerialises."""
+        return self._ready.rematerialised
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size; see ``trial.protocol.Trials``."""
@@ -220,6 +237,7 @@ class WorkerTrials:
             host_uses=tuple(HostUse(name, held_bytes) for name, held_bytes in message["host_uses"]),
             fingerprint=message["fingerprint"],
             content=message["content"],
+            rematerialised=tuple(message["rematerialised"]),
         )
 
     def _restart(self) -> None:
@@ -278,6 +296,8 @@ class WorkerTrials:
         kind, text = message["kind"], message.get("message", "")
         if kind == "target_error":
             raise TargetError(text)
+        if kind == "not_applicable":
+            raise NotApplicableError(text)
         if kind == "user_error":
             raise UserCodeError(text, traceback_text=message["traceback"])
         if kind == "memory_error":

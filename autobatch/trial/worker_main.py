@@ -28,9 +28,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from autobatch.errors import AutobatchError, AutobatchWarning, NoFeasibleBatchError, TargetError
+from autobatch.errors import (
+    AutobatchError,
+    AutobatchWarning,
+    NoFeasibleBatchError,
+    NotApplicableError,
+    TargetError,
+)
 from autobatch.memory import arena, oom
-from autobatch.records import Outcome, TrialRequest, TrialResult
+from autobatch.records import Outcome, TrialRequest, TrialResult, Variant
+from autobatch.trial import variants
 from autobatch.trial.protocol import Trials
 from autobatch.trial.worker_process import Message, pack, pack_result, unpack
 
@@ -86,7 +93,7 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
     reply({"kind": "loading"})
     # The boundary to the user's code: whatever it raises, sys.exit() and KeyboardInterrupt included, is for the parent.
     try:
-        trials, fingerprint, notes = _open(options)
+        trials, fingerprint, rematerialised, notes = _open(options)
         reply(
             {
                 "kind": "ready",
@@ -98,6 +105,7 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
                 "host_uses": [[use.name, use.held_bytes] for use in trials.host_uses],
                 "fingerprint": fingerprint,
                 "content": trials.content,
+                "rematerialised": rematerialised,
             }
         )
     except BaseException as error:  # noqa: BLE001 - see above
@@ -122,17 +130,17 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
     # Trials are not closed: there is nothing to put back in a process that ends here.
 
 
-def _open(options: Message) -> tuple[Trials, str, list[str]]:
-    """Load the target, call it, and open the trials of what it returns."""
+def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
+    """Load the target, call it, and open the trials of what it returns; with what `_serve` tells of them."""
     target = options["target"]
     notes: list[str] = []
     build = _load(options)
     _limit_devices(target, options["memory_limit_bytes"])
-    if options["precision"] is not None:
-        _keras().config.set_dtype_policy(options["precision"])
-    model, dataset, y = _call(target, build)
-    if options["jit_compile"] is not None:
-        model.jit_compile = options["jit_compile"]
+    variant = Variant(**options["variant"])
+    precision = variant.precision or options["precision"]
+    if precision is not None:
+        _keras().config.set_dtype_policy(precision)
+    model, dataset, y, rematerialised = _build(options, variant, build)
     module, _, function = options["opener"].partition(":")
     open_trials = getattr(importlib.import_module(module), function)
     with warnings.catch_warnings(record=True) as caught:
@@ -146,11 +154,29 @@ def _open(options: Message) -> tuple[Trials, str, list[str]]:
             headroom=options["headroom"],
         )
     notes += [str(warning.message) for warning in caught if issubclass(warning.category, AutobatchWarning)]
-    if options["precision"] not in (None, trials.environment.precision):
-        notes.append(
-            f"Precision {options['precision']} was asked for, but {target} sets {trials.environment.precision} itself."
+    if variant.precision is not None:
+        variants.require_policy(model, variant.precision)
+    elif precision not in (None, trials.environment.precision):
+        notes.append(f"Precision {precision} was asked for, but {target} sets {trials.environment.precision} itself.")
+    return trials, _fingerprint(model), rematerialised, notes
+
+
+def _build(options: Message, variant: Variant, build: Callable[[], object]) -> tuple[Any, object, object, list[str]]:
+    """What the target returns, changed as the variant says, and the names of the layers that are rematerialised."""
+    names: list[str] = []
+    if variant.rematerialise:
+        (model, dataset, y), names = variants.rematerialised(
+            lambda: _call(options["target"], build), variant.rematerialise
         )
-    return trials, _fingerprint(model), notes
+    else:
+        model, dataset, y = _call(options["target"], build)
+    if variant.slotless_optimizer:
+        variants.take_slots_away(model)
+    if variant.jit_compile is not None:
+        variants.set_jit(model, variant.jit_compile)
+    elif options["jit_compile"] is not None:
+        model.jit_compile = options["jit_compile"]
+    return model, dataset, y, names
 
 
 def _fingerprint(model: Any) -> str:
@@ -296,6 +322,8 @@ def _failure(error: BaseException, target: str) -> Message:
     if isinstance(error, NoFeasibleBatchError):
         sizes = {"needed_bytes": error.needed_bytes, "limit_bytes": error.limit_bytes}
         return {"kind": "no_feasible_batch", "message": str(error), **sizes}
+    if isinstance(error, NotApplicableError):
+        return {"kind": "not_applicable", "message": str(error)}
     diagnosis = oom.diagnose(error)
     if diagnosis.is_memory:
         return {"kind": "memory_error", "message": diagnosis.detail, "requested_bytes": diagnosis.requested_bytes}

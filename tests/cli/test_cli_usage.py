@@ -163,6 +163,17 @@ def test_a_file_that_may_not_be_read(tmp_path, capfd):
     assert "worker_main" not in err
 
 
+def test_a_syntax_error_is_shown_as_python_shows_it(tmp_path, capfd):
+    path = tmp_path / "wrong.py"
+    path.write_text("def build(:\n    pass\n")
+    assert main(["report", f"{path}:build", "--remedies"]) == 3
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert f'File "{path}", line 1' in err
+    assert "SyntaxError" in err.splitlines()[-1]
+    assert "worker_main" not in err
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"{}", b"[1]", b"\xff\xfe", b'{"schema_version": 99}', b'{"schema_version": 1}']
 )
@@ -216,7 +227,7 @@ def test_fuzzed_command_lines_never_show_a_traceback(tmp_path, monkeypatch, capf
         *("--format", "json", "html", "--output", "/no/x", ".", "--target-batch", "0", "1", "-5", "1e9", "%", "1B"),
         *("--memory-limit", "80%", "--headroom", "nan", "--device", "GPU:99999", "--fail-under", "\udc80", "\0"),
         *("\0.py:f", "--timeout", "--jit", "--no-jit", "--input", "1,,2", "--classes", "\u2028", "--version"),
-        *("--max-trials", "\U0001f600"),
+        *("--max-trials", "\U0001f600", "--remedies", "--remedies=1", "--no-remedies"),
     ]
     for _ in range(200):
         line = rng.choices(words, k=rng.randint(0, 6))
@@ -282,5 +293,25 @@ def test_an_interrupt_ends_the_worker_and_gives_130(target, tmp_path):
     assert process.returncode == 130
     assert out == ""
     assert err == "autobatch: interrupted; the workers are gone\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_an_interrupt_among_the_remedies_prints_what_was_measured_until_then(target, tmp_path):
+    pid_file = tmp_path / "pid"
+    command = [sys.executable, "-c", _STUBBED, "report", f"{target}:hangs_in_a_remedy", "--remedies"]
+    env = _environment(AUTOBATCH_TEST_PID=str(pid_file))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    pid = int(pid_file.read_text())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "16 samples fit" in out
+    assert "mixed_bfloat16, mixed_float16, XLA on" in out
+    assert "not measured: interrupted" in " ".join(out.split())
+    assert err == "autobatch: interrupted; the report has what was measured until then\n"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

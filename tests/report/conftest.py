@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from autobatch.records import Environment, Limit, MemoryModel, Outcome, Plan, Report, TrialResult
+from autobatch.records import (
+    Environment,
+    HostUse,
+    Limit,
+    MemoryModel,
+    Outcome,
+    Plan,
+    Remedy,
+    Report,
+    TrialResult,
+)
 
 MIB = 2**20
 NASTY = "net<script>alert('1')</script>&\"\x1b[31mred\x07 [bold]x[/bold] :smile: \u202e"
@@ -79,6 +91,62 @@ WHOLE_TARGET = Report(
     model_name="above_its_limit",
 )
 
+_POLICY = 'keras.mixed_precision.set_global_policy("mixed_bfloat16")  # before the model is built'
+_SCOPE = "with keras.RematScope(mode=\"list_of_layers\", layer_names=['block_1', 'block_2']):\n    model = build()"
+_XLA = "model.compile(..., jit_compile=True)"
+
+REMEDIED = dataclasses.replace(
+    FULL,
+    model_name="small_cnn_remedied",
+    host_uses=(HostUse("shuffle(10000)", 4096 * MIB),),
+    advice=("The input pipeline will hold 4 GiB of the host's 16 GiB (25 %), most of it in shuffle(10000).",),
+    remedies=(
+        Remedy(
+            "mixed_bfloat16",
+            _POLICY,
+            "activations and gradients with 8 bits of mantissa; the weights stay float32",
+            plan=Plan(128, 2, 256),
+            largest_fit=128,
+            smallest_failure=256,
+            peak_bytes=410 * MIB,
+            samples_per_second=700.0,
+            update_seconds=0.37,
+            stopped_because="limit of 60 s reached",
+        ),
+        Remedy(
+            "mixed_float16", _POLICY.replace("bfloat16", "float16"), why_not="does not apply: the model fails with it"
+        ),
+        Remedy("XLA on", _XLA, "", True, "", Plan(64, 4, 256), 64, 86, 390 * MIB, 900.0, 0.29, "proven"),
+        Remedy(
+            "rematerialised layers", _SCOPE, "", True, "", Plan(86, 3, 256), 86, 128, 450 * MIB, 350.0, 0.74, "proven"
+        ),
+        Remedy(
+            "optimizer without slots",
+            "model.compile(keras.optimizers.SGD(learning_rate), loss)",
+            "another optimizer: tune its learning rate anew",
+            False,
+            smallest_failure=1,
+            stopped_because="not even one sample fits",
+        ),
+        Remedy(
+            "mixed_bfloat16 + XLA on",
+            f"{_POLICY}\n{_XLA}",
+            "activations and gradients with 8 bits of mantissa",
+            True,
+            "",
+            Plan(256, 1, 256),
+            256,
+            None,
+            500 * MIB,
+            1800.0,
+            0.142,
+            "the whole target fits",
+            ("Dropout (a) draws other random numbers.",),
+            True,
+        ),
+    ),
+)
+
 EMPTY = Report(None, None, None, (), None, environment(None), "")
 
 HOSTILE = Report(
@@ -91,6 +159,13 @@ HOSTILE = Report(
     stopped_because=NASTY,
     model_name=NASTY,
     warnings=(NASTY,),
+    remedies=(
+        Remedy(
+            NASTY, NASTY + "\n    indented", NASTY, True, "", Plan(3, 4, 11), 3, 4, 9, 1.0, 2.0, NASTY, (NASTY,), True
+        ),
+        Remedy(NASTY, NASTY, why_not=NASTY),
+    ),
+    advice=(NASTY,),
 )
 
 REPORTS = {
@@ -98,6 +173,7 @@ REPORTS = {
     "nothing_fits": NOTHING_FITS,
     "bare": BARE,
     "whole_target": WHOLE_TARGET,
+    "remedied": REMEDIED,
     "empty": EMPTY,
     "hostile": HOSTILE,
 }
@@ -116,6 +192,11 @@ def report(report_name: str) -> Report:
 @pytest.fixture
 def full() -> Report:
     return FULL
+
+
+@pytest.fixture
+def remedied() -> Report:
+    return REMEDIED
 
 
 @pytest.fixture
