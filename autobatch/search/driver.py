@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from autobatch.records import SearchResult, TrialRequest, TrialResult
+from autobatch.records import SampleEstimate, SearchResult, TrialRequest, TrialResult
 from autobatch.search.bracket import Bracket
 from autobatch.search.memory_model import fit_memory_model
 from autobatch.search.planning import candidate_sizes, require_objective
-from autobatch.search.proposals import Run, Stop, Terms, propose
+from autobatch.search.proposals import Run, Stop, Terms, propose, wants_estimate
 
 FURTHEST = 2**20
 """The largest size tried where neither a target nor ``max_micro_batch`` is given."""
 
 MOST_TRIALS_WITH_SPEED = 4
 """A further trial for speed alone must not make a search longer than this."""
+
+TIMED_STEPS = 3
+"""Micro-steps that are timed in each trial where the plan is chosen by speed."""
 
 _FALLING = 1.05
 """Throughput counts as falling where a smaller size passes this many times the samples per second."""
@@ -31,6 +35,7 @@ def search(
     budget_bytes: int | None,
     max_micro_batch: int | None = None,
     fixed_bytes_hint: int | None = None,
+    estimate_sample: Callable[[], SampleEstimate | None] | None = None,
     exact: bool = False,
     objective: str = "throughput",
     max_trials: int | None = None,
@@ -71,6 +76,8 @@ def search(
         budget_bytes: What a peak may be at most, None if unknown.
         max_micro_batch: The largest size worth trying.
         fixed_bytes_hint: A lower bound on every peak: weights, accumulators and optimizer slots.
+        estimate_sample: Asked at most once, before the first trial. Roughly what a sample adds to the peak chooses the
+            first trial and nothing else; the largest tensor's share is how much room a prediction leaves.
         exact: Prove it: one more than the size returned (with a target: the next candidate) is run and fails.
         objective: "throughput" or "largest".
         max_trials: Stop after so many. The best that was run is returned.
@@ -99,6 +106,8 @@ def search(
         raise ValueError(f"max_seconds needs a clock, such as time.monotonic. Received: {max_seconds=}, {clock=}")
 
     started = clock() if clock is not None else 0.0
+    # Where no sizes compete for speed, the seconds of the steps that show that a size fits are enough to be told.
+    timed_steps = 0 if target_batch is None or objective == "largest" else TIMED_STEPS
     trials: list[TrialResult] = []
 
     def limit_reached() -> str | None:
@@ -109,7 +118,7 @@ def search(
         return None
 
     def run(micro_batch: int) -> TrialResult:
-        trial = run_trial(TrialRequest(micro_batch))
+        trial = run_trial(TrialRequest(micro_batch, timed_steps=timed_steps))
         if trial.micro_batch != micro_batch:
             raise ValueError(f"run_trial was asked for {micro_batch}. Received: {trial!r}")
         trials.append(trial)
@@ -125,6 +134,8 @@ def search(
         unlimited=target_batch is None and max_micro_batch is None and budget_bytes is None,
     )
     bracket = Bracket(_candidates(target_batch, max_micro_batch))
+    if estimate_sample is not None and wants_estimate(bracket, terms):
+        terms = replace(terms, estimate=estimate_sample())
     while True:
         proposal = propose(bracket, trials, terms)
         if isinstance(proposal, Stop):

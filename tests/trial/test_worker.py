@@ -31,6 +31,9 @@ class Stub:
     host_uses = ()
     def __init__(self, act):
         self.act = act
+    def estimate_sample(self):
+        return None
+
     def run(self, request):
         peak = self.act(request.micro_batch) or 10
         return TrialResult(request.micro_batch, Outcome.FITS, peak, 0.5)
