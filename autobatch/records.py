@@ -47,10 +47,11 @@ class TrialResult:
     """What one trial showed.
 
     ``peak_bytes`` is the most that the device's allocator held during the trial, None where it keeps no such figure
-    or the trial did not end. ``sample_peak_bytes`` is the same up to the optimizer's update, which needs as much whatever
-    the size; ``held_bytes`` is what was held before the first sample. ``step_seconds`` is the median of one micro-batch's forward and backward pass with its
-    accumulation, ``apply_seconds`` of the optimizer's update, ``first_step_seconds`` of the first micro-step with its
-    tracing and compilation. ``requested_bytes`` is the allocation that a failure named, if it named one.
+    or the trial did not end. ``sample_peak_bytes`` is the same up to the optimizer's update, which needs as much
+    whatever the size; ``held_bytes`` is what was held before the first sample. ``step_seconds`` is the median of one
+    micro-batch's forward and backward pass with its accumulation, ``apply_seconds`` of the optimizer's update,
+    ``first_step_seconds`` of the first micro-step with its tracing and compilation. ``requested_bytes`` is the
+    allocation that a failure named, if it named one.
     ``retried`` tells that the size failed once while another process held memory, and was tried again.
     """
 
