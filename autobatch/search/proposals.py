@@ -48,6 +48,9 @@ _PIECE = 0.5
 """How much of its largest tensor a size must leave free, beside what it is predicted to need, to be taken for safe:
 free memory is in pieces by then. An allocator fails earlier the fewer and larger the tensors are."""
 
+_LEAST_OF_ESTIMATE = 0.4
+"""A line that is flatter than this part of the estimate is not believed: workspaces hide what samples need."""
+
 _EDGE_SHARE = 0.25
 """How far from the last safe size to where the line itself leads the edge is looked for first."""
 
@@ -242,11 +245,13 @@ def _by_model(
 
 
 def _cautious(fit: Fit, terms: Terms) -> MemoryModel:
-    """The line, and room for a part of the largest tensor."""
+    """The line through the largest fit, not flatter than the estimate allows, and room for its largest tensor."""
     if terms.estimate is None:
         return fit.model
     margin_bytes = _PIECE * terms.estimate.largest_tensor_bytes
-    return MemoryModel(fit.model.fixed_bytes, fit.model.per_sample_bytes + margin_bytes)
+    slope = max(fit.model.per_sample_bytes, _LEAST_OF_ESTIMATE * terms.estimate.sample_bytes)
+    fixed = fit.anchor.peak_bytes - slope * fit.anchor.micro_batch
+    return MemoryModel(min(fixed, fit.model.fixed_bytes), slope + margin_bytes)
 
 
 def _reach(bracket: Bracket, fit: Fit, terms: Terms, budget: int) -> int:
@@ -286,8 +291,8 @@ def _below_failure(
     bracket: Bracket, low: int, high: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
 ) -> int:
     """The line says that ``high`` fits, and it was seen not to."""
-    if terms.estimate is not None and all(trial.fits for trial in trials[:-1]):
-        # A prediction that left room and failed all the same failed for little.
+    if terms.estimate is not None and fit.is_chord and len(trials) == 2:
+        # A chord is too steep rather than too flat, and room was left: what failed all the same failed for little.
         return bracket.floor(math.ceil(CLOSE_ENOUGH * (high - 1)))
     share = _BELOW_FAILURE if len(trials) < 2 or trials[-2].fits or trials[-1].fits else _BELOW_FAILURES
     guess = int(low + share * (high - low))

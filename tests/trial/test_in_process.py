@@ -13,6 +13,8 @@ from keras import layers
 from models import AtCall, MemoryHog, arrays, classifier
 
 import autobatch
+from autobatch import api
+from autobatch.records import TrialRequest
 
 MOST = 21
 
@@ -107,7 +109,7 @@ def test_the_users_own_exception_comes_through_unchanged():
 
 def test_ctrl_c_in_the_middle_of_a_search():
     x, y = arrays(samples=64)
-    third = AtCall(5)
+    third = AtCall(2)
 
     def interrupt(_):
         if third():
@@ -149,3 +151,16 @@ def test_a_tensorflow_variable_that_keras_does_not_track_is_put_back_too():
 
     autobatch.tune(classifier(extra=[Counting()]), x, y, target_batch=32)
     assert int(counter.numpy()) == 0
+
+
+def test_a_trial_times_no_more_than_it_is_asked():
+    x, y = arrays(samples=128)
+    model = classifier(keras.optimizers.Adam(0.01))
+    trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
+    first, *later = (trials.run(TrialRequest(4, timed_steps=steps)) for steps in (0, 0, 1, 3))
+    trials.close()
+    for result in (first, *later):
+        assert result.step_seconds > 0
+        assert result.apply_seconds > 0
+    # Nothing but the steps that show that it fits was run, so their time is the time told.
+    assert later[0].step_seconds == later[0].first_step_seconds
