@@ -46,18 +46,23 @@ def search(
     """Find the largest micro-batch that fits, by really running a few.
 
     The first trial is the largest candidate where that is at most 32 and the weights take less than half of the budget:
-    it mostly fits, and then one trial is all. Otherwise it is a probe of 8: a probe that fits costs a fraction of a
-    second and, with ``fixed_bytes_hint``, predicts whether the whole target fits, while a target that fails costs ten
-    seconds and predicts little. Then: predict, run what is predicted, and refine, until what fits is within 3 % of what
-    is predicted to. A far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals`.
+    it mostly fits, and then one trial is all. Otherwise ``estimate_sample`` is asked for what a sample needs, roughly:
+    the first trial is 0.45 of what fits by that, or the largest candidate if twice as much fits; without an estimate it
+    is a probe of 8. What is held before the first sample and the probe's peak make a line; then: run what it says fits,
+    and refine, until what fits is within 3 % of that. A prediction leaves room for half of the estimate's largest
+    tensor, because free memory is in pieces by then; where that room would cost a whole candidate of a target, it is
+    not left. A far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals`.
 
     Trials, where the budget and the peaks are known:
 
-    - a straight line whose fixed part is the hint: 4 at the most, mostly 2 or 3, and no failure unless the first trial
-      fails (less than 8 fit, or a target up to 32 does not);
+    - a straight line whose fixed part is the hint, and an estimate that is wrong by less than a factor of 0.6 to 2.5: 3
+      at the most, mostly 2, and no failure, if the allocator loses up to half of the largest tensor;
+    - the same without an estimate: 4 at the most, mostly 2 or 3, and no failure unless the first trial fails (less than
+      8 fit, or a target up to 32 does not);
     - any memory curve, however it bends: 8 led by the line, and up to 11 of bisection after those if some failed;
     - ``exact``, a straight line whose fixed part is the hint: 6 at the most, and 2 failures (3 where but one sample
-      fits, if that); any curve: 10 + 2 log2(n) for n candidates.
+      fits, if that); with an estimate and above 200 samples one or two more; any curve: 10 + 2 log2(n) for n
+      candidates.
 
     A budget that is all that the allocator has is reached by few models: free memory is in pieces by then, and sizes
     fail below the line's prediction (on a CPU from 0.86 of it on, where convolutions ask for large workspaces). Each

@@ -274,7 +274,8 @@ def _beyond_caution(
     if not terms.exact or terms.estimate is None or fit.is_chord:
         return None
     top = bracket.untried[-1]
-    if largest_within(_cautious(fit, terms), budget, at_most=top) >= _NEARLY_SAFE * low + 1:
+    safe = max(low, largest_within(_cautious(fit, terms), budget, at_most=top))
+    if safe >= _NEARLY_SAFE * low + 1:
         return None
     edge = largest_within(fit.model, budget, at_most=top)
     if edge <= low:
@@ -284,7 +285,7 @@ def _beyond_caution(
     before = fit_memory_model(trials[:-1], budget_bytes=budget, fixed_bytes_hint=terms.fixed_bytes_hint)
     if before is not None and low > largest_within(_cautious(before, terms), budget, at_most=top):
         return bracket.floor(edge)  # a step beyond caution has just fitted
-    return bracket.floor(low + max(1, int(_EDGE_SHARE * (edge - low))))
+    return bracket.floor(max(low + 1, safe + int(_EDGE_SHARE * (edge - safe))))
 
 
 def _below_failure(
