@@ -32,7 +32,8 @@ def _require(condition: bool, message: str) -> None:
 class TrialRequest:
     """Ask for one micro-batch size to be run for real.
 
-    ``timed_steps`` is how many micro-steps are timed once the first one has paid for tracing and compilation.
+    ``timed_steps`` is how many micro-steps are timed once the first ones have shown that the size fits and have paid
+    for tracing and compilation. 0 where the seconds of those first ones will do, as where no sizes compete for speed.
     """
 
     micro_batch: int
@@ -40,7 +41,7 @@ class TrialRequest:
 
     def __post_init__(self) -> None:
         _require(self.micro_batch >= 1, f"micro_batch must be at least 1. Received: {self.micro_batch!r}")
-        _require(self.timed_steps >= 1, f"timed_steps must be at least 1. Received: {self.timed_steps!r}")
+        _require(self.timed_steps >= 0, f"timed_steps must not be negative. Received: {self.timed_steps!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,11 @@ class TrialResult:
     """What one trial showed.
 
     ``peak_bytes`` is the most that the device's allocator held during the trial, None where it keeps no such figure
-    or the trial did not end. ``step_seconds`` is the median of one micro-batch's forward and backward pass with its
-    accumulation, ``apply_seconds`` of the optimizer's update, ``first_step_seconds`` of the first micro-step with its
-    tracing and compilation. ``requested_bytes`` is the allocation that a failure named, if it named one.
+    or the trial did not end. ``sample_peak_bytes`` is the same up to the optimizer's update, which needs as much
+    whatever the size; ``held_bytes`` is what was held before the first sample. ``step_seconds`` is the median of one
+    micro-batch's forward and backward pass with its accumulation, ``apply_seconds`` of the optimizer's update,
+    ``first_step_seconds`` of the first micro-step with its tracing and compilation. ``requested_bytes`` is the
+    allocation that a failure named, if it named one.
     ``retried`` tells that the size failed once while another process held memory, and was tried again.
     """
 
@@ -63,10 +66,20 @@ class TrialResult:
     requested_bytes: int | None = None
     retried: bool = False
     detail: str = ""
+    sample_peak_bytes: int | None = None
+    held_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.micro_batch >= 1, f"micro_batch must be at least 1. Received: {self.micro_batch!r}")
-        for name in ("peak_bytes", "step_seconds", "apply_seconds", "first_step_seconds", "requested_bytes"):
+        for name in (
+            "peak_bytes",
+            "step_seconds",
+            "apply_seconds",
+            "first_step_seconds",
+            "requested_bytes",
+            "sample_peak_bytes",
+            "held_bytes",
+        ):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} must not be negative. Received: {value!r}")
 
@@ -81,6 +94,25 @@ class TrialResult:
         if not self.step_seconds:
             return None
         return self.micro_batch / self.step_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class SampleEstimate:
+    """What one sample needs, told from a step that was traced and not run.
+
+    ``sample_bytes`` is roughly what it adds to the peak, good to a factor of two; ``largest_tensor_bytes`` is its share
+    of the largest tensor, which an allocator must find room for in one piece.
+    """
+
+    sample_bytes: float
+    largest_tensor_bytes: float
+
+    def __post_init__(self) -> None:
+        _require(self.sample_bytes > 0, f"sample_bytes must be above 0. Received: {self.sample_bytes!r}")
+        _require(
+            self.largest_tensor_bytes >= 0,
+            f"largest_tensor_bytes must not be negative. Received: {self.largest_tensor_bytes!r}",
+        )
 
 
 @dataclass(frozen=True, slots=True)

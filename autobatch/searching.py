@@ -70,6 +70,7 @@ def search_with(
         budget_bytes=trials.environment.budget_bytes,
         max_micro_batch=trials.largest_useful,
         fixed_bytes_hint=trials.fixed_bytes_hint,
+        estimate_sample=trials.estimate_sample,
         exact=exact,
         objective=objective,
         max_trials=max_trials,

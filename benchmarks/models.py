@@ -1,7 +1,7 @@
 """Eleven real Keras models with random weights, each with data, a memory limit and a range of micro-batches.
 
-Images and sequences are small, so that a step takes well below a second on a few CPU cores; the limits are set so that
-between about 10 and 200 samples fit. Nothing is downloaded: data are random numbers of the right shape.
+Images and sequences are small, so that a step takes a few seconds at the most on two CPU cores; the limits are set so
+that between about 40 and 250 samples fit. Nothing is downloaded: data are random numbers of the right shape.
 """
 
 from __future__ import annotations
@@ -188,13 +188,13 @@ class _VariationalAutoencoder(keras.Model):  # type: ignore[misc]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        inputs = keras.Input((32, 32, 1))
+        inputs = keras.Input((64, 64, 1))
         x = layers.Conv2D(16, 3, strides=2, padding="same", activation="relu")(inputs)
         x = layers.Conv2D(32, 3, strides=2, padding="same", activation="relu")(x)
         x = layers.Dense(64, activation="relu")(layers.Flatten()(x))
         self.encoder = keras.Model(inputs, [layers.Dense(8)(x), layers.Dense(8)(x)], name="encoder")
         code = keras.Input((8,))
-        x = layers.Reshape((8, 8, 32))(layers.Dense(8 * 8 * 32, activation="relu")(code))
+        x = layers.Reshape((16, 16, 32))(layers.Dense(16 * 16 * 32, activation="relu")(code))
         x = layers.Conv2DTranspose(32, 3, strides=2, padding="same", activation="relu")(x)
         x = layers.Conv2DTranspose(16, 3, strides=2, padding="same", activation="relu")(x)
         outputs = layers.Conv2DTranspose(1, 3, padding="same", activation="sigmoid")(x)
@@ -235,7 +235,7 @@ def _build_vae() -> Any:
 
 def _build_plain_cnn() -> Any:
     model = keras.Sequential(name="plain_cnn")
-    model.add(keras.Input((32, 32, 3)))
+    model.add(keras.Input((64, 64, 3)))
     for filters in (16, 32, 64):
         model.add(layers.Conv2D(filters, 3, padding="same", activation="relu"))
         model.add(layers.Conv2D(filters, 3, padding="same", activation="relu"))
@@ -248,23 +248,23 @@ def _build_plain_cnn() -> Any:
 
 
 _ALL = (
-    BenchmarkModel("resnet50", _application("ResNet50", 32, "sgd"), _images(32), 352, 128),
+    BenchmarkModel("resnet50", _application("ResNet50", 64, "sgd"), _images(64), 640, 128),
     BenchmarkModel(
         "mobilenet_v3_small",
         _application("MobileNetV3Small", 64, "adam", include_preprocessing=False),
         _images(64),
-        160,
-        128,
+        384,
+        256,
     ),
-    BenchmarkModel("efficientnet_b0", _application("EfficientNetB0", 48, "adam"), _images(48), 220, 128),
-    BenchmarkModel("convnext_tiny", _application("ConvNeXtTiny", 32, "sgd"), _images(32), 540, 64),
-    BenchmarkModel("unet", _build_unet, _unet_data, 128, 128),
-    BenchmarkModel("lstm", _build_lstm, _lstm_data, 40, 256),
-    BenchmarkModel("transformer_encoder", _build_transformer_encoder, _tokens(64, 2000), 128, 128),
-    BenchmarkModel("gpt", _build_gpt, _gpt_data, 160, 128),
-    BenchmarkModel("masked_text", _build_masked_text, _masked_text_data, 40, 128),
-    BenchmarkModel("vae", _build_vae, _images(32, 1), 112, 512),
-    BenchmarkModel("plain_cnn", _build_plain_cnn, _images(32), 104, 256),
+    BenchmarkModel("efficientnet_b0", _application("EfficientNetB0", 48, "adam"), _images(48), 512, 128),
+    BenchmarkModel("convnext_tiny", _application("ConvNeXtTiny", 32, "sgd"), _images(32), 640, 64),
+    BenchmarkModel("unet", _build_unet, _unet_data, 320, 256),
+    BenchmarkModel("lstm", _build_lstm, _lstm_data, 64, 256),
+    BenchmarkModel("transformer_encoder", _build_transformer_encoder, _tokens(64, 2000), 320, 256),
+    BenchmarkModel("gpt", _build_gpt, _gpt_data, 384, 128),
+    BenchmarkModel("masked_text", _build_masked_text, _masked_text_data, 48, 256),
+    BenchmarkModel("vae", _build_vae, _images(64, 1), 256, 512),
+    BenchmarkModel("plain_cnn", _build_plain_cnn, _images(64), 256, 256),
 )
 
 MODELS: dict[str, BenchmarkModel] = {model.name: model for model in _ALL}

@@ -36,14 +36,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autobatch.records import Outcome, TrialRequest, TrialResult
+from autobatch.records import Outcome, SampleEstimate, TrialRequest, TrialResult
 from autobatch.search import search
 
 SCHEMA_VERSION = 1
 RESULTS = Path(__file__).parent / "results" / "search_cost.json"
 PACKAGES = ("autobatch", "tensorflow", "keras", "accelerate", "lightning", "torch")
 OURS = ("autobatch", "autobatch exact", "autobatch, headroom 5 %")
-CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
+CURVE = (4, 8, 16, 32, 64, 128, 256, 512)
+SWEEP = (1, 2, 3, 0.02, 0.04, 0.08, -1, -2, -0.01, -0.02, -0.04)
+"""Where sizes are run beside the edge that bisection ends on: samples, or parts of it."""
 MIB = 2**20
 
 
@@ -61,6 +63,7 @@ def serve(name: str) -> None:
     warnings.simplefilter("ignore")
     limit_bytes = _limit_mib(name) * MIB
     autobatch.limit_memory(limit_bytes)
+    import numpy as np
     import tensorflow as tf
     from models import MODELS
 
@@ -72,26 +75,28 @@ def serve(name: str) -> None:
     # The arena in one piece from the start, as a GPU's is by default; it grows by and by otherwise, in pieces that
     # later allocations may not fit into.
     with contextlib.suppress(tf.errors.ResourceExhaustedError):
-        tf.raw_ops.Empty(shape=[limit_bytes * 3 // 4], dtype=tf.uint8)
+        tf.raw_ops.Empty(shape=[limit_bytes - 2**23], dtype=tf.uint8)
     started = time.perf_counter()
     entry = MODELS[name]
     model = entry.build()
     x, y = entry.data()
     trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
     trials.step.prepare(whole=False)
-    trials.run(TrialRequest(1, timed_steps=1))
+    estimate = trials.estimate_sample()
+    trials.run(TrialRequest(1, timed_steps=0))
     environment = trials.environment
     greeting = {
         "start_seconds": time.perf_counter() - started,
         "fixed_bytes_hint": trials.fixed_bytes_hint,
+        "estimate": None if estimate is None else asdict(estimate),
         "budget_bytes": environment.budget_bytes,
         "limit_source": environment.limit_source,
-        "weights": int(model.count_params()),
+        "weights": sum(int(np.prod(weight.shape)) for weight in model.weights),
     }
     print(json.dumps(greeting), file=answers)
     for line in sys.stdin:
         started = time.perf_counter()
-        result = trials.run(TrialRequest(int(line)))
+        result = trials.run(TrialRequest(int(line), timed_steps=0))
         seconds = time.perf_counter() - started
         answer = asdict(result) | {"outcome": result.outcome.value, "seconds": seconds}
         print(json.dumps(answer), file=answers)
@@ -171,16 +176,18 @@ class Measurements:
         return bool(self.take(micro_batch)["outcome"] == Outcome.FITS.value)
 
     def true_largest(self) -> int:
-        """The largest size up to ``top`` that fits, by bisection; then one and two above and below it are run."""
+        """The largest size up to ``top`` that was seen to fit.
+
+        By bisection; then sizes up to 8 % above what it ends on, and as many below, are run too, and where one above
+        fits it goes on from there.
+        """
         low = max((size for size in self.taken if size <= self.top and self.fits(size)), default=0)
-        above = [size for size in self.taken if low < size <= self.top]
-        high = min(above, default=self.top + 1)
-        if high > self.top and low < self.top:
-            return self.true_largest() if self.take(self.top) else 0
+        high = min((size for size in self.taken if low < size <= self.top), default=self.top + 1)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.fits(middle) else (low, middle)
-        for near in (low - 2, low - 1, low + 1, low + 2):
+        for part in SWEEP:
+            near = low + (int(part) if abs(part) >= 1 else round(part * low))
             if 1 <= near <= self.top:
                 self.take(near)
         largest = max(size for size in self.taken if size <= self.top and self.fits(size))
@@ -223,12 +230,14 @@ class Charged:
 def _autobatch(charged: Charged, *, exact: bool = False, headroom: float = 0.0) -> int | None:
     greeting = charged.measurements.greeting
     budget_bytes = int(greeting["budget_bytes"] * (1 - headroom))
+    estimate = greeting["estimate"]
     return search(
         lambda request: charged.trial(request, budget_bytes),
         target_batch=None,
         budget_bytes=budget_bytes,
         max_micro_batch=charged.measurements.top,
         fixed_bytes_hint=greeting["fixed_bytes_hint"],
+        estimate_sample=lambda: None if estimate is None else SampleEstimate(**estimate),
         exact=exact,
         objective="largest",
     ).largest_fit
@@ -561,7 +570,15 @@ def save(output: Path, name: str, model: dict[str, Any], note: str = "") -> dict
 def _recorded(name: str, model: dict[str, Any]) -> Measurements:
     taken = {one["micro_batch"]: one for one in model["measurements"]}
     greeting = {
-        key: model[key] for key in ("start_seconds", "fixed_bytes_hint", "budget_bytes", "limit_source", "weights")
+        key: model[key]
+        for key in (
+            "start_seconds",
+            "fixed_bytes_hint",
+            "estimate",
+            "budget_bytes",
+            "limit_source",
+            "weights",
+        )
     }
     return Measurements(name, model["limit_mib"], model["largest_considered"], greeting, taken, live=False)
 

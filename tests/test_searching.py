@@ -23,6 +23,9 @@ class FullCard:
     warnings = ()
     host_uses = ()
 
+    def estimate_sample(self):
+        return None
+
     def run(self, request):
         return TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY, requested_bytes=3 * GIB)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from autobatch.records import Environment, HostUse, TrialRequest, TrialResult
+from autobatch.records import Environment, HostUse, SampleEstimate, TrialRequest, TrialResult
 from autobatch.report import sentences
 from autobatch.trial.protocol import Trials
 
@@ -124,6 +124,10 @@ class WatchedTrials:
     @property
     def content(self) -> str:
         return self._trials.content
+
+    def estimate_sample(self) -> SampleEstimate | None:
+        self._told.doing("Tracing the step")
+        return self._trials.estimate_sample()
 
     def run(self, request: TrialRequest) -> TrialResult:
         self._told.doing(f"Trying micro-batch {request.micro_batch:,}")

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from autobatch.records import SearchResult, TrialRequest, TrialResult
+from autobatch.records import SampleEstimate, SearchResult, TrialRequest, TrialResult
 from autobatch.search.bracket import Bracket
 from autobatch.search.memory_model import fit_memory_model
 from autobatch.search.planning import candidate_sizes, require_objective
-from autobatch.search.proposals import Run, Stop, Terms, propose
+from autobatch.search.proposals import Run, Stop, Terms, propose, wants_estimate
 
 FURTHEST = 2**20
 """The largest size tried where neither a target nor ``max_micro_batch`` is given."""
 
 MOST_TRIALS_WITH_SPEED = 4
 """A further trial for speed alone must not make a search longer than this."""
+
+TIMED_STEPS = 3
+"""Micro-steps that are timed in each trial where the plan is chosen by speed."""
 
 _FALLING = 1.05
 """Throughput counts as falling where a smaller size passes this many times the samples per second."""
@@ -31,6 +35,7 @@ def search(
     budget_bytes: int | None,
     max_micro_batch: int | None = None,
     fixed_bytes_hint: int | None = None,
+    estimate_sample: Callable[[], SampleEstimate | None] | None = None,
     exact: bool = False,
     objective: str = "throughput",
     max_trials: int | None = None,
@@ -41,18 +46,23 @@ def search(
     """Find the largest micro-batch that fits, by really running a few.
 
     The first trial is the largest candidate where that is at most 32 and the weights take less than half of the budget:
-    it mostly fits, and then one trial is all. Otherwise it is a probe of 8: a probe that fits costs a fraction of a
-    second and, with ``fixed_bytes_hint``, predicts whether the whole target fits, while a target that fails costs ten
-    seconds and predicts little. Then: predict, run what is predicted, and refine, until what fits is within 3 % of what
-    is predicted to. A far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals`.
+    it mostly fits, and then one trial is all. Otherwise ``estimate_sample`` is asked for what a sample needs, roughly:
+    the first trial is 0.45 of what fits by that, or the largest candidate if twice as much fits; without an estimate it
+    is a probe of 8. What is held before the first sample and the probe's peak make a line; then: run what it says fits,
+    and refine, until what fits is within 3 % of that. A prediction leaves room for half of the estimate's largest
+    tensor, because free memory is in pieces by then; where that room would cost a whole candidate of a target, it is
+    not left. A far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals`.
 
     Trials, where the budget and the peaks are known:
 
-    - a straight line whose fixed part is the hint: 4 at the most, mostly 2 or 3, and no failure unless the first trial
-      fails (less than 8 fit, or a target up to 32 does not);
+    - a straight line whose fixed part is the hint, and an estimate that is wrong by less than a factor of 0.6 to 2.5: 3
+      at the most, mostly 2, and no failure, if the allocator loses up to half of the largest tensor;
+    - the same without an estimate: 4 at the most, mostly 2 or 3, and no failure unless the first trial fails (less than
+      8 fit, or a target up to 32 does not);
     - any memory curve, however it bends: 8 led by the line, and up to 11 of bisection after those if some failed;
     - ``exact``, a straight line whose fixed part is the hint: 6 at the most, and 2 failures (3 where but one sample
-      fits, if that); any curve: 10 + 2 log2(n) for n candidates.
+      fits, if that); with an estimate and above 200 samples one or two more; any curve: 10 + 2 log2(n) for n
+      candidates.
 
     A budget that is all that the allocator has is reached by few models: free memory is in pieces by then, and sizes
     fail below the line's prediction (on a CPU from 0.86 of it on, where convolutions ask for large workspaces). Each
@@ -71,6 +81,8 @@ def search(
         budget_bytes: What a peak may be at most, None if unknown.
         max_micro_batch: The largest size worth trying.
         fixed_bytes_hint: A lower bound on every peak: weights, accumulators and optimizer slots.
+        estimate_sample: Asked at most once, before the first trial. Roughly what a sample adds to the peak chooses the
+            first trial and nothing else; the largest tensor's share is how much room a prediction leaves.
         exact: Prove it: one more than the size returned (with a target: the next candidate) is run and fails.
         objective: "throughput" or "largest".
         max_trials: Stop after so many. The best that was run is returned.
@@ -99,6 +111,8 @@ def search(
         raise ValueError(f"max_seconds needs a clock, such as time.monotonic. Received: {max_seconds=}, {clock=}")
 
     started = clock() if clock is not None else 0.0
+    # Where no sizes compete for speed, the seconds of the steps that show that a size fits are enough to be told.
+    timed_steps = 0 if target_batch is None or objective == "largest" else TIMED_STEPS
     trials: list[TrialResult] = []
 
     def limit_reached() -> str | None:
@@ -109,7 +123,7 @@ def search(
         return None
 
     def run(micro_batch: int) -> TrialResult:
-        trial = run_trial(TrialRequest(micro_batch))
+        trial = run_trial(TrialRequest(micro_batch, timed_steps=timed_steps))
         if trial.micro_batch != micro_batch:
             raise ValueError(f"run_trial was asked for {micro_batch}. Received: {trial!r}")
         trials.append(trial)
@@ -125,6 +139,8 @@ def search(
         unlimited=target_batch is None and max_micro_batch is None and budget_bytes is None,
     )
     bracket = Bracket(_candidates(target_batch, max_micro_batch))
+    if estimate_sample is not None and wants_estimate(bracket, terms):
+        terms = replace(terms, estimate=estimate_sample())
     while True:
         proposal = propose(bracket, trials, terms)
         if isinstance(proposal, Stop):

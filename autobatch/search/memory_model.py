@@ -1,6 +1,9 @@
 """What the trials say about memory: ``peak_bytes(b) = fixed + per_sample * b``, near the size that matters.
 
-Real curves bend. Small probes may be ruled by workspaces or by the optimizer's update (a flat start), and slopes differ
+``peak_bytes`` stands for the peak of the forward and backward passes alone where a trial told it apart from that of the
+optimizer's update, which is as high for any size: small sizes would look flat.
+
+Real curves bend. Small probes may be ruled by workspaces (a flat start), and slopes differ
 by a factor of two between neighbouring probes. So there is no least-squares line over all trials: the line passes
 through the largest size that fits, and its slope is as local as the measurements allow:
 
@@ -81,16 +84,21 @@ def measured_points(trials: Sequence[TrialResult], budget_bytes: int | None) -> 
     A trial that ended out of memory counts only if its peak is above the budget: then it did run to its end, and was
     refused for its peak. A peak below the budget is only what had been held when an allocation failed.
     """
-    points = [
-        Point(trial.micro_batch, trial.peak_bytes)
-        for trial in trials
-        if trial.peak_bytes is not None
-        and (
-            trial.fits
-            or (trial.outcome is Outcome.OUT_OF_MEMORY and budget_bytes is not None and trial.peak_bytes > budget_bytes)
-        )
-    ]
+    points = []
+    for trial in trials:
+        peak = trial.peak_bytes
+        if peak is None:
+            continue
+        if trial.fits:
+            points.append(Point(trial.micro_batch, sample_peak(trial, peak)))
+        elif trial.outcome is Outcome.OUT_OF_MEMORY and budget_bytes is not None and peak > budget_bytes:
+            points.append(Point(trial.micro_batch, peak))
     return tuple(sorted(points, key=lambda point: point.micro_batch))
+
+
+def sample_peak(trial: TrialResult, peak_bytes: int) -> int:
+    """The part of a peak that grows with the samples: before the update, which may rule the whole trial's peak."""
+    return peak_bytes if trial.sample_peak_bytes is None else trial.sample_peak_bytes
 
 
 def least_peak_bytes(trial: TrialResult, budget_bytes: int, fixed_bytes_hint: int) -> int | None:
@@ -113,7 +121,7 @@ def fit_memory_model(
     if not anchors:
         return None
     anchor = anchors[-1]
-    hint = fixed_bytes_hint or 0
+    hint = max(fixed_bytes_hint or 0, *(trial.held_bytes or 0 for trial in trials if trial.fits))
     if budget_bytes is not None and points[-1] == anchor:
         points = _without_elastic(points, budget_bytes)
         anchor = points[-1]

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autobatch.records import MemoryModel, Outcome, TrialResult
+from autobatch.records import MemoryModel, Outcome, SampleEstimate, TrialResult
 from autobatch.search.bracket import Bracket, Stage
 from autobatch.search.memory_model import Fit, fit_memory_model, largest_within, least_peak_bytes
 from autobatch.units import format_bytes
@@ -21,6 +21,12 @@ from autobatch.units import format_bytes
 
 FIRST_PROBE = 8
 """Small enough that it rarely fails, large enough that samples weigh something beside the weights."""
+
+_FIRST_SHARE = 0.45
+"""How much of what is estimated to fit is run first: the estimate is good to a factor of two."""
+
+_SURE = 2.0
+"""The top is run first where so many times its size are estimated to fit."""
 
 SMALL_TOP = 32
 """Up to here the top itself is the first trial: it mostly fits, and then one trial is all."""
@@ -37,6 +43,22 @@ MODEL_TRIALS = 8
 _AIM = 0.9775
 """A prediction aims at the least size that is this much of what is predicted to fit: a failure is expensive, and an
 allocator that is nearly full often fails although the bytes would do, because no free piece is large enough."""
+
+_PIECE = 0.5
+"""How much of its largest tensor a size must leave free, beside what it is predicted to need, to be taken for safe:
+free memory is in pieces by then. An allocator fails earlier the fewer and larger the tensors are."""
+
+_LEAST_OF_ESTIMATE = 0.4
+"""A line that is flatter than this part of the estimate is not believed: workspaces hide what samples need."""
+
+_EDGE_SHARE = 0.25
+"""How far from the last safe size to where the line itself leads the edge is looked for first."""
+
+_NEARLY_SAFE = 1.01
+"""Safe sizes are behind where they go on for less than this."""
+
+_COARSE = 1.1
+"""Candidates this factor apart are worth a risk: the next one makes fewer accumulation steps."""
 
 _EXACT_NEAR = 1.25
 """In exact mode there is no margin for a prediction of less than this factor of growth."""
@@ -103,6 +125,7 @@ class Terms:
     exact: bool
     top_name: str
     unlimited: bool = False
+    estimate: SampleEstimate | None = None
 
 
 def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Run | Measure | Stop:
@@ -125,14 +148,30 @@ def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Ru
     return _by_model(bracket, low, trials, terms, fit, terms.budget_bytes)
 
 
+def wants_estimate(bracket: Bracket, terms: Terms) -> bool:
+    """Whether the first trial would be chosen better if it were known, roughly, what a sample adds to the peak."""
+    budget = terms.budget_bytes
+    return budget is not None and terms.fixed_bytes_hint < budget and not _runs_top_first(bracket, terms)
+
+
+def _runs_top_first(bracket: Bracket, terms: Terms) -> bool:
+    # Where weights alone take more than half, a small top is no longer likely to fit.
+    budget = terms.budget_bytes
+    return bracket.candidates[-1] <= SMALL_TOP and (budget is None or terms.fixed_bytes_hint <= budget / 2)
+
+
 def _first_probe(bracket: Bracket, terms: Terms) -> int:
     budget, top = terms.budget_bytes, bracket.candidates[-1]
     if budget is not None and terms.fixed_bytes_hint >= budget:
         return bracket.candidates[0]
-    # Where weights alone take more than half, a small top is no longer likely to fit.
-    if top <= SMALL_TOP and (budget is None or terms.fixed_bytes_hint <= budget / 2):
+    if _runs_top_first(bracket, terms):
         return top
-    return bracket.floor(FIRST_PROBE)
+    if budget is None or terms.estimate is None:
+        return bracket.floor(FIRST_PROBE)
+    fitting = (budget - terms.fixed_bytes_hint) / terms.estimate.sample_bytes
+    if fitting >= _SURE * top:
+        return top
+    return bracket.floor(int(min(_FIRST_SHARE * fitting, top / 2)))
 
 
 def _below_first_failure(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> int:
@@ -173,6 +212,9 @@ def _by_model(
     bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
 ) -> Run | Measure | Stop:
     high, untried = bracket.smallest_failure, bracket.untried
+    beyond = _beyond_caution(bracket, low, trials, terms, fit, budget)
+    if beyond is not None:
+        return Run(beyond)
     if len(trials) >= MODEL_TRIALS:
         if high is not None:
             return Run(_between(bracket, low, high))
@@ -181,7 +223,7 @@ def _by_model(
             return Run(bracket.floor(low + (1 << (len(trials) - MODEL_TRIALS))))
     elif high is not None and not fit.is_interpolation and fit.model.peak_bytes(high) <= budget:
         return Run(_below_failure(bracket, low, high, trials, terms, fit, budget))
-    reach = largest_within(fit.model, budget, at_most=untried[-1])
+    reach = _reach(bracket, fit, terms, budget)
     only_probe = all(trial.micro_batch >= low for trial in trials)
     if only_probe and low > 1 and fit.is_chord and reach < min(_NEAR_CHORD * low, untried[-1]):
         return Measure(bracket.candidates[bisect_right(bracket.candidates, low // 2) - 1])
@@ -193,7 +235,7 @@ def _by_model(
             return Run(_proof(bracket, low, trials, terms, budget))
         return Stop(
             f"the next useful size, {untried[0]}, is predicted to need "
-            f"{format_bytes(fit.model.peak_bytes(untried[0]))} of {format_bytes(budget)}"
+            f"{format_bytes(_cautious(fit, terms).peak_bytes(untried[0]))} of {format_bytes(budget)}"
         )
     if not terms.exact and low >= CLOSE_TO_PREDICTION * reach:
         return Stop(f"{low} fits, and no more than {reach} is predicted to: within 3 %")
@@ -202,10 +244,57 @@ def _by_model(
     return Run(_aim(bracket, low, _trusted(fit, low, reach, budget), terms, fit, budget))
 
 
+def _cautious(fit: Fit, terms: Terms) -> MemoryModel:
+    """The line through the largest fit, not flatter than the estimate allows, and room for its largest tensor."""
+    if terms.estimate is None:
+        return fit.model
+    margin_bytes = _PIECE * terms.estimate.largest_tensor_bytes
+    slope = max(fit.model.per_sample_bytes, _LEAST_OF_ESTIMATE * terms.estimate.sample_bytes)
+    fixed = fit.anchor.peak_bytes - slope * fit.anchor.micro_batch
+    return MemoryModel(min(fixed, fit.model.fixed_bytes), slope + margin_bytes)
+
+
+def _reach(bracket: Bracket, fit: Fit, terms: Terms, budget: int) -> int:
+    """The largest size that is predicted to fit: with room to spare, unless that would cost a whole candidate."""
+    most = bracket.untried[-1]
+    edge = largest_within(fit.model, budget, at_most=most)
+    if terms.estimate is None:
+        return edge
+    safe = largest_within(_cautious(fit, terms), budget, at_most=most)
+    low = bracket.largest_fit or 0
+    next_above = bracket.floor(edge) if edge >= bracket.untried[0] else edge
+    below = max((low, *bracket.untried[: bisect_right(bracket.untried, safe)][-1:]))
+    return edge if _COARSE * below < next_above and below < CLOSE_ENOUGH * safe else safe
+
+
+def _beyond_caution(
+    bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
+) -> int | None:
+    """Where exact mode goes on once the safe sizes are behind it; None before that, and where the line ends too."""
+    if not terms.exact or terms.estimate is None or fit.is_chord:
+        return None
+    top = bracket.untried[-1]
+    safe = max(low, largest_within(_cautious(fit, terms), budget, at_most=top))
+    if safe >= _NEARLY_SAFE * low + 1:
+        return None
+    edge = largest_within(fit.model, budget, at_most=top)
+    if edge <= low:
+        return None
+    if bracket.smallest_failure is not None and edge >= top:
+        return _between(bracket, low, bracket.smallest_failure)
+    before = fit_memory_model(trials[:-1], budget_bytes=budget, fixed_bytes_hint=terms.fixed_bytes_hint)
+    if before is not None and low > largest_within(_cautious(before, terms), budget, at_most=top):
+        return bracket.floor(edge)  # a step beyond caution has just fitted
+    return bracket.floor(max(low + 1, safe + int(_EDGE_SHARE * (edge - safe))))
+
+
 def _below_failure(
     bracket: Bracket, low: int, high: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
 ) -> int:
     """The line says that ``high`` fits, and it was seen not to."""
+    if terms.estimate is not None and fit.is_chord and len(trials) == 2:
+        # A chord is too steep rather than too flat, and room was left: what failed all the same failed for little.
+        return bracket.floor(math.ceil(CLOSE_ENOUGH * (high - 1)))
     share = _BELOW_FAILURE if len(trials) < 2 or trials[-2].fits or trials[-1].fits else _BELOW_FAILURES
     guess = int(low + share * (high - low))
     failed = next(trial for trial in trials if trial.micro_batch == high)
@@ -251,6 +340,8 @@ def _trusted(fit: Fit, low: int, reach: int, budget: int) -> int:
 def _aim(bracket: Bracket, low: int, trusted: int, terms: Terms, fit: Fit, budget: int) -> int:
     """A candidate a little below ``trusted``, unless the budget is far away or the candidates are far apart."""
     edge = bracket.floor(trusted)
+    if terms.estimate is not None:
+        return edge  # a margin for the largest tensor is in it already
     # The edge itself is what exact mode asks for, and must be run sooner or later.
     if (terms.exact and trusted < _EXACT_NEAR * low) or fit.model.peak_bytes(edge) <= _AIM * budget:
         return edge

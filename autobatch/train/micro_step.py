@@ -30,6 +30,8 @@ class MicroStep:
         self._logs: Logs = None
         self._averaged: list[bool] = []
         self._count_length: int | None = None
+        self.graph: tf.Graph | None = None
+        """What was traced; None before, and where the step runs eagerly."""
 
     def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
         return self._compiled(leaves, fraction, totals)
@@ -48,6 +50,7 @@ class MicroStep:
         )
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
         self._logs = concrete.structured_outputs
+        self.graph = concrete.graph
         owner.watch(concrete)
         owner.drop_unused_accumulators(self._training)
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)

@@ -129,6 +129,12 @@ class AccumulatedStep:
         tables = self._possible_tables()
         return bytes_of(self.model.trainable_variables) - bytes_of(tables)
 
+    @property
+    def micro_graph(self) -> tf.Graph | None:
+        """The traced forward and backward pass of one micro-batch; None for a model that runs eagerly."""
+        self.prepare(whole=False)
+        return None if self.model.run_eagerly or self._micro is None else self._micro.graph
+
     def release_accumulators(self) -> None:
         """Let go of the accumulators, of their memory, and of what was traced with them.
 

@@ -14,6 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -22,12 +23,13 @@ import tensorflow as tf
 from autobatch import __version__
 from autobatch.errors import AutobatchWarning
 from autobatch.memory import arena, limits, oom
-from autobatch.records import Environment, Outcome, Report, TrialRequest, TrialResult
+from autobatch.records import Environment, Limit, Outcome, Report, SampleEstimate, TrialRequest, TrialResult
 from autobatch.train import inexact, keras_seams
 from autobatch.train.keeping import Keeper, Place
 from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import CAUGHT
 from autobatch.train.step import AccumulatedStep
+from autobatch.trial import estimate, intruders
 from autobatch.trial.content import content_digest
 from autobatch.trial.sample import Data, Sample
 from autobatch.trial.snapshot import Snapshot, bytes_of
@@ -56,16 +58,21 @@ class LiveTrials:
         user_limit_bytes: int | None,
         headroom: float,
         clock: Callable[[], float] = time.perf_counter,
+        find_limit: Callable[[str, int | None], Limit] = limits.find_limit,
+        patience_seconds: float = intruders.PATIENCE_SECONDS,
     ) -> None:
         self._model = model
         self._target_batch = target_batch
         self._user_limit_bytes = user_limit_bytes
         self._headroom = headroom
         self._clock = clock
+        self._find_limit = find_limit
+        self._patience_seconds = patience_seconds
         self._snapshots: list[Snapshot] = []
         self._saved: set[int] = set()
         self._content: tuple[int, str] | None = None
         self._tried_beside_copies: set[bool] = set()
+        self._has_accumulated = False
         self.device = limits.default_device()
         self._sample = Sample(batches)
         self.host_uses = batches.host_uses()
@@ -126,6 +133,17 @@ class LiveTrials:
             if not oom.diagnose(error).is_memory:
                 raise  # what ran out of memory here will again in the first step, which recovers
 
+    def estimate_sample(self) -> SampleEstimate | None:
+        """What a sample needs, from the traced step; None where it is not traced or cannot be told.
+
+        What the user's own code raises while it is traced is passed on.
+        """
+        if self._model.run_eagerly:
+            return None
+        self.trace()
+        graph = self.step.micro_graph
+        return None if graph is None else estimate.of_graph(graph)
+
     def _fixed_bytes(self) -> int:
         """A lower bound on every peak: what is held already, weights and slots among it, and the accumulators."""
         slots = sum(bytes_of(optimizer.variables) for optimizer in self.step.optimizers)
@@ -133,7 +151,7 @@ class LiveTrials:
         return max(held, bytes_of(self._model.variables) + slots) + self.step.least_accumulator_bytes
 
     def _look_around(self) -> Environment:
-        limit = limits.find_limit(self.device, self._user_limit_bytes)
+        limit = self._limit_now()
         budget = None if limit.limit_bytes is None else int(limit.limit_bytes * (1 - self._headroom))
         versions = (("autobatch", __version__), ("tensorflow", tf.__version__), ("keras", keras.__version__))
         return Environment(
@@ -156,6 +174,21 @@ class LiveTrials:
                 f"the search. Received: {type(self._model).__name__}"
             )
         whole = self._target_batch is not None and request.micro_batch >= self._target_batch
+        before = self._limit_now()
+        result = self._run_or_run_out(request, whole)
+        if result.fits or result.peak_bytes is not None:
+            return result  # a peak over the budget is this process's own
+        taken = intruders.taken_since(before, self._limit_now, requested_bytes=result.requested_bytes)
+        if taken is None:
+            return result
+        if not intruders.wait_until_back(before, self._limit_now, patience_seconds=self._patience_seconds):
+            return replace(result, detail=f"{result.detail} ({taken}, and did not give it back)")
+        return replace(self._run_or_run_out(request, whole), retried=True)
+
+    def _limit_now(self) -> Limit:
+        return self._find_limit(self.device, self._user_limit_bytes)
+
+    def _run_or_run_out(self, request: TrialRequest, whole: bool) -> TrialResult:
         try:
             return self._run(request, whole)
         except CAUGHT as error:
@@ -172,47 +205,53 @@ class LiveTrials:
         )
 
     def _run(self, request: TrialRequest, whole: bool) -> TrialResult:
-        micro_batch = request.micro_batch
         if self.step.prepare(whole=whole):
             self.keeper.forget()
         self._save()
         limits.reset_peak(self.device)
-        timings = self._time_plain(request) if whole else self._time_accumulated(request)
-        first_seconds, step_seconds, apply_seconds = timings
+        held = limits.bytes_in_use(self.device)
+        timed = self._time_plain(request) if whole else self._time_accumulated(request)
         peak = limits.peak_bytes(self.device)
         over = self._is_over(peak)
         if not over:
-            self._try_beside_copies(whole, micro_batch)
-        detail = f"its peak of {format_bytes(peak or 0)} is over the budget" if over else ""
+            self._try_beside_copies(whole, request.micro_batch)
         return TrialResult(
-            micro_batch,
+            request.micro_batch,
             Outcome.OUT_OF_MEMORY if over else Outcome.FITS,
             peak_bytes=peak,
-            step_seconds=step_seconds,
-            apply_seconds=apply_seconds,
-            first_step_seconds=first_seconds,
-            detail=detail,
+            step_seconds=timed.step_seconds,
+            apply_seconds=timed.apply_seconds,
+            first_step_seconds=timed.first_seconds,
+            detail=f"its peak of {format_bytes(peak or 0)} is over the budget" if over else "",
+            sample_peak_bytes=timed.sample_peak_bytes,
+            held_bytes=held,
         )
 
-    def _time_plain(self, request: TrialRequest) -> tuple[float, float, float]:
+    def _time_plain(self, request: TrialRequest) -> _Timed:
         data = self._data(request.micro_batch)
         first = self._seconds(lambda: self.step.plain(data))
-        steps = [first]
-        for _ in range(request.timed_steps if first < ENOUGH_SECONDS else 1):
-            steps.append(self._seconds(lambda: self.step.plain(data)))
-        return first, statistics.median(steps[1:]), 0.0
+        repeats = request.timed_steps if first < ENOUGH_SECONDS else 1
+        steps = [self._seconds(lambda: self.step.plain(data)) for _ in range(max(1, repeats))]
+        return _Timed(first, statistics.median(steps), 0.0, None)
 
-    def _time_accumulated(self, request: TrialRequest) -> tuple[float, float, float]:
+    def _time_accumulated(self, request: TrialRequest) -> _Timed:
         # Two micro-batches first, so that the second is added to accumulators that hold the first one's gradients.
         micro_batch = request.micro_batch
         two = self._data(2 * micro_batch)
         first = self._seconds(lambda: self.step.accumulate(two, micro_batch))
-        self.step.apply()
-        repeats = request.timed_steps if first < ENOUGH_SECONDS else 1
+        sample_peak = limits.peak_bytes(self.device)
+        first_apply = self._seconds(self.step.apply)
+        repeats = request.timed_steps
+        if not self._has_accumulated or first >= ENOUGH_SECONDS:
+            # A graph's very first run optimises it, for seconds; and slow steps are measured well enough by one.
+            repeats = 1 if repeats or not self._has_accumulated else 0
+        self._has_accumulated = True
         one = self._data(micro_batch)
         steps = [self._seconds(lambda: self.step.accumulate(one, micro_batch)) for _ in range(repeats)]
         applies = [self._seconds(self.step.apply) for _ in range(repeats)]
-        return first / 2, statistics.median(steps), statistics.median(applies)
+        return _Timed(
+            first / 2, statistics.median(steps or [first / 2]), statistics.median(applies or [first_apply]), sample_peak
+        )
 
     def batch_of(self, samples: int) -> Any:
         """A batch of so many samples, of the longest ones seen, on the host."""
@@ -274,3 +313,13 @@ class LiveTrials:
         self._snapshots = []
         self._saved = set()
         gc.collect()
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Seconds of a trial's steps, and the peak before the update where the two come one after the other."""
+
+    first_seconds: float
+    step_seconds: float
+    apply_seconds: float
+    sample_peak_bytes: int | None

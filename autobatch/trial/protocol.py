@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from autobatch.records import Environment, HostUse, TrialRequest, TrialResult
+from autobatch.records import Environment, HostUse, SampleEstimate, TrialRequest, TrialResult
 
 
 class Trials(Protocol):
@@ -37,6 +37,10 @@ class Trials(Protocol):
 
     @property
     def content(self) -> str: ...
+
+    def estimate_sample(self) -> SampleEstimate | None:
+        """What a sample needs, told from the traced step before anything ran; None if unknown."""
+        ...
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size. Out of memory is an outcome; what the user's code raises is passed on."""

@@ -19,7 +19,7 @@ from types import TracebackType
 
 from autobatch.errors import NoFeasibleBatchError, NotApplicableError, TargetError, UserCodeError, WorkerError
 from autobatch.memory import arena, oom
-from autobatch.records import Environment, HostUse, Outcome, TrialRequest, TrialResult, Variant
+from autobatch.records import Environment, HostUse, Outcome, SampleEstimate, TrialRequest, TrialResult, Variant
 from autobatch.trial.worker_process import (
     Message,
     WorkerDied,
@@ -151,6 +151,25 @@ class WorkerTrials:
     def rematerialised(self) -> tuple[str, ...]:
         """The names of the layers that the variant rematerialises."""
         return self._ready.rematerialised
+
+    def estimate_sample(self) -> SampleEstimate | None:
+        """See ``trial.protocol.Trials``; None as well where the worker did not live to tell: a trial will say why."""
+        if self._process is None:
+            self._restart()
+        assert self._process is not None
+        try:
+            self._process.send({"kind": "estimate"})
+            message = self._process.receive(self._deadline())
+        except (WorkerLate, WorkerDied):
+            self.kill()
+            return None
+        except BaseException:
+            self.kill()
+            raise
+        if message["kind"] != "estimate":
+            self._raise(message)
+        fields = message["estimate"]
+        return None if fields is None else SampleEstimate(**fields)
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size; see ``trial.protocol.Trials``."""

@@ -111,7 +111,15 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
     except BaseException as error:  # noqa: BLE001 - see above
         reply(_failure(error, options["target"]))
         return
-    while (message := requests.get())["kind"] == "trial":
+    while (message := requests.get())["kind"] != "close":
+        if message["kind"] == "estimate":
+            try:
+                found = trials.estimate_sample()
+                reply({"kind": "estimate", "estimate": None if found is None else dataclasses.asdict(found)})
+            except BaseException as error:  # noqa: BLE001 - the same boundary
+                reply(_failure(error, options["target"]))
+                return
+            continue
         request = TrialRequest(message["micro_batch"], message["timed_steps"])
         try:
             result = trials.run(request)

@@ -23,6 +23,9 @@ class Stub:
     def __init__(self, act):
         self.act = act
 
+    def estimate_sample(self):
+        return None
+
     def run(self, request):
         limit = self.act(request.micro_batch)
         n = request.micro_batch

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.records import Outcome, SearchResult, TrialRequest, TrialResult
+from autobatch.records import Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
 from autobatch.search import candidate_sizes, search
+from autobatch.search.driver import TIMED_STEPS
 
 from .curves import Device
 
@@ -147,6 +148,7 @@ def test_straight_lines_stay_within_the_stated_counts(exact: bool, target: int |
     knows_budget=st.booleans(),
     failure=st.sampled_from(FAILURES),
     objective=st.sampled_from(["throughput", "largest"]),
+    estimate=st.none() | st.builds(SampleEstimate, st.floats(1e-3, 1e3), st.floats(0, 500)),
 )
 def test_any_curve_ends_within_the_stated_bound_on_a_size_that_fits(
     peaks: list[int],
@@ -159,6 +161,7 @@ def test_any_curve_ends_within_the_stated_bound_on_a_size_that_fits(
     knows_budget: bool,
     failure: str,
     objective: str,
+    estimate: SampleEstimate | None,
 ) -> None:
     if monotone:
         peaks = sorted(peaks)
@@ -170,6 +173,7 @@ def test_any_curve_ends_within_the_stated_bound_on_a_size_that_fits(
         max_micro_batch=len(peaks) if target is None else None,
         budget_bytes=budget if knows_budget else None,
         fixed_bytes_hint=hint,
+        estimate_sample=lambda: estimate,
         exact=exact,
         objective=objective,
     )
@@ -185,6 +189,101 @@ def test_any_curve_ends_within_the_stated_bound_on_a_size_that_fits(
         assert len(result.trials) <= (10 + 2 * doublings if exact else 19)
     else:
         assert len(result.trials) <= 2 * math.log2(candidates[-1]) + 2
+
+
+def fragmented(largest: int, share: float, piece: float, lost: float) -> tuple[Device, int, float]:
+    """A straight line to ``largest``, in an allocator that loses a part of the largest tensor; fixed bytes and slope.
+
+    ``piece`` is the largest tensor as a part of what a sample needs.
+    """
+    budget = 10**9
+    fixed = int(share * budget)
+    slope = (budget - fixed) / (largest + 0.5)
+    return Device(lambda b: int(fixed + slope * b * (1 + lost * piece)), budget), fixed, slope
+
+
+@pytest.mark.parametrize("wrong", [0.6, 1.0, 1.7, 2.5])
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_estimate_that_is_wrong_by_a_factor_leads_there_in_two_or_three(exact: bool, wrong: float) -> None:
+    for largest, share, piece in itertools.product((9, 20, 64, 173, 900), (0.01, 0.3, 0.6), (0.0, 0.02, 0.1)):
+        line, fixed, slope = fragmented(largest, share, piece, lost=0.0)
+        frayed, _, _ = fragmented(largest, share, piece, lost=0.5)
+
+        def run(request: TrialRequest, line: Device = line, frayed: Device = frayed) -> TrialResult:
+            told, needed = line(request), frayed(request)
+            return told if needed.fits else needed  # the peak is the line's: what is lost is free, in pieces
+
+        result = search(
+            run,
+            target_batch=None,
+            max_micro_batch=1024,
+            budget_bytes=line.budget_bytes,
+            fixed_bytes_hint=fixed,
+            estimate_sample=lambda wrong=wrong, slope=slope, piece=piece: SampleEstimate(wrong * slope, piece * slope),
+            exact=exact,
+        )
+        check_invariants(result, range(1, 1025))
+        true = frayed.largest(range(1, 1025))
+        assert true is not None
+        assert result.largest_fit is not None
+        if exact:
+            assert result.largest_fit == true
+            check_proof(result, range(1, 1025))
+            assert len(result.trials) <= (6 if largest < 200 else 7)
+            assert failures(result) <= (2 if largest < 200 else 4)
+        else:
+            assert 0.97 * true <= result.largest_fit <= true
+            assert len(result.trials) <= 3
+            assert failures(result) == 0
+
+
+def test_an_estimate_chooses_the_first_trial() -> None:
+    device = Device(lambda b: 100 + 10 * b, 1100)
+    arguments = {"budget_bytes": 1100, "fixed_bytes_hint": 100}
+    right = search(device, target_batch=None, estimate_sample=lambda: SampleEstimate(10.0, 0.0), **arguments)
+    assert ran(right) == [45, 100]
+    # Half of what is estimated to fit is the whole target: no probe is needed.
+    sure = search(device, target_batch=50, estimate_sample=lambda: SampleEstimate(10.0, 0.0), **arguments)
+    assert ran(sure) == [50]
+
+
+def test_an_estimate_is_asked_for_only_where_it_helps() -> None:
+    def never() -> SampleEstimate:
+        raise AssertionError("asked for")
+
+    device = Device(lambda b: b, 10**6)
+    assert ran(search(device, target_batch=32, budget_bytes=10**6, estimate_sample=never)) == [32]
+    assert ran(search(device, target_batch=100, budget_bytes=None, estimate_sample=never))[0] == 8
+    assert ran(search(device, target_batch=100, budget_bytes=10, fixed_bytes_hint=20, estimate_sample=never))[0] == 1
+
+
+def test_room_for_the_largest_tensor_costs_no_whole_candidate() -> None:
+    # 128 of a target of 256 is predicted to fit with less room to spare than wanted; the next below it is 86.
+    device = Device(lambda b: 100 + 7 * b, 1000)
+    result = search(
+        device,
+        target_batch=256,
+        budget_bytes=1000,
+        fixed_bytes_hint=100,
+        estimate_sample=lambda: SampleEstimate(7.0, 1.0),
+    )
+    assert result.largest_fit == 128
+    assert failures(result) == 0
+
+
+def test_only_where_speed_counts_are_steps_timed() -> None:
+    asked: list[int] = []
+
+    def run(request: TrialRequest) -> TrialResult:
+        asked.append(request.timed_steps)
+        return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=request.micro_batch)
+
+    search(run, target_batch=64, budget_bytes=1000)
+    assert set(asked) == {TIMED_STEPS}
+    asked.clear()
+    search(run, target_batch=64, budget_bytes=1000, objective="largest")
+    search(run, target_batch=None, budget_bytes=1000)
+    assert set(asked) == {0}
 
 
 @pytest.mark.parametrize("target", [1, 8, 32, 256])

@@ -16,8 +16,28 @@ from .simulation import Row, share, simulate
 NEARLY_STRAIGHT = ("line", "line_with_extra", "rounded", "saw")
 
 
-def rows(shapes: tuple[str, ...], *, exact: bool, targeted: bool, failure: str = "silent") -> list[Row]:
-    return list(simulate(shapes, 60, exact=exact, hinted=True, targeted=targeted, failure=failure))
+def rows(
+    shapes: tuple[str, ...], *, exact: bool, targeted: bool, failure: str = "silent", estimated: bool = False
+) -> list[Row]:
+    return list(simulate(shapes, 60, exact=exact, hinted=True, targeted=targeted, failure=failure, estimated=estimated))
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_with_an_estimate_nearly_straight_curves_take_two_or_three_trials(targeted: bool) -> None:
+    found = rows(NEARLY_STRAIGHT, exact=False, targeted=targeted, estimated=True)
+    assert statistics.median(row.trials for row in found) <= 2
+    assert share(found, lambda row: row.trials > 4) <= 0.025
+    assert sum(row.failures for row in found) / len(found) <= 0.08
+    assert share(found, lambda row: row.ratio < 0.97) <= 0.02
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_with_an_estimate_on_all_curves(targeted: bool) -> None:
+    found = rows(SHAPES, exact=False, targeted=targeted, estimated=True)
+    assert statistics.median(row.trials for row in found) <= 3
+    assert share(found, lambda row: row.trials > 4) <= 0.2
+    assert sum(row.failures for row in found) / len(found) <= 0.4
+    assert share(found, lambda row: row.ratio < 0.97) <= 0.04
 
 
 @pytest.mark.parametrize("targeted", [False, True])

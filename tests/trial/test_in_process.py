@@ -109,7 +109,7 @@ def test_the_users_own_exception_comes_through_unchanged():
 
 def test_ctrl_c_in_the_middle_of_a_search():
     x, y = arrays(samples=64)
-    third = AtCall(5)
+    third = AtCall(2)
 
     def interrupt(_):
         if third():
@@ -166,10 +166,13 @@ class HungryAdam(keras.optimizers.Adam):
         super().update_step(gradient, variable, learning_rate)
 
 
-@pytest.mark.parametrize("micro_batch", [16, 32])
-def test_whether_an_update_fits_beside_copies_of_the_weights_is_found_out_before_training_relies_on_it(micro_batch):
+# A process's first accumulated steps are timed but once.
+@pytest.mark.parametrize(("micro_batch", "timed_at_first"), [(16, 1), (32, 3)])
+def test_whether_an_update_fits_beside_copies_of_the_weights_is_found_out_before_training_relies_on_it(
+    micro_batch, timed_at_first
+):
     timed = 3
-    asked = AtCall(timed + 1)  # once for the proof, then the timed ones, then beside the copies
+    asked = AtCall(timed_at_first + 1)  # once for the proof, then the timed ones, then beside the copies
     model = classifier(HungryAdam(asked))
     model.optimizer.build(model.trainable_variables)
     before = bits(model)
@@ -178,7 +181,20 @@ def test_whether_an_update_fits_beside_copies_of_the_weights_is_found_out_before
         assert trials.run(TrialRequest(micro_batch, timed_steps=timed)).fits
         assert trials.keeper.ran_out_beside_copies
         assert trials.run(TrialRequest(micro_batch, timed_steps=timed)).fits
-        assert asked.count == 2 * (timed + 1)  # known now, and not tried again
+        assert asked.count == timed_at_first + 1 + timed + 1  # known now, and not tried again
     finally:
         trials.close()
     assert_same(bits(model), before)
+
+
+def test_a_trial_times_no_more_than_it_is_asked():
+    x, y = arrays(samples=128)
+    model = classifier(keras.optimizers.Adam(0.01))
+    trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
+    first, *later = (trials.run(TrialRequest(4, timed_steps=steps)) for steps in (0, 0, 1, 3))
+    trials.close()
+    for result in (first, *later):
+        assert result.step_seconds > 0
+        assert result.apply_seconds > 0
+    # Nothing but the steps that show that it fits was run, so their time is the time told.
+    assert later[0].step_seconds == later[0].first_step_seconds

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
-from autobatch.records import Outcome, TrialRequest
+from autobatch.records import Outcome, SampleEstimate, TrialRequest
 from autobatch.trial import worker, worker_process
 from autobatch.trial.worker import WorkerTrials
 
 # What the worker calls in place of autobatch.api.open_trials. The dataset is a function: a trial calls it with a size.
 _OPENER = """
-from autobatch.records import Environment, Outcome, TrialResult
+from autobatch.records import Environment, Outcome, SampleEstimate, TrialResult
 
 class Stub:
     environment = Environment("CPU:0", 1 << 20, "stub", 1000, 0.05, "float32", False, (("Stub", "1"),))
@@ -32,6 +32,10 @@ class Stub:
     content = "stub"
     def __init__(self, act):
         self.act = act
+    def estimate_sample(self):
+        share = self.act(0)
+        return None if share is None else SampleEstimate(share, 1.5)
+
     def run(self, request):
         peak = self.act(request.micro_batch) or 10
         return TrialResult(request.micro_batch, Outcome.FITS, peak, 0.5)
@@ -110,6 +114,21 @@ def test_answers_of_a_worker(make):
     assert (first.micro_batch, first.outcome, first.peak_bytes) == (4, Outcome.FITS, 28)
     assert (second.micro_batch, second.peak_bytes, second.step_seconds) == (8, 56, 0.5)
     assert _is_gone(pid)
+
+
+def test_the_estimate_comes_from_the_worker(make):
+    with make(_acting("return None if size == 0 else 9")) as trials:
+        assert trials.estimate_sample() is None
+    with make(_acting("return 12.5")) as trials:
+        assert trials.estimate_sample() == SampleEstimate(12.5, 1.5)
+        assert trials.run(TrialRequest(4)).fits
+    failing = make(_acting("if size == 0: raise RuntimeError('mine')"))
+    with pytest.raises(UserCodeError, match="RuntimeError: mine"):
+        failing.estimate_sample()
+    # A worker that dies of it leaves no estimate, and the next trial starts another.
+    with make(_acting("if size == 0: os._exit(1)")) as trials:
+        assert trials.estimate_sample() is None
+        assert trials.run(TrialRequest(4)).fits
 
 
 def test_no_tensorflow_is_imported_for_a_target_that_needs_none(make):

@@ -1,0 +1,71 @@
+"""What a sample will add to the peak, told from the traced step alone: good to a factor of two, and free.
+
+The graph of a forward and backward pass names every tensor that it computes. What is alive at once is a part of it: the
+activations that the backward pass waits for. Over eleven models (benchmarks/search_cost.py) that was an eighth to a
+third of all bytes per sample, a fifth in the middle. That is far too rough to plan with, and good enough to choose a
+first trial that is neither too small to tell anything nor too large to fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.records import SampleEstimate
+
+_ALIVE = 0.2
+"""The part of all computed bytes that is held at the peak."""
+
+# Nodes whose outputs are their inputs' buffers, or are there before the step.
+_SHARED = ("Reshape", "Identity", "IdentityN", "StopGradient", "PreventGradient", "ExpandDims", "Squeeze")
+_NOT_COMPUTED = frozenset((*_SHARED, "Placeholder", "Const", "ReadVariableOp"))
+_LOOPS = frozenset(("While", "StatelessWhile"))
+
+
+def of_graph(graph: tf.Graph) -> SampleEstimate | None:
+    """What one sample needs in the traced step ``graph``.
+
+    None where it has a loop whose iterations cannot be told, or where no tensor has a row per sample.
+    """
+    definition = graph.as_graph_def(add_shapes=True)
+    rows = list(_computed_rows(definition.node))
+    total, largest = sum(rows), max(rows, default=0)
+    loops = [operation for operation in graph.get_operations() if operation.type in _LOOPS]
+    if loops:
+        bodies = {function.signature.name: function.node_def for function in definition.library.function}
+        counts = [_iterations(loop) for loop in loops]
+        most = max((count for count in counts if count is not None), default=None)
+        if most is None:
+            return None
+        # The loop of a gradient is given the forward loop's lists; it goes on as long.
+        for loop, count in zip(loops, counts, strict=True):
+            total += (most if count is None else count) * sum(_computed_rows(bodies[loop.get_attr("body").name]))
+    return SampleEstimate(_ALIVE * total, largest) if total else None
+
+
+def _computed_rows(nodes: Iterable[Any]) -> Iterator[int]:
+    """Bytes per sample of each tensor that ``nodes`` compute with a row per sample."""
+    for node in nodes:
+        if node.op in _NOT_COMPUTED:
+            continue
+        kind = next((node.attr[name].type for name in ("T", "dtype") if name in node.attr), tf.float32.as_datatype_enum)
+        # A list of types, as a loop has it, is no type: 0.
+        item_bytes = (tf.dtypes.as_dtype(kind).size or 0) if kind else 0
+        for shape in node.attr["_output_shapes"].list.shape:
+            rows, *row = [dimension.size for dimension in shape.dim] or [0]
+            if rows == -1 and all(size >= 0 for size in row):
+                yield item_bytes * int(tf.TensorShape(row).num_elements() or 0)
+
+
+def _iterations(loop: tf.Operation) -> int | None:
+    """How often a loop over time steps runs, from the lists of tensors that it reads and fills."""
+    lengths = []
+    for tensor in loop.inputs:
+        source = tensor.op
+        if source.type == "TensorListFromTensor":
+            lengths.append(source.inputs[0].shape[0] if source.inputs[0].shape.rank else None)
+        elif source.type == "TensorListReserve":
+            lengths.append(tf.get_static_value(source.inputs[1]))
+    return max((int(length) for length in lengths if length is not None), default=None)

@@ -1,0 +1,54 @@
+"""Tells a trial that was too large from one that failed because another process took memory while it ran.
+
+A limit that others can change (what is free on a card by NVML, what is available on the host) is looked at before a
+trial and after it has failed. If it fell, others took what is missing: what this process's allocator holds is counted
+into the limit, see :mod:`autobatch.memory.limits`. Limits that nobody else can change, as that of an arena, stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tenacity
+
+from autobatch.records import Limit
+from autobatch.units import format_bytes
+
+NOTABLE = 0.01
+"""A fall of the limit by less than this part of it explains no failure: host memory never stands still."""
+
+PATIENCE_SECONDS = 30.0
+"""How long memory that others took is waited for."""
+
+_LOOK_SECONDS = 1.0
+
+
+def taken_since(before: Limit, limit_now: Callable[[], Limit], *, requested_bytes: int | None = None) -> str | None:
+    """What others took since ``before``, in words; None where it cannot be why a trial failed.
+
+    That is where it is too little, or where the allocation that failed asked for more than there was ``before``.
+    """
+    if before.limit_bytes is not None and (requested_bytes or 0) > before.limit_bytes:
+        return None
+    missing = _missing_bytes(before, limit_now())
+    return None if missing is None else f"meanwhile another process took {format_bytes(missing)}"
+
+
+def wait_until_back(
+    before: Limit, limit_now: Callable[[], Limit], *, patience_seconds: float = PATIENCE_SECONDS
+) -> bool:
+    """Wait until the limit is nearly what it was, at the most ``patience_seconds``; tell whether it is."""
+    waiting = tenacity.Retrying(
+        retry=tenacity.retry_if_result(lambda missing: missing is not None),
+        stop=tenacity.stop_after_delay(patience_seconds),
+        wait=tenacity.wait_fixed(min(_LOOK_SECONDS, patience_seconds)),
+        retry_error_callback=lambda state: None if state.outcome is None else state.outcome.result(),
+    )
+    return waiting(lambda: _missing_bytes(before, limit_now())) is None
+
+
+def _missing_bytes(before: Limit, now: Limit) -> int | None:
+    if before.limit_bytes is None or now.limit_bytes is None:
+        return None
+    missing = before.limit_bytes - now.limit_bytes
+    return missing if missing > NOTABLE * before.limit_bytes else None

@@ -1,0 +1,46 @@
+"""The search in a genuinely limited arena: what a traced step tells is near what trials measure, and few are needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("arena_search.py")
+
+
+@pytest.fixture(scope="module")
+def told():
+    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_estimate_is_within_a_factor_of_two_of_what_a_sample_adds(told):
+    small, large = told["measured"]["64"], told["measured"]["128"]
+    added = (large["sample_peak_bytes"] - small["sample_peak_bytes"]) / 64
+    assert added / 2 < told["estimate"]["sample_bytes"] < 2 * added
+    assert told["estimate"]["largest_tensor_bytes"] == 24 * 24 * 16 * 4
+
+
+@pytest.mark.slow
+def test_a_trial_tells_what_was_held_and_what_the_samples_needed(told):
+    for result in told["measured"].values():
+        assert 0 < result["held_bytes"] < result["sample_peak_bytes"] <= result["peak_bytes"]
+    # What is held before the first sample does not depend on how many will come.
+    held = [result["held_bytes"] for result in told["measured"].values()]
+    assert max(held) - min(held) < 1 << 20
+
+
+@pytest.mark.slow
+def test_what_is_found_was_run_and_is_not_reached_one_by_one(told):
+    fitting = [micro_batch for micro_batch, fits in told["trials"] if fits]
+    assert told["found"] == max(fitting) > 128
+    # This arena grows piece by piece and is nearly full, so that sizes fail below the line.
+    assert len(told["trials"]) <= 8
