@@ -37,7 +37,7 @@ class NoFeasibleBatchError(AutobatchError):
 
 
 class UpdateInterruptedError(AutobatchError):
-    """The optimizer's update ran out of memory half-way, and there had been no memory to keep a copy to go back to."""
+    """The optimizer's update ran out of memory half-way, and no copy of the weights had been kept to go back to."""
 
 
 class TargetError(AutobatchError):

@@ -196,7 +196,8 @@ class Recovery:
     """One time that training ran out of memory and went on.
 
     ``update`` is the optimizer update that was under way (0-based, counted from the start of this fit), ``phase`` is
-    "train" or "validation".
+    "train" or "validation". ``micro_batch_after`` is ``micro_batch_before`` where the update ran out of memory beside
+    copies of the weights: it runs again without them.
     """
 
     update: int
