@@ -109,8 +109,9 @@ def notes(report: Report, remedy: Remedy) -> list[str]:
             f"{samples(size or 0)} peak at {format_bytes(remedy.peak_bytes)}, not {format_bytes(base.peak_bytes)}"
         )
     if remedy.measured and remedy.largest_fit is None:
-        found.append(f"nothing fits: {printable(remedy.stopped_because)}")
-    elif remedy.stopped_because.startswith("limit of"):
+        # What to do about it stands in the report of the model as it is.
+        return [f"nothing fits: {printable(remedy.stopped_because).partition('. ')[0].rstrip('.')}"]
+    if remedy.stopped_because.startswith("limit of"):
         found.append(f"its search was cut short: {printable(remedy.stopped_because)}")
     if remedy.changes_training and remedy.measured:
         found.append(f"trains with {printable(remedy.changes_training)}")
