@@ -84,7 +84,7 @@ def search_with(
     before = tuple(trial for trial in tried if all(trial is not known for known in result.trials))
     result = dataclasses.replace(result, trials=(*before, *result.trials))
     if result.largest_fit is None:
-        raise _nothing_fits(trials, result.trials)
+        raise _nothing_fits(trials, result)
     plan = None
     if target_batch is not None:
         plan = planning.make_plan(result.trials, target_batch=target_batch, objective=objective)
@@ -140,13 +140,20 @@ def unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> Re
     )
 
 
-def _nothing_fits(trials: Trials, tried: tuple[TrialResult, ...]) -> NoFeasibleBatchError:
-    smallest = min(tried, key=lambda trial: trial.micro_batch)
+def _nothing_fits(trials: Trials, result: SearchResult) -> NoFeasibleBatchError:
+    smallest = min(result.trials, key=lambda trial: trial.micro_batch)
     environment = trials.environment
     known = [value for value in (smallest.peak_bytes, trials.fixed_bytes_hint) if value is not None]
     needed = max(known, default=None)
     if needed is not None and smallest.peak_bytes is None:
         needed += smallest.requested_bytes or 0
+    if smallest.micro_batch > 1:
+        return NoFeasibleBatchError(
+            f"No micro-batch that fits was found before the search was stopped ({result.stopped_because}); the "
+            f"smallest that was tried is {smallest.micro_batch}. Allow more trials or more seconds.",
+            needed_bytes=needed,
+            limit_bytes=environment.limit_bytes,
+        )
     needs = "more than there is" if needed is None else f"at least {format_bytes(needed)}"
     limit = (
         "unknown"

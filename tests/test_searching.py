@@ -41,3 +41,12 @@ def test_what_else_takes_the_memory_is_named():
     causes = explain_pressure("GPU:0")
     assert message.endswith(" ".join(["fewer slots.", *causes]))
     assert (raised.value.needed_bytes, raised.value.limit_bytes) == (9 * GIB, 8 * GIB)
+
+
+def test_a_search_that_was_stopped_too_early_does_not_say_that_nothing_fits():
+    trials = FullCard()
+    trials.run = lambda request: TrialResult(
+        request.micro_batch, Outcome.OUT_OF_MEMORY if request.micro_batch > 2 else Outcome.FITS
+    )
+    with pytest.raises(NoFeasibleBatchError, match=r"was stopped \(limit of 1 trial reached\); the smallest .* is 8\."):
+        searching.search_with(trials, target_batch=64, max_trials=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -181,11 +182,12 @@ def test_a_proof_is_remembered_with_its_limit():
 
 def test_a_search_that_was_cut_short_is_not_remembered():
     assert len(tune(model(), max_trials=2).trials) == 2
-    tune(model(), max_seconds=1e-3)
+    with contextlib.suppress(autobatch.NoFeasibleBatchError):  # the one trial that is run may be too large
+        tune(model(), max_seconds=1e-3)
     assert entries() == ()
     tune(model(), max_trials=50, max_seconds=1000)
     assert len(entries()) == 1
-    assert len(tune(model(), max_trials=1).trials) == 1
+    assert len(tune(model(), max_trials=1).trials) == 1  # that of confirming
 
 
 def test_a_given_micro_batch_neither_reads_nor_writes():
