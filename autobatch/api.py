@@ -188,6 +188,7 @@ def search_with(
         trials.run,
         target_batch=target_batch,
         budget_bytes=environment.budget_bytes,
+        headroom_bytes=(environment.limit_bytes or 0) - (environment.budget_bytes or 0),
         max_micro_batch=trials.largest_useful,
         fixed_bytes_hint=trials.fixed_bytes_hint,
         estimate_sample=trials.estimate_sample,

@@ -19,9 +19,7 @@ NEARLY_STRAIGHT = ("line", "line_with_extra", "rounded", "saw")
 def rows(
     shapes: tuple[str, ...], *, exact: bool, targeted: bool, failure: str = "silent", estimated: bool = False
 ) -> list[Row]:
-    return list(
-        simulate(shapes, 60, exact=exact, hinted=True, targeted=targeted, failure=failure, estimated=estimated)
-    )
+    return list(simulate(shapes, 60, exact=exact, hinted=True, targeted=targeted, failure=failure, estimated=estimated))
 
 
 @pytest.mark.parametrize("targeted", [False, True])
