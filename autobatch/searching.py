@@ -68,6 +68,7 @@ def search_with(
         without_repeats(trials.run, tried),
         target_batch=target_batch,
         budget_bytes=trials.environment.budget_bytes,
+        headroom_bytes=(trials.environment.limit_bytes or 0) - (trials.environment.budget_bytes or 0),
         max_micro_batch=trials.largest_useful,
         fixed_bytes_hint=trials.fixed_bytes_hint,
         estimate_sample=trials.estimate_sample,

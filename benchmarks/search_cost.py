@@ -235,6 +235,7 @@ def _autobatch(charged: Charged, *, exact: bool = False, headroom: float = 0.0) 
         lambda request: charged.trial(request, budget_bytes),
         target_batch=None,
         budget_bytes=budget_bytes,
+        headroom_bytes=greeting["budget_bytes"] - budget_bytes,
         max_micro_batch=charged.measurements.top,
         fixed_bytes_hint=greeting["fixed_bytes_hint"],
         estimate_sample=lambda: None if estimate is None else SampleEstimate(**estimate),

@@ -33,6 +33,7 @@ def search(
     *,
     target_batch: int | None,
     budget_bytes: int | None,
+    headroom_bytes: int = 0,
     max_micro_batch: int | None = None,
     fixed_bytes_hint: int | None = None,
     estimate_sample: Callable[[], SampleEstimate | None] | None = None,
@@ -50,8 +51,9 @@ def search(
     the first trial is 0.45 of what fits by that, or the largest candidate if twice as much fits; without an estimate it
     is a probe of 8. What is held before the first sample and the probe's peak make a line; then: run what it says fits,
     and refine, until what fits is within 3 % of that. A prediction leaves room for half of the estimate's largest
-    tensor, because free memory is in pieces by then; where that room would cost a whole candidate of a target, it is
-    not left. A far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals`.
+    tensor, in the headroom if there is one, because free memory is in pieces by then; where that room would cost a
+    whole candidate of a target, it is not left. A far prediction goes through a trial half-way; see
+    :mod:`autobatch.search.proposals`.
 
     Trials, where the budget and the peaks are known:
 
@@ -79,6 +81,7 @@ def search(
         run_trial: Runs one size and says how it went. What it raises is passed on.
         target_batch: The effective batch, None if there is none.
         budget_bytes: What a peak may be at most, None if unknown.
+        headroom_bytes: What the allocator has beside the budget: what it loses in pieces may be lost there.
         max_micro_batch: The largest size worth trying.
         fixed_bytes_hint: A lower bound on every peak: weights, accumulators and optimizer slots.
         estimate_sample: Asked at most once, before the first trial. Roughly what a sample adds to the peak chooses the
@@ -105,6 +108,8 @@ def search(
         max_trials=max_trials,
         max_seconds=max_seconds,
     )
+    if headroom_bytes < 0:
+        raise ValueError(f"headroom_bytes must not be negative. Received: {headroom_bytes!r}")
     if fixed_bytes_hint is not None and fixed_bytes_hint < 0:
         raise ValueError(f"fixed_bytes_hint must not be negative. Received: {fixed_bytes_hint!r}")
     if max_seconds is not None and clock is None:
@@ -134,6 +139,7 @@ def search(
     terms = Terms(
         budget_bytes=budget_bytes,
         fixed_bytes_hint=fixed_bytes_hint or 0,
+        headroom_bytes=headroom_bytes,
         exact=exact,
         top_name=_top_name(target_batch, max_micro_batch),
         unlimited=target_batch is None and max_micro_batch is None and budget_bytes is None,

@@ -126,6 +126,7 @@ class Terms:
     top_name: str
     unlimited: bool = False
     estimate: SampleEstimate | None = None
+    headroom_bytes: int = 0
 
 
 def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Run | Measure | Stop:
@@ -245,13 +246,19 @@ def _by_model(
 
 
 def _cautious(fit: Fit, terms: Terms) -> MemoryModel:
-    """The line through the largest fit, not flatter than the estimate allows, and room for its largest tensor."""
+    """The line through the largest fit, not flatter than the estimate allows, and room for what is lost in pieces."""
     if terms.estimate is None:
         return fit.model
-    margin_bytes = _PIECE * terms.estimate.largest_tensor_bytes
+    lost_bytes = _PIECE * terms.estimate.largest_tensor_bytes
     slope = max(fit.model.per_sample_bytes, _LEAST_OF_ESTIMATE * terms.estimate.sample_bytes)
     fixed = fit.anchor.peak_bytes - slope * fit.anchor.micro_batch
-    return MemoryModel(min(fixed, fit.model.fixed_bytes), slope + margin_bytes)
+    return MemoryModel(min(fixed, fit.model.fixed_bytes), slope + lost_bytes)
+
+
+def _safe(fit: Fit, terms: Terms, budget: int, at_most: int) -> int:
+    """The largest size that is predicted to fit with room to spare, which may lie in the headroom."""
+    edge = largest_within(fit.model, budget, at_most=at_most)
+    return min(edge, largest_within(_cautious(fit, terms), budget + terms.headroom_bytes, at_most=at_most))
 
 
 def _reach(bracket: Bracket, fit: Fit, terms: Terms, budget: int) -> int:
@@ -260,7 +267,7 @@ def _reach(bracket: Bracket, fit: Fit, terms: Terms, budget: int) -> int:
     edge = largest_within(fit.model, budget, at_most=most)
     if terms.estimate is None:
         return edge
-    safe = largest_within(_cautious(fit, terms), budget, at_most=most)
+    safe = _safe(fit, terms, budget, most)
     low = bracket.largest_fit or 0
     next_above = bracket.floor(edge) if edge >= bracket.untried[0] else edge
     below = max((low, *bracket.untried[: bisect_right(bracket.untried, safe)][-1:]))
@@ -274,7 +281,7 @@ def _beyond_caution(
     if not terms.exact or terms.estimate is None or fit.is_chord:
         return None
     top = bracket.untried[-1]
-    safe = max(low, largest_within(_cautious(fit, terms), budget, at_most=top))
+    safe = max(low, _safe(fit, terms, budget, top))
     if safe >= _NEARLY_SAFE * low + 1:
         return None
     edge = largest_within(fit.model, budget, at_most=top)

@@ -271,6 +271,15 @@ def test_room_for_the_largest_tensor_costs_no_whole_candidate() -> None:
     assert failures(result) == 0
 
 
+def test_the_room_for_the_largest_tensor_may_lie_in_the_headroom() -> None:
+    device = Device(lambda b: 100 + 10 * b, 950)
+    arguments = {"target_batch": None, "budget_bytes": 950, "fixed_bytes_hint": 100}
+    estimate = SampleEstimate(10.0, 2.0)
+    tight = search(device, estimate_sample=lambda: estimate, **arguments)  # type: ignore[arg-type]
+    roomy = search(device, estimate_sample=lambda: estimate, headroom_bytes=85, **arguments)  # type: ignore[arg-type]
+    assert (tight.largest_fit, roomy.largest_fit) == (77, 85)
+
+
 def test_only_where_speed_counts_are_steps_timed() -> None:
     asked: list[int] = []
 
@@ -464,6 +473,7 @@ def test_another_size_than_asked_for_is_refused() -> None:
         {"budget_bytes": 0},
         {"max_micro_batch": -1},
         {"fixed_bytes_hint": -1},
+        {"headroom_bytes": -1},
         {"max_trials": 0},
         {"max_seconds": 0.0, "clock": lambda: 0.0},
         {"max_seconds": 1.0},
