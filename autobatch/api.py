@@ -36,6 +36,7 @@ def fit(
     memory_limit: int | str | None = None,
     headroom: float = 0.05,
     memory_watch: bool = True,
+    worker_timeout: float = 600.0,
     **fit_options: Any,
 ) -> Any:
     """Train a compiled Keras model at an effective batch of ``target_batch``, in whatever memory there is.
@@ -53,6 +54,8 @@ def fit(
         headroom: The share of the limit that is left alone.
         memory_watch: Warn when memory grows from epoch to epoch, with the likely cause; see
             :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its place.
+        worker_timeout: Under ``MultiWorkerMirroredStrategy``, the seconds that a worker waits for the others at any
+            one place: longer than the longest that one of them may be behind, tracing and compiling included.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
             updates.
 
@@ -63,27 +66,33 @@ def fit(
         TypeError, ValueError: An argument cannot be used; nothing has been run or changed.
         NoFeasibleBatchError: Not even one sample fits.
         UpdateInterruptedError: An update ran out of memory half-way and could not be undone.
+        WorkerLostError: Under ``MultiWorkerMirroredStrategy``, another worker died, failed or did not answer in time.
+        WorkersDisagreeError: The workers were given different data or arguments.
     """
     target = arguments.target_batch(target_batch)
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
     share = arguments.headroom(headroom)
+    timeout_seconds = arguments.worker_timeout(worker_timeout)
     _require_compiled(model)
     arguments.require_fit_options(model, fit_options)
 
-    from autobatch.train import session
-    from autobatch.trial.in_process import LiveTrials
+    from autobatch.train import keras_seams, scaling, session
 
+    keras_seams.require_supported(model)
+    agreement = scaling.agree_for(model, timeout_seconds)
     batches, options = session.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
     effective = _effective_batch(batches, target)
-    trials = LiveTrials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
+    trials = _live_trials(
+        model, batches, agreement=agreement, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
+    )
     if chosen is None:
         try:
             report = search_with(trials, target_batch=effective)
         finally:
             trials.close()
     else:
-        report = _unsearched(trials, min(chosen, effective), effective)
+        report = _unsearched(trials, min(chosen, -(-effective // trials.replicas)), effective)
     _say_what_differs(report)
     return session.train(
         model,
@@ -94,6 +103,7 @@ def fit(
         user_limit_bytes=limit_bytes,
         options=options,
         memory_watch=memory_watch,
+        agreement=agreement,
     )
 
 
@@ -129,7 +139,7 @@ def tune(
     planning.require_objective(objective)
     trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
     if target is not None and trials.largest_useful is not None:
-        target = min(target, trials.largest_useful)
+        target = min(target, trials.largest_useful * trials.replicas)
     try:
         return search_with(
             trials,
@@ -156,14 +166,33 @@ def open_trials(
     """Make trials on a live model; :meth:`LiveTrials.close` puts everything back. See :func:`tune`."""
     _require_compiled(model)
 
-    from autobatch.train import session
-    from autobatch.trial.in_process import LiveTrials
+    from autobatch.train import keras_seams, scaling, session
 
     session.require_repeatable(dataset)
+    keras_seams.require_supported(model)
+    agreement = scaling.agree_for(model)
     rows = SAMPLE_ROWS if target_batch is None else target_batch
     batches, _ = session.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True)
     effective = None if target_batch is None else _effective_batch(batches, target_batch)
-    return LiveTrials(model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom)
+    return _live_trials(
+        model,
+        batches,
+        agreement=agreement,
+        target_batch=effective,
+        user_limit_bytes=memory_limit_bytes,
+        headroom=headroom,
+    )
+
+
+def _live_trials(model: Any, batches: Any, *, agreement: Any, **options: Any) -> LiveTrials:
+    """Trials on one device, or on all replicas of the strategy that the model was made under."""
+    from autobatch.train import strategy_seams
+    from autobatch.trial.in_process import LiveTrials
+    from autobatch.trial.replicated import ReplicatedTrials
+
+    if strategy_seams.strategy_of(model) is None:
+        return LiveTrials(model, batches, **options)
+    return ReplicatedTrials(model, batches, agreement=agreement, **options)
 
 
 def search_with(
@@ -182,11 +211,14 @@ def search_with(
         NoFeasibleBatchError: Not even one sample fits.
     """
     environment = trials.environment
-    if target_batch is not None and trials.largest_useful is not None:
-        target_batch = min(target_batch, trials.largest_useful)
+    # Sizes are searched for one replica: its share of the target.
+    each = None if target_batch is None else -(-target_batch // trials.replicas)
+    if each is not None and trials.largest_useful is not None:
+        each = min(each, trials.largest_useful)
+        target_batch = each if trials.replicas == 1 else target_batch
     result = search.search(
         trials.run,
-        target_batch=target_batch,
+        target_batch=each,
         budget_bytes=environment.budget_bytes,
         max_micro_batch=trials.largest_useful,
         fixed_bytes_hint=trials.fixed_bytes_hint,
@@ -201,8 +233,10 @@ def search_with(
         raise _nothing_fits(trials, result.trials)
     plan = None
     if target_batch is not None:
-        plan = planning.make_plan(result.trials, target_batch=target_batch, objective=objective)
-    accumulates = plan is None or plan.accumulation_steps > 1
+        assert each is not None
+        micro_batch = planning.make_plan(result.trials, target_batch=each, objective=objective).micro_batch
+        plan = _plan(micro_batch, target_batch, trials.replicas)
+    accumulates = plan is None or plan.accumulation_steps > 1 or plan.replicas > 1
     return Report(
         plan=plan,
         largest_fit=result.largest_fit,
@@ -244,20 +278,26 @@ def _say_what_differs(report: Report) -> None:
     if plan is None or not report.warnings:
         return
     differences = " ".join(report.warnings)
+    pieces = f"{plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batch}"
     warnings.warn(
-        f"{plan.accumulation_steps} micro-batches of {plan.micro_batch} will differ from one batch of "
+        f"{pieces} will differ from one batch of "
         f"{plan.effective_batch} in this: {differences}",
         AutobatchWarning,
         stacklevel=3,
     )
 
 
+def _plan(micro_batch: int, effective_batch: int, replicas: int) -> Plan:
+    return Plan(micro_batch, -(-effective_batch // (micro_batch * replicas)), effective_batch, replicas)
+
+
 def _unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> Report:
-    steps = -(-effective_batch // micro_batch)
-    if steps > 1:
+    plan = _plan(micro_batch, effective_batch, trials.replicas)
+    accumulates = plan.accumulation_steps > 1 or plan.replicas > 1
+    if accumulates:
         trials.trace()
     return Report(
-        plan=Plan(micro_batch, steps, effective_batch),
+        plan=plan,
         largest_fit=None,
         smallest_failure=None,
         trials=(),
@@ -265,7 +305,7 @@ def _unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> R
         environment=trials.environment,
         stopped_because="no search: micro_batch was given",
         model_name=trials.model_name,
-        warnings=trials.warnings if steps > 1 else (),
+        warnings=trials.warnings if accumulates else (),
         host_uses=trials.host_uses,
     )
 
@@ -327,11 +367,19 @@ def wrap_step(
     if not callable(train_step):
         raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")
 
+    import tensorflow as tf
+
+    from autobatch.train import strategy_seams
     from autobatch.train.loop import LoopModel, OneBatch, WrappedStep, element_spec_of
     from autobatch.train.recovery import Transaction
     from autobatch.train.structure import Structure, sample_count
     from autobatch.trial.in_process import LiveTrials
 
+    if strategy_seams.strategy_of(model) is not None or tf.distribute.has_strategy():
+        raise ValueError(
+            "wrap_step works on one device. Under a tf.distribute strategy give the loop to a model as its train_step "
+            f"and call autobatch.fit. Received: {getattr(model, 'name', model)!r}, made under a strategy"
+        )
     shell = LoopModel(train_step, model, optimizer, jit_compile=jit_compile)
 
     def open_first(batch: Any) -> Any:

@@ -8,6 +8,8 @@
     +-- TargetError            the command line's TARGET cannot be used (no file, no function, wrong result)
     +-- UserCodeError          the user's code failed in a worker process; carries its traceback as text
     +-- WorkerError            a worker process could not be started or talked to
+    +-- WorkerLostError        another worker of a MultiWorkerMirroredStrategy died, failed or did not answer in time
+    +-- WorkersDisagreeError   the workers of a MultiWorkerMirroredStrategy were given different data or models
 
     AutobatchWarning (a UserWarning)
 
@@ -56,6 +58,17 @@ class UserCodeError(AutobatchError):
 
 class WorkerError(AutobatchError):
     """A worker process could not be started, or broke the protocol."""
+
+
+class WorkerLostError(AutobatchError):
+    """Another worker of a MultiWorkerMirroredStrategy died, failed, or did not answer in time.
+
+    TensorFlow's collectives cannot be used again in this process: start all workers anew.
+    """
+
+
+class WorkersDisagreeError(AutobatchError):
+    """The workers of a MultiWorkerMirroredStrategy do not train the same model on the same data."""
 
 
 class AutobatchWarning(UserWarning):

@@ -110,7 +110,10 @@ def plan(report: Report) -> str:
     if report.plan is None:
         return "none: nothing fits" if report.largest_fit is None else "none: no target batch was given"
     made = report.plan
-    if made.accumulation_steps == 1:
+    if made.replicas > 1:
+        each = f"{made.accumulation_steps:,} {TIMES} micro-batch {made.micro_batch:,}"
+        text = f"effective batch {made.effective_batch:,} = {made.replicas:,} replicas {TIMES} {each}"
+    elif made.accumulation_steps == 1:
         text = f"effective batch {made.effective_batch:,} in one micro-batch, nothing to accumulate"
     else:
         product = f"{made.accumulation_steps:,} {TIMES} micro-batch {made.micro_batch:,}"

@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
-from autobatch.train import data_arrays, data_cut, data_seams, keras_seams
+from autobatch.train import data_arrays, data_cut, data_seams, keras_seams, scaling
+from autobatch.train.agreement import Alone
 from autobatch.train.data import EffectiveBatches
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
@@ -77,13 +78,15 @@ def train(
     user_limit_bytes: int | None,
     options: dict[str, Any],
     memory_watch: bool,
+    agreement: Alone | None = None,
 ) -> Any:
     """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``."""
     plan = report.plan
     assert plan is not None
-    transaction = Transaction(
+    transaction = scaling.open_transaction(
         step,
         plan.micro_batch,
+        agreement=agreement or Alone(),
         device=device,
         effective_batch=plan.effective_batch,
         memory_model=report.memory_model,
@@ -97,7 +100,11 @@ def train(
         watch.set_params(callbacks.params)
         watch.set_model(model)
         callbacks.callbacks.append(watch)
-    with _functions_replaced(model, transaction), _quiet_about_length(batches, options):
+    with (
+        _functions_replaced(model, transaction),
+        _quiet_about_length(batches, options),
+        scaling.in_fit(model, transaction),
+    ):
         try:
             history = model.fit(batches, callbacks=callbacks, shuffle=False, **options)
         except NoFeasibleBatchError:

@@ -45,6 +45,10 @@ class AccumulatedStep:
         with tf.device("CPU:0"):
             self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
 
+    def for_data(self, element_spec: Any) -> AccumulatedStep:
+        """The steps of the same model on data of another structure, or for another purpose."""
+        return AccumulatedStep(self.model, element_spec)
+
     def prepare(self, *, whole: bool) -> bool:
         """Trace what :meth:`plain` (``whole``) or :meth:`accumulate` and :meth:`apply` need; tell if anything was.
 

@@ -40,6 +40,8 @@ class LiveTrials:
     wherever a trial's peak exceeds it, whatever the device itself allows.
     """
 
+    replicas = 1
+
     def __init__(
         self,
         model: Any,
@@ -60,7 +62,7 @@ class LiveTrials:
         self.device = limits.default_device()
         self._sample = Sample(batches)
         self.host_uses = batches.host_uses()
-        self.step = AccumulatedStep(model, batches.element_spec)
+        self.step = self._make_step(model, batches.element_spec)
         keras_seams.build_on(model, self.step.structure.pack(self.step.structure.specs))
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
             warnings.warn(
@@ -75,6 +77,9 @@ class LiveTrials:
         self.model_name = str(getattr(model, "name", type(model).__name__))
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()
+
+    def _make_step(self, model: Any, element_spec: Any) -> AccumulatedStep:
+        return AccumulatedStep(model, element_spec)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -70,6 +70,8 @@ class WorkerTrials:
         WorkerError: no worker could be started, or two workers built different models.
     """
 
+    replicas = 1
+
     def __init__(
         self,
         target: str,
