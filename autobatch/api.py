@@ -55,7 +55,7 @@ def fit(
         memory_watch: Warn when memory grows from epoch to epoch, with the likely cause; see
             :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its place.
         worker_timeout: Under ``MultiWorkerMirroredStrategy``, the seconds that a worker waits for the others at any
-            one place: longer than the longest that one of them may be behind, tracing and compiling included.
+            one place, while they trace and compile too.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
             updates.
 
@@ -78,21 +78,24 @@ def fit(
     arguments.require_fit_options(model, fit_options)
 
     from autobatch.train import keras_seams, scaling, session
+    from autobatch.trial import replicated
 
     keras_seams.require_supported(model)
     agreement = scaling.agree_for(model, timeout_seconds)
     batches, options = session.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
     effective = _effective_batch(batches, target)
-    trials = _live_trials(
+    trials = replicated.open_on(
         model, batches, agreement=agreement, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
     )
-    if chosen is None:
+    known = scaling.remembered(options, agreement, target_batch=effective, replicas=trials.replicas)
+    if chosen is None and known is None:
         try:
             report = search_with(trials, target_batch=effective)
         finally:
             trials.close()
     else:
-        report = _unsearched(trials, min(chosen, -(-effective // trials.replicas)), effective)
+        why = "no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup"
+        report = _unsearched(trials, min(chosen or known or 1, -(-effective // trials.replicas)), effective, why)
     _say_what_differs(report)
     return session.train(
         model,
@@ -167,6 +170,7 @@ def open_trials(
     _require_compiled(model)
 
     from autobatch.train import keras_seams, scaling, session
+    from autobatch.trial import replicated
 
     session.require_repeatable(dataset)
     keras_seams.require_supported(model)
@@ -174,7 +178,7 @@ def open_trials(
     rows = SAMPLE_ROWS if target_batch is None else target_batch
     batches, _ = session.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True)
     effective = None if target_batch is None else _effective_batch(batches, target_batch)
-    return _live_trials(
+    return replicated.open_on(
         model,
         batches,
         agreement=agreement,
@@ -182,17 +186,6 @@ def open_trials(
         user_limit_bytes=memory_limit_bytes,
         headroom=headroom,
     )
-
-
-def _live_trials(model: Any, batches: Any, *, agreement: Any, **options: Any) -> LiveTrials:
-    """Trials on one device, or on all replicas of the strategy that the model was made under."""
-    from autobatch.train import strategy_seams
-    from autobatch.trial.in_process import LiveTrials
-    from autobatch.trial.replicated import ReplicatedTrials
-
-    if strategy_seams.strategy_of(model) is None:
-        return LiveTrials(model, batches, **options)
-    return ReplicatedTrials(model, batches, agreement=agreement, **options)
 
 
 def search_with(
@@ -211,7 +204,7 @@ def search_with(
         NoFeasibleBatchError: Not even one sample fits.
     """
     environment = trials.environment
-    # Sizes are searched for one replica: its share of the target.
+    # One replica's share of the target.
     each = None if target_batch is None else -(-target_batch // trials.replicas)
     if each is not None and trials.largest_useful is not None:
         each = min(each, trials.largest_useful)
@@ -233,8 +226,7 @@ def search_with(
         raise _nothing_fits(trials, result.trials)
     plan = None
     if target_batch is not None:
-        assert each is not None
-        micro_batch = planning.make_plan(result.trials, target_batch=each, objective=objective).micro_batch
+        micro_batch = planning.make_plan(result.trials, target_batch=each or 1, objective=objective).micro_batch
         plan = _plan(micro_batch, target_batch, trials.replicas)
     accumulates = plan is None or plan.accumulation_steps > 1 or plan.replicas > 1
     return Report(
@@ -277,11 +269,9 @@ def _say_what_differs(report: Report) -> None:
     plan = report.plan
     if plan is None or not report.warnings:
         return
-    differences = " ".join(report.warnings)
     pieces = f"{plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batch}"
     warnings.warn(
-        f"{pieces} will differ from one batch of "
-        f"{plan.effective_batch} in this: {differences}",
+        f"{pieces} will differ from one batch of {plan.effective_batch} in this: {' '.join(report.warnings)}",
         AutobatchWarning,
         stacklevel=3,
     )
@@ -291,7 +281,9 @@ def _plan(micro_batch: int, effective_batch: int, replicas: int) -> Plan:
     return Plan(micro_batch, -(-effective_batch // (micro_batch * replicas)), effective_batch, replicas)
 
 
-def _unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> Report:
+def _unsearched(
+    trials: LiveTrials, micro_batch: int, effective_batch: int, why: str = "no search: micro_batch was given"
+) -> Report:
     plan = _plan(micro_batch, effective_batch, trials.replicas)
     accumulates = plan.accumulation_steps > 1 or plan.replicas > 1
     if accumulates:
@@ -303,7 +295,7 @@ def _unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> R
         trials=(),
         memory_model=None,
         environment=trials.environment,
-        stopped_because="no search: micro_batch was given",
+        stopped_because=why,
         model_name=trials.model_name,
         warnings=trials.warnings if accumulates else (),
         host_uses=trials.host_uses,

@@ -2,8 +2,8 @@
 
 What is agreed on goes through TensorFlow's own collectives. A collective that a worker never enters would keep the
 others waiting for ever, so that each wait is watched: after the timeout the collectives of this process are aborted,
-which ends the wait here and, TensorFlow passing it on, on the other workers. A worker whose process has died is found by
-TensorFlow's own heartbeat, mostly within ten seconds.
+which ends the wait here and, TensorFlow passing it on, on the other workers. A worker whose process has died is found
+by TensorFlow's own heartbeat, mostly within ten seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from autobatch.errors import WorkerLostError
+from autobatch.memory import oom
 from autobatch.train import strategy_seams
 
 TIMEOUT_SECONDS = 600.0
@@ -25,6 +26,15 @@ TIMEOUT_SECONDS = 600.0
 
 MOST_NUMBERS = 64
 """What a worker tells is filled up to so many numbers: one that ran out of memory may not know how many it has."""
+
+
+_OF_COLLECTIVES = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.InternalError,
+)
 
 
 class Alone:
@@ -97,18 +107,19 @@ class Workers(Alone):
         timer.start()
         try:
             yield
-        except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-            raise self._lost(what, error) from None
-        except (tf.errors.DeadlineExceededError, tf.errors.InternalError) as error:
+        except _OF_COLLECTIVES as error:
+            if isinstance(error, tf.errors.InternalError) and oom.diagnose(error).is_memory:
+                raise
             raise self._lost(what, error, timed_out=timed_out.is_set()) from None
         finally:
             timer.cancel()
 
-    def _lost(self, what: str, error: tf.errors.OpError, *, timed_out: bool = False) -> WorkerLostError:
+    def _lost(self, what: str, error: tf.errors.OpError, *, timed_out: bool) -> WorkerLostError:
         silent = strategy_seams.unreachable_peers(self._strategy)
         who = " and ".join(silent) if silent else "another worker"
         happened = f"did not answer within {self._timeout_seconds:g} s" if timed_out else "is lost"
-        reason = next((line for line in str(error.message).splitlines() if "ollective" in line), str(error.message))
+        lines = str(error.message).splitlines()
+        reason = next((line for line in lines if "aborted" in line), lines[-1] if lines else "no message")
         return WorkerLostError(
             f"{who[0].upper()}{who[1:]} {happened}, while the workers agreed on {what}. The model holds the last "
             "completed update, and this process cannot take part in another one: start all workers again, with "

@@ -1,4 +1,4 @@
-"""The accumulated step on several replicas: each sums the gradients of its own samples, then one all-reduce, one update.
+"""The accumulated step on several replicas: each sums its own gradients, then one all-reduce, one update.
 
 The effective batch is that of all replicas together. Each replica runs its micro-batches in a loop of its own, as many
 as its samples need, with no collective inside: one that runs out of memory there leaves no other waiting. Every loss is
@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from autobatch.train import keras_seams, strategy_seams
+from autobatch.train import strategy_seams
 from autobatch.train.micro_step import Logs, MicroStep, loop
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import cut, sample_count
@@ -40,7 +40,8 @@ class ReplicatedStep(AccumulatedStep):
         self.worker, self.workers = strategy_seams.worker_of(self.strategy)
         self._by_replica: list[dict[int, Any]] = [{} for _ in self.devices]
         self._count: Callable[..., Any] | None = None
-        self._read_metrics: Callable[[], dict[str, Any]] | None = None
+        self._update: Callable[..., Any] | None = None
+        self._read_metrics: Callable[..., Any] | None = None
         self.metric_logs: dict[str, Any] | None = None
         self._pending: list[Any] = []
 
@@ -52,13 +53,13 @@ class ReplicatedStep(AccumulatedStep):
 
         Keras's own step would enter the collective before every replica is known to have come that far.
         """
-        if self._apply is not None:
+        if self._update is not None:
             return False
         for variable in distinct(self.model.trainable_variables):
             self._make_accumulators(variable)
         self._micro = self._trace_micro(MicroStep(self, self.model.train_step, training=True), training=True)
         self._count, self._accumulate = self._trace_loops(self._micro, training=True)
-        self._apply = self._trace_update()
+        self._update = self._trace_update()
         return True
 
     def prepare_evaluation(self) -> bool:
@@ -90,7 +91,7 @@ class ReplicatedStep(AccumulatedStep):
                     empty = tf.zeros([0], accumulator.dtype)
                 tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=empty)
         self._by_replica = [{} for _ in self.devices]
-        self._count = self._micro = self._accumulate = self._apply = None
+        self._count = self._micro = self._accumulate = self._update = None
         self._captured = []
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -117,7 +118,9 @@ class ReplicatedStep(AccumulatedStep):
         These are the gradients side by side, their sums, and what the optimizer takes for its largest variable. The
         block is only taken from the allocator, not written to, and given back at once.
         """
-        sizes = [accumulator.shape.num_elements() * accumulator.dtype.size for accumulator in self._by_replica[0].values()]
+        sizes = [
+            accumulator.shape.num_elements() * accumulator.dtype.size for accumulator in self._by_replica[0].values()
+        ]
         kibibytes = -(-(2 * sum(sizes) + 2 * max(sizes, default=0)) // 2**10)
         for device in self.devices:
             with tf.device(device):
@@ -140,12 +143,12 @@ class ReplicatedStep(AccumulatedStep):
             size, whole = tf.constant(micro_batch, tf.int64), tf.constant(total, tf.float64)
             return function(leaves, size, whole, tf.constant(totals, tf.float64))
 
-    def apply(self) -> Logs:  # type: ignore[override]
+    def apply(self) -> Logs:
         """Reduce the sums over all replicas and update the weights once; return the logs of the whole update."""
         self.prepare(whole=False)
-        assert self._apply is not None
+        assert self._update is not None
         averaged, others = self._pending
-        reduced, metric_logs = self._apply(averaged)
+        reduced, metric_logs = self._update(averaged)
         return self._finished(reduced, others, metric_logs)
 
     def evaluation_logs(self) -> Logs:
@@ -276,12 +279,12 @@ class ReplicatedStep(AccumulatedStep):
         return tf.nest.map_structure(lambda part: self.strategy.experimental_local_results(part)[0], nest)
 
     def _reduce(self, local: list[Any], averaged: Any) -> tuple[list[Any], Any, dict[str, Any]]:
-        """Sum over all replicas: ``local``, the averaged logs and the state of the metrics, in one all-reduce a dtype."""
+        """Sum over all replicas ``local``, the averaged logs and the state of the metrics: one all-reduce a dtype."""
         replica = strategy_seams.replica_here()
         metrics = _distinct_keras(variable for metric in self.model.metrics for variable in metric.variables)
         summed = [variable for variable in metrics if variable.aggregation == "sum"]
         values = [*local, tf.cast(averaged[replica], tf.float32), *(variable.value for variable in summed)]
-        results = _all_reduce(values, self.devices[replica])
+        results = all_reduce(values, self.devices[replica])
         totals = results[len(local) + 1 :]
         with keras.StatelessScope(state_mapping=list(zip(summed, totals, strict=True))):
             logs = type(self.model).get_metrics_result(self.model)
@@ -326,8 +329,8 @@ def _distinct_keras(variables: Any) -> list[Any]:
     return list({id(variable): variable for variable in variables}.values())
 
 
-def _all_reduce(values: list[Any], device: str) -> list[Any]:
-    """Sum each over all replicas, those of one dtype in one all-reduce."""
+def all_reduce(values: list[Any], device: str) -> list[Any]:
+    """Sum each over all replicas, those of one dtype in one all-reduce; ``device`` is the replica's own."""
     results: list[Any] = [None] * len(values)
     context = tf.distribute.get_replica_context()
     for dtype in dict.fromkeys(value.dtype for value in values):

@@ -26,6 +26,7 @@ from autobatch.train.structure import cut
 from autobatch.train.together import Moment, together
 from autobatch.trial.snapshot import Recorder, Snapshot
 
+
 class ReplicatedTransaction(Transaction):
     """Runs the steps of one training under a strategy. ``micro_batch`` is that of one replica.
 
@@ -38,7 +39,7 @@ class ReplicatedTransaction(Transaction):
     def __init__(self, step: ReplicatedStep, micro_batch: int, *, agreement: Alone, **options: Any) -> None:
         super().__init__(step, micro_batch, **options)
         self._agreement = agreement
-        self._replicas = step.strategy.num_replicas_in_sync
+        self._replicas = int(step.strategy.num_replicas_in_sync)
         self._without_counts: set[int] = set()  # ids of the steps whose denominators follow from the samples
         self._fitting_agreed: int | None = None
         self._metric_logs: dict[str, Any] | None = None
@@ -113,10 +114,14 @@ class ReplicatedTransaction(Transaction):
             run(part, micro_batch, total=float(samples), totals=totals)
             return []
 
-        largest = -(-samples // self._replicas)
+        def all_of_it() -> list[float]:
+            begin()
+            return work([])
+
+        largest: int = -(-samples // self._replicas)
         try:
             if id(step) in self._without_counts:
-                self._together(lambda: (begin(), work([]))[1], moment, head)
+                self._together(all_of_it, moment, head)
             else:
                 totals = self._together(count, Moment.COUNT, head)
                 if not step.counts_needed:
@@ -167,7 +172,7 @@ class ReplicatedTransaction(Transaction):
         Raises:
             _RolledBackError: memory ran out on some worker.
         """
-        what = f"update {self._updates}"
+        what = f"{'validation after ' if moment is Moment.EVALUATION else ''}update {self._updates}"
         told = together(self._agreement, work, moment, what, same, fitting_now=super()._fitting_now)
         if told.diagnosis is not None:
             self._fitting_agreed = told.fitting_now

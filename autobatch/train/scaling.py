@@ -8,7 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from autobatch.train import strategy_seams
+from autobatch.records import Plan
+from autobatch.train import resume, strategy_seams
 from autobatch.train.agreement import Alone, agreement_for
 from autobatch.train.recovery import Transaction
 from autobatch.train.replicas import ReplicatedStep
@@ -28,6 +29,17 @@ def open_transaction(step: AccumulatedStep, micro_batch: int, *, agreement: Alon
     if isinstance(step, ReplicatedStep):
         return ReplicatedTransaction(step, micro_batch, agreement=agreement, **options)
     return Transaction(step, micro_batch, **options)
+
+
+def callbacks_for(given: Any, plan: Plan, transaction: Transaction, *, model: Any, agreement: Alone) -> list[Any]:
+    """What is to be added to a training's callbacks: see :mod:`autobatch.train.resume`."""
+    strategy = strategy_seams.strategy_of(model)
+    return resume.callbacks_for(given, plan, transaction, strategy=strategy, agreement=agreement)
+
+
+def remembered(options: dict[str, Any], agreement: Alone, *, target_batch: int, replicas: int) -> int | None:
+    """The micro-batch that an earlier run of this training kept beside its backup."""
+    return resume.remembered(options.get("callbacks"), agreement, target_batch=target_batch, replicas=replicas)
 
 
 @contextlib.contextmanager

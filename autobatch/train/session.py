@@ -94,7 +94,13 @@ def train(
         headroom=report.environment.headroom,
     )
     options = dict(options)
+    agreement = agreement or Alone()
+    given = options.get("callbacks")
     callbacks = _callback_list(model, batches, options)
+    for callback in scaling.callbacks_for(given, plan, transaction, model=model, agreement=agreement):
+        callback.set_params(callbacks.params)
+        callback.set_model(model)
+        callbacks.callbacks.append(callback)
     if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
         watch = MemoryWatch(look_for_cause=False)  # nobody asked for a walk over all that is alive
         watch.set_params(callbacks.params)

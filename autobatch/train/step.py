@@ -177,11 +177,12 @@ class AccumulatedStep:
         assert self._accumulate is not None
         return self._accumulate(self.structure.leaves(data), tf.constant(micro_batch, tf.int64))
 
-    def apply(self) -> None:
-        """Update the weights once with what :meth:`accumulate` summed."""
+    def apply(self) -> Logs:
+        """Update the weights once with what :meth:`accumulate` summed; on several replicas, return the logs of all."""
         self.prepare(whole=False)
         assert self._apply is not None
         self._apply()
+        return None
 
     def _trace_apply(self) -> Callable[[], None]:
         def apply() -> None:

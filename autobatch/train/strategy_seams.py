@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 from keras.src.losses import loss as _loss_module
 from tensorflow.python.eager import context as _context
@@ -174,6 +173,17 @@ def global_seed() -> int | None:
     return None if seed is None else int(seed)
 
 
-def is_backup(callback: Any) -> bool:
-    """Whether a callback is Keras's ``BackupAndRestore``."""
-    return isinstance(callback, keras.callbacks.BackupAndRestore)
+def initial_epoch(model: Any) -> int:
+    """The epoch that a callback has restored, to begin with; 0 if none has."""
+    return int(getattr(model, "_initial_epoch", None) or 0)
+
+
+def begin_at_epoch(model: Any, epoch: int) -> None:
+    """Let ``fit`` begin with this epoch, as ``BackupAndRestore`` does."""
+    model._initial_epoch = epoch
+
+
+def never_write(backup: Any) -> None:
+    """Let a ``BackupAndRestore`` read alone: neither save nor delete."""
+    backup._save_model = lambda: None
+    backup.delete_checkpoint = False

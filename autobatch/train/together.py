@@ -75,7 +75,7 @@ def together(
     gave: list[float] = []
     try:
         gave = work()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others are told, and then it is raised again
         found = oom.diagnose(error) if isinstance(error, CAUGHT) else None
         if found is not None and found.is_memory:
             diagnosis = found

@@ -32,6 +32,13 @@ class _OutOfMemoryError(Exception):
         self.diagnosis = diagnosis
 
 
+def open_on(model: Any, batches: Data, *, agreement: Alone, **options: Any) -> LiveTrials:
+    """Trials on one device, or on all replicas of the strategy that the model was made under."""
+    if strategy_seams.strategy_of(model) is None:
+        return LiveTrials(model, batches, **options)
+    return ReplicatedTrials(model, batches, agreement=agreement, **options)
+
+
 class ReplicatedTrials(LiveTrials):
     """A :class:`autobatch.trial.protocol.Trials` on a model made under a strategy.
 
@@ -77,7 +84,9 @@ class ReplicatedTrials(LiveTrials):
         limit_bytes = int(min(known)) if known else None
         if limit_bytes is not None and (smallest is None or limit_bytes < smallest):
             source = f"the smallest of {self._agreement.count} workers"
-        where = f"{self.replicas} replicas, the smallest {device}" if smallest is not None else f"{self.replicas} replicas"
+        where = (
+            f"{self.replicas} replicas, the smallest {device}" if smallest is not None else f"{self.replicas} replicas"
+        )
         return dataclasses.replace(
             own,
             device=where,
@@ -122,17 +131,18 @@ class ReplicatedTrials(LiveTrials):
         ]
         applies = [self._longest(self._apply_seconds, micro_batch) for _ in range(repeats)]
         peaks = [peak for device in self._devices if (peak := limits.peak_bytes(device)) is not None]
-        peak = self._largest(float(max(peaks, default=-1)), micro_batch)
+        highest = self._largest(float(max(peaks, default=-1)), micro_batch)
         budget = self.environment.budget_bytes
-        over = peak >= 0 and budget is not None and peak > budget
+        peak = None if highest < 0 else int(highest)
+        over = peak is not None and budget is not None and peak > budget
         return TrialResult(
             micro_batch,
             Outcome.OUT_OF_MEMORY if over else Outcome.FITS,
-            peak_bytes=None if peak < 0 else int(peak),
+            peak_bytes=peak,
             step_seconds=statistics.median(steps),
             apply_seconds=statistics.median(applies),
             first_step_seconds=first / 2,
-            detail=f"its peak of {format_bytes(peak)} is over the budget" if over else "",
+            detail=f"its peak of {format_bytes(highest)} is over the budget" if over else "",
         )
 
     def _apply_seconds(self) -> float:

@@ -18,8 +18,9 @@ from keras import layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import autobatch
 from models import relative_error, run_out_if
+
+import autobatch
 
 SAMPLES, TARGET = 51, 20  # 20, 20 and a tail of 11, which neither 2 nor 4 replicas divide
 STRATEGY = None
@@ -213,7 +214,12 @@ def rolled_back_bit_for_bit():
             message = str(error)
     now = everything(model)
     same = [np.array_equal(before, after) for before, after in zip(kept, now, strict=True)]
-    return {"same": all(same), "values": len(same), "message": message, "iterations": int(model.optimizer.iterations.numpy())}
+    return {
+        "same": all(same),
+        "values": len(same),
+        "message": message,
+        "iterations": int(model.optimizer.iterations.numpy()),
+    }
 
 
 def everything(model):
@@ -280,7 +286,6 @@ def refusals():
 
     optimizer = keras.optimizers.SGD()
     with STRATEGY.scope():
-        tried("synchronized", dense(layers.BatchNormalization(synchronized=True)))
         inside = dense()
         tried("inside", inside)
         elsewhere = dense(optimizer=optimizer)

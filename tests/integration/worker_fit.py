@@ -21,8 +21,9 @@ from keras import layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import autobatch
 from models import run_out_if
+
+import autobatch
 
 SAMPLES, TARGET, MICRO = 51, 20, 3
 INDEX = json.loads(os.environ.get("TF_CONFIG", '{"task": {"index": -1}}'))["task"]["index"]
@@ -52,8 +53,9 @@ class Calls:
         return self.count in self.calls and self.then is None
 
 
-def dense(*extra):
-    keras.utils.set_random_seed(1)
+def dense(*extra, seed=1):
+    if seed is not None:
+        keras.utils.set_random_seed(seed)
     stack = [keras.Input((16,)), layers.Dense(8, activation="relu", kernel_regularizer="l2"), *extra, layers.Dense(3)]
     model = keras.Sequential(stack)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -86,12 +88,16 @@ def data_and_options(case):
     if case.startswith("masked"):
         return sequences(), {"epochs": 2}
     x, y, weight = arrays()
+    if case == "apart":
+        x = x + INDEX
     return (x, y, weight), {"epochs": 2, "validation_data": (x[:23], y[:23], weight[:23])}
 
 
 def model_for(case):
     if case.startswith("masked"):
         return masked()
+    if case == "unseeded":
+        return dense(seed=None)
     kind, _, when = case.partition("@")
     extra = []
     if when and int(os.environ["AUTOBATCH_TEST_VICTIM"]) == INDEX:
@@ -128,7 +134,12 @@ def main():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", autobatch.AutobatchWarning)
                 history = autobatch.fit(
-                    model, x, y, sample_weight=weight, target_batch=TARGET, **{"micro_batch": MICRO, **fit, **options}
+                    model,
+                    x,
+                    y,
+                    sample_weight=weight,
+                    target_batch=TARGET,
+                    **{"micro_batch": MICRO, **fit, **options},
                 )
         except (autobatch.AutobatchError, tf.errors.OpError) as error:
             told = {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
