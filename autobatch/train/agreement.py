@@ -136,6 +136,6 @@ class Workers(Alone):
 
 def agreement_for(strategy: Any, timeout_seconds: float | None = None) -> Alone:
     """How the processes of this strategy agree."""
-    if strategy is None or not strategy_seams.spans_workers(strategy):
+    if strategy is None or strategy_seams.worker_of(strategy)[1] == 1:
         return Alone()
     return Workers(strategy, TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds)

@@ -24,7 +24,7 @@ from autobatch.train.recovery import CAUGHT, Transaction, _RolledBackError
 from autobatch.train.replicas import ReplicatedStep
 from autobatch.train.structure import cut
 from autobatch.train.together import Moment, together
-from autobatch.trial.snapshot import Recorder, Snapshot
+from autobatch.trial.snapshot import Recorder, Snapshot, bytes_of
 
 
 class ReplicatedTransaction(Transaction):
@@ -185,7 +185,8 @@ class ReplicatedTransaction(Transaction):
     def _can_keep(self, size_bytes: int) -> bool:
         if self._agreement.count > 1:
             return False  # what another worker has applied already cannot be taken back from here
-        each = size_bytes // len(self._step.devices)
+        # Of the weights' copies each device holds its own; the sums and what is reduced take their size once more each.
+        each = size_bytes // len(self._step.devices) + 3 * bytes_of(self._step.model.trainable_variables)
         for device in self._step.devices:
             limit = limits.find_limit(device, self._user_limit_bytes).limit_bytes
             in_use = limits.bytes_in_use(device)

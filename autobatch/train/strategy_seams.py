@@ -41,8 +41,9 @@ def require_supported(model: Any) -> None:
         )
     if not isinstance(strategy, SUPPORTED):
         raise ValueError(
-            "A model made under a tf.distribute strategy is supported under MirroredStrategy and "
-            f"MultiWorkerMirroredStrategy alone. Received: {type(strategy).__name__}"
+            "Training a model made under a tf.distribute strategy is not supported but for MirroredStrategy and "
+            "MultiWorkerMirroredStrategy: make it under one of these, or outside of any strategy's scope. "
+            f"Received: {type(strategy).__name__}"
         )
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer._distribution_strategy is not strategy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "integration" / "replicas_fit.py"
 CASES = {
-    "2": (
+    2: (
         "weighted",
         "masked_losses",
         "searched",
@@ -23,26 +24,24 @@ CASES = {
         "a_step_of_its_own",
         "refusals",
     ),
-    "4": ("weighted", "fewer_samples_than_replicas", "out_of_memory_on_one_replica"),
+    4: ("weighted", "fewer_samples_than_replicas", "out_of_memory_on_one_replica"),
 }
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
-def found(request):
+@functools.cache
+def run(replicas):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), request.param, *CASES[request.param]], capture_output=True, text=True, check=False
+        [sys.executable, str(SCRIPT), str(replicas), *CASES[replicas]], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return {"replicas": int(request.param), **json.loads(done.stdout.splitlines()[-1])}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def of(found, case):
-    if case not in found:
-        pytest.skip(f"{case} needs no further number of replicas")
-    return found[case]
+def of(case, replicas=2):
+    return run(replicas)[case]
 
 
-def assert_as_on_one_device(result, updates=None):
+def assert_as_on_one_device(result):
     assert result["weights"] < 1e-5
     assert result["history"] < 1e-5
     assert result["names"]
@@ -53,64 +52,66 @@ def assert_as_on_one_device(result, updates=None):
 pytestmark = pytest.mark.slow
 
 
-def test_weighted_losses_clipping_and_a_tail_that_does_not_divide(found):
-    result = of(found, "weighted")
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_weighted_losses_clipping_and_a_tail_that_does_not_divide(replicas):
+    result = of("weighted", replicas)
     assert_as_on_one_device(result)
-    assert result["plan"][2] == found["replicas"]
+    assert result["plan"][2] == replicas
     assert result["recoveries"] == []
 
 
-def test_a_tail_with_fewer_samples_than_replicas(found):
-    assert_as_on_one_device(of(found, "fewer_samples_than_replicas"))
+def test_a_tail_with_fewer_samples_than_replicas():
+    assert_as_on_one_device(of("fewer_samples_than_replicas", 4))
 
 
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
-def test_masked_losses_have_the_denominator_of_all_replicas(found, reduction):
-    assert_as_on_one_device(of(found, "masked_losses")[reduction])
+def test_masked_losses_have_the_denominator_of_all_replicas(reduction):
+    assert_as_on_one_device(of("masked_losses")[reduction])
 
 
-def test_the_search_runs_on_all_replicas(found):
-    result = of(found, "searched")
+def test_the_search_runs_on_all_replicas():
+    result = of("searched")
     assert_as_on_one_device(result)
     assert result["plan"] == [10, 1, 2]
 
 
-def test_a_smaller_device_decides(found):
-    result = of(found, "a_smaller_device_decides")
+def test_a_smaller_device_decides():
+    result = of("a_smaller_device_decides")
     assert_as_on_one_device(result)
     assert result["plan"][0] <= 4
     assert result["recoveries"] == []
 
 
+@pytest.mark.parametrize("replicas", [2, 4])
 @pytest.mark.parametrize("micro_step", ["first", "middle", "last"])
-def test_out_of_memory_on_one_replica_rolls_all_back(found, micro_step):
-    result = of(found, "out_of_memory_on_one_replica")[micro_step]
+def test_out_of_memory_on_one_replica_rolls_all_back(micro_step, replicas):
+    result = of("out_of_memory_on_one_replica", replicas)[micro_step]
     assert_as_on_one_device(result)
     assert result["recoveries"] == [[1, "train", 2, 1]]
 
 
-def test_out_of_memory_in_the_update_on_one_replica(found):
-    result = of(found, "out_of_memory_in_the_update")
+def test_out_of_memory_in_the_update_on_one_replica():
+    result = of("out_of_memory_in_the_update")
     assert_as_on_one_device(result)
     assert len(result["recoveries"]) == 1
 
 
-def test_rolling_back_restores_every_copy_bit_for_bit(found):
-    result = of(found, "rolled_back_bit_for_bit")
+def test_rolling_back_restores_every_copy_bit_for_bit():
+    result = of("rolled_back_bit_for_bit")
     assert result["same"]
     assert result["values"] > 40
     assert result["iterations"] == 1
     assert "Not even one sample fits" in result["message"]
 
 
-def test_datasets_and_several_steps_to_an_execution(found):
-    result = of(found, "other_data")
+def test_datasets_and_several_steps_to_an_execution():
+    result = of("other_data")
     assert result["weights"] < 1e-5
     assert result["history"] < 1e-5
 
 
-def test_a_train_step_of_ones_own_and_a_loss_scale(found):
-    assert_as_on_one_device(of(found, "a_step_of_its_own"))
+def test_a_train_step_of_ones_own_and_a_loss_scale():
+    assert_as_on_one_device(of("a_step_of_its_own"))
 
 
 @pytest.mark.parametrize(
@@ -123,5 +124,5 @@ def test_a_train_step_of_ones_own_and_a_loss_scale(found):
         ("loop", "wrap_step works on one device"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(found, case, words):
-    assert words in of(found, "refusals")[case]
+def test_what_cannot_be_is_refused_by_name(case, words):
+    assert words in of("refusals")[case]
