@@ -39,6 +39,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--classes", type=arguments.positive_int, default=1000, metavar="N", help="of a keras: target (default: 1000)"
     )
+    parser.add_argument(
+        "--strategy",
+        choices=["mirrored"],
+        help="call TARGET under a MirroredStrategy over all GPUs; sizes are those of one replica",
+    )
     output.add_arguments(parser)
     parser.add_argument(
         "--fail-under",
@@ -125,6 +130,7 @@ def _search(options: argparse.Namespace) -> Report:
         "jit_compile": options.jit,
         "input_shape": options.input,
         "classes": options.classes,
+        "strategy": options.strategy,
     }
     with progress() as told:
         told.doing(f"Starting a worker and building {options.target}")

@@ -84,12 +84,9 @@ class ReplicatedTrials(LiveTrials):
         limit_bytes = int(min(known)) if known else None
         if limit_bytes is not None and (smallest is None or limit_bytes < smallest):
             source = f"the smallest of {self._agreement.count} workers"
-        where = (
-            f"{self.replicas} replicas, the smallest {device}" if smallest is not None else f"{self.replicas} replicas"
-        )
         return dataclasses.replace(
             own,
-            device=where,
+            device=f"{device}, the smallest of {self.replicas} replicas",
             limit_bytes=limit_bytes,
             limit_source=source,
             budget_bytes=None if limit_bytes is None else int(limit_bytes * (1 - self._headroom)),
@@ -130,8 +127,9 @@ class ReplicatedTrials(LiveTrials):
             for _ in range(repeats)
         ]
         applies = [self._longest(self._apply_seconds, micro_batch) for _ in range(repeats)]
-        peaks = [peak for device in self._devices if (peak := limits.peak_bytes(device)) is not None]
-        highest = self._largest(float(max(peaks, default=-1)), micro_batch)
+        found = {device: limits.peak_bytes(device) for device in self._devices}
+        peaks = {device: peak for device, peak in found.items() if peak is not None}
+        highest = self._largest(float(max(peaks.values(), default=-1)), micro_batch)
         budget = self.environment.budget_bytes
         peak = None if highest < 0 else int(highest)
         over = peak is not None and budget is not None and peak > budget
@@ -142,7 +140,7 @@ class ReplicatedTrials(LiveTrials):
             step_seconds=statistics.median(steps),
             apply_seconds=statistics.median(applies),
             first_step_seconds=first / 2,
-            detail=f"its peak of {format_bytes(highest)} is over the budget" if over else "",
+            detail=f"its peak of {format_bytes(highest)} is over the budget" if over else _of_each(peaks),
         )
 
     def _apply_seconds(self) -> float:
@@ -163,3 +161,10 @@ class ReplicatedTrials(LiveTrials):
         if told.diagnosis is not None:
             raise _OutOfMemoryError(told.diagnosis)
         return float(told.rows.max())
+
+
+def _of_each(peaks: dict[str, int]) -> str:
+    """The peaks of several replicas, in words; those of other workers are not among them."""
+    if len(peaks) < 2:
+        return ""
+    return "peaks: " + ", ".join(f"{format_bytes(peak)} on {device}" for device, peak in peaks.items())

@@ -46,6 +46,7 @@ class _Ready:
     warnings: tuple[str, ...]
     host_uses: tuple[HostUse, ...]
     fingerprint: str
+    replicas: int
 
 
 class WorkerTrials:
@@ -61,6 +62,7 @@ class WorkerTrials:
         precision: a Keras dtype policy set before the target is called; None leaves it alone.
         jit_compile: XLA on or off; None leaves the model as it was compiled.
         input_shape, classes: of a ``keras:Name`` target.
+        strategy: "mirrored" calls the target under a MirroredStrategy over all devices; None leaves that to it.
         opener: for tests, another ``module:function`` in place of :data:`OPENER`.
 
     Raises:
@@ -69,8 +71,6 @@ class WorkerTrials:
         NoFeasibleBatchError: there is not even room for the model.
         WorkerError: no worker could be started, or two workers built different models.
     """
-
-    replicas = 1
 
     def __init__(
         self,
@@ -85,6 +85,7 @@ class WorkerTrials:
         jit_compile: bool | None = None,
         input_shape: tuple[int, ...] = (224, 224, 3),
         classes: int = 1000,
+        strategy: str | None = None,
         opener: str | None = None,
     ) -> None:
         if os.name != "posix":
@@ -104,9 +105,14 @@ class WorkerTrials:
             "jit_compile": jit_compile,
             "input_shape": list(input_shape),
             "classes": classes,
+            "strategy": strategy,
         }
         self._process: WorkerProcess | None = None
         self._ready = self._start()
+
+    @property
+    def replicas(self) -> int:
+        return self._ready.replicas
 
     @property
     def environment(self) -> Environment:
@@ -216,6 +222,7 @@ class WorkerTrials:
             warnings=tuple(message["warnings"]),
             host_uses=tuple(HostUse(name, held_bytes) for name, held_bytes in message["host_uses"]),
             fingerprint=message["fingerprint"],
+            replicas=message["replicas"],
         )
 
     def _restart(self) -> None:

@@ -97,6 +97,7 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
                 "warnings": [*trials.warnings, *notes],
                 "host_uses": [[use.name, use.held_bytes] for use in trials.host_uses],
                 "fingerprint": fingerprint,
+                "replicas": trials.replicas,
             }
         )
     except BaseException as error:  # noqa: BLE001 - see above
@@ -129,7 +130,12 @@ def _open(options: Message) -> tuple[Trials, str, list[str]]:
     _limit_devices(target, options["memory_limit_bytes"])
     if options["precision"] is not None:
         _keras().config.set_dtype_policy(options["precision"])
-    model, dataset, y = _call(target, build)
+    with contextlib.ExitStack() as stack:
+        if options["strategy"] is not None:
+            import tensorflow as tf
+
+            stack.enter_context(tf.distribute.MirroredStrategy().scope())
+        model, dataset, y = _call(target, build)
     if options["jit_compile"] is not None:
         model.jit_compile = options["jit_compile"]
     module, _, function = options["opener"].partition(":")
