@@ -141,6 +141,7 @@ def tune(
     share = arguments.headroom(headroom)
     planning.require_objective(objective)
     trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
+    trials.require_no_clock(max_seconds)
     if target is not None and trials.largest_useful is not None:
         target = min(target, trials.largest_useful * trials.replicas)
     try:

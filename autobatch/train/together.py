@@ -89,7 +89,9 @@ def together(
         return Told(agreement.tell(gave, what), diagnosis, fitting)
     status = _Status.FAILED if raised else _Status.OUT_OF_MEMORY if diagnosis else _Status.FINE
     head = {"place in the training": float(moment), **same}
-    rows = agreement.tell([*head.values(), float(status), float(-1 if fitting is None else fitting), *gave], what)
+    requested = None if diagnosis is None else diagnosis.requested_bytes
+    news = [float(status), *(-1.0 if number is None else float(number) for number in (fitting, requested))]
+    rows = agreement.tell([*head.values(), *news, *gave], what)
     if raised is not None:
         raise raised
     place = len(head)
@@ -110,10 +112,16 @@ def together(
                 f"shuffle=False) and the same arguments. Received: {values}"
             )
     if not (statuses == _Status.OUT_OF_MEMORY).any():
-        return Told(rows[:, place + 2 : place + 2 + len(gave)])
-    known = rows[:, place + 1][rows[:, place + 1] >= 0]
+        return Told(rows[:, place + len(news) : place + len(news) + len(gave)])
+    # What all go by from here on must be the same for all: a search takes what was asked for into account.
+    sizes = [int(number) for number in rows[:, place + 1] if number >= 0]
+    asked_for = [int(number) for number in rows[:, place + 2] if number >= 0]
     return Told(
         rows[:, :0],
-        diagnosis or oom.Diagnosis(oom.Kind.DEVICE, None, ELSEWHERE),
-        int(known.min()) if len(known) else None,
+        oom.Diagnosis(
+            oom.Kind.DEVICE if diagnosis is None else diagnosis.kind,
+            max(asked_for, default=None),
+            ELSEWHERE if diagnosis is None else diagnosis.detail,
+        ),
+        min(sizes, default=None),
     )

@@ -86,6 +86,9 @@ class LiveTrials:
         """What will differ from the full batch where gradients are accumulated; complete once a trial was run."""
         return inexact.differences(self._model, self.step.updating_optimizers, self.step.scalar_losses)
 
+    def require_no_clock(self, max_seconds: float | None) -> None:
+        """Refuse ``max_seconds`` where it cannot be held to; one process can."""
+
     def trace(self) -> None:
         """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial."""
         try:

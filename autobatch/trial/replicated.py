@@ -67,6 +67,18 @@ class ReplicatedTrials(LiveTrials):
     def _make_step(self, model: Any, element_spec: Any) -> ReplicatedStep:
         return ReplicatedStep(model, element_spec)
 
+    def require_no_clock(self, max_seconds: float | None) -> None:
+        """Refuse a search by the clock on several workers: they would not stop at the same trial.
+
+        Raises:
+            ValueError: ``max_seconds`` is given, and there are several.
+        """
+        if max_seconds is not None and self._agreement.count > 1:
+            raise ValueError(
+                "max_seconds is not supported under several workers, whose clocks would end the search at different "
+                f"trials: use max_trials. Received: max_seconds={max_seconds!r}"
+            )
+
     def _agree(self, numbers: list[float], what: str) -> Any:
         return together(self._agreement, lambda: numbers, Moment.BEGIN, what, {}).rows
 

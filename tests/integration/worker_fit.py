@@ -21,7 +21,7 @@ from keras import layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import run_out_if
+from models import MemoryHog, run_out_if
 
 import autobatch
 
@@ -98,6 +98,9 @@ def model_for(case):
         return masked()
     if case == "unseeded":
         return dense(seed=None)
+    if case == "small":  # one worker has room for 4 samples at a time, the other for any number
+        victim = int(os.environ["AUTOBATCH_TEST_VICTIM"]) == INDEX
+        return dense(MemoryHog(lambda samples: victim and samples > 4))
     kind, _, when = case.partition("@")
     extra = []
     if when and int(os.environ["AUTOBATCH_TEST_VICTIM"]) == INDEX:
@@ -133,6 +136,8 @@ def main():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", autobatch.AutobatchWarning)
+                if case == "small":
+                    options["micro_batch"] = autobatch.tune(model, x, y, target_batch=TARGET).plan.micro_batch
                 history = autobatch.fit(
                     model,
                     x,

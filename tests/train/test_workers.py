@@ -102,6 +102,13 @@ def test_masked_losses_have_the_denominator_of_all_workers(alone, tmp_path):
     assert_as_alone(Run(2, "masked", tmp_path), alone("masked"))
 
 
+def test_a_worker_with_less_memory_decides(alone, tmp_path):
+    run = Run(2, "small", tmp_path, victim=1)
+    assert_as_alone(run, alone("plain"))
+    assert run.told[0]["plan"] == run.told[1]["plan"]
+    assert run.told[0]["plan"][0] <= 4
+
+
 # Of the second update's 10 samples a worker runs 3, 3, 3 and 1: micro-batches 4 to 7.
 @pytest.mark.parametrize(("call", "victim"), [(4, 0), (5, 1), (7, 1)])
 def test_out_of_memory_on_one_worker_is_recovered_from_on_all(alone, tmp_path, call, victim):
