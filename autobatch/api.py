@@ -205,14 +205,13 @@ def search_with(
         NoFeasibleBatchError: Not even one sample fits.
     """
     environment = trials.environment
-    # One replica's share of the target.
     each = None if target_batch is None else -(-target_batch // trials.replicas)
     if each is not None and trials.largest_useful is not None:
         each = min(each, trials.largest_useful)
         target_batch = each if trials.replicas == 1 else target_batch
     result = search.search(
         trials.run,
-        target_batch=each,
+        target_batch=each,  # sizes are those of one replica
         budget_bytes=environment.budget_bytes,
         max_micro_batch=trials.largest_useful,
         fixed_bytes_hint=trials.fixed_bytes_hint,

@@ -148,6 +148,26 @@ def searched():
     return compared(dense, (*arrays()[:2], None), micro_batch="auto", epochs=1)
 
 
+def reduced_once():
+    """How many all-reduces the first replica is traced with, and how many numbers each takes; five micro-batches."""
+    sizes = []
+    original = tf.distribute.ReplicaContext.all_reduce
+
+    def all_reduce(context, reduce_op, value, options=None):
+        if tf.get_static_value(context.replica_id_in_sync_group) == 0:
+            sizes.append(sum(part.shape.num_elements() for part in tf.nest.flatten(value)))
+        return original(context, reduce_op, value, options)
+
+    with STRATEGY.scope():
+        model = dense()
+    tf.distribute.ReplicaContext.all_reduce = all_reduce
+    try:
+        autobatch.fit(model, *arrays()[:2], target_batch=TARGET, micro_batch=2, verbose=0)
+    finally:
+        tf.distribute.ReplicaContext.all_reduce = original
+    return {"sizes": sizes, "weights": sum(variable.shape.num_elements() for variable in model.trainable_variables)}
+
+
 def a_smaller_device_decides():
     """The last replica has room for 4 samples, the others for all."""
     last = STRATEGY.num_replicas_in_sync - 1

@@ -16,6 +16,7 @@ CASES = {
         "weighted",
         "masked_losses",
         "searched",
+        "reduced_once",
         "a_smaller_device_decides",
         "out_of_memory_on_one_replica",
         "out_of_memory_in_the_update",
@@ -73,6 +74,13 @@ def test_the_search_runs_on_all_replicas():
     result = of("searched")
     assert_as_on_one_device(result)
     assert result["plan"] == [10, 1, 2]
+
+
+def test_an_update_reduces_once_whatever_the_number_of_micro_batches():
+    result = of("reduced_once")
+    # The gradients, and with them the few numbers that the metrics are made of.
+    (size,) = result["sizes"]
+    assert result["weights"] < size <= result["weights"] + 8
 
 
 def test_a_smaller_device_decides():
