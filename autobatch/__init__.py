@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autobatch.api import fit, tune, wrap_step
-    from autobatch.errors import AutobatchError, AutobatchWarning, NoFeasibleBatchError, UpdateInterruptedError
+    from autobatch.errors import (
+        AutobatchError,
+        AutobatchWarning,
+        NoFeasibleBatchError,
+        UpdateInterruptedError,
+        WorkerLostError,
+        WorkersDisagreeError,
+    )
     from autobatch.memory.arena import configure_memory, limit_memory
     from autobatch.records import MemoryModel, Outcome, Plan, Recovery, Report, TrialResult
     from autobatch.train.watch import MemoryWatch
@@ -29,6 +36,8 @@ _HOME = {
     "Report": "autobatch.records",
     "TrialResult": "autobatch.records",
     "UpdateInterruptedError": "autobatch.errors",
+    "WorkerLostError": "autobatch.errors",
+    "WorkersDisagreeError": "autobatch.errors",
     "configure_memory": "autobatch.memory.arena",
     "fit": "autobatch.api",
     "limit_memory": "autobatch.memory.arena",
@@ -48,6 +57,8 @@ __all__ = [
     "Report",
     "TrialResult",
     "UpdateInterruptedError",
+    "WorkerLostError",
+    "WorkersDisagreeError",
     "configure_memory",
     "fit",
     "limit_memory",

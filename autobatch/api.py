@@ -43,6 +43,7 @@ def fit(
     headroom: float = 0.05,
     memory_watch: bool = True,
     cache: bool = True,
+    worker_timeout: float = 600.0,
     **fit_options: Any,
 ) -> Any:
     """Train a compiled Keras model at an effective batch of ``target_batch``, in whatever memory there is.
@@ -62,6 +63,8 @@ def fit(
             :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its place.
         cache: Remember what the search finds, in the user's cache folder; where it is remembered already, confirm it
             with one trial and skip the search.
+        worker_timeout: Under ``MultiWorkerMirroredStrategy``, the seconds that a worker waits for the others at any
+            one place, while they trace and compile too.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
             updates, and ``verbose=0`` keeps a notebook from showing the search as well.
 
@@ -72,22 +75,30 @@ def fit(
         TypeError, ValueError: An argument cannot be used; nothing has been run or changed.
         NoFeasibleBatchError: Not even one sample fits.
         UpdateInterruptedError: An update ran out of memory half-way and could not be undone.
+        WorkerLostError: Under ``MultiWorkerMirroredStrategy``, another worker died, failed or did not answer in time.
+        WorkersDisagreeError: The workers were given different data or arguments.
     """
     target = arguments.target_batch(target_batch)
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
     share = arguments.headroom(headroom)
     remembers = arguments.cache(cache)
+    timeout_seconds = arguments.worker_timeout(worker_timeout)
     _require_compiled(model)
     arguments.require_fit_options(model, fit_options)
 
-    from autobatch.train import session
-    from autobatch.trial.in_process import LiveTrials
+    from autobatch.train import keras_seams, scaling, session
+    from autobatch.trial import replicated
 
+    keras_seams.require_supported(model)
+    agreement = scaling.agree_for(model, timeout_seconds)
     batches, options = session.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
     effective = _effective_batch(batches, target)
-    trials = LiveTrials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
-    if chosen is None:
+    trials = replicated.open_on(
+        model, batches, agreement=agreement, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
+    )
+    known = scaling.remembered(options, agreement, target_batch=effective, replicas=trials.replicas)
+    if chosen is None and known is None:
         try:
             report = _shown_search(
                 trials, quiet=fit_options.get("verbose") == 0, target_batch=effective, cache=remembers
@@ -95,7 +106,9 @@ def fit(
         finally:
             trials.close()
     else:
-        report = unsearched(trials, min(chosen, effective), effective)
+        why = "no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup"
+        given = min(chosen or known or 1, -(-effective // trials.replicas))
+        report = unsearched(trials, given, effective, why)
     say_what_differs(report)
     return session.train(
         model,
@@ -108,6 +121,7 @@ def fit(
         memory_watch=memory_watch,
         lengths=trials.length_rule(report),
         keeper=trials.keeper,
+        agreement=agreement,
     )
 
 
@@ -149,8 +163,9 @@ def tune(
     remembers = arguments.cache(cache)
     planning.require_objective(objective)
     trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
+    trials.require_no_clock(max_seconds)
     if target is not None and trials.largest_useful is not None:
-        target = min(target, trials.largest_useful)
+        target = min(target, trials.largest_useful * trials.replicas)
 
     def search_one(trials: Trials) -> Report:
         return _shown_search(
@@ -195,14 +210,23 @@ def open_trials(
     """Make trials on a live model; :meth:`LiveTrials.close` puts everything back. See :func:`tune`."""
     _require_compiled(model)
 
-    from autobatch.train import session
-    from autobatch.trial.in_process import LiveTrials
+    from autobatch.train import keras_seams, scaling, session
+    from autobatch.trial import replicated
 
     session.require_repeatable(dataset)
+    keras_seams.require_supported(model)
+    agreement = scaling.agree_for(model)
     rows = SAMPLE_ROWS if target_batch is None else target_batch
     batches, _ = session.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True)
     effective = None if target_batch is None else _effective_batch(batches, target_batch)
-    return LiveTrials(model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom)
+    return replicated.open_on(
+        model,
+        batches,
+        agreement=agreement,
+        target_batch=effective,
+        user_limit_bytes=memory_limit_bytes,
+        headroom=headroom,
+    )
 
 
 def _shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Report:
@@ -273,13 +297,20 @@ def wrap_step(
     if not callable(train_step):
         raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")
 
-    from autobatch.train import keras_seams
+    import tensorflow as tf
+
+    from autobatch.train import keras_seams, strategy_seams
     from autobatch.train.loop import LoopModel, OneBatch, WrappedStep, element_spec_of
     from autobatch.train.recovery import Transaction
     from autobatch.train.structure import Structure, sample_count
     from autobatch.trial.in_process import LiveTrials
 
     keras_seams.require_stateless(model)
+    if strategy_seams.strategy_of(model) is not None or tf.distribute.has_strategy():
+        raise ValueError(
+            "wrap_step works on one device. Under a tf.distribute strategy give the loop to a model as its train_step "
+            f"and call autobatch.fit. Received: {getattr(model, 'name', model)!r}, made under a strategy"
+        )
     shell = LoopModel(train_step, model, optimizer, jit_compile=jit_compile)
 
     def open_first(batch: Any) -> Any:

@@ -56,6 +56,16 @@ def headroom(value: Any) -> float:
     return float(value)
 
 
+def worker_timeout(value: Any) -> float:
+    """Check ``worker_timeout``: seconds above 0."""
+    message = f"worker_timeout must be a number of seconds above 0. Received: {value!r}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(message)
+    if not 0 < value < float("inf"):
+        raise ValueError(message)
+    return float(value)
+
+
 def memory_limit(value: Any) -> int | None:
     """Check ``memory_limit``: None, or bytes; see :func:`autobatch.units.parse_bytes`."""
     return None if value is None else parse_bytes(value)

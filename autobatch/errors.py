@@ -9,6 +9,8 @@
     +-- UserCodeError          the user's code failed in a worker process; carries its traceback as text
     +-- WorkerError            a worker process could not be started or talked to
     +-- NotApplicableError     a remedy changes nothing in this model, or cannot be tried on it
+    +-- WorkerLostError        another worker of a MultiWorkerMirroredStrategy died, failed or did not answer in time
+    +-- WorkersDisagreeError   the workers of a MultiWorkerMirroredStrategy were given different data or models
 
     AutobatchWarning (a UserWarning)
 
@@ -61,6 +63,17 @@ class WorkerError(AutobatchError):
 
 class NotApplicableError(AutobatchError):
     """A remedy changes nothing in this model, or cannot be tried on it; the message says why."""
+
+
+class WorkerLostError(AutobatchError):
+    """Another worker of a MultiWorkerMirroredStrategy died, failed, or did not answer in time.
+
+    TensorFlow's collectives cannot be used again in this process: start all workers anew.
+    """
+
+
+class WorkersDisagreeError(AutobatchError):
+    """The workers of a MultiWorkerMirroredStrategy do not train the same model on the same data."""
 
 
 class AutobatchWarning(UserWarning):

@@ -145,22 +145,25 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one optimizer update is made up: ``accumulation_steps`` micro-batches of at most ``micro_batch`` samples."""
+    """How one optimizer update is made up: ``accumulation_steps`` micro-batches of at most ``micro_batch`` samples.
+
+    On several replicas each of them runs so many; ``effective_batch`` counts the samples of all ``replicas``.
+    """
 
     micro_batch: int
     accumulation_steps: int
     effective_batch: int
+    replicas: int = field(default=1, metadata={"left_out_at_default": True})
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "accumulation_steps", "effective_batch"):
+        for name in ("micro_batch", "accumulation_steps", "effective_batch", "replicas"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1. Received: {value!r}")
+        at_once = self.micro_batch * self.replicas
         _require(
-            (self.accumulation_steps - 1) * self.micro_batch
-            < self.effective_batch
-            <= self.accumulation_steps * self.micro_batch,
+            (self.accumulation_steps - 1) * at_once < self.effective_batch <= self.accumulation_steps * at_once,
             "accumulation_steps must be ceil(effective_batch / micro_batch). "
-            f"Received: {self.micro_batch=}, {self.accumulation_steps=}, {self.effective_batch=}",
+            f"Received: {self.micro_batch=}, {self.accumulation_steps=}, {self.effective_batch=}, {self.replicas=}",
         )
 
 

@@ -43,8 +43,11 @@ def search_with(
     Raises:
         NoFeasibleBatchError: Not even one sample fits.
     """
-    if target_batch is not None and trials.largest_useful is not None:
-        target_batch = min(target_batch, trials.largest_useful)
+    # Sizes are those of one replica, and so is its share of the target.
+    each = None if target_batch is None else -(-target_batch // trials.replicas)
+    if each is not None and trials.largest_useful is not None:
+        each = min(each, trials.largest_useful)
+        target_batch = each if trials.replicas == 1 else target_batch
     planning.require_objective(objective)
     tried: list[TrialResult] = []
     told: list[TrialResult] = []
@@ -59,14 +62,16 @@ def search_with(
         tell(trial)
         return trial
 
-    memory = Remembering(trials, target_batch=target_batch, objective=objective, exact=exact) if cache else None
+    # Several workers must run the same trials, whatever each of them remembers.
+    remembers = cache and trials.replicas == 1
+    memory = Remembering(trials, target_batch=target_batch, objective=objective, exact=exact) if remembers else None
     confirmed = None if memory is None else memory.confirm(run, tried)
     if confirmed is not None:
         return _report(trials, confirmed.result, confirmed.plan)
     started = time.monotonic()
     result = search.search(
         without_repeats(trials.run, tried),
-        target_batch=target_batch,
+        target_batch=each,
         budget_bytes=trials.environment.budget_bytes,
         headroom_bytes=(trials.environment.limit_bytes or 0) - (trials.environment.budget_bytes or 0),
         max_micro_batch=trials.largest_useful,
@@ -88,14 +93,15 @@ def search_with(
         raise _nothing_fits(trials, result)
     plan = None
     if target_batch is not None:
-        plan = planning.make_plan(result.trials, target_batch=target_batch, objective=objective)
+        micro_batch = planning.make_plan(result.trials, target_batch=each or 1, objective=objective).micro_batch
+        plan = _plan(micro_batch, target_batch, trials.replicas)
     if memory is not None and not cut_short:
         memory.keep(result, plan)
     return _report(trials, result, plan)
 
 
 def _report(trials: Trials, result: SearchResult, plan: Plan | None) -> Report:
-    accumulates = plan is None or plan.accumulation_steps > 1
+    accumulates = plan is None or plan.accumulation_steps > 1 or plan.replicas > 1
     return Report(
         plan=plan,
         largest_fit=result.largest_fit,
@@ -110,33 +116,39 @@ def _report(trials: Trials, result: SearchResult, plan: Plan | None) -> Report:
     )
 
 
+def _plan(micro_batch: int, effective_batch: int, replicas: int) -> Plan:
+    return Plan(micro_batch, -(-effective_batch // (micro_batch * replicas)), effective_batch, replicas)
+
+
 def say_what_differs(report: Report) -> None:
     plan = report.plan
     if plan is None or not report.warnings:
         return
-    differences = " ".join(report.warnings)
+    pieces = f"{plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batch}"
     warnings.warn(
-        f"{plan.accumulation_steps} micro-batches of {plan.micro_batch} will differ from one batch of "
-        f"{plan.effective_batch} in this: {differences}",
+        f"{pieces} will differ from one batch of {plan.effective_batch} in this: {' '.join(report.warnings)}",
         AutobatchWarning,
         stacklevel=3,
     )
 
 
-def unsearched(trials: LiveTrials, micro_batch: int, effective_batch: int) -> Report:
-    steps = -(-effective_batch // micro_batch)
-    if steps > 1:
+def unsearched(
+    trials: LiveTrials, micro_batch: int, effective_batch: int, why: str = "no search: micro_batch was given"
+) -> Report:
+    plan = _plan(micro_batch, effective_batch, trials.replicas)
+    accumulates = plan.accumulation_steps > 1 or plan.replicas > 1
+    if accumulates:
         trials.trace()
     return Report(
-        plan=Plan(micro_batch, steps, effective_batch),
+        plan=plan,
         largest_fit=None,
         smallest_failure=None,
         trials=(),
         memory_model=None,
         environment=trials.environment,
-        stopped_because="no search: micro_batch was given",
+        stopped_because=why,
         model_name=trials.model_name,
-        warnings=trials.warnings if steps > 1 else (),
+        warnings=trials.warnings if accumulates else (),
         host_uses=trials.host_uses,
     )
 

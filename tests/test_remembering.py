@@ -23,6 +23,7 @@ class Curve:
     model_name = "curve"
     warnings = ()
     host_uses = ()
+    replicas = 1
 
     def __init__(self, per_sample_mib=10, *, limit_mib=1000, content="content", seconds=lambda size: 0.01 * size):
         budget = None if limit_mib is None else limit_mib * MIB

@@ -22,6 +22,7 @@ class FullCard:
     content = ""
     warnings = ()
     host_uses = ()
+    replicas = 1
 
     def estimate_sample(self):
         return None

@@ -98,6 +98,10 @@ class WatchedTrials:
         self._told = told
 
     @property
+    def replicas(self) -> int:
+        return self._trials.replicas
+
+    @property
     def environment(self) -> Environment:
         return self._trials.environment
 

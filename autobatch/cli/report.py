@@ -42,6 +42,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--classes", type=arguments.positive_int, default=1000, metavar="N", help="of a keras: target (default: 1000)"
     )
+    parser.add_argument(
+        "--strategy",
+        choices=["mirrored"],
+        help="call TARGET under a MirroredStrategy over all GPUs; sizes are those of one replica",
+    )
     output.add_arguments(parser)
     parser.add_argument(
         "--fail-under",
@@ -151,6 +156,7 @@ def _search(options: argparse.Namespace) -> tuple[Report, int]:
         "jit_compile": options.jit,
         "input_shape": options.input,
         "classes": options.classes,
+        "strategy": options.strategy,
     }
 
     def open_worker(variant: Variant) -> WorkerTrials:

@@ -113,6 +113,9 @@ def plan(report: Report) -> str:
 
 def plan_alone(made: Plan) -> str:
     """The plan in a line, by itself."""
+    if made.replicas > 1:
+        each = f"{made.accumulation_steps:,} {TIMES} micro-batch {made.micro_batch:,}"
+        return f"effective batch {made.effective_batch:,} = {made.replicas:,} replicas {TIMES} {each}"
     if made.accumulation_steps == 1:
         return f"effective batch {made.effective_batch:,} in one micro-batch, nothing to accumulate"
     product = f"{made.accumulation_steps:,} {TIMES} micro-batch {made.micro_batch:,}"

@@ -24,6 +24,8 @@ from keras.src.trainers.compile_utils import CompileLoss as _CompileLoss
 from keras.src.trainers.data_adapters import array_slicing as _array_slicing
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
+from autobatch.train import strategy_seams
+
 __all__ = [
     "DataAdapter",
     "activated_layers",
@@ -195,6 +197,12 @@ def build_on(model: Any, element_spec: Any) -> None:
     Functional and sequential models are built whole, metrics and optimizer too; what is left the first trace builds, as
     in Keras's own ``fit``: a model with a ``call`` or a ``train_step`` of its own need not run on symbolic inputs.
     """
+    strategy = getattr(model, "_distribute_strategy", None)
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
+        _build_on(model, element_spec)
+
+
+def _build_on(model: Any, element_spec: Any) -> None:
     if isinstance(model, (keras.Sequential, _Functional)):
         symbolic = tf.nest.map_structure(
             lambda spec: None if spec is None else keras.KerasTensor(tuple(spec.shape), spec.dtype.name), element_spec
@@ -239,18 +247,13 @@ def remat_mode_of(layer: Any) -> list[str] | None:
 
 
 def require_supported(model: Any) -> None:
-    """Refuse models whose training goes another way than through Keras's own ``fit`` on one device.
+    """Refuse models whose training goes another way than through Keras's own ``fit``.
 
     Raises:
-        ValueError: the model was made under a distribution strategy, or makes its own train function.
+        ValueError: the model was made under a distribution strategy that is not supported, or cannot be trained under
+            the one that it was made under, or makes its own train function.
     """
-    strategy = getattr(model, "_distribute_strategy", None)
-    if strategy is not None or tf.distribute.has_strategy():
-        strategy = strategy or tf.distribute.get_strategy()
-        raise ValueError(
-            "autobatch trains on one device: a model made or trained under a tf.distribute strategy is not supported "
-            f"yet. Make it outside of the strategy's scope. Received: {type(strategy).__name__}"
-        )
+    strategy_seams.require_supported(model)
     if getattr(type(model), "make_train_function", None) is not keras.Model.make_train_function:
         raise ValueError(
             "This model overrides make_train_function, which autobatch would pass by. Put what it does in train_step. "

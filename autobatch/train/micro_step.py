@@ -33,6 +33,16 @@ class MicroStep:
         self.graph: tf.Graph | None = None
         """What was traced; None before, and where the step runs eagerly."""
 
+    @property
+    def averaged(self) -> list[bool]:
+        """Which parts of the logs are averaged over the micro-batches; known once a step was traced."""
+        return self._averaged
+
+    @property
+    def count_length(self) -> int | None:
+        """How many denominators depend on the data; known once a step was traced."""
+        return self._count_length
+
     def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
         return self._compiled(leaves, fraction, totals)
 

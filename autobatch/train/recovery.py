@@ -126,7 +126,7 @@ class Transaction:
         """Run ``test_step`` over one validation batch, of any size."""
         key = repr(element_spec)
         if key not in self._evaluations:
-            self._evaluations[key] = AccumulatedStep(self._step.model, element_spec)
+            self._evaluations[key] = self._step.for_data(element_spec)
         step = self._evaluations[key]
         logs = self._run(
             data, lambda data, samples: self._evaluate_once(step, data, samples), self._validation_policy, "validation"

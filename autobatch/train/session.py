@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
-from autobatch.train import data_arrays, data_cut, data_seams, keras_seams
+from autobatch.train import data_arrays, data_cut, data_seams, keras_seams, scaling
+from autobatch.train.agreement import Alone
 from autobatch.train.data import EffectiveBatches, EffectiveIterator
 from autobatch.train.keeping import Keeper
 from autobatch.train.lengths import LengthRule
@@ -81,13 +82,15 @@ def train(
     memory_watch: bool,
     lengths: LengthRule | None = None,
     keeper: Keeper | None = None,
+    agreement: Alone | None = None,
 ) -> Any:
     """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``."""
     plan = report.plan
     assert plan is not None
-    transaction = Transaction(
+    transaction = scaling.open_transaction(
         step,
         plan.micro_batch,
+        agreement=agreement or Alone(),
         device=device,
         effective_batch=plan.effective_batch,
         memory_model=report.memory_model,
@@ -97,13 +100,23 @@ def train(
         headroom=report.environment.headroom,
     )
     options = dict(options)
+    agreement = agreement or Alone()
+    given = options.get("callbacks")
     callbacks = _callback_list(model, batches, options)
+    for callback in scaling.callbacks_for(given, plan, transaction, model=model, agreement=agreement):
+        callback.set_params(callbacks.params)
+        callback.set_model(model)
+        callbacks.callbacks.append(callback)
     if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
         watch = MemoryWatch(look_for_cause=False)  # nobody asked for a walk over all that is alive
         watch.set_params(callbacks.params)
         watch.set_model(model)
         callbacks.callbacks.append(watch)
-    with _functions_replaced(model, transaction), _quiet_about_length(batches, options):
+    with (
+        _functions_replaced(model, transaction),
+        _quiet_about_length(batches, options),
+        scaling.in_fit(model, transaction),
+    ):
         try:
             history = model.fit(batches, callbacks=callbacks, shuffle=False, **options)
         except NoFeasibleBatchError:

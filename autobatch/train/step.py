@@ -51,6 +51,10 @@ class AccumulatedStep:
         with tf.device("CPU:0"):
             self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
 
+    def for_data(self, element_spec: Any) -> AccumulatedStep:
+        """The steps of the same model on data of another structure, or for another purpose."""
+        return AccumulatedStep(self.model, element_spec)
+
     def prepare(self, *, whole: bool) -> bool:
         """Trace what :meth:`plain` (``whole``) or :meth:`accumulate` and :meth:`apply` need; tell if anything was.
 
@@ -206,11 +210,12 @@ class AccumulatedStep:
         assert self._accumulate is not None
         return self._accumulate(self.structure.leaves(data), tf.constant(micro_batch, tf.int64))
 
-    def apply(self) -> None:
-        """Update the weights once with what :meth:`accumulate` summed."""
+    def apply(self) -> Logs:
+        """Update the weights once with what :meth:`accumulate` summed; on several replicas, return the logs of all."""
         self.prepare(whole=False)
         assert self._apply is not None
         self._apply()
+        return None
 
     def _trace_apply(self) -> Callable[[], None]:
         def apply() -> None:

@@ -49,6 +49,8 @@ class LiveTrials:
     wherever a trial's peak exceeds it, whatever the device itself allows.
     """
 
+    replicas = 1
+
     def __init__(
         self,
         model: Any,
@@ -76,8 +78,8 @@ class LiveTrials:
         self.device = limits.default_device()
         self._sample = Sample(batches)
         self.host_uses = batches.host_uses()
-        self.step = AccumulatedStep(model, batches.element_spec, effective_batch=target_batch)
-        self.keeper = Keeper(self.step, self.device, user_limit_bytes=user_limit_bytes, headroom=headroom)
+        self.step = self._make_step(model, batches.element_spec, target_batch)
+        self.keeper = self._make_keeper()
         keras_seams.build_on(model, self.step.structure.pack(self.step.structure.specs))
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
             warnings.warn(
@@ -92,6 +94,12 @@ class LiveTrials:
         self.model_name = str(getattr(model, "name", type(model).__name__))
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()
+
+    def _make_step(self, model: Any, element_spec: Any, effective_batch: int | None) -> AccumulatedStep:
+        return AccumulatedStep(model, element_spec, effective_batch=effective_batch)
+
+    def _make_keeper(self) -> Keeper:
+        return Keeper(self.step, self.device, user_limit_bytes=self._user_limit_bytes, headroom=self._headroom)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -124,6 +132,9 @@ class LiveTrials:
             **{name: os.environ.get(name) for name in _CHANGE_MEMORY},
         }
         return content_digest(self._model, self._sample.describe(), surroundings)
+
+    def require_no_clock(self, max_seconds: float | None) -> None:
+        """Refuse ``max_seconds`` where it cannot be held to; one process can."""
 
     def trace(self) -> None:
         """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial."""

@@ -12,10 +12,13 @@ class Trials(Protocol):
 
     ``largest_useful`` is a size above which trying makes no sense (the target batch, or the samples there are), None
     if unknown. ``fixed_bytes_hint`` is what weights, accumulators and optimizer slots will hold together, a lower bound
-    on every peak, None if unknown. ``model_name``, ``warnings`` and ``host_uses``
-    go into the report. ``content`` is a digest of what is trained and of what was set for it, by which an earlier
-    result is found; it may change once the first trial has built what was not built.
+    on every peak, None if unknown. ``model_name``, ``warnings`` and ``host_uses`` go into the report. ``content`` is a
+    digest of what is trained and of what was set for it, by which an earlier result is found; it may change once the
+    first trial has built what was not built. ``replicas`` run each size at once: sizes are those of one of them.
     """
+
+    @property
+    def replicas(self) -> int: ...
 
     @property
     def environment(self) -> Environment: ...

@@ -27,6 +27,15 @@ def distinct(variables: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
+def components(variables: Iterable[Any]) -> list[Any]:
+    """Each ``tf.Variable`` once; of one that a strategy mirrors, its copy on each device of this process."""
+    found: dict[int, Any] = {}
+    for variable in distinct(variables):
+        parts = variable.values if isinstance(variable, tf.distribute.DistributedValues) else (variable,)
+        found.update((id(part), part) for part in parts)
+    return list(found.values())
+
+
 def bytes_of(variables: Iterable[Any]) -> int:
     """The bytes that the variables' values take."""
     return sum(variable.shape.num_elements() * variable.dtype.size for variable in distinct(variables))
@@ -42,7 +51,7 @@ class Snapshot:
     @classmethod
     def on_host(cls, variables: Iterable[Any]) -> Snapshot:
         """Copy the values to host memory, so that no device memory is held for them."""
-        found = distinct(variables)
+        found = components(variables)
         return cls(found, [variable.numpy() for variable in found])
 
     def restore(self) -> None:
@@ -63,7 +72,7 @@ class Recorder:
     """
 
     def __init__(self, variables: Iterable[Any], *, beforehand: Callable[[], object] = lambda: None) -> None:
-        self._variables = distinct(variables)
+        self._variables = components(variables)
 
         def read() -> list[Any]:
             beforehand()

@@ -50,6 +50,7 @@ class _Ready:
     fingerprint: str
     content: str
     rematerialised: tuple[str, ...]
+    replicas: int
 
 
 class WorkerTrials:
@@ -66,6 +67,7 @@ class WorkerTrials:
         jit_compile: XLA on or off; None leaves the model as it was compiled.
         variant: the model built or compiled in another way; goes before ``precision`` and ``jit_compile``.
         input_shape, classes: of a ``keras:Name`` target.
+        strategy: "mirrored" calls the target under a MirroredStrategy over all devices; None leaves that to it.
         opener: for tests, another ``module:function`` in place of :data:`OPENER`.
 
     Raises:
@@ -90,6 +92,7 @@ class WorkerTrials:
         variant: Variant = AS_IT_IS,
         input_shape: tuple[int, ...] = (224, 224, 3),
         classes: int = 1000,
+        strategy: str | None = None,
         opener: str | None = None,
     ) -> None:
         if os.name != "posix":
@@ -110,9 +113,14 @@ class WorkerTrials:
             "variant": dataclasses.asdict(variant),
             "input_shape": list(input_shape),
             "classes": classes,
+            "strategy": strategy,
         }
         self._process: WorkerProcess | None = None
         self._ready = self._start()
+
+    @property
+    def replicas(self) -> int:
+        return self._ready.replicas
 
     @property
     def environment(self) -> Environment:
@@ -257,6 +265,7 @@ class WorkerTrials:
             fingerprint=message["fingerprint"],
             content=message["content"],
             rematerialised=tuple(message["rematerialised"]),
+            replicas=message["replicas"],
         )
 
     def _restart(self) -> None:

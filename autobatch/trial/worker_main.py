@@ -106,6 +106,7 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
                 "fingerprint": fingerprint,
                 "content": trials.content,
                 "rematerialised": rematerialised,
+                "replicas": trials.replicas,
             }
         )
     except BaseException as error:  # noqa: BLE001 - see above
@@ -148,7 +149,12 @@ def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
     precision = variant.precision or options["precision"]
     if precision is not None:
         _keras().config.set_dtype_policy(precision)
-    model, dataset, y, rematerialised = _build(options, variant, build)
+    with contextlib.ExitStack() as stack:
+        if options["strategy"] is not None:
+            import tensorflow as tf
+
+            stack.enter_context(tf.distribute.MirroredStrategy().scope())
+        model, dataset, y, rematerialised = _build(options, variant, build)
     module, _, function = options["opener"].partition(":")
     open_trials = getattr(importlib.import_module(module), function)
     with warnings.catch_warnings(record=True) as caught:

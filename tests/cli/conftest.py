@@ -14,6 +14,7 @@ from autobatch.records import Environment, Outcome, TrialResult
 class Stub:
     environment = Environment("CPU:0", 100_000, "stub", 95_000, 0.05, "float32", False, (("Stub", "1"),))
     largest_useful = 64
+    replicas = 1
     fixed_bytes_hint = None
     model_name = "stub"
     warnings = ()

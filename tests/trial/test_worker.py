@@ -25,6 +25,7 @@ from autobatch.records import Environment, Outcome, SampleEstimate, TrialResult
 class Stub:
     environment = Environment("CPU:0", 1 << 20, "stub", 1000, 0.05, "float32", False, (("Stub", "1"),))
     largest_useful = 256
+    replicas = 1
     fixed_bytes_hint = None
     model_name = "stub"
     warnings = ("a warning",)

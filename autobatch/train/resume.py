@@ -1,0 +1,128 @@
+"""Going on after a restart: the plan kept beside the backup, and the chief's state on every worker.
+
+Keras's ``BackupAndRestore`` keeps weights, optimizer and epoch. Beside them lies the micro-batch, so that a restart
+searches no more. On several workers the chief alone writes, and what it has restored is what all begin with: a worker
+that was killed while the chief was writing cannot come back with an epoch more or less.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from autobatch.records import Plan
+from autobatch.train import strategy_seams
+from autobatch.train.agreement import Alone
+from autobatch.train.recovery import Transaction
+from autobatch.train.replicas import all_reduce
+from autobatch.trial.snapshot import distinct
+
+FILE_NAME = "autobatch_plan.json"
+
+
+def backup_of(callbacks: Any) -> Any:
+    """The ``BackupAndRestore`` among what was given as ``callbacks``, None if there is none."""
+    if callbacks is None:
+        return None
+    if not isinstance(callbacks, Iterable):
+        callbacks = getattr(callbacks, "callbacks", [callbacks])
+    return next((each for each in callbacks if isinstance(each, keras.callbacks.BackupAndRestore)), None)
+
+
+def remembered(callbacks: Any, agreement: Alone, *, target_batch: int, replicas: int) -> int | None:
+    """The micro-batch of an earlier run of the same training, as the chief finds it; None if there is none."""
+    backup = backup_of(callbacks)
+    if backup is None:
+        return None
+    found = _read(Path(backup.backup_dir) / FILE_NAME, target_batch, replicas)
+    micro_batch = int(agreement.tell([float(found or 0)], "the plan of an earlier run")[0, 0])
+    return micro_batch or None
+
+
+def _read(path: Path, target_batch: int, replicas: int) -> int | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # none was kept, or its writer was killed before the first one was whole
+    same = isinstance(kept, dict) and (kept.get("target_batch"), kept.get("replicas")) == (target_batch, replicas)
+    micro_batch = kept.get("micro_batch") if same else None
+    return micro_batch if isinstance(micro_batch, int) and micro_batch >= 1 else None
+
+
+class PlanKeeper(keras.callbacks.Callback):  # type: ignore[misc]
+    """Keeps the micro-batch in the backup's directory, for as long as that is there."""
+
+    def __init__(self, backup_dir: str, plan: Plan, transaction: Transaction) -> None:
+        super().__init__()
+        self._path = Path(backup_dir) / FILE_NAME
+        self._plan = plan
+        self._transaction = transaction
+        self._written: int | None = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        micro_batch = self._transaction.policy.micro_batch
+        if micro_batch == self._written or not self._path.parent.exists():
+            return
+        kept = {
+            "micro_batch": micro_batch,
+            "target_batch": self._plan.effective_batch,
+            "replicas": self._plan.replicas,
+        }
+        aside = self._path.with_suffix(f".{os.getpid()}.new")
+        aside.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        aside.replace(self._path)
+        self._written = micro_batch
+
+
+class FromTheChief(keras.callbacks.Callback):  # type: ignore[misc]
+    """Gives every worker the chief's weights, optimizer and epoch when training begins."""
+
+    def __init__(self, strategy: Any, agreement: Alone) -> None:
+        super().__init__()
+        self._strategy = strategy
+        self._agreement = agreement
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        model = self.model
+        epoch = self._agreement.tell([float(strategy_seams.initial_epoch(model))], "the epoch to begin with")[0, 0]
+        strategy_seams.begin_at_epoch(model, int(epoch))
+        optimizer = [] if model.optimizer is None else model.optimizer.variables
+        variables = distinct([*model.variables, *optimizer])
+        with self._agreement.waiting("the weights to begin with"):
+            tf.function(lambda: self._strategy.run(self._adopt, args=(variables,)), autograph=False)()
+
+    def _adopt(self, variables: list[Any]) -> None:
+        device = strategy_seams.devices_of(self._strategy)[strategy_seams.replica_here()]
+        leads = self._agreement.index == 0 and strategy_seams.replica_here() == 0
+        carried = [variable.dtype if variable.dtype.is_floating else tf.int64 for variable in variables]
+        values = [tf.cast(variable, dtype) for variable, dtype in zip(variables, carried, strict=True)]
+        sums = all_reduce([value if leads else tf.zeros_like(value) for value in values], device)
+        for variable, total in zip(variables, sums, strict=True):
+            local = self._strategy.experimental_local_results(variable)[strategy_seams.replica_here()]
+            local.assign(tf.cast(total, variable.dtype))
+
+
+def callbacks_for(given: Any, plan: Plan, transaction: Transaction, *, strategy: Any, agreement: Alone) -> list[Any]:
+    """What is to be added to a training's callbacks."""
+    added: list[Any] = []
+    backup = backup_of(given)
+    if backup is not None and agreement.index == 0:
+        added.append(PlanKeeper(backup.backup_dir, plan, transaction))
+    if agreement.count > 1:
+        if backup is not None and agreement.index > 0:
+            strategy_seams.never_write(backup)
+        added.append(FromTheChief(strategy, agreement))
+    return added

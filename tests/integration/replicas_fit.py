@@ -1,0 +1,336 @@
+"""Run by the tests, in a process of its own, with several logical CPU devices: each case against a single device.
+
+``python replicas_fit.py REPLICAS CASE...`` prints one JSON object: by case, what came of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models import relative_error, run_out_if
+
+import autobatch
+
+SAMPLES, TARGET = 51, 20  # 20, 20 and a tail of 11, which neither 2 nor 4 replicas divide
+STRATEGY = None
+
+
+class OutOfMemoryOnReplica(layers.Layer):
+    """Runs out of memory on one replica where ``asked()`` says so; passes its inputs on."""
+
+    def __init__(self, replica, asked):
+        super().__init__()
+        self.replica, self.asked = replica, asked
+
+    def call(self, inputs):
+        context = tf.distribute.get_replica_context()
+        here = tf.get_static_value(context.replica_id_in_sync_group) if context is not None else None
+        return inputs + run_out_if(self.asked) if here == self.replica else inputs
+
+
+class HungryAdam(keras.optimizers.Adam):
+    """Runs out of memory in the middle of its update, on one replica."""
+
+    asked = staticmethod(lambda: False)
+
+    def update_step(self, gradient, variable, learning_rate):
+        if "bias" in variable.name and "1" in variable.device[-1:]:
+            gradient = gradient + run_out_if(self.asked)
+        super().update_step(gradient, variable, learning_rate)
+
+
+class Calls:
+    """True at the given calls, from 0, of the function that it is."""
+
+    def __init__(self, *calls):
+        self.calls, self.count = set(calls), -1
+
+    def __call__(self):
+        self.count += 1
+        return self.count in self.calls
+
+
+def dense(*extra, optimizer=None, seed=1, **options):
+    keras.utils.set_random_seed(seed)
+    stack = [keras.Input((16,)), layers.Dense(8, activation="relu", kernel_regularizer="l2"), *extra, layers.Dense(3)]
+    model = keras.Sequential(stack)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer or keras.optimizers.Adam(0.01, clipnorm=0.1), loss, metrics=["accuracy"], **options)
+    return model
+
+
+def masked(reduction="sum_over_batch_size"):
+    """Per time step, with padding that an Embedding masks."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((7,)), layers.Embedding(11, 6, mask_zero=True), layers.Dense(3)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+    model.compile(keras.optimizers.SGD(0.5), loss, metrics=["accuracy"])
+    return model
+
+
+def arrays(samples=SAMPLES):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(samples, 16)).astype("float32")
+    return x, random.integers(0, 3, samples), random.random(samples).astype("float32") + 0.1
+
+
+def sequences():
+    random = np.random.default_rng(0)
+    x = random.integers(1, 11, (SAMPLES, 7))
+    x[np.arange(7)[None] >= random.integers(1, 8, SAMPLES)[:, None]] = 0
+    return x, random.integers(0, 3, (SAMPLES, 7)), random.random((SAMPLES, 7)).astype("float32")
+
+
+def compared(build, data, *, ours=None, target=TARGET, micro_batch=3, plain_options=None, **options):
+    """Train both; return how far weights and History are from each other, and what autobatch says."""
+    fit = {"shuffle": False, "verbose": 0, "epochs": 2, **options}
+    plain = build()
+    x, y, weight = data
+    expected = plain.fit(x, y, sample_weight=weight, batch_size=target, **fit, **(plain_options or {}))
+    with STRATEGY.scope():
+        replicated = (ours or build)()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", autobatch.AutobatchWarning)
+        history = autobatch.fit(
+            replicated, x, y, sample_weight=weight, target_batch=target, micro_batch=micro_batch, **fit
+        )
+    return {
+        "weights": relative_error(replicated.get_weights(), plain.get_weights()),
+        "history": _history_error(history, expected),
+        "names": sorted(history.history) == sorted(expected.history),
+        "iterations": [int(replicated.optimizer.iterations.numpy()), int(plain.optimizer.iterations.numpy())],
+        "alike": all(
+            np.array_equal(variable.value.values[0].numpy(), part.numpy())
+            for variable in replicated.trainable_variables
+            for part in variable.value.values
+        ),
+        "plan": [history.plan.micro_batch, history.plan.accumulation_steps, history.plan.replicas],
+        "recoveries": [[r.update, r.phase, r.micro_batch_before, r.micro_batch_after] for r in history.recoveries],
+    }
+
+
+def _history_error(history, expected):
+    return max(
+        relative_error([np.asarray(history.history[name])], [np.asarray(values)])
+        for name, values in expected.history.items()
+    )
+
+
+def weighted():
+    x, y, weight = arrays()
+    return compared(dense, (x, y, weight), validation_data=(x[:23], y[:23], weight[:23]))
+
+
+def fewer_samples_than_replicas():
+    x, y, _ = arrays(TARGET + 1)
+    return compared(dense, (x, y, None))
+
+
+def masked_losses():
+    found = {"sum_over_batch_size": compared(masked, (*sequences()[:2], None))}
+    name = "mean_with_sample_weight"
+    found[name] = compared(lambda: masked(name), sequences())
+    return found
+
+
+def searched():
+    return compared(dense, (*arrays()[:2], None), micro_batch="auto", epochs=1)
+
+
+def reduced_once():
+    """How many all-reduces the first replica is traced with, and how many numbers each takes; five micro-batches."""
+    sizes = []
+    original = tf.distribute.ReplicaContext.all_reduce
+
+    def all_reduce(context, reduce_op, value, options=None):
+        if tf.get_static_value(context.replica_id_in_sync_group) == 0:
+            sizes.append(sum(part.shape.num_elements() for part in tf.nest.flatten(value)))
+        return original(context, reduce_op, value, options)
+
+    with STRATEGY.scope():
+        model = dense()
+    tf.distribute.ReplicaContext.all_reduce = all_reduce
+    try:
+        autobatch.fit(model, *arrays()[:2], target_batch=TARGET, micro_batch=2, verbose=0)
+    finally:
+        tf.distribute.ReplicaContext.all_reduce = original
+    return {"sizes": sizes, "weights": sum(variable.shape.num_elements() for variable in model.trainable_variables)}
+
+
+def a_smaller_device_decides():
+    """The last replica has room for 4 samples, the others for all."""
+    last = STRATEGY.num_replicas_in_sync - 1
+
+    class Small(OutOfMemoryOnReplica):
+        def call(self, inputs):
+            context = tf.distribute.get_replica_context()
+            if context is None or tf.get_static_value(context.replica_id_in_sync_group) != self.replica:
+                return inputs
+            size = tf.cast(tf.where(tf.shape(inputs)[0] > 4, 1 << 44, 1), tf.int64)
+            return inputs + 0.0 * tf.random.normal(tf.reshape(size, [1]))[0]
+
+    return compared(dense, (*arrays()[:2], None), ours=lambda: dense(Small(last, None)), micro_batch="auto", epochs=1)
+
+
+def out_of_memory_on_one_replica():
+    """At the first, a middle and the last micro-batch of the second update: of 10 samples a replica, 4 at a time."""
+    found = {}
+    per_update = -(-TARGET // STRATEGY.num_replicas_in_sync)
+    steps = -(-per_update // 2)
+    for name, micro_step in (("first", 0), ("middle", steps // 2), ("last", steps - 1)):
+        asked = Calls(steps + micro_step)
+        found[name] = compared(
+            dense,
+            (*arrays()[:2], None),
+            ours=lambda asked=asked: dense(OutOfMemoryOnReplica(1, asked)),
+            micro_batch=2,
+            epochs=1,
+        )
+    return found
+
+
+def out_of_memory_in_the_update():
+    class Once(HungryAdam):
+        asked = staticmethod(Calls(1))
+
+    return compared(
+        lambda: dense(optimizer=keras.optimizers.Adam(0.01)),
+        (*arrays()[:2], None),
+        ours=lambda: dense(optimizer=Once(0.01)),
+        epochs=1,
+    )
+
+
+def rolled_back_bit_for_bit():
+    """Out of memory for good in the second update: everything on every device is as after the first."""
+    state = {"out": False}
+    kept = []
+
+    class Remember(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            kept[:] = everything(self.model)
+            state["out"] = True
+
+    with STRATEGY.scope():
+        extra = [layers.BatchNormalization(), layers.Dropout(0.3), OutOfMemoryOnReplica(1, lambda: state["out"])]
+        model = dense(*extra)
+    message = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", autobatch.AutobatchWarning)
+        try:
+            autobatch.fit(model, *arrays()[:2], target_batch=TARGET, micro_batch=3, callbacks=[Remember()], verbose=0)
+        except autobatch.NoFeasibleBatchError as error:
+            message = str(error)
+    now = everything(model)
+    same = [np.array_equal(before, after) for before, after in zip(kept, now, strict=True)]
+    return {
+        "same": all(same),
+        "values": len(same),
+        "message": message,
+        "iterations": int(model.optimizer.iterations.numpy()),
+    }
+
+
+def everything(model):
+    own = [*model.variables, *model.optimizer.variables, *(v for metric in model.metrics for v in metric.variables)]
+    return [part.numpy() for variable in own for part in variable.value.values]
+
+
+def other_data():
+    """A tf.data.Dataset of samples, and batches by the two, with several executions to a step."""
+    x, y, _ = arrays()
+    with STRATEGY.scope():
+        model = dense(steps_per_execution=2)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(7)
+    history = autobatch.fit(model, dataset, target_batch=TARGET, micro_batch=3, epochs=2, verbose=0)
+    plain = dense()
+    expected = plain.fit(x, y, batch_size=TARGET, epochs=2, shuffle=False, verbose=0)
+    return {
+        "weights": relative_error(model.get_weights(), plain.get_weights()),
+        "history": _history_error(history, expected),
+    }
+
+
+def a_step_of_its_own():
+    """A train_step with a loss and logs of its own, and sixteen-bit layers with a LossScaleOptimizer."""
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = layers.Dense(1)
+            self.build((None, 16))
+
+        def build(self, shape):
+            self.inner.build(shape)
+            super().build(shape)
+
+        def call(self, inputs):
+            return self.inner(inputs)
+
+        def train_step(self, data):
+            x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(self(x) - tf.cast(y, tf.float32)[:, None]))
+            self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+            return {"my_loss": loss}
+
+    def build():
+        keras.utils.set_random_seed(1)
+        model = Own()
+        model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)))
+        return model
+
+    return compared(build, (*arrays()[:2], None))
+
+
+def refusals():
+    x, y, _ = arrays()
+    found = {}
+
+    def tried(name, model, **options):
+        try:
+            autobatch.fit(model, x, y, target_batch=TARGET, verbose=0, **options)
+        except ValueError as error:
+            found[name] = str(error)
+
+    optimizer = keras.optimizers.SGD()
+    with STRATEGY.scope():
+        inside = dense()
+        tried("inside", inside)
+        elsewhere = dense(optimizer=optimizer)
+        eager = dense(run_eagerly=True)
+        synchronized = dense(layers.BatchNormalization(synchronized=True))
+    tried("optimizer", elsewhere)
+    tried("eager", eager)
+    tried("synchronized", synchronized)
+    try:
+        autobatch.wrap_step(lambda batch: None, model=inside, optimizer=inside.optimizer, target_batch=4)(x)
+    except ValueError as error:
+        found["loop"] = str(error)
+    return found
+
+
+def main():
+    global STRATEGY
+    replicas = int(sys.argv[1])
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+    STRATEGY = tf.distribute.MirroredStrategy([f"CPU:{index}" for index in range(replicas)])
+    with contextlib.redirect_stdout(sys.stderr):
+        found = {name: globals()[name]() for name in sys.argv[2:]}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
