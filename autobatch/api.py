@@ -302,6 +302,7 @@ def wrap_step(
     from autobatch.train import keras_seams, strategy_seams
     from autobatch.train.loop import LoopModel, OneBatch, WrappedStep, element_spec_of
     from autobatch.train.recovery import Transaction
+    from autobatch.train.step import AccumulatedStep
     from autobatch.train.structure import Structure, sample_count
     from autobatch.trial.in_process import LiveTrials
 
@@ -326,16 +327,26 @@ def wrap_step(
             report = unsearched(trials, min(chosen, target), target)
         say_what_differs(report)
         assert report.plan is not None
-        transaction = Transaction(
-            trials.step,
-            report.plan.micro_batch,
-            device=trials.device,
-            memory_model=report.memory_model,
-            lengths=trials.length_rule(report),
-            keeper=trials.keeper,
-            user_limit_bytes=limit_bytes,
-            headroom=share,
-        )
-        return trials.step, transaction, report
+        plan, memory_model = report.plan, report.memory_model
+
+        def transaction_for(step: Any, lengths: Any, keeper: Any) -> Transaction:
+            return Transaction(
+                step,
+                plan.micro_batch,
+                device=trials.device,
+                memory_model=memory_model,
+                lengths=lengths,
+                keeper=keeper,
+                user_limit_bytes=limit_bytes,
+                headroom=share,
+            )
+
+        def open_wider(element_spec: Any, before: Transaction) -> Transaction:
+            step = AccumulatedStep(shell, element_spec, effective_batch=target)
+            after = transaction_for(step, trials.length_rule(report, step.structure), None)
+            after.follow(before)
+            return after
+
+        return transaction_for(trials.step, trials.length_rule(report), trials.keeper), report, open_wider
 
     return WrappedStep(open_first)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from autobatch.records import HostUse, Report
 from autobatch.train.recovery import Transaction
-from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import Structure
 
 
@@ -91,15 +91,47 @@ def element_spec_of(data: Any) -> Any:
     )
 
 
+def widened(element_spec: Any, batch: Any) -> Any:
+    """``element_spec`` with every dimension left open in which ``batch`` differs; the same object if none does.
+
+    Samples padded to the longest of each batch have another length in each.
+    """
+    differs = False
+
+    def widen(spec: Any, part: Any) -> Any:
+        nonlocal differs
+        if not isinstance(spec, tf.TensorSpec) or spec.shape.rank is None:
+            return spec
+        sizes = tuple(np.shape(part))
+        known = spec.shape.as_list()
+        if len(sizes) != len(known):
+            return spec  # the step itself says what is wrong with it
+        kept = [None if size != was else was for was, size in zip(known[1:], sizes[1:], strict=True)]
+        differs = differs or kept != known[1:]
+        return tf.TensorSpec([known[0], *kept], spec.dtype)
+
+    wider = tf.nest.map_structure(widen, element_spec, batch, expand_composites=False)
+    return wider if differs else element_spec
+
+
 class WrappedStep:
     """A ``train_step`` that takes effective batches of any size; made by :func:`autobatch.wrap_step`.
 
     ``report`` is that of the search, None before the first batch; ``recoveries`` lists what happened since.
+
+    Args:
+        open_first: Searches on the first batch; returns the transaction for it, its report, and what makes the
+            transaction for a wider element spec, given the one before.
     """
 
-    def __init__(self, open_first: Callable[[Any], tuple[AccumulatedStep, Transaction, Report]]) -> None:
+    def __init__(
+        self,
+        open_first: Callable[[Any], tuple[Transaction, Report, Callable[[Any, Transaction], Transaction]]],
+    ) -> None:
         self._open_first = open_first
+        self._open_wider: Callable[[Any, Transaction], Transaction] | None = None
         self._transaction: Transaction | None = None
+        self._element_spec: Any = None
         self.report: Report | None = None
 
     @property
@@ -108,6 +140,11 @@ class WrappedStep:
 
     def __call__(self, batch: Any) -> Any:
         """Make one update with an effective batch; return what ``train_step`` returned, for the whole of it."""
-        if self._transaction is None:
-            _, self._transaction, self.report = self._open_first(batch)
+        if self._transaction is None or self._open_wider is None:
+            self._transaction, self.report, self._open_wider = self._open_first(batch)
+            self._element_spec = element_spec_of(batch)
+        wider = widened(self._element_spec, batch)
+        if wider is not self._element_spec:
+            self._transaction = self._open_wider(wider, self._transaction)
+            self._element_spec = wider
         return self._transaction.train(batch)

@@ -109,6 +109,13 @@ class Transaction:
         self._headroom = headroom
         self._updates = 0
 
+    def follow(self, before: Transaction) -> None:
+        """Go on where another transaction of the same training ended: its sizes, its recoveries, its updates."""
+        self.recoveries = before.recoveries
+        self.policy = before.policy
+        self._updates = before._updates
+        before._step.release_accumulators()
+
     def train(self, data: Any) -> Logs:
         """Make one update with an effective batch, whatever it takes.
 

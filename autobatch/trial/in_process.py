@@ -29,6 +29,7 @@ from autobatch.train.keeping import Keeper, Place
 from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import CAUGHT
 from autobatch.train.step import AccumulatedStep
+from autobatch.train.structure import Structure
 from autobatch.trial import estimate, intruders
 from autobatch.trial.content import content_digest
 from autobatch.trial.sample import Data, Sample
@@ -111,9 +112,12 @@ class LiveTrials:
             tables_kept_as_rows=self.step.tables_kept_as_rows,
         )
 
-    def length_rule(self, report: Report) -> LengthRule:
-        """How training is to size micro-batches of samples that are shorter or longer than the trials'."""
-        return LengthRule.after_search(self._sample.structure, self._sample.leaves, report)
+    def length_rule(self, report: Report, structure: Structure | None = None) -> LengthRule:
+        """How training is to size micro-batches of samples that are shorter or longer than the trials'.
+
+        ``structure`` tells which dimensions vary, where more of them do than in the data that the trials saw.
+        """
+        return LengthRule.after_search(structure or self._sample.structure, self._sample.leaves, report)
 
     @property
     def content(self) -> str:

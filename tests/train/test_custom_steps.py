@@ -206,3 +206,38 @@ def test_a_loop_without_fit():
     assert step.report.plan.micro_batch <= 17
     assert int(optimizer.iterations.numpy()) == 3
     assert step.recoveries == ()
+
+
+def test_a_loop_over_batches_padded_to_lengths_of_their_own_is_exact():
+    random = np.random.default_rng(0)
+    batches = [
+        (random.integers(1, 50, (samples, length)).astype("int32"), random.integers(0, 3, samples))
+        for samples, length in [(24, 10), (24, 6), (24, 13), (7, 6)]
+    ]
+
+    def build():
+        keras.utils.set_random_seed(1)
+        stack = [keras.Input((None,), dtype="int32"), layers.Embedding(50, 4), layers.GlobalAveragePooling1D()]
+        return keras.Sequential([*stack, layers.Dense(3)])
+
+    def loop_over(wrap):
+        model, optimizer = build(), keras.optimizers.SGD(0.5, momentum=0.9)
+        loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+        def train_step(batch):
+            x, y = batch
+            with tf.GradientTape() as tape:
+                loss = loss_of(y, model(x, training=True))
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+            return loss
+
+        step = wrap(train_step, model, optimizer)
+        return model, [float(step((tf.constant(x), tf.constant(y)))) for x, y in batches]
+
+    def wrap(train_step, model, optimizer):
+        return autobatch.wrap_step(train_step, model=model, optimizer=optimizer, target_batch=24, micro_batch=5)
+
+    plain, expected = loop_over(lambda train_step, model, optimizer: train_step)
+    ours, losses = loop_over(wrap)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
