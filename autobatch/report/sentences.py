@@ -186,9 +186,17 @@ def stopped(report: Report) -> str:
     return printable(report.stopped_because) or "not recorded"
 
 
+COMPILATION_SECONDS = 1.0
+"""A first step that takes so much longer than the next ones was compiled, and is worth a note."""
+
+
 def trial_note(trial: TrialResult) -> str:
-    """What a row of the table of trials cannot show: the failure's own words, and whether it was tried again."""
+    """What a row of the table of trials cannot show: what came before its steps, a failure's words, a second try."""
     parts = []
+    if trial.first_step_seconds is not None and trial.step_seconds is not None:
+        before_seconds = trial.first_step_seconds - trial.step_seconds
+        if before_seconds >= COMPILATION_SECONDS:
+            parts.append(f"{format_seconds(before_seconds)} before its steps, for tracing and compilation")
     if trial.requested_bytes is not None and not trial.fits:
         parts.append(f"asked for {format_bytes(trial.requested_bytes)} more")
     if trial.retried:

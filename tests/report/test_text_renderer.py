@@ -5,7 +5,8 @@ import dataclasses
 import golden
 import pytest
 
-from autobatch.report import text
+from autobatch.records import Outcome, TrialResult
+from autobatch.report import sentences, text
 
 
 def test_golden(report, report_name):
@@ -43,3 +44,9 @@ def test_the_distance_to_the_limit(full):
 def test_every_warning_is_shown(full):
     report = dataclasses.replace(full, warnings=("first", "second"))
     assert "- first\n - second" in text.render(report)
+
+
+def test_compilation_and_steps_are_told_apart():
+    compiled = TrialResult(8, Outcome.FITS, step_seconds=0.5, first_step_seconds=27.5)
+    assert sentences.trial_note(compiled) == "27.00 s before its steps, for tracing and compilation"
+    assert sentences.trial_note(TrialResult(8, Outcome.FITS, step_seconds=0.5, first_step_seconds=0.9)) == ""
