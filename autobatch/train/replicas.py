@@ -44,6 +44,8 @@ class ReplicatedStep(AccumulatedStep):
         self._read_metrics: Callable[..., Any] | None = None
         self.metric_logs: dict[str, Any] | None = None
         self._pending: list[Any] = []
+        self.replica_seconds: Any = None
+        """The seconds that each replica here took for its last micro-batches: a float64 tensor; None before them."""
 
     def for_data(self, element_spec: Any) -> ReplicatedStep:
         return ReplicatedStep(self.model, element_spec, self.strategy)
@@ -141,7 +143,8 @@ class ReplicatedStep(AccumulatedStep):
             totals = self.count(data, micro_batch) * self.workers if self.counts_needed else []
         with tf.device("CPU:0"):
             size, whole = tf.constant(micro_batch, tf.int64), tf.constant(total, tf.float64)
-            return function(leaves, size, whole, tf.constant(totals, tf.float64))
+            means, others, self.replica_seconds = function(leaves, size, whole, tf.constant(totals, tf.float64))
+        return means, others
 
     def apply(self) -> Logs:
         """Reduce the sums over all replicas and update the weights once; return the logs of the whole update."""
@@ -212,21 +215,27 @@ class ReplicatedStep(AccumulatedStep):
                 part, samples = part_of(leaves)
                 with tf.device("CPU:0"):
                     share = tf.cast(samples, tf.float64) / total
+                    with tf.control_dependencies([share]):
+                        begun = tf.timestamp()
 
                 def body(piece: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
                     with tf.device("CPU:0"):
                         fraction = fraction * share
                     return micro.merge_logs(carried, micro(piece, fraction, totals), fraction)
 
-                logs = loop(part, samples, micro_batch, micro.empty_logs(), body)
+                with tf.control_dependencies([begun]):
+                    logs = loop(part, samples, micro_batch, micro.empty_logs(), body)
+                with tf.device("CPU:0"), tf.control_dependencies([tf.identity(log) for log in logs]):
+                    seconds = tf.timestamp() - begun  # what was copied to the host has been computed
                 means = [tf.cast(log, tf.float64) for log, mean in zip(logs, micro.averaged, strict=True) if mean]
                 others = [log for log, mean in zip(logs, micro.averaged, strict=True) if not mean]
-                return tf.stack(means) if means else tf.zeros([0], tf.float64), others
+                return tf.stack(means) if means else tf.zeros([0], tf.float64), others, seconds
 
             with strategy_seams.losses_unscaled():
-                means, others = self.strategy.run(on_replica)
+                means, others, seconds = self.strategy.run(on_replica)
             first = [self.strategy.experimental_local_results(part)[0] for part in others]
-            return tf.stack(self.strategy.experimental_local_results(means)), first
+            taken = tf.stack(self.strategy.experimental_local_results(seconds))
+            return tf.stack(self.strategy.experimental_local_results(means)), first, taken
 
         specs = self.structure.specs
         size = tf.TensorSpec([], tf.int64)

@@ -22,7 +22,7 @@ from autobatch.train.replicated_recovery import ReplicatedKeeper
 from autobatch.train.together import Moment, together
 from autobatch.trial.in_process import ENOUGH_SECONDS, LiveTrials
 from autobatch.trial.sample import Data
-from autobatch.units import format_bytes
+from autobatch.units import format_bytes, format_seconds
 
 
 class _OutOfMemoryError(Exception):
@@ -153,6 +153,7 @@ class ReplicatedTrials(LiveTrials):
         budget = self.environment.budget_bytes
         peak = None if highest < 0 else int(highest)
         over = peak is not None and budget is not None and peak > budget
+        told = self._of_each(peaks, micro_batches=1 if steps else 2)
         return TrialResult(
             micro_batch,
             Outcome.OUT_OF_MEMORY if over else Outcome.FITS,
@@ -160,8 +161,22 @@ class ReplicatedTrials(LiveTrials):
             step_seconds=statistics.median(steps or [first / 2]),
             apply_seconds=statistics.median(applies or [first_apply]),
             first_step_seconds=first / 2,
-            detail=f"its peak of {format_bytes(highest)} is over the budget" if over else _of_each(peaks),
+            detail=f"its peak of {format_bytes(highest)} is over the budget" if over else told,
         )
+
+    def _of_each(self, peaks: dict[str, int], micro_batches: int) -> str:
+        """The peaks and times of several replicas, in words; those of other workers are not among them.
+
+        ``micro_batches`` is how many each of them ran last.
+        """
+        if len(self._devices) < 2:
+            return ""
+        parts = [f"{format_bytes(peak)} on {device}" for device, peak in peaks.items()]
+        told = [f"peaks: {', '.join(parts)}"] if parts else []
+        seconds = dict(zip(self._devices, (self.step.replica_seconds.numpy() / micro_batches).tolist(), strict=True))
+        slowest = max(seconds, key=lambda device: seconds[device])
+        each = ", ".join(f"{format_seconds(taken)} on {device}" for device, taken in seconds.items())
+        return "; ".join([*told, f"a micro-batch: {each}; the slowest is {slowest}"])
 
     def _apply_seconds(self) -> float:
         with self._agreement.waiting(f"trial {self._trials_run}"):
@@ -181,10 +196,3 @@ class ReplicatedTrials(LiveTrials):
         if told.diagnosis is not None:
             raise _OutOfMemoryError(told.diagnosis)
         return float(told.rows.max())
-
-
-def _of_each(peaks: dict[str, int]) -> str:
-    """The peaks of several replicas, in words; those of other workers are not among them."""
-    if len(peaks) < 2:
-        return ""
-    return "peaks: " + ", ".join(f"{format_bytes(peak)} on {device}" for device, peak in peaks.items())

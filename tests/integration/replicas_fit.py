@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -181,6 +182,28 @@ def a_smaller_device_decides():
             return inputs + 0.0 * tf.random.normal(tf.reshape(size, [1]))[0]
 
     return compared(dense, (*arrays()[:2], None), ours=lambda: dense(Small(last, None)), micro_batch="auto", epochs=1)
+
+
+def a_slower_device_is_named():
+    """The last replica waits in every micro-batch."""
+    last = STRATEGY.num_replicas_in_sync - 1
+
+    def wait(inputs):
+        time.sleep(0.1)
+        return inputs
+
+    class Slow(OutOfMemoryOnReplica):
+        def call(self, inputs):
+            context = tf.distribute.get_replica_context()
+            if context is None or tf.get_static_value(context.replica_id_in_sync_group) != self.replica:
+                return inputs
+            waited = tf.numpy_function(wait, [inputs], inputs.dtype, stateful=True)
+            return inputs + 0.0 * tf.ensure_shape(waited, inputs.shape)
+
+    with STRATEGY.scope():
+        model = dense(Slow(last, None))
+    report = autobatch.tune(model, *arrays()[:2], target_batch=TARGET)
+    return [trial.detail for trial in report.trials if trial.fits]
 
 
 def out_of_memory_on_one_replica():

@@ -18,6 +18,7 @@ CASES = {
         "searched",
         "reduced_once",
         "a_smaller_device_decides",
+        "a_slower_device_is_named",
         "out_of_memory_on_one_replica",
         "out_of_memory_in_the_update",
         "rolled_back_bit_for_bit",
@@ -134,3 +135,11 @@ def test_a_train_step_of_ones_own_and_a_loss_scale():
 )
 def test_what_cannot_be_is_refused_by_name(case, words):
     assert words in of("refusals")[case]
+
+
+def test_the_time_of_each_replica_is_told_and_the_slowest_is_named():
+    details = of("a_slower_device_is_named")
+    assert details
+    for detail in details:
+        assert "on CPU:0, " in detail
+        assert detail.endswith("the slowest is CPU:1")
