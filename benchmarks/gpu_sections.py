@@ -6,6 +6,7 @@ Every part runs on a GPU where TensorFlow sees one, and in a limited arena on th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -338,6 +339,7 @@ def search(name: str, precision: str, xla: str, seconds: str) -> None:
         "start_seconds": time.perf_counter() - started,
         "fixed_bytes_hint": trials.fixed_bytes_hint,
         "budget_bytes": trials.environment.budget_bytes,
+        "estimate": None if (estimate := trials.estimate_sample()) is None else dataclasses.asdict(estimate),
     }
     del measurements.taken[1]
     answer: dict[str, Any] = {
