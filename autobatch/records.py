@@ -38,10 +38,35 @@ class TrialRequest:
 
     micro_batch: int
     timed_steps: int = 3
+    record_allocations: bool = False
 
     def __post_init__(self) -> None:
         _require(self.micro_batch >= 1, f"micro_batch must be at least 1. Received: {self.micro_batch!r}")
         _require(self.timed_steps >= 0, f"timed_steps must not be negative. Received: {self.timed_steps!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationTrace:
+    """What the steps of one trial asked of the device's allocator, block by block, and what lay where before.
+
+    ``regions`` are the pieces of address space that the allocator has, as (start, bytes). The first ``len(held)``
+    blocks were there before, as (start, bytes); block ``len(held) + i`` was allocated in the trial, and ``sizes[i]`` is
+    what it takes, as (bytes whatever the size, bytes per sample). ``order`` is what happened: ``n`` allocates block n,
+    ``~n`` gives it back.
+    """
+
+    micro_batch: int
+    regions: tuple[tuple[int, int], ...]
+    held: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[float, float], ...]
+    order: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require(self.micro_batch >= 1, f"micro_batch must be at least 1. Received: {self.micro_batch!r}")
+        _require(bool(self.regions), f"regions must not be empty. Received: {self.regions!r}")
+        blocks = len(self.held) + len(self.sizes)
+        strange = [step for step in self.order if not -blocks <= step < blocks]
+        _require(not strange, f"order must name blocks from 0 to {blocks - 1}. Received: {strange[:3]!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +80,7 @@ class TrialResult:
     ``first_step_seconds`` of the first micro-step with its tracing and compilation. ``requested_bytes`` is the
     allocation that a failure named, if it named one.
     ``retried`` tells that the size failed once while another process held memory, and was tried again.
+    ``allocations`` is what a size that fits asked of the allocator, where that was asked for and can be told.
     """
 
     micro_batch: int
@@ -68,6 +94,7 @@ class TrialResult:
     detail: str = ""
     sample_peak_bytes: int | None = None
     held_bytes: int | None = None
+    allocations: AllocationTrace | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _require(self.micro_batch >= 1, f"micro_batch must be at least 1. Received: {self.micro_batch!r}")

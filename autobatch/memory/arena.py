@@ -130,6 +130,30 @@ def arena_limit_bytes(device: str | None = None) -> int | None:
     return (int(text) if text.isdecimal() else _DEFAULT_LIMIT_MIB) * MIB
 
 
+def reserve_in_one_piece() -> bool:
+    """Let a limited CPU arena take what is left of it at once, as a GPU's allocator does; return whether it was asked.
+
+    The arena grows in regions that double, and a tensor must lie within one: up to half of the limit would be lost to
+    the seams. Nothing is written to the memory, so that none is really used. Asking is left out where it might fail.
+    """
+    limit_bytes = arena_limit_bytes("CPU:0")
+    if limit_bytes is None:
+        return False
+    tf = _import_tensorflow()
+    # Regions add up to at most about twice what was ever held in them.
+    free_bytes = limit_bytes - 2 * tf.config.experimental.get_memory_info("CPU:0")["peak"]
+    if free_bytes <= limit_bytes // 2:
+        return False
+    # The next region is the smallest power of two that holds what is asked for, or all that is left: so a little more
+    # than the largest power of two below what is left is enough.
+    wanted_bytes = 2 ** (free_bytes.bit_length() - 1) + 1
+    if wanted_bytes > free_bytes - MIB:
+        wanted_bytes = wanted_bytes // 2 + 1
+    with tf.device("CPU:0"):
+        tf.raw_ops.Empty(shape=[-(-wanted_bytes // 2**10), 2**10], dtype=tf.uint8)
+    return True
+
+
 def devices_started() -> bool:
     """Whether TensorFlow has started its devices, after which no limit can be set any more."""
     module = _eager_context()

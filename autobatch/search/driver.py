@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from autobatch.records import SampleEstimate, SearchResult, TrialRequest, TrialResult
+from autobatch.records import AllocationTrace, SampleEstimate, SearchResult, TrialRequest, TrialResult
+from autobatch.search import replay
 from autobatch.search.bracket import Bracket
 from autobatch.search.memory_model import fit_memory_model
 from autobatch.search.planning import candidate_sizes, require_objective
@@ -23,6 +24,13 @@ MOST_TRIALS_WITH_SPEED = 4
 
 TIMED_STEPS = 3
 """Micro-steps that are timed in each trial where the plan is chosen by speed."""
+
+_REPLAYED_ALIKE = 0.25
+"""A replay whose own size ends with another peak than was measured, by more than this, is not believed."""
+
+_LEAST_GROWTH = 0.5
+"""Nor one in which all blocks together grow by less than this part of what the peak rose by: they are given back and
+asked for again, and add up to several times that."""
 
 _FALLING = 1.05
 """Throughput counts as falling where a smaller size passes this many times the samples per second."""
@@ -48,12 +56,15 @@ def search(
 
     The first trial is the largest candidate where that is at most 32 and the weights take less than half of the budget:
     it mostly fits, and then one trial is all. Otherwise ``estimate_sample`` is asked for what a sample needs, roughly:
-    the first trial is 0.45 of what fits by that, or the largest candidate if twice as much fits; without an estimate it
-    is a probe of 8. What is held before the first sample and the probe's peak make a line; then: run what it says fits,
-    and refine, until what fits is within 3 % of that. A prediction leaves room for half of the estimate's largest
-    tensor, in the headroom if there is one, because free memory is in pieces by then; where that room would cost a
-    whole candidate of a target, it is not left. A far prediction goes through a trial half-way; see
-    :mod:`autobatch.search.proposals`.
+    the first trial is 0.4 of what fits by that or a prime a little below, or the largest candidate if twice as much
+    fits; without an estimate it is a probe of 8.
+
+    Where that trial recorded what it allocated, its blocks are replayed at other sizes
+    (:mod:`autobatch.search.replay`), and the largest that finds room for them, less a margin, comes next. Otherwise
+    what is held before the first sample and the probe's peak make a line; then: run what it says fits, and refine,
+    until what fits is within 3 % of that. A prediction leaves room for half of the estimate's largest tensor, in the
+    headroom if there is one, because free memory is in pieces by then; where that room would cost a whole candidate of
+    a target, it is not left. A far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals`.
 
     Trials, where the budget and the peaks are known:
 
@@ -119,6 +130,7 @@ def search(
     # Where no sizes compete for speed, the seconds of the steps that show that a size fits are enough to be told.
     timed_steps = 0 if target_batch is None or objective == "largest" else TIMED_STEPS
     trials: list[TrialResult] = []
+    traces: list[AllocationTrace] = []
 
     def limit_reached() -> str | None:
         if max_trials is not None and len(trials) >= max_trials:
@@ -128,9 +140,13 @@ def search(
         return None
 
     def run(micro_batch: int) -> TrialResult:
-        trial = run_trial(TrialRequest(micro_batch, timed_steps=timed_steps))
+        request = TrialRequest(micro_batch, timed_steps=timed_steps, record_allocations=budget_bytes is not None)
+        trial = run_trial(request)
         if trial.micro_batch != micro_batch:
             raise ValueError(f"run_trial was asked for {micro_batch}. Received: {trial!r}")
+        if trial.allocations is not None:
+            traces.append(trial.allocations)
+            trial = replace(trial, allocations=None)
         trials.append(trial)
         if on_trial is not None:
             on_trial(trial)
@@ -155,9 +171,13 @@ def search(
         if (reached := limit_reached()) is not None:
             stopped_because = reached
             break
+        known = len(traces)
         trial = run(proposal.micro_batch)
         if isinstance(proposal, Run):
             bracket = bracket.observe(trial.micro_batch, fits=trial.fits)
+        if len(traces) > known and budget_bytes is not None:
+            told = _replayed(traces, trial, budget_bytes, bracket.candidates[-1], terms.estimate)
+            terms = replace(terms, replayed=told)
 
     if target_batch is not None and objective == "throughput" and limit_reached() is None:
         faster = _maybe_faster(bracket, trials)
@@ -172,6 +192,27 @@ def search(
         memory_model=None if fit is None else fit.model,
         stopped_because=stopped_because,
     )
+
+
+def _replayed(
+    traces: Sequence[AllocationTrace],
+    trial: TrialResult,
+    budget_bytes: int,
+    at_most: int,
+    estimate: SampleEstimate | None,
+) -> int | None:
+    """The largest size that fits where the newest trace, ``trial``'s, is replayed; None where it is not believed."""
+    trace = traces[-1] if len(traces) == 1 else replay.between(traces[-2], traces[-1])
+    again = replay.peak_bytes(trace, trace.micro_batch)
+    if again is None or trial.peak_bytes is None or abs(again - trial.peak_bytes) > _REPLAYED_ALIKE * trial.peak_bytes:
+        return None
+    # Blocks that grow and are not known to would let any size fit: one buffer for all, as a compiler makes it.
+    growth = sum(per_sample for _, per_sample in trace.sizes)
+    held = sum(taken for _, taken in trace.held)
+    risen = _LEAST_GROWTH * (trial.peak_bytes - held) / trial.micro_batch
+    if growth < max(risen, 0.0 if estimate is None else estimate.sample_bytes):
+        return None
+    return replay.largest_that_fits(trace, budget_bytes, at_most=at_most)
 
 
 def _candidates(target_batch: int | None, max_micro_batch: int | None) -> Sequence[int]:

@@ -7,7 +7,7 @@ candidate of the bracket, always; a :class:`Measure` lies below what fits alread
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +22,11 @@ from autobatch.units import format_bytes
 FIRST_PROBE = 8
 """Small enough that it rarely fails, large enough that samples weigh something beside the weights."""
 
-_FIRST_SHARE = 0.45
+_FIRST_SHARE = 0.4
 """How much of what is estimated to fit is run first: the estimate is good to a factor of two."""
+
+_TELLING_FROM = 0.7
+"""A prime may be so much smaller than what was to be run first."""
 
 _SURE = 2.0
 """The top is run first where so many times its size are estimated to fit."""
@@ -91,6 +94,21 @@ _BELOW_FAILURE = 0.65
 _BELOW_FAILURES = 0.4
 """The same where the one before it failed too."""
 
+_REPLAY_AIM = 0.985
+"""A replay's edge is aimed at with this margin."""
+
+_BELOW_REPLAY = 0.975
+"""Where it failed all the same, the next size is this much of the largest that may still fit ..."""
+
+_REPLAY_FAILURES = 2
+"""... unless that happened more often than this."""
+
+_REPLAY_NEAR = 0.96
+"""In exact mode the sides are this near to each other when they are bisected."""
+
+_REPLAY_CREEP = 0.05
+"""Two sizes that fit and are nearer than this are steps of the proof, which double."""
+
 _BELOW_FIRST_FAILURE = 0.6
 """How much of what the bytes named by a first failure would allow is tried next: they are a lower bound."""
 
@@ -118,7 +136,10 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a search was asked for. ``top_name`` names the largest candidate in the reason for stopping."""
+    """What a search was asked for. ``top_name`` names the largest candidate in the reason for stopping.
+
+    ``replayed`` is the largest size that fits where the allocations of the last trial that recorded them are replayed.
+    """
 
     budget_bytes: int | None
     fixed_bytes_hint: int
@@ -127,6 +148,7 @@ class Terms:
     unlimited: bool = False
     estimate: SampleEstimate | None = None
     headroom_bytes: int = 0
+    replayed: int | None = None
 
 
 def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Run | Measure | Stop:
@@ -146,7 +168,47 @@ def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Ru
     fit = fit_memory_model(trials, budget_bytes=terms.budget_bytes, fixed_bytes_hint=terms.fixed_bytes_hint)
     if terms.budget_bytes is None or fit is None or fit.anchor.micro_batch != low:
         return _by_outcomes(bracket, low, trials, terms)
+    if terms.replayed is not None and len(trials) < MODEL_TRIALS:
+        proposal = _by_replay(bracket, low, max(low, terms.replayed), trials, terms)
+        if proposal is not None:
+            return proposal
     return _by_model(bracket, low, trials, terms, fit, terms.budget_bytes)
+
+
+def _by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResult], terms: Terms) -> Run | Stop | None:
+    """Towards ``edge``, where the replay finds no more room; None where it was seen to be wrong, and the line is next.
+
+    It is right to a few per cent: what lies where before a trial is not quite the same each time.
+    """
+    high, untried = bracket.smallest_failure, bracket.untried
+    if high is not None and edge >= high:
+        failures = sum(not trial.fits for trial in trials)
+        last = next(trial for trial in trials if trial.micro_batch == high)
+        if last.peak_bytes is not None or failures > _REPLAY_FAILURES:
+            return None
+        if terms.exact and low >= _REPLAY_NEAR * high:
+            return Run(_between(bracket, low, high))
+        return Run(bracket.floor(math.floor(_BELOW_REPLAY * (high - 1))))
+    if terms.exact:
+        if edge >= untried[0]:
+            return Run(bracket.floor(edge))
+        return Run(_beyond(bracket, low, trials))
+    if low >= CLOSE_TO_PREDICTION * edge:
+        return Stop(f"{low} fits, and no more than {edge} is predicted to: within 3 %")
+    if edge < untried[0]:
+        return Stop(f"the next useful size, {untried[0]}, is predicted not to fit")
+    certain, possible = bracket.floor(math.floor(_REPLAY_AIM * edge)), bracket.floor(edge)
+    # Where the margin would cost a whole candidate, the edge is worth the risk.
+    return Run(possible if possible > _COARSE * certain or certain > edge else certain)
+
+
+def _beyond(bracket: Bracket, low: int, trials: Sequence[TrialResult]) -> int:
+    """One more than fits, to be seen failing; where it keeps fitting, the steps double."""
+    if bracket.smallest_failure is not None:
+        return _between(bracket, low, bracket.smallest_failure)
+    fitting = sorted(trial.micro_batch for trial in trials if trial.fits)
+    step = 2 * (low - fitting[-2]) if len(fitting) > 1 and low - fitting[-2] <= _REPLAY_CREEP * low else 1
+    return bracket.floor(low + step) if step > 1 else bracket.untried[0]
 
 
 def wants_estimate(bracket: Bracket, terms: Terms) -> bool:
@@ -172,7 +234,16 @@ def _first_probe(bracket: Bracket, terms: Terms) -> int:
     fitting = (budget - terms.fixed_bytes_hint) / terms.estimate.sample_bytes
     if fitting >= _SURE * top:
         return top
-    return bracket.floor(int(min(_FIRST_SHARE * fitting, top / 2)))
+    return _telling(bracket, int(min(_FIRST_SHARE * fitting, top / 2)))
+
+
+def _telling(bracket: Bracket, most: int) -> int:
+    """A candidate up to ``most``, a prime if there is one nearby: what grows with it is told from what does not."""
+    largest = bracket.floor(most)
+    candidates = bracket.untried
+    near = candidates[bisect_left(candidates, _TELLING_FROM * largest) : bisect_right(candidates, largest)]
+    primes = (size for size in reversed(near) if all(size % divisor for divisor in range(2, math.isqrt(size) + 1)))
+    return next(primes, largest)
 
 
 def _below_first_failure(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> int:

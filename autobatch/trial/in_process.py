@@ -7,13 +7,14 @@ host memory before the first trial and put back by :meth:`LiveTrials.close`, bit
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +23,17 @@ import tensorflow as tf
 
 from autobatch import __version__
 from autobatch.errors import AutobatchWarning
-from autobatch.memory import arena, limits, oom
-from autobatch.records import Environment, Limit, Outcome, Report, SampleEstimate, TrialRequest, TrialResult
+from autobatch.memory import allocations, arena, limits, oom
+from autobatch.records import (
+    AllocationTrace,
+    Environment,
+    Limit,
+    Outcome,
+    Report,
+    SampleEstimate,
+    TrialRequest,
+    TrialResult,
+)
 from autobatch.train import inexact, keras_seams
 from autobatch.train.keeping import Keeper, Place
 from autobatch.train.lengths import LengthRule
@@ -77,6 +87,8 @@ class LiveTrials:
         self._tried_beside_copies: set[bool] = set()
         self._has_accumulated = False
         self.device = limits.default_device()
+        if self.device.startswith("CPU"):
+            arena.reserve_in_one_piece()
         self._sample = Sample(batches)
         self.host_uses = batches.host_uses()
         self.step = self._make_step(model, batches.element_spec, target_batch)
@@ -240,22 +252,25 @@ class LiveTrials:
             detail=f"its peak of {format_bytes(peak or 0)} is over the budget" if over else "",
             sample_peak_bytes=timed.sample_peak_bytes,
             held_bytes=held,
+            allocations=timed.allocations,
         )
 
     def _time_plain(self, request: TrialRequest) -> _Timed:
-        data = self._data(request.micro_batch)
-        first = self._seconds(lambda: self.step.plain(data))
+        with self._recorded(request) as recorded:
+            data = self._data(request.micro_batch)
+            first = self._seconds(lambda: self.step.plain(data))
         repeats = request.timed_steps if first < ENOUGH_SECONDS else 1
         steps = [self._seconds(lambda: self.step.plain(data)) for _ in range(max(1, repeats))]
-        return _Timed(first, statistics.median(steps), 0.0, None)
+        return _Timed(first, statistics.median(steps), 0.0, None, recorded())
 
     def _time_accumulated(self, request: TrialRequest) -> _Timed:
         # Two micro-batches first, so that the second is added to accumulators that hold the first one's gradients.
         micro_batch = request.micro_batch
-        two = self._data(2 * micro_batch)
-        first = self._seconds(lambda: self.step.accumulate(two, micro_batch))
-        sample_peak = limits.peak_bytes(self.device)
-        first_apply = self._seconds(self.step.apply)
+        with self._recorded(request) as recorded:
+            two = self._data(2 * micro_batch)
+            first = self._seconds(lambda: self.step.accumulate(two, micro_batch))
+            sample_peak = limits.peak_bytes(self.device)
+            first_apply = self._seconds(self.step.apply)
         repeats = request.timed_steps
         if not self._has_accumulated or first >= ENOUGH_SECONDS:
             # A graph's very first run optimises it, for seconds; and slow steps are measured well enough by one.
@@ -265,8 +280,23 @@ class LiveTrials:
         steps = [self._seconds(lambda: self.step.accumulate(one, micro_batch)) for _ in range(repeats)]
         applies = [self._seconds(self.step.apply) for _ in range(repeats)]
         return _Timed(
-            first / 2, statistics.median(steps or [first / 2]), statistics.median(applies or [first_apply]), sample_peak
+            first / 2,
+            statistics.median(steps or [first / 2]),
+            statistics.median(applies or [first_apply]),
+            sample_peak,
+            recorded(),
         )
+
+    @contextlib.contextmanager
+    def _recorded(self, request: TrialRequest) -> Iterator[Callable[[], AllocationTrace | None]]:
+        """What the block allocates, if that is asked for; to be called for once the block has ended."""
+        if not request.record_allocations:
+            yield lambda: None
+            return
+        touched = [*self.step.variables, *self.step.accumulators]
+        weights = {tuple(variable.shape) for variable in touched if variable.shape.rank is not None}
+        with allocations.recording(self.device, touched) as recording:
+            yield lambda: allocations.trace_of(recording, request.micro_batch, weights)
 
     def batch_of(self, samples: int) -> Any:
         """A batch of so many samples, of the longest ones seen, on the host."""
@@ -332,9 +362,10 @@ class LiveTrials:
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
-    """Seconds of a trial's steps, and the peak before the update where the two come one after the other."""
+    """A trial's seconds, the peak before the update where the two come one after the other, and what was allocated."""
 
     first_seconds: float
     step_seconds: float
     apply_seconds: float
     sample_peak_bytes: int | None
+    allocations: AllocationTrace | None

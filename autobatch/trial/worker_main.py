@@ -121,7 +121,7 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
                 reply(_failure(error, options["target"]))
                 return
             continue
-        request = TrialRequest(message["micro_batch"], message["timed_steps"])
+        request = TrialRequest(message["micro_batch"], message["timed_steps"], message["record_allocations"])
         try:
             result = trials.run(request)
         except BaseException as error:  # noqa: BLE001 - the same boundary

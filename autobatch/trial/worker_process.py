@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autobatch.errors import WorkerError
-from autobatch.records import Environment, Outcome, TrialResult
+from autobatch.records import AllocationTrace, Environment, Outcome, TrialResult
 
 Message = dict[str, Any]
 
@@ -60,7 +60,14 @@ def pack_result(result: TrialResult) -> dict[str, object]:
 
 
 def unpack_result(fields: Message) -> TrialResult:
-    return TrialResult(**{**fields, "outcome": Outcome(fields["outcome"])})
+    trace = fields["allocations"]
+    allocations = None if trace is None else AllocationTrace(**{name: _tuples(value) for name, value in trace.items()})
+    return TrialResult(**{**fields, "outcome": Outcome(fields["outcome"]), "allocations": allocations})
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, as JSON has them, as tuples."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def unpack_environment(fields: Message) -> Environment:

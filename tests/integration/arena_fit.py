@@ -10,7 +10,7 @@ import sys
 
 import autobatch
 
-LIMIT = "144MiB"
+LIMIT = "112MiB"
 TARGET = 400
 
 

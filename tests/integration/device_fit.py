@@ -33,7 +33,7 @@ def build(compiled):
 
 def main():
     compiled = sys.argv[1]
-    autobatch.limit_memory("128MiB")
+    autobatch.limit_memory("112MiB")
     import numpy as np
 
     from autobatch import api

@@ -49,7 +49,7 @@ def test_the_weights_are_those_of_plain_fit(both):
 @pytest.mark.slow
 def test_the_target_did_not_fit_and_every_peak_was_within_the_limit(both):
     _, _, limited, _ = both
-    assert limited["limit"] == 144 * 2**20
+    assert limited["limit"] == 112 * 2**20
     assert limited["plan"][1] > 1
     assert all(peak <= limited["limit"] for peak in limited["peaks"])
     assert limited["recoveries"] == 0

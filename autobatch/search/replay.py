@@ -1,0 +1,178 @@
+"""What a size would ask of the allocator, played through on a model of it: its peak, and whether all finds room.
+
+An allocator that is nearly full fails although the bytes would do, because free memory is in pieces by then. How many
+pieces depends on what is allocated and given back, and in what order. A trial's :class:`AllocationTrace` tells exactly
+that, and how each block grows with the micro-batch. So it is played again for another size, on a model of the
+allocator that GPUs have in TensorFlow (and limited CPU arenas), BFC, "best fit with coalescing", after
+``xla/tsl/framework/bfc_allocator.cc``:
+
+- a block is rounded up to 256 bytes, and gets the smallest free chunk that is large enough; of equals, the lowest;
+- chunks are looked for in bins of sizes that double, from the block's own bin on;
+- a chunk is split where it is at least twice as large as the block, or 128 MiB larger; otherwise the block gets all;
+- a chunk that is given back is joined with its free neighbours in the same region.
+
+Knows bytes; proposes nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from autobatch.records import AllocationTrace
+
+UNIT_BYTES = 256
+_SPLIT_BYTES = 128 * 2**20
+_BINS = 21
+
+_CLOSE = 0.005
+"""Sizes closer together than this part of themselves are not told apart: a replay takes up to a second."""
+
+_LOOK_BACK = (0.98, 0.96, 0.93, 0.9)
+"""Smaller sizes, as parts of the largest that fits, that must fit too for it to be believed."""
+
+
+class FullError(Exception):
+    """No free chunk is large enough."""
+
+
+class Allocator:
+    """BFC on ``regions`` (start, bytes), with blocks that are there already. Addresses and sizes are bytes."""
+
+    def __init__(self, regions: tuple[tuple[int, int], ...], held: tuple[tuple[int, int], ...]) -> None:
+        self._free: list[list[tuple[int, int]]] = [[] for _ in range(_BINS)]
+        self._size_at: dict[int, int] = {}
+        self._start_of_end: dict[int, int] = {}
+        self._used = dict(held)
+        self._region_starts = {start for start, _ in regions}
+        self.in_use_bytes = sum(size for _, size in held)
+        self.peak_bytes = self.in_use_bytes
+        for start, size in regions:
+            at, end = start, start + size
+            for address, taken in sorted(held):
+                if start <= address < end:
+                    self._add(at, address - at)
+                    at = address + taken
+            self._add(at, end - at)
+
+    def allocate(self, wanted_bytes: int) -> int:
+        """The address of a new block.
+
+        Raises:
+            FullError: no free chunk is large enough.
+        """
+        rounded = max(UNIT_BYTES, -(-wanted_bytes // UNIT_BYTES) * UNIT_BYTES)
+        for free in self._free[_bin(rounded) :]:
+            index = bisect_left(free, (rounded, -1))
+            if index < len(free):
+                size, address = free.pop(index)
+                del self._size_at[address], self._start_of_end[address + size]
+                if size >= 2 * rounded or size - rounded >= _SPLIT_BYTES:
+                    self._add(address + rounded, size - rounded)
+                    size = rounded
+                self._used[address] = size
+                self.in_use_bytes += size
+                self.peak_bytes = max(self.peak_bytes, self.in_use_bytes)
+                return address
+        raise FullError
+
+    def release(self, address: int) -> None:
+        """Give a block back, and join it with free neighbours."""
+        size = self._used.pop(address)
+        self.in_use_bytes -= size
+        before = None if address in self._region_starts else self._start_of_end.get(address)
+        if before is not None:
+            size += self._take(before)
+            address = before
+        behind = address + size
+        if behind in self._size_at and behind not in self._region_starts:
+            size += self._take(behind)
+        self._add(address, size)
+
+    def _add(self, address: int, size: int) -> None:
+        if size > 0:
+            insort(self._free[_bin(size)], (size, address))
+            self._size_at[address] = size
+            self._start_of_end[address + size] = address
+
+    def _take(self, address: int) -> int:
+        size = self._size_at.pop(address)
+        del self._start_of_end[address + size]
+        free = self._free[_bin(size)]
+        del free[bisect_left(free, (size, address))]
+        return size
+
+
+def _bin(size: int) -> int:
+    return max(0, min(_BINS - 1, (size // UNIT_BYTES).bit_length() - 1))
+
+
+def peak_bytes(trace: AllocationTrace, micro_batch: int) -> int | None:
+    """The peak if ``micro_batch`` samples asked for what the trace says; None where a block would find no room."""
+    allocator = Allocator(trace.regions, trace.held)
+    addresses = [address for address, _ in trace.held] + [0] * len(trace.sizes)
+    wanted = [int(fixed + per_sample * micro_batch) for fixed, per_sample in trace.sizes]
+    known = len(trace.held)
+    try:
+        for step in trace.order:
+            if step >= 0:
+                addresses[step] = allocator.allocate(wanted[step - known])
+            else:
+                allocator.release(addresses[~step])
+    except FullError:
+        return None
+    return allocator.peak_bytes
+
+
+def largest_that_fits(trace: AllocationTrace, budget_bytes: int, *, at_most: int) -> int:
+    """A size up to ``at_most`` whose replay finds room within the budget, and no more than half a percent more does.
+
+    By bisection. Near the edge a size may find room where a smaller one does not: what is returned is the largest below
+    the first that was seen to find none. 0 if there is none.
+    """
+
+    def fits(micro_batch: int) -> bool:
+        peak = peak_bytes(trace, micro_batch)
+        return peak is not None and peak <= budget_bytes
+
+    low, high = 0, min(trace.micro_batch, at_most)
+    while fits(high):
+        low, high = high, min(2 * high, at_most)
+        if low == at_most:
+            break
+    while low:
+        while low < at_most and high - low > max(1, _CLOSE * low):
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        smaller = sorted({int(part * low) for part in _LOOK_BACK} - {low, 0})
+        failed = next((size for size in smaller if not fits(size)), None)
+        if failed is None:
+            break
+        at_most, high = failed, failed
+        low = max((size for size in smaller if size < failed), default=failed - 1)
+        if low < smaller[0]:
+            while low and not fits(low):
+                high, low = low, int(_LOOK_BACK[-1] * low)
+    return low
+
+
+def between(one: AllocationTrace, other: AllocationTrace) -> AllocationTrace:
+    """``other`` with each block's growth as the two sizes show it, where both did the same; else ``other`` as it is."""
+    if (
+        one.micro_batch == other.micro_batch
+        or len(one.sizes) != len(other.sizes)
+        or _without_held(one) != _without_held(other)
+    ):
+        return other
+    sizes = []
+    for first, second in zip(one.sizes, other.sizes, strict=True):
+        at_one = first[0] + first[1] * one.micro_batch
+        at_other = second[0] + second[1] * other.micro_batch
+        per_sample = max(0.0, (at_other - at_one) / (other.micro_batch - one.micro_batch))
+        sizes.append((at_other - per_sample * other.micro_batch, per_sample))
+    return AllocationTrace(other.micro_batch, other.regions, other.held, tuple(sizes), other.order)
+
+
+def _without_held(trace: AllocationTrace) -> list[int]:
+    known = len(trace.held)
+    steps = ((step, step - known) if step >= 0 else (~step, ~(~step - known)) for step in trace.order)
+    return [shifted for block, shifted in steps if block >= known]
