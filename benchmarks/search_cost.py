@@ -11,8 +11,8 @@ free memory is in pieces. So two figures stand beside each other: the largest si
 below the first that was seen to fail.
 
 Results are written after each model; a later run adds its models to the file. ``--resume`` takes the sizes that the
-file has recorded as measured and runs the others; ``--replay`` does the same without running anything, and writes
-nothing.
+file has recorded as measured and runs the others; what a trial allocated is not in the file, so that the sizes that
+autobatch asks for are run again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autobatch.records import Outcome, SampleEstimate, TrialRequest, TrialResult
+from autobatch.records import AllocationTrace, Outcome, SampleEstimate, TrialRequest, TrialResult
 from autobatch.search import search
 
 SCHEMA_VERSION = 1
@@ -98,7 +98,8 @@ def serve(name: str) -> None:
     print(json.dumps(greeting), file=answers)
     for line in sys.stdin:
         started = time.perf_counter()
-        result = trials.run(TrialRequest(int(line), timed_steps=0))
+        size, record = map(int, line.split())
+        result = trials.run(TrialRequest(size, timed_steps=0, record_allocations=bool(record)))
         seconds = time.perf_counter() - started
         answer = asdict(result) | {"outcome": result.outcome.value, "seconds": seconds}
         print(json.dumps(answer), file=answers)
@@ -110,6 +111,10 @@ def _limit_mib(name: str) -> int:
     return int(found[name])
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
 @dataclass
 class Measurements:
     """One model's trials, each size run once; ``start_seconds`` is building, tracing and the first execution."""
@@ -119,8 +124,8 @@ class Measurements:
     top: int
     greeting: dict[str, Any] = field(default_factory=dict)
     taken: dict[int, dict[str, Any]] = field(default_factory=dict)
+    traces: dict[int, AllocationTrace] = field(default_factory=dict)
     died: int = 0
-    live: bool = True
     _process: subprocess.Popen[str] | None = None
 
     def open(self) -> None:
@@ -149,22 +154,30 @@ class Measurements:
     def take(self, micro_batch: int) -> dict[str, Any]:
         """The measurement of this size, run now if it has not been."""
         if micro_batch not in self.taken:
-            if not self.live:
-                raise LookupError(f"{self.name}: {micro_batch} has not been measured")
-            self.taken[micro_batch] = self._run(micro_batch)
+            self.taken[micro_batch] = self._run(micro_batch, record=False)
         return self.taken[micro_batch]
 
-    def _run(self, micro_batch: int) -> dict[str, Any]:
+    def record(self, micro_batch: int) -> dict[str, Any]:
+        """The same, with what it allocated in ``traces`` if it fits."""
+        known = self.taken.get(micro_batch)
+        if known is None or (self.fits(micro_batch) and micro_batch not in self.traces):
+            self.taken[micro_batch] = self._run(micro_batch, record=True)
+        return self.taken[micro_batch]
+
+    def _run(self, micro_batch: int, *, record: bool) -> dict[str, Any]:
         if self._process is None:
             self.open()
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         started = time.perf_counter()
-        print(micro_batch, file=self._process.stdin, flush=True)
+        print(micro_batch, int(record), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if line:
             answer: dict[str, Any] = json.loads(line)
+            trace = answer.pop("allocations")
+            if trace is not None:
+                self.traces[micro_batch] = AllocationTrace(**{name: _tuples(value) for name, value in trace.items()})
         else:
             self._process.wait()
             self._process = None
@@ -206,13 +219,12 @@ class Measurements:
 
         low = max((size for size in known() if within(size)), default=0)
         high = min((size for size in known() if size > low), default=self.top + 1)
-        while self.live and high - low > 1:
+        while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if within(middle) else (low, middle)
-        if self.live:
-            for near in (low + 1, low + 2):
-                if near <= self.top:
-                    self.take(near)
+        for near in (low + 1, low + 2):
+            if near <= self.top:
+                self.take(near)
         return max((size for size in known() if within(size)), default=0)
 
     def first_failure(self) -> int:
@@ -233,13 +245,14 @@ class Charged:
         return self.measurements.fits(micro_batch)
 
     def trial(self, request: TrialRequest, budget_bytes: int) -> TrialResult:
-        self(request.micro_batch)
-        taken = dict(self.measurements.take(request.micro_batch))
+        self.asked.append(request.micro_batch)
+        taken = dict(self.measurements.record(request.micro_batch))
         taken.pop("seconds")
+        trace = self.measurements.traces.get(request.micro_batch)
         # What autobatch's own trial does where there is headroom: a peak above the budget counts as out of memory.
         over = (taken.get("peak_bytes") or 0) > budget_bytes
         outcome = Outcome.OUT_OF_MEMORY if over else Outcome(taken["outcome"])
-        return TrialResult(**(taken | {"outcome": outcome}))
+        return TrialResult(**(taken | {"outcome": outcome, "allocations": trace}))
 
     @property
     def trial_seconds(self) -> float:
@@ -353,10 +366,9 @@ def measure(measurements: Measurements) -> dict[str, Any]:
         searches.append((name, charged, returned))
         print(f"  {name:20s} {returned}: ran {' '.join(map(str, charged.asked))}", flush=True)
     true = measurements.true_largest()
-    if measurements.live:
-        for size in CURVE:
-            if size < true:
-                measurements.take(size)
+    for size in CURVE:
+        if size < true:
+            measurements.take(size)
     start_seconds = measurements.greeting["start_seconds"]
     within = measurements.largest_within(int(measurements.greeting["budget_bytes"] * (1 - HEADROOM)))
     return {
@@ -628,16 +640,14 @@ def _recorded(name: str, model: dict[str, Any]) -> Measurements:
             "weights",
         )
     }
-    return Measurements(name, model["limit_mib"], model["largest_considered"], greeting, taken, live=False)
+    return Measurements(name, model["limit_mib"], model["largest_considered"], greeting, taken)
 
 
 def _to_run(name: str, limit_mib: int, top: int, output: Path, resume: bool) -> Measurements:
     """Measurements to be made; with ``resume`` those that the file holds for the same limit are made already."""
     recorded = json.loads(output.read_text())["models"].get(name) if resume and output.exists() else None
     if recorded is not None and (recorded["limit_mib"], recorded["largest_considered"]) == (limit_mib, top):
-        found = _recorded(name, recorded)
-        found.live = True
-        return found
+        return _recorded(name, recorded)
     return Measurements(name, limit_mib, top)
 
 
@@ -662,7 +672,6 @@ def main() -> int:
     parser.add_argument("--models", help="names, separated by commas; all of them by default")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the result file; a .md stands beside it")
     parser.add_argument("--resume", action="store_true", help="run no size again that the file has recorded")
-    parser.add_argument("--replay", action="store_true", help="search again over the sizes recorded in the file")
     parser.add_argument("--note", default="", help="a sentence about this run, kept in the results")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -670,26 +679,20 @@ def main() -> int:
         serve(options.serve)
         return 0
     document: dict[str, Any] = {}
-    if options.replay:
-        document = json.loads(options.output.read_text())
-        for name, model in document["models"].items():
-            print(name)
-            document["models"][name] = measure(_recorded(name, model))
-    else:
-        catalogue = _catalogue()
-        names = options.models.split(",") if options.models else list(catalogue)
-        if unknown := [name for name in names if name not in catalogue]:
-            parser.error(f"--models must be among {', '.join(catalogue)}. Received: {', '.join(unknown)}")
-        for name in names:
-            limit_mib, top = catalogue[name]
-            print(f"{name}, {limit_mib} MiB", flush=True)
-            measurements = _to_run(name, limit_mib, top, options.output, options.resume)
-            try:
-                if not measurements.greeting:
-                    measurements.open()
-                document = save(options.output, name, measure(measurements), options.note)
-            finally:
-                measurements.close()
+    catalogue = _catalogue()
+    names = options.models.split(",") if options.models else list(catalogue)
+    if unknown := [name for name in names if name not in catalogue]:
+        parser.error(f"--models must be among {', '.join(catalogue)}. Received: {', '.join(unknown)}")
+    for name in names:
+        limit_mib, top = catalogue[name]
+        print(f"{name}, {limit_mib} MiB", flush=True)
+        measurements = _to_run(name, limit_mib, top, options.output, options.resume)
+        try:
+            if not measurements.greeting:
+                measurements.open()
+            document = save(options.output, name, measure(measurements), options.note)
+        finally:
+            measurements.close()
     print()
     print(markdown(document))
     return 0

@@ -177,7 +177,8 @@ def search(
             bracket = bracket.observe(trial.micro_batch, fits=trial.fits)
         if len(traces) > known and budget_bytes is not None:
             told = _replayed(traces, trial, budget_bytes, bracket.candidates[-1], terms.estimate)
-            terms = replace(terms, replayed=told)
+            if told is not None:
+                terms = replace(terms, replayed=told)
 
     if target_batch is not None and objective == "throughput" and limit_reached() is None:
         faster = _maybe_faster(bracket, trials)
@@ -201,7 +202,9 @@ def _replayed(
     at_most: int,
     estimate: SampleEstimate | None,
 ) -> int | None:
-    """The largest size that fits where the newest trace, ``trial``'s, is replayed; None where it is not believed."""
+    """The largest size that fits where the newest trace, ``trial``'s, is replayed; None where that is not believed."""
+    if not trial.fits:
+        return None
     trace = traces[-1] if len(traces) == 1 else replay.between(traces[-2], traces[-1])
     again = replay.peak_bytes(trace, trace.micro_batch)
     if again is None or trial.peak_bytes is None or abs(again - trial.peak_bytes) > _REPLAYED_ALIKE * trial.peak_bytes:
@@ -212,7 +215,8 @@ def _replayed(
     risen = _LEAST_GROWTH * (trial.peak_bytes - held) / trial.micro_batch
     if growth < max(risen, 0.0 if estimate is None else estimate.sample_bytes):
         return None
-    return replay.largest_that_fits(trace, budget_bytes, at_most=at_most)
+    largest = replay.largest_that_fits(trace, budget_bytes, at_most=at_most)
+    return largest if largest >= trial.micro_batch else None
 
 
 def _candidates(target_batch: int | None, max_micro_batch: int | None) -> Sequence[int]:

@@ -188,7 +188,7 @@ def _by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResu
             return None
         if terms.exact and low >= _REPLAY_NEAR * high:
             return Run(_between(bracket, low, high))
-        return Run(bracket.floor(math.floor(_BELOW_REPLAY * (high - 1))))
+        return Run(bracket.floor(math.ceil(_BELOW_REPLAY * (high - 1))))
     if terms.exact:
         if edge >= untried[0]:
             return Run(bracket.floor(edge))

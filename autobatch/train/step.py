@@ -23,6 +23,11 @@ from autobatch.train.sparse import RowBuffer, tables_of
 from autobatch.train.structure import Structure, count_samples, sample_count
 from autobatch.trial.snapshot import bytes_of, distinct
 
+_ROW_BYTES = 2**10
+"""Room is asked for in rows, for a dimension is an int32."""
+
+_MOST_PIECES = 64
+
 
 class AccumulatedStep:
     """The compiled steps of one model on data of one structure.
@@ -50,6 +55,7 @@ class AccumulatedStep:
         self.scalar_losses: tuple[str, ...] = ()
         with tf.device("CPU:0"):
             self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
+            self._row_bytes = tf.Variable(_ROW_BYTES, trainable=False, dtype=tf.int32, name="autobatch_row_bytes")
 
     def for_data(self, element_spec: Any) -> AccumulatedStep:
         """The steps of the same model on data of another structure, or for another purpose."""
@@ -189,15 +195,23 @@ class AccumulatedStep:
     def _begin_update(self, variables: list[Any]) -> Any:
         """Make sure of room for the update's temporaries, then note that it has begun; an op to depend on.
 
-        The block is as large as the weights and twice the largest of them, and is given back at once. It is only taken
-        from the allocator, not written to.
+        The room is as large as the weights and twice the largest of them, in pieces that are as large as that one: a
+        nearly full allocator has the pieces where it has not the whole. They are held together for a moment and given
+        back; nothing is written to them.
         """
-        needed_bytes = bytes_of(variables) + 2 * max(bytes_of([variable]) for variable in variables)
+        largest = max(bytes_of([variable]) for variable in variables)
+        needed_bytes = bytes_of(variables) + 2 * largest
+        pieces = max(1, min(_MOST_PIECES, needed_bytes // max(1, largest)))
+        rows = -(-needed_bytes // (pieces * _ROW_BYTES))
+        with tf.device("CPU:0"):
+            # A length that is not known beforehand: else the graph's optimiser would find no use for the pieces.
+            shape = tf.stack([rows, self._row_bytes.read_value()])
         with tf.device(variables[0].device if isinstance(variables[0], tf.Variable) else variables[0].value.device):
-            # Two dimensions, for each is an int32.
-            room = tf.raw_ops.Empty(shape=[-(-needed_bytes // 2**10), 2**10], dtype=tf.uint8)
-        with tf.control_dependencies([room]), tf.device("CPU:0"):
-            return self._update_begun.assign(True, read_value=False)
+            room = [tf.raw_ops.Empty(shape=shape, dtype=tf.uint8) for _ in range(pieces)]
+        with tf.device("CPU:0"):
+            # One operation that needs all of them, so that none is given back before the last is there.
+            taken = tf.stack(tf.shape_n(room))
+            return self._update_begun.assign(tf.reduce_all(taken > 0), read_value=False)
 
     # -- one effective batch as several micro-batches ---------------------------------------------------------------
 
