@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autobatch.records import Outcome, TrialRequest, TrialResult
+from autobatch.records import AllocationTrace, Outcome, TrialRequest, TrialResult
+from autobatch.search import replay
 
 Curve = Callable[[int], int]
 
@@ -138,3 +139,57 @@ def make_device(shape: str, rng: random.Random, *, largest: float, failure: str)
         return int(peak)
 
     return Device(curve, budget, failure), int(held)
+
+
+class RecordingDevice:
+    """An allocator of ``total_bytes`` in which a made-up network runs; its trials record what they allocate.
+
+    ``error`` is how far from where it lay when they were recorded a held block lies while trials run, as a part of the
+    arena: replays mislead by about as much.
+    """
+
+    def __init__(self, rng: random.Random, *, largest: float, error: float = 0.0, records: bool = True) -> None:
+        layers = rng.randint(8, 30)
+        activations = [rng.choice((64, 100, 256, 1000)) * 16 for _ in range(layers)]
+        workspaces = [rng.choice((0, 0, 50_000, 200_000)) for _ in range(layers)]
+        held = ((0, 256 * rng.randint(1, 400)), (1 << 20, 256 * rng.randint(1, 100)))
+        self.total_bytes = int((1 << 21) + sum(workspaces) + largest * 1.3 * sum(activations))
+        self.held_bytes = sum(taken for _, taken in held)
+        self.per_sample_bytes = 1.3 * sum(activations)
+        sizes: list[tuple[float, float]] = []
+        order: list[int] = []
+        known = len(held)
+        for activation, workspace in zip(activations, workspaces, strict=True):
+            sizes += [(0, activation), (workspace, 0)]
+            order += [known + len(sizes) - 2, known + len(sizes) - 1, ~(known + len(sizes) - 1)]
+        for index in reversed(range(layers)):
+            sizes.append((0, activations[index]))
+            order += [known + len(sizes) - 1, ~(known + 2 * index), ~(known + len(sizes) - 1)]
+        self._held = held
+        self._arguments = {"sizes": tuple(sizes), "order": tuple(order)}
+        self._error = error
+        self._records = records
+
+    def _trace(self, micro_batch: int, error: float = 0.0) -> AllocationTrace:
+        (first, taken), (second, also_taken) = self._held
+        moved = second + int(error * self.total_bytes) // 256 * 256
+        held = ((first, taken), (moved, also_taken))
+        return AllocationTrace(micro_batch, regions=((0, self.total_bytes),), held=held, **self._arguments)
+
+    def peak_bytes(self, micro_batch: int) -> int | None:
+        return replay.peak_bytes(self._trace(micro_batch), micro_batch)
+
+    def __call__(self, request: TrialRequest) -> TrialResult:
+        peak = self.peak_bytes(request.micro_batch)
+        if peak is None:
+            return TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY)
+        recorded = self._trace(request.micro_batch, self._error)
+        return TrialResult(
+            request.micro_batch,
+            Outcome.FITS,
+            peak_bytes=peak,
+            step_seconds=0.001,
+            apply_seconds=0.001,
+            held_bytes=self.held_bytes,
+            allocations=recorded if self._records and request.record_allocations else None,
+        )

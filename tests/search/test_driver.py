@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.records import Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
+from autobatch.records import AllocationTrace, Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
 from autobatch.search import candidate_sizes, search
 from autobatch.search.driver import TIMED_STEPS
 
-from .curves import Device
+from .curves import Device, RecordingDevice
 
 FAILURES = ("silent", "names_bytes", "measured")
 
@@ -484,3 +485,84 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, object]) -> Non
     given_arguments: dict[str, object] = {"target_batch": 8, "budget_bytes": 100, **arguments}
     with pytest.raises(ValueError, match="Received:"):
         search(Device(lambda b: b, 100), **given_arguments)  # type: ignore[arg-type]
+
+
+def search_recording(device: RecordingDevice, rng: random.Random, **arguments) -> SearchResult:
+    estimate = SampleEstimate(device.per_sample_bytes * rng.uniform(0.6, 1.7), 0.0)
+    return search(
+        device,
+        target_batch=None,
+        budget_bytes=device.total_bytes,
+        fixed_bytes_hint=device.held_bytes,
+        estimate_sample=lambda: estimate,
+        **arguments,
+    )
+
+
+def largest_of(device: RecordingDevice, most: int) -> int:
+    """The largest size below the first, from half of ``most`` on, that finds no room."""
+    return next(size for size in itertools.count(most // 2) if device.peak_bytes(size) is None) - 1
+
+
+def recorded_searches(*, exact: bool, error: float) -> list[tuple[RecordingDevice, SearchResult]]:
+    found = []
+    for seed in range(40):
+        rng = random.Random(seed)
+        device = RecordingDevice(rng, largest=rng.uniform(40, 400), error=error)
+        result = search_recording(device, rng, exact=exact)
+        check_invariants(result, range(1, 1 << 20))
+        assert all(trial.allocations is None for trial in result.trials), "what was recorded is not kept"
+        found.append((device, result))
+    return found
+
+
+@pytest.mark.parametrize("error", [0.0, 0.01])
+def test_where_allocations_are_recorded_two_trials_are_all(error: float) -> None:
+    found = recorded_searches(exact=False, error=error)
+    assert sum(len(result.trials) > 2 for _, result in found) <= 4
+    assert sum(len(result.trials) > 4 for _, result in found) <= 1
+    assert sum(failures(result) for _, result in found) <= 4, "one in ten searches"
+    ratios = sorted((result.largest_fit or 0) / largest_of(device, result.largest_fit or 0) for device, result in found)
+    assert ratios[0] > 0.85
+    assert ratios[20] > 0.975
+    assert ratios[4] > 0.95
+
+
+@pytest.mark.parametrize(("error", "median"), [(0.0, 3), (0.01, 5), (0.1, 7)])
+def test_exact_mode_where_allocations_are_recorded(error: float, median: int) -> None:
+    found = recorded_searches(exact=True, error=error)
+    for _, result in found:
+        check_proof(result, range(1, 1 << 20))
+    trials = sorted(len(result.trials) for _, result in found)
+    assert trials[20] <= median
+    assert trials[-1] <= 13
+    assert sorted(failures(result) for _, result in found)[20] <= 2
+
+
+def test_what_a_compiler_allocates_in_one_piece_is_not_replayed() -> None:
+    # One buffer, of which nothing tells that it grows, and the data: every size would seem to fit.
+    def run(request: TrialRequest) -> TrialResult:
+        peak = 1000 + 100 * request.micro_batch
+        if peak > 50_000:
+            return TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY)
+        sizes = ((100.0 * request.micro_batch, 0.0), (0.0, 4.0))
+        order = (1, 2, ~2, ~1)
+        told = AllocationTrace(request.micro_batch, ((0, 50_000),), ((0, 1000),), sizes, order)
+        return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=peak, allocations=told)
+
+    result = search(run, target_batch=None, budget_bytes=50_000, fixed_bytes_hint=1000)
+    assert result.largest_fit is not None
+    assert 475 <= result.largest_fit <= 490
+    assert failures(result) == 0
+    assert len(result.trials) <= 3
+
+
+def test_no_recording_is_asked_for_where_no_budget_is_known() -> None:
+    asked = []
+    search(
+        lambda request: (asked.append(request), Device(lambda b: b, 100)(request))[1],
+        target_batch=64,
+        budget_bytes=None,
+    )
+    assert asked
+    assert not any(request.record_allocations for request in asked)

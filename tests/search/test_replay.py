@@ -1,0 +1,157 @@
+"""The model of the allocator, and what replaying a trial's allocations on it tells of other sizes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autobatch.records import AllocationTrace
+from autobatch.search import replay
+from autobatch.search.replay import Allocator, FullError
+
+KIB = 1024
+
+
+def trace(sizes, order, *, total=1 << 20, held=(), micro_batch=10):
+    return AllocationTrace(micro_batch, ((0, total),), tuple(held), tuple(sizes), tuple(order))
+
+
+def test_a_block_is_rounded_up_and_takes_the_smallest_chunk_that_is_large_enough() -> None:
+    allocator = Allocator(((0, 64 * KIB),), ())
+    blocks = [allocator.allocate(wanted) for wanted in (1, 8 * KIB, 256, 2 * KIB, 256)]
+    assert blocks == [0, 256, 256 + 8 * KIB, 512 + 8 * KIB, 512 + 10 * KIB]
+    allocator.release(blocks[1])
+    allocator.release(blocks[3])
+    assert allocator.allocate(2 * KIB) == blocks[3]  # the smaller of the two holes, though it is higher
+    assert allocator.in_use_bytes == 3 * 256 + 2 * KIB
+
+
+def test_a_chunk_is_split_only_where_it_is_twice_as_large_as_the_block() -> None:
+    for wanted, taken in ((512, 512), (513, 1024)):
+        allocator = Allocator(((0, 8 * KIB),), ())
+        first = allocator.allocate(1024)
+        allocator.allocate(256)
+        allocator.release(first)
+        before = allocator.in_use_bytes
+        allocator.allocate(wanted)
+        assert allocator.in_use_bytes - before == taken
+
+
+def test_what_would_be_wasted_is_split_off_where_it_is_large() -> None:
+    mib = 1 << 20
+    allocator = Allocator(((0, 400 * mib),), ())
+    allocator.allocate(250 * mib)
+    assert allocator.in_use_bytes == 250 * mib
+
+
+def test_neighbours_are_joined_within_a_region_and_not_across() -> None:
+    allocator = Allocator(((0, 4 * KIB), (4 * KIB, 4 * KIB)), ())
+    blocks = [allocator.allocate(2 * KIB) for _ in range(4)]
+    assert sorted(blocks) == [0, 2 * KIB, 4 * KIB, 6 * KIB]
+    for block in blocks:
+        allocator.release(block)
+    with pytest.raises(FullError):
+        allocator.allocate(8 * KIB)
+    assert {allocator.allocate(4 * KIB), allocator.allocate(4 * KIB)} == {0, 4 * KIB}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_blocks_never_overlap_and_nothing_is_lost(seed: int) -> None:
+    rng = random.Random(seed)
+    regions = ((0, 256 * KIB), (1 << 30, 64 * KIB))
+    held = ((1024, 512), (8192, 2048), (1 << 30, 256))
+    allocator = Allocator(regions, held)
+    live = dict(held)
+    for _ in range(300):
+        if live and rng.random() < 0.5:
+            address = rng.choice(list(live))
+            allocator.release(address)
+            del live[address]
+        else:
+            wanted = rng.choice((1, 100, 300, 5000, 20000))
+            try:
+                address = allocator.allocate(wanted)
+            except FullError:
+                continue
+            end = address + wanted
+            assert any(start <= address and end <= start + size for start, size in regions)
+            assert all(end <= other or address >= other + size for other, size in live.items())
+            live[address] = wanted
+    assert allocator.in_use_bytes >= sum(live.values())
+    assert allocator.peak_bytes >= allocator.in_use_bytes
+    for address in live:
+        allocator.release(address)
+    assert allocator.in_use_bytes == 0
+    assert {allocator.allocate(size) for _, size in regions} == {0, 1 << 30}
+
+
+def test_a_size_is_replayed_with_what_grows_and_what_does_not() -> None:
+    # Weights of 4 KiB; a workspace of 1 KiB; two activations of 256 bytes a sample, the first kept for the second.
+    told = trace([(1024, 0), (0, 256), (0, 256)], [1, ~1, 2, 3, ~3, ~2], held=[(0, 4096)])
+    assert replay.peak_bytes(told, 10) == 4096 + 2 * 2560
+    assert replay.peak_bytes(told, 1) == 4096 + 1024
+    assert replay.largest_that_fits(told, 1 << 20, at_most=10**6) == pytest.approx((2**20 - 4096) / 512, rel=0.006)
+    assert replay.largest_that_fits(told, 100_000, at_most=10**6) == pytest.approx((100_000 - 4096) / 512, rel=0.006)
+    assert replay.largest_that_fits(told, 1 << 20, at_most=100) == 100
+    assert replay.largest_that_fits(told, 4096, at_most=100) == 0
+
+
+def test_free_memory_in_pieces_is_no_room_although_the_bytes_would_do() -> None:
+    # Something small lies in the middle: of 1 MiB, only half can be had in one piece.
+    told = trace([(0, 1024)], [1, ~1], held=[(512 * KIB, 256)])
+    assert replay.peak_bytes(told, 512) == 256 + 512 * KIB
+    assert replay.peak_bytes(told, 513) is None
+    assert replay.largest_that_fits(told, 1 << 20, at_most=1000) == 512
+
+
+def test_a_size_is_not_believed_above_one_that_finds_no_room(monkeypatch) -> None:
+    monkeypatch.setattr(replay, "peak_bytes", lambda told, size: None if 150 <= size <= 161 or size > 170 else 1)
+    assert replay.largest_that_fits(trace([], []), 10, at_most=1000) == pytest.approx(149, abs=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), total=st.integers(50, 4000))
+def test_the_largest_fits_and_a_little_more_does_not(seed: int, total: int) -> None:
+    rng = random.Random(seed)
+    sizes = [(rng.choice((0, 700, 5000)), rng.choice((0, 40, 300, 1000)) + (number == 0)) for number in range(12)]
+    order: list[int] = []
+    live: list[int] = []
+    for block in range(12):
+        order.append(block)
+        live.append(block)
+        while live and rng.random() < 0.4:
+            order.append(~live.pop(rng.randrange(len(live))))
+    told = trace(sizes, order, total=total * KIB)
+    found = replay.largest_that_fits(told, total * KIB, at_most=5000)
+    assert found == 0 or replay.peak_bytes(told, found) is not None
+    if found < 5000:
+        beyond = range(found + 1, found + 2 + found // 5)
+        assert any(replay.peak_bytes(told, size) is None for size in beyond) or found < 20
+
+
+def test_two_trials_tell_what_grows_better_than_one() -> None:
+    # A workspace of 16 * 1024 bytes looked as if it grew, for 16 samples were run.
+    one = trace([(0, 1024), (0, 100)], [0, 1, ~1, ~0], micro_batch=16)
+    other = trace([(16 * 1024, 0), (0, 100)], [0, 1, ~1, ~0], micro_batch=40)
+    assert replay.between(one, other).sizes == ((16 * 1024, 0), (0, 100))
+    assert replay.between(one, other).micro_batch == 40
+
+
+def test_trials_that_did_not_do_the_same_are_not_compared() -> None:
+    one = trace([(0, 1024), (0, 100)], [0, 1, ~1, ~0], micro_batch=16)
+    assert replay.between(one, trace([(0, 1024)], [0, ~0], micro_batch=40)).sizes == ((0, 1024),)
+    other_order = trace([(0, 64), (0, 100)], [0, 1, ~0, ~1], micro_batch=40)
+    assert replay.between(one, other_order) is other_order
+    assert replay.between(one, one) is one
+
+
+def test_what_was_held_may_differ_between_the_two() -> None:
+    one = trace([(0, 1000)], [1, ~1, ~0], held=[(0, 256)], micro_batch=10)
+    other = trace([(20_500, 0)], [0, ~0], micro_batch=20)
+    # 10,000 bytes with 10 samples and 20,500 with 20.
+    assert replay.between(one, other).sizes == ((-500, 1050),)
+    assert replay.peak_bytes(replay.between(one, other), 30) == 31_232
