@@ -216,6 +216,30 @@ def _build_on(model: Any, element_spec: Any) -> None:
 
 
 @contextlib.contextmanager
+def vectors_differentiated(factor_of: Callable[[Any], Any]) -> Iterator[None]:
+    """While this lasts, ``GradientTape.gradient`` of a target is multiplied by what ``factor_of`` it says, if not None.
+
+    Keras's ``train_step`` differentiates a loss without a reduction as it is, which sums it.
+    """
+    _PATCHING.acquire()
+    original = tf.GradientTape.gradient
+
+    def gradient(self: Any, target: Any, sources: Any, output_gradients: Any = None, *args: Any, **kwargs: Any) -> Any:
+        factor = factor_of(target)
+        if factor is not None:
+            upstream = tf.ones_like(target) if output_gradients is None else output_gradients
+            output_gradients = upstream * factor
+        return original(self, target, sources, output_gradients, *args, **kwargs)
+
+    tf.GradientTape.gradient = gradient
+    try:
+        yield
+    finally:
+        tf.GradientTape.gradient = original
+        _PATCHING.release()
+
+
+@contextlib.contextmanager
 def without_gradients() -> Iterator[None]:
     """While this lasts, ``GradientTape.gradient`` returns zeros, so that a forward pass alone is traced."""
     _PATCHING.acquire()

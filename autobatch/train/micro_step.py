@@ -72,6 +72,7 @@ class MicroStep:
         with (
             keras_seams.capture_apply(optimizers, owner.capture_into_accumulators(fraction)),
             keras_seams.intercept_reductions(normalizer, fraction),
+            keras_seams.vectors_differentiated(normalizer.gradient_factor),
         ):
             logs = self._step(owner.structure.pack(leaves))
         if self._training and owner.model.trainable_variables and not owner.captured_any:

@@ -11,12 +11,15 @@ reduction                   denominator ``d``                  factor
 ``sum_over_batch_size``     elements                           1
 the same, with a mask       elements that the mask lets pass   needs a count
 ``mean_with_sample_weight`` sum of the weights, masked         needs a count
-``sum``, ``None``           1 for all                          ``n / n_k``
+``sum``                     1 for all                          ``n / n_k``
 =========================== ================================== =====================
 
 The fraction stands outside, so that everything that is not known to be otherwise is a mean over samples, and so that
-Keras's loss tracker, which weighs a micro-batch's loss by ``n_k``, ends with the loss of the effective batch. (Under
-``None`` it reports the mean of what is differentiated as a sum: there the factor is the gradient's alone.)
+Keras's loss tracker, which weighs a micro-batch's loss by ``n_k``, ends with the loss of the effective batch.
+
+Under ``None`` the whole loss is a vector of one value for each sample, to each of which Keras adds the other outputs'
+losses. It reports their mean and differentiates their sum, so that the factor ``n / n_k`` is the gradient's alone, and
+that of the whole loss (:func:`keras_seams.vectors_differentiated`).
 
 "Needs a count" means that ``D`` depends on the data: :data:`Mode.COUNT` traces the same losses once more, keeping only
 the counts; TensorFlow prunes what they do not need.
@@ -53,6 +56,7 @@ class Normalizer:
         self.totals = totals
         self.counts: list[Any] = []
         self.scalar_losses: list[str] = []
+        self.leaves_a_vector = False
 
     def __call__(
         self,
@@ -73,9 +77,9 @@ class Normalizer:
         if kind == "sum":
             return loss * tf.cast(1.0 / self.fraction, loss.dtype)
         if kind in (None, "none") and of_compile:
-            # Without a reduction Keras differentiates the vector, which sums it, but reports its mean. Outside of
-            # compile(loss=...) the user's train_step reduces it, by a mean for all we can know.
-            return _with_gradient_times(loss, tf.cast(1.0 / self.fraction, loss.dtype))
+            # Outside of compile(loss=...) the user's train_step reduces it, by a mean for all we can know.
+            self.leaves_a_vector = True
+            return loss
         if kind in (None, "none") or not self._needs_count(kind, values, sample_weight, mask):
             return loss
         count = tf.cast(self._count(kind, values, sample_weight, mask, dtype), tf.float64)
@@ -85,6 +89,12 @@ class Normalizer:
             return loss
         share = tf.math.divide_no_nan(count, self.totals[position])
         return loss * tf.cast(share / self.fraction, loss.dtype)
+
+    def gradient_factor(self, target: Any) -> Any:
+        """What the gradient of ``target`` is to be multiplied by; None for what is no vector left by a loss."""
+        if not self.leaves_a_vector or not tf.is_tensor(target) or not target.shape.rank:
+            return None
+        return tf.cast(1.0 / self.fraction, target.dtype)
 
     @staticmethod
     def _needs_count(kind: str, values: Any, sample_weight: Any, mask: Any) -> bool:
@@ -104,12 +114,3 @@ class Normalizer:
         weight = keras_seams.apply_mask(weight, mask, dtype=values.dtype, reduction=kind)
         _, weight = keras_seams.squeeze_or_expand(values, weight)
         return tf.reduce_sum(tf.cast(weight, tf.float64))
-
-
-def _with_gradient_times(values: Any, factor: Any) -> Any:
-    """The same values, whose gradient is ``factor`` times as large."""
-
-    def passed(values: Any) -> Any:
-        return tf.identity(values), lambda upstream: upstream * factor
-
-    return tf.custom_gradient(passed)(values)

@@ -55,6 +55,28 @@ def test_every_reduction_with_and_without_sample_weights(reduction, weighted):
     compare(build, x, y, sample_weight=weight)
 
 
+def test_a_loss_without_a_reduction_beside_another_outputs():
+    # Keras adds the other's mean to each sample's loss, and differentiates the sum of all. (Beside a regularizer it
+    # takes no loss without a reduction: it stacks the two.)
+    x, _ = arrays()
+    random = np.random.default_rng(4)
+    y = {name: random.normal(size=(SAMPLES, 2)).astype("float32") for name in ("a", "b")}
+
+    def build():
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input(x.shape[1:])
+        hidden = keras.layers.Dense(8)(inputs)
+        model = keras.Model(inputs, {name: keras.layers.Dense(2, name=name)(hidden) for name in ("a", "b")})
+        losses = {
+            "a": keras.losses.MeanSquaredError(reduction="none"),
+            "b": keras.losses.MeanAbsoluteError(reduction="sum_over_batch_size"),
+        }
+        model.compile(keras.optimizers.SGD(1e-4), losses, loss_weights={"a": 0.7, "b": 0.4})
+        return model
+
+    compare(build, x, y)
+
+
 LOSSES = {
     "MeanSquaredError": "real",
     "MeanAbsoluteError": "real",
