@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ logger = logging.getLogger(__name__)
 
 _READERS = ("tensorflow.tsl.profiler.protobuf.xplane_pb2", "tensorflow.core.profiler.protobuf.xplane_pb2")
 _ALLOCATED, _FREED = "MemoryAllocation", "MemoryDeallocation"
+
+SWITCH = "AUTOBATCH_RECORD_ALLOCATIONS"
+"""An environment variable: "0" leaves the profiler alone."""
+
+_OF_THE_PROFILER = (b"profiler_session.cc", b"save_profile.cc")
 
 _MOST_BYTES = 64 * 2**20
 """A profile larger than this is not read: it would take longer than the trial that it might save."""
@@ -78,13 +84,16 @@ def recording(device: str, variables: Iterable[Any]) -> Iterator[Recording]:
     import tensorflow as tf
 
     found = Recording()
+    if os.environ.get(SWITCH) == "0":
+        yield found
+        return
     profiler = tf.profiler.experimental
     with tempfile.TemporaryDirectory(prefix="autobatch-") as folder:
         try:
-            # Neither Python's calls nor the GPU's kernels: CUPTI would take seconds and memory of its own.
-            options = profiler.ProfilerOptions(host_tracer_level=2, python_tracer_level=0, device_tracer_level=0)
             found.held = _addresses(variables)
-            profiler.start(folder, options)
+            # No options: TensorFlow 2.21 takes none of them, and complains.
+            with _silenced():
+                profiler.start(folder)
         except (tf.errors.OpError, RuntimeError) as error:
             logger.info("allocations are not recorded: %s", error)
             yield found
@@ -94,8 +103,31 @@ def recording(device: str, variables: Iterable[Any]) -> Iterator[Recording]:
             yield found
             saved = True
         finally:
-            profiler.stop(save=saved)
+            with _silenced():
+                profiler.stop(save=saved)
         found.events = _read(Path(folder), device)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """While this lasts, the profiler's own messages are kept from standard error; all others come at its end."""
+    try:
+        before = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
+    with tempfile.TemporaryFile() as aside:
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            aside.seek(0)
+            for line in aside:
+                if not any(name in line for name in _OF_THE_PROFILER):
+                    with contextlib.suppress(OSError):
+                        os.write(2, line)
 
 
 def trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple[int, ...]]) -> AllocationTrace | None:
@@ -198,18 +230,21 @@ def _within(regions: list[tuple[int, int]], blocks: dict[int, int]) -> list[tupl
 
 
 def _unaccounted(regions: list[tuple[int, int]], taken: dict[int, int], rest: int) -> list[tuple[int, int]]:
-    """Blocks for what is held, it is not known where: in the lowest holes, where the allocator puts small ones."""
-    blocks: list[tuple[int, int]] = []
+    """Blocks for what is held, it is not known where: in the smallest holes, where the allocator puts small ones."""
+    holes: list[tuple[int, int]] = []
     for start, size in regions:
         free_from = start
         for address, bytes_taken in [*sorted(taken.items()), (start + size, 0)]:
-            if not start <= address <= start + size:
-                continue
-            hole = min(address - free_from, rest) // _ROUND_BYTES * _ROUND_BYTES
-            if hole > 0:
-                blocks.append((free_from, hole))
-                rest -= hole
-            free_from = max(free_from, address + bytes_taken)
+            if start <= address <= start + size:
+                holes.append((address - free_from, free_from))
+                free_from = max(free_from, address + bytes_taken)
+    blocks = []
+    for size, address in sorted(hole for hole in holes if hole[0] > 0):
+        filled = min(size, rest) // _ROUND_BYTES * _ROUND_BYTES
+        if filled <= 0:
+            break
+        blocks.append((address, filled))
+        rest -= filled
     return blocks
 
 
