@@ -126,6 +126,14 @@ def search(seconds: float, at_once: int) -> dict[str, Any]:
     print(f"{'model':<40} {'search':<24} {'trials':>6} {'failed':>6} {'seconds':>8} {'found':>6} {'of true':>8}")
     for name, row in found.items():
         true = row.get("true_largest")
+        for each in row.get("recordings", ()):
+            peak, again = each["peak_bytes"], each["replayed_peak_bytes"]
+            told = "nothing recorded" if each["steps"] is None else f"{each['steps']} allocations and releases recorded"
+            if peak and again:
+                told += (
+                    f", replayed peak {again / peak:.3f} of the measured, up to {each['replayed_largest']} would fit"
+                )
+            print(f"{name:<40} {each['micro_batch']} samples, {each['outcome']}, {each['seconds']:.1f} s: {told}")
         for searcher, result in row.get("searches", {}).items():
             share = "-" if not true or not result["returned"] else f"{result['returned'] / true:.3f}"
             star = "" if result["returned_was_run_and_fits"] else " not run, or does not fit"

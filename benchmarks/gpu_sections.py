@@ -315,6 +315,7 @@ def search(name: str, precision: str, xla: str, seconds: str) -> None:
 
     from autobatch import api
     from autobatch.records import TrialRequest
+    from autobatch.search import replay
 
     entry = MODELS[name]
     started = time.perf_counter()
@@ -326,11 +327,30 @@ def search(name: str, precision: str, xla: str, seconds: str) -> None:
     class Live(Measurements):
         """Trials in this very process."""
 
-        def _run(self, micro_batch: int) -> dict[str, Any]:
+        def _run(self, micro_batch: int, *, record: bool) -> dict[str, Any]:
             begun = time.perf_counter()
-            result = trials.run(TrialRequest(micro_batch))
+            result = trials.run(TrialRequest(micro_batch, record_allocations=record))
+            seconds = time.perf_counter() - begun
             fields = {field: getattr(result, field) for field in type(result).__dataclass_fields__}
-            return fields | {"outcome": result.outcome.value, "seconds": time.perf_counter() - begun}
+            trace = fields.pop("allocations")
+            if trace is not None:
+                self.traces[micro_batch] = trace
+            if record:
+                again = None if trace is None else replay.peak_bytes(trace, micro_batch)
+                answer["recordings"].append(
+                    {
+                        "micro_batch": micro_batch,
+                        "outcome": result.outcome.value,
+                        "peak_bytes": result.peak_bytes,
+                        "replayed_peak_bytes": again,
+                        "steps": None if trace is None else len(trace.order),
+                        "replayed_largest": None
+                        if trace is None
+                        else replay.largest_that_fits(trace, trials.environment.budget_bytes or 0, at_most=top),
+                        "seconds": seconds,
+                    }
+                )
+            return fields | {"outcome": result.outcome.value, "seconds": seconds}
 
     top = entry.largest_considered * stretch * 2
     measurements = Live(name, limit_mib, top)
@@ -348,6 +368,7 @@ def search(name: str, precision: str, xla: str, seconds: str) -> None:
         "start_seconds": measurements.greeting["start_seconds"],
         "true_largest": None,
         "searches": {},
+        "recordings": [],
     }
     asked = ["autobatch", "autobatch exact", "Accelerate", "Lightning power", "Lightning binsearch"]
     for searcher in asked:

@@ -42,5 +42,6 @@ def test_a_trial_tells_what_was_held_and_what_the_samples_needed(told):
 def test_what_is_found_was_run_and_is_not_reached_one_by_one(told):
     fitting = [micro_batch for micro_batch, fits in told["trials"] if fits]
     assert told["found"] == max(fitting) > 128
-    # This arena grows piece by piece and is nearly full, so that sizes fail below the line.
-    assert len(told["trials"]) <= 8
+    # Operations run in parallel here, so that what is held at once is not the same each time.
+    assert len(told["trials"]) <= 5
+    assert sum(not fits for _, fits in told["trials"]) <= 1
