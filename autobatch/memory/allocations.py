@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autobatch.memory import arena
 from autobatch.records import AllocationTrace
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def recording(device: str, variables: Iterable[Any]) -> Iterator[Recording]:
     import tensorflow as tf
 
     found = Recording()
-    if os.environ.get(SWITCH) == "0":
+    if os.environ.get(SWITCH) == "0" or not _tells(device):
         yield found
         return
     profiler = tf.profiler.experimental
@@ -311,6 +312,13 @@ def _event(kind: str, stats: Iterable[Any], names: dict[int, str], device: str) 
         )
     except KeyError:
         return None
+
+
+def _tells(device: str) -> bool:
+    """Whether the allocator of ``device`` is BFC, as the environment says: others tell nothing of use."""
+    if device.startswith("GPU"):
+        return os.environ.get("TF_GPU_ALLOCATOR", "").strip().lower() != "cuda_malloc_async"
+    return arena.arena_limit_bytes(device) is not None
 
 
 def _is_allocator_of(device: str, name: str) -> bool:

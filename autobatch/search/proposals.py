@@ -103,6 +103,9 @@ _BELOW_REPLAY = 0.975
 _REPLAY_FAILURES = 2
 """... unless that happened more often than this."""
 
+_NEARLY_WITHIN = 1.03
+"""A measured peak over the budget by more than this tells that the replay was wrong, and the line knows better."""
+
 _REPLAY_NEAR = 0.96
 """In exact mode the sides are this near to each other when they are bisected."""
 
@@ -184,7 +187,8 @@ def _by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResu
     if high is not None and edge >= high:
         failures = sum(not trial.fits for trial in trials)
         last = next(trial for trial in trials if trial.micro_batch == high)
-        if last.peak_bytes is not None or failures > _REPLAY_FAILURES:
+        far_over = (last.peak_bytes or 0) > _NEARLY_WITHIN * (terms.budget_bytes or 0)
+        if far_over or failures > _REPLAY_FAILURES:
             return None
         if terms.exact and low >= _REPLAY_NEAR * high:
             return Run(_between(bracket, low, high))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from autobatch.memory.allocations import Event, Recording, trace_of
+from autobatch.memory.allocations import Event, Recording, recording, trace_of
 
 SCRIPT = Path(__file__).with_name("allocator_process.py")
 
@@ -105,3 +105,14 @@ def test_what_was_held_lies_where_it_lay_and_what_is_unknown_in_the_smallest_hol
     (region_start, region_bytes) = told.regions[0]
     assert region_start == start + 1024
     assert region_start + region_bytes >= start + 8192 + 4096
+
+
+def test_an_allocator_that_tells_nothing_is_not_profiled(monkeypatch):
+    monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "0")
+    monkeypatch.setattr("tensorflow.profiler.experimental.start", lambda *_: pytest.fail("profiled"))
+    for device, variables in (("CPU:0", {}), ("GPU:0", {"TF_GPU_ALLOCATOR": "cuda_malloc_async"})):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with recording(device, []) as seen:
+            pass
+        assert seen.events == []
