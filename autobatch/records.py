@@ -94,7 +94,9 @@ class TrialResult:
     detail: str = ""
     sample_peak_bytes: int | None = None
     held_bytes: int | None = None
-    allocations: AllocationTrace | None = field(default=None, repr=False, compare=False)
+    allocations: AllocationTrace | None = field(
+        default=None, repr=False, compare=False, metadata={"left_out_at_default": True}
+    )
 
     def __post_init__(self) -> None:
         _require(self.micro_batch >= 1, f"micro_batch must be at least 1. Received: {self.micro_batch!r}")

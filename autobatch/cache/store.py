@@ -215,6 +215,8 @@ class ResultStore:
                     return
                 unusable = _Unusable("broken", problem)
             except _FAILURES as error:
+                if "locked" in str(error):
+                    return  # another process writes to it: it is a new one
                 if not _is_about_the_file(error):
                     raise
                 unusable = error if isinstance(error, _Unusable) else _Unusable("broken", str(error))

@@ -234,6 +234,29 @@ def test_a_file_that_somebody_holds_locked_stops_nobody(store, monkeypatch):
     assert len(store.entries()) == 2
 
 
+def test_a_new_file_that_another_process_writes_to_is_not_taken_for_a_broken_one(store, monkeypatch):
+    # Who found the file broken may come to look at it again when another has begun a new one, and is writing to it.
+    store.folder.mkdir()
+    store.path.write_bytes(b"no database at all\n" * 1000)
+    others = []
+
+    def set_aside_by_another(self):
+        self.path.unlink()
+        others.append(sqlite3.connect(self.path, isolation_level=None))
+        for statement in ("BEGIN", store_module._CREATE, f"PRAGMA user_version = {SCHEMA_VERSION}", "COMMIT"):
+            others[0].execute(statement)
+        others[0].execute("BEGIN EXCLUSIVE")
+        original(self)
+        others[0].execute("COMMIT")
+
+    original = ResultStore._set_aside_if_unusable
+    monkeypatch.setattr(ResultStore, "_set_aside_if_unusable", set_aside_by_another)
+    assert store.put(a_key(), a_result())
+    others[0].close()
+    assert store.find(a_key()) == a_result()
+    assert not list(store.folder.glob("*.broken-*"))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
