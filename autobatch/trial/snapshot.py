@@ -79,7 +79,10 @@ class Recorder:
             return [variable.read_value() for variable in self._variables]
 
         self._read = tf.function(read, autograph=False, input_signature=[])
+        self._concrete: Callable[[], list[Any]] | None = None
 
     def take(self) -> Snapshot:
         """The values now; buffers are shared with the variables until those are updated."""
-        return Snapshot(self._variables, list(self._read()))
+        if self._concrete is None:  # quicker to call than a function that is looked up for its arguments
+            self._concrete = self._read.get_concrete_function()
+        return Snapshot(self._variables, list(self._concrete()))
