@@ -124,6 +124,8 @@ def peaks_of(name: str, steps: int) -> dict[str, int]:
     from autobatch.train.step import AccumulatedStep
     from autobatch.trial.snapshot import bytes_of
 
+    # One operation at a time, as a GPU's single stream runs them: in parallel, what they hold together is chance.
+    tf.config.threading.set_inter_op_parallelism_threads(1)
     model, samples, micro_batch = build(name)
     # A micro-batch large enough for activations to count, as where memory is short.
     micro_batch *= 4
