@@ -45,7 +45,7 @@ def kernel(tmp_path_factory):
 @pytest.mark.slow
 class TestInAKernel:
     def test_a_search_is_shown_while_it_runs(self, kernel):
-        shown = kernel.run("report = autobatch.tune(model, x, y, target_batch=4096, memory_limit='16MiB'); report")
+        shown = kernel.run("report = autobatch.tune(model, x, y, target_batch=4096, memory_limit='24MiB'); report")
         (first,) = shown.html("display_data")
         updates = shown.html("update_display_data")
         assert "Tracing the step" in first
