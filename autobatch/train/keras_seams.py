@@ -216,34 +216,40 @@ def _build_on(model: Any, element_spec: Any) -> None:
 
 
 @contextlib.contextmanager
-def vectors_differentiated(factor_of: Callable[[Any], Any]) -> Iterator[None]:
+def _gradient_replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While this lasts, ``GradientTape.gradient`` is what ``make`` makes of it."""
+    with _PATCHING:
+        original = tf.GradientTape.gradient
+        tf.GradientTape.gradient = make(original)
+        try:
+            yield
+        finally:
+            tf.GradientTape.gradient = original
+
+
+def vectors_differentiated(factor_of: Callable[[Any], Any]) -> contextlib.AbstractContextManager[None]:
     """While this lasts, ``GradientTape.gradient`` of a target is multiplied by what ``factor_of`` it says, if not None.
 
     Keras's ``train_step`` differentiates a loss without a reduction as it is, which sums it.
     """
-    _PATCHING.acquire()
-    original = tf.GradientTape.gradient
 
-    def gradient(self: Any, target: Any, sources: Any, output_gradients: Any = None, *args: Any, **kwargs: Any) -> Any:
-        factor = factor_of(target)
-        if factor is not None:
-            upstream = tf.ones_like(target) if output_gradients is None else output_gradients
-            output_gradients = upstream * factor
-        return original(self, target, sources, output_gradients, *args, **kwargs)
+    def weighed(original: Callable[..., Any]) -> Callable[..., Any]:
+        def gradient(
+            self: Any, target: Any, sources: Any, output_gradients: Any = None, *rest: Any, **named: Any
+        ) -> Any:
+            factor = factor_of(target)
+            if factor is not None:
+                upstream = tf.ones_like(target) if output_gradients is None else output_gradients
+                output_gradients = upstream * factor
+            return original(self, target, sources, output_gradients, *rest, **named)
 
-    tf.GradientTape.gradient = gradient
-    try:
-        yield
-    finally:
-        tf.GradientTape.gradient = original
-        _PATCHING.release()
+        return gradient
+
+    return _gradient_replaced(weighed)
 
 
-@contextlib.contextmanager
-def without_gradients() -> Iterator[None]:
+def without_gradients() -> contextlib.AbstractContextManager[None]:
     """While this lasts, ``GradientTape.gradient`` returns zeros, so that a forward pass alone is traced."""
-    _PATCHING.acquire()
-    original = tf.GradientTape.gradient
 
     def gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
         return tf.nest.map_structure(
@@ -251,12 +257,7 @@ def without_gradients() -> Iterator[None]:
             sources,
         )
 
-    tf.GradientTape.gradient = gradient
-    try:
-        yield
-    finally:
-        tf.GradientTape.gradient = original
-        _PATCHING.release()
+    return _gradient_replaced(lambda original: gradient)
 
 
 def is_built(model: Any) -> bool:
