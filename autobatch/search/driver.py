@@ -14,7 +14,8 @@ from autobatch.search import replay
 from autobatch.search.bracket import Bracket
 from autobatch.search.memory_model import fit_memory_model
 from autobatch.search.planning import candidate_sizes, require_objective
-from autobatch.search.proposals import Run, Stop, Terms, propose, wants_estimate
+from autobatch.search.proposals import propose, wants_estimate
+from autobatch.search.steps import Run, Stop, Terms
 
 FURTHEST = 2**20
 """The largest size tried where neither a target nor ``max_micro_batch`` is given."""

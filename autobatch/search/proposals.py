@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from autobatch.records import MemoryModel, Outcome, SampleEstimate, TrialResult
+from autobatch.records import MemoryModel, Outcome, TrialResult
 from autobatch.search.bracket import Bracket, Stage
+from autobatch.search.by_replay import by_replay
 from autobatch.search.memory_model import Fit, fit_memory_model, largest_within, least_peak_bytes
+from autobatch.search.steps import CLOSE_TO_PREDICTION, COARSE, Measure, Run, Stop, Terms, between
 from autobatch.units import format_bytes
 
 # The constants below were chosen by simulation over ten shapes of curve, where the optimum is flat around each, and by
@@ -37,9 +38,6 @@ SMALL_TOP = 32
 CLOSE_ENOUGH = 0.97
 """Default mode stops once what fits is this much of what can fit."""
 
-CLOSE_TO_PREDICTION = 0.9725
-"""The same where "can fit" is only predicted, which may itself be a little low."""
-
 MODEL_TRIALS = 8
 """From so many trials on, the line has misled too often, and only the bracket is believed."""
 
@@ -59,9 +57,6 @@ _EDGE_SHARE = 0.25
 
 _NEARLY_SAFE = 1.01
 """Safe sizes are behind where they go on for less than this."""
-
-_COARSE = 1.1
-"""Candidates this factor apart are worth a risk: the next one makes fewer accumulation steps."""
 
 _EXACT_NEAR = 1.25
 """In exact mode there is no margin for a prediction of less than this factor of growth."""
@@ -94,64 +89,8 @@ _BELOW_FAILURE = 0.65
 _BELOW_FAILURES = 0.4
 """The same where the one before it failed too."""
 
-_REPLAY_AIM = 0.985
-"""A replay's edge is aimed at with this margin."""
-
-_BELOW_REPLAY = 0.975
-"""Where it failed all the same, the next size is this much of the largest that may still fit ..."""
-
-_REPLAY_FAILURES = 2
-"""... unless that happened more often than this."""
-
-_NEARLY_WITHIN = 1.03
-"""A measured peak over the budget by more than this tells that the replay was wrong, and the line knows better."""
-
-_REPLAY_NEAR = 0.96
-"""In exact mode the sides are this near to each other when they are bisected."""
-
-_REPLAY_CREEP = 0.05
-"""Two sizes that fit and are nearer than this are steps of the proof, which double."""
-
 _BELOW_FIRST_FAILURE = 0.6
 """How much of what the bytes named by a first failure would allow is tried next: they are a lower bound."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Run this untried candidate."""
-
-    micro_batch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """Run this size for its peak alone; a larger one fits already."""
-
-    micro_batch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Nothing more to run; ``reason`` is a short sentence for people."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What a search was asked for. ``top_name`` names the largest candidate in the reason for stopping.
-
-    ``replayed`` is the largest size that fits where the allocations of the last trial that recorded them are replayed.
-    """
-
-    budget_bytes: int | None
-    fixed_bytes_hint: int
-    exact: bool
-    top_name: str
-    unlimited: bool = False
-    estimate: SampleEstimate | None = None
-    headroom_bytes: int = 0
-    replayed: int | None = None
 
 
 def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Run | Measure | Stop:
@@ -172,47 +111,10 @@ def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Ru
     if terms.budget_bytes is None or fit is None or fit.anchor.micro_batch != low:
         return _by_outcomes(bracket, low, trials, terms)
     if terms.replayed is not None and len(trials) < MODEL_TRIALS:
-        proposal = _by_replay(bracket, low, max(low, terms.replayed), trials, terms)
+        proposal = by_replay(bracket, low, max(low, terms.replayed), trials, terms)
         if proposal is not None:
             return proposal
     return _by_model(bracket, low, trials, terms, fit, terms.budget_bytes)
-
-
-def _by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResult], terms: Terms) -> Run | Stop | None:
-    """Towards ``edge``, where the replay finds no more room; None where it was seen to be wrong, and the line is next.
-
-    It is right to a few per cent: what lies where before a trial is not quite the same each time.
-    """
-    high, untried = bracket.smallest_failure, bracket.untried
-    if high is not None and edge >= high:
-        failures = sum(not trial.fits for trial in trials)
-        last = next(trial for trial in trials if trial.micro_batch == high)
-        far_over = (last.peak_bytes or 0) > _NEARLY_WITHIN * (terms.budget_bytes or 0)
-        if far_over or failures > _REPLAY_FAILURES:
-            return None
-        if terms.exact and low >= _REPLAY_NEAR * high:
-            return Run(_between(bracket, low, high))
-        return Run(bracket.floor(math.ceil(_BELOW_REPLAY * (high - 1))))
-    if terms.exact:
-        if edge >= untried[0]:
-            return Run(bracket.floor(edge))
-        return Run(_beyond(bracket, low, trials))
-    if low >= CLOSE_TO_PREDICTION * edge:
-        return Stop(f"{low} fits, and no more than {edge} is predicted to: within 3 %")
-    if edge < untried[0]:
-        return Stop(f"the next useful size, {untried[0]}, is predicted not to fit")
-    certain, possible = bracket.floor(math.floor(_REPLAY_AIM * edge)), bracket.floor(edge)
-    # Where the margin would cost a whole candidate, the edge is worth the risk.
-    return Run(possible if possible > _COARSE * certain or certain > edge else certain)
-
-
-def _beyond(bracket: Bracket, low: int, trials: Sequence[TrialResult]) -> int:
-    """One more than fits, to be seen failing; where it keeps fitting, the steps double."""
-    if bracket.smallest_failure is not None:
-        return _between(bracket, low, bracket.smallest_failure)
-    fitting = sorted(trial.micro_batch for trial in trials if trial.fits)
-    step = 2 * (low - fitting[-2]) if len(fitting) > 1 and low - fitting[-2] <= _REPLAY_CREEP * low else 1
-    return bracket.floor(low + step) if step > 1 else bracket.untried[0]
 
 
 def wants_estimate(bracket: Bracket, terms: Terms) -> bool:
@@ -265,17 +167,10 @@ def _below_first_failure(bracket: Bracket, trials: Sequence[TrialResult], terms:
 
 def _by_outcomes(bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms) -> Run | Stop:
     if bracket.smallest_failure is not None:
-        return Run(_between(bracket, low, bracket.smallest_failure))
+        return Run(between(bracket, low, bracket.smallest_failure))
     if terms.unlimited and _is_saturated(trials):
         return Stop("no limit is known, and two doublings made it less than 5 % faster")
     return Run(bracket.floor(2 * low))
-
-
-def _between(bracket: Bracket, low: int, high: int) -> int:
-    """Bisect by ratio while the sides are far apart, then by count."""
-    if high > 2 * low:
-        return bracket.floor(math.isqrt(low * high))
-    return bracket.untried[(len(bracket.untried) - 1) // 2]
 
 
 def _is_saturated(trials: Sequence[TrialResult]) -> bool:
@@ -293,7 +188,7 @@ def _by_model(
         return Run(beyond)
     if len(trials) >= MODEL_TRIALS:
         if high is not None:
-            return Run(_between(bracket, low, high))
+            return Run(between(bracket, low, high))
         if terms.exact:
             # Steps that double, whatever the line says: a curve that creeps must not be followed one by one.
             return Run(bracket.floor(low + (1 << (len(trials) - MODEL_TRIALS))))
@@ -346,7 +241,7 @@ def _reach(bracket: Bracket, fit: Fit, terms: Terms, budget: int) -> int:
     low = bracket.largest_fit or 0
     next_above = bracket.floor(edge) if edge >= bracket.untried[0] else edge
     below = max((low, *bracket.untried[: bisect_right(bracket.untried, safe)][-1:]))
-    return edge if _COARSE * below < next_above and below < CLOSE_ENOUGH * safe else safe
+    return edge if COARSE * below < next_above and below < CLOSE_ENOUGH * safe else safe
 
 
 def _beyond_caution(
@@ -363,7 +258,7 @@ def _beyond_caution(
     if edge <= low:
         return None
     if bracket.smallest_failure is not None and edge >= top:
-        return _between(bracket, low, bracket.smallest_failure)
+        return between(bracket, low, bracket.smallest_failure)
     before = fit_memory_model(trials[:-1], budget_bytes=budget, fixed_bytes_hint=terms.fixed_bytes_hint)
     if before is not None and low > largest_within(_cautious(before, terms), budget, at_most=top):
         return bracket.floor(edge)  # a step beyond caution has just fitted
