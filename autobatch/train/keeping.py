@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from autobatch.memory import limits
 from autobatch.train.step import AccumulatedStep
-from autobatch.trial.snapshot import Recorder, Snapshot, bytes_of
+from autobatch.trial.snapshot import CopiesBeside, Recorder, Snapshot, bytes_of
 
 PROVEN_UPDATES = 4
 """So many updates in a row show that the optimizer's update fits beside all else that is held."""
@@ -38,7 +38,7 @@ class Kept:
     """The values from before one step."""
 
     weights_at: Place
-    snapshots: tuple[Snapshot, ...]
+    snapshots: tuple[Snapshot | CopiesBeside, ...]
 
     def restore(self) -> None:
         """Give every kept variable its value back, and let go of it."""
@@ -66,7 +66,7 @@ class Keeper:
         self._device = device
         self._user_limit_bytes = user_limit_bytes
         self._headroom = headroom
-        self._recorders: dict[bool, Recorder] = {}
+        self._recorders: dict[tuple[bool, bool], Recorder] = {}
         self._room: bool | None = None
         self.ran_out_beside_copies = False
         """Whether an update ran out of memory beside copies on the device: then there are to be none."""
@@ -82,17 +82,21 @@ class Keeper:
         ``whole`` tells that one micro-batch is the whole effective batch, ``proven`` that :data:`PROVEN_UPDATES`
         updates have gone well.
         """
+        step = self._step
         place = self._place(whole=whole, proven=proven)
-        on_device = place is Place.DEVICE
-        if on_device not in self._recorders:
-            left_out = set() if on_device else {id(variable) for variable in self._step.updated_variables}
-            self._recorders[on_device] = Recorder(
-                (variable for variable in self._step.variables if id(variable) not in left_out),
-                beforehand=self._step.note_no_update,
-            )
-        snapshots = [self._recorders[on_device].take()]
+        copies = step.copies if whole else None
+        snapshots: list[Snapshot | CopiesBeside] = []
+        if copies is not None:
+            snapshots.append(copies)
+        if place is Place.DEVICE or copies is None:
+            key = place is Place.DEVICE, copies is None
+            if key not in self._recorders:
+                updated = step.updated_variables if place is Place.DEVICE else []
+                others = step.changed_before_update if copies is None else []
+                self._recorders[key] = Recorder([*updated, *others], beforehand=step.note_no_update)
+            snapshots.append(self._recorders[key].take())
         if place is Place.HOST:
-            snapshots.append(Snapshot.on_host(self._step.updated_variables))
+            snapshots.append(Snapshot.on_host(step.updated_variables))
         return Kept(place, tuple(snapshots))
 
     def _place(self, *, whole: bool, proven: bool) -> Place:
@@ -110,10 +114,9 @@ class Keeper:
         in_use = limits.bytes_in_use(self._device)
         if limit.limit_bytes is None or in_use is None:
             return True
-        # Gradients that have no accumulators, and temporaries.
-        weights = [bytes_of([variable]) for variable in self._step.model.trainable_variables]
-        update_bytes = sum(weights) + 2 * max(weights, default=0)
-        needed = bytes_of(self._step.updated_variables) + update_bytes
+        # A whole effective batch's gradients have no accumulators.
+        gradients_bytes = bytes_of(self._step.model.trainable_variables)
+        needed = bytes_of(self._step.updated_variables) + gradients_bytes + self._step.update_room_bytes
         return in_use + needed <= limit.limit_bytes * (1 - self._headroom)
 
     def _host_has_room(self) -> bool:

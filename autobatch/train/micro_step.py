@@ -62,6 +62,7 @@ class MicroStep:
         self._logs = concrete.structured_outputs
         self.graph = concrete.graph
         owner.watch(concrete)
+        owner.note_written(concrete.graph)
         owner.drop_unused_accumulators(self._training)
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
 

@@ -102,10 +102,7 @@ class ReplicatedTransaction(Transaction):
 
         def begin() -> None:
             if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
-                updated = {id(variable) for variable in step.updated_variables}
-                self._evaluation_recorders[id(step)] = Recorder(
-                    variable for variable in step.variables if id(variable) not in updated
-                )
+                self._evaluation_recorders[id(step)] = Recorder(step.changed_before_update)
             kept.append(Kept(Place.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
 
         self._locally(step, data, samples, micro_batch, Moment.EVALUATION, begin, step.evaluate, kept)

@@ -12,7 +12,8 @@ Nothing here knows about running out of memory: :mod:`autobatch.train.recovery` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -20,13 +21,11 @@ import tensorflow as tf
 from autobatch.train import keras_seams
 from autobatch.train.micro_step import Logs, MicroStep, loop
 from autobatch.train.sparse import RowBuffer, tables_of
+from autobatch.train.strategy_seams import updates_in_turn
 from autobatch.train.structure import Structure, count_samples, sample_count
-from autobatch.trial.snapshot import bytes_of, distinct
-
-_ROW_BYTES = 2**10
-"""Room is asked for in rows, for a dimension is an int32."""
-
-_MOST_PIECES = 64
+from autobatch.train.update_room import UpdateRoom, temporaries_bytes
+from autobatch.train.written import written_in
+from autobatch.trial.snapshot import CopiesBeside, bytes_of, distinct
 
 
 class AccumulatedStep:
@@ -48,6 +47,8 @@ class AccumulatedStep:
         self._captured: list[tuple[Any, list[Any], list[bool]]] = []
         self._micro: MicroStep | None = None
         self._plain: Callable[..., Logs] | None = None
+        self.copies: CopiesBeside | None = None
+        """What :meth:`plain` keeps by itself of what it changes, the weights and the optimizer's variables apart."""
         self._accumulate: Callable[..., Logs] | None = None
         self._apply: Callable[[], None] | None = None
         self._evaluate: Callable[..., Logs] | None = None
@@ -55,7 +56,8 @@ class AccumulatedStep:
         self.scalar_losses: tuple[str, ...] = ()
         with tf.device("CPU:0"):
             self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
-            self._row_bytes = tf.Variable(_ROW_BYTES, trainable=False, dtype=tf.int32, name="autobatch_row_bytes")
+        self._update_room = UpdateRoom()
+        self._written_before_update: dict[int, Any] = {}
 
     def for_data(self, element_spec: Any) -> AccumulatedStep:
         """The steps of the same model on data of another structure, or for another purpose."""
@@ -89,6 +91,8 @@ class AccumulatedStep:
 
     def update_has_begun(self) -> bool:
         """Whether the last step came as far as its update, so that weights may have changed."""
+        if self.copies is not None and not self.copies.are_of_this_call:
+            return False
         return bool(self._update_begun.numpy())
 
     @property
@@ -112,6 +116,19 @@ class AccumulatedStep:
         for optimizer in self.optimizers:
             own.extend(optimizer.variables)
         return distinct(own)
+
+    @property
+    def changed_before_update(self) -> list[Any]:
+        """What a step can touch before its update, or beside it: statistics, metrics, seeds; also weights, if a layer
+        assigns them in its forward pass."""
+        kept_apart = {id(variable) for variable in self.updated_variables} - set(self._written_before_update)
+        return [variable for variable in self.variables if id(variable) not in kept_apart]
+
+    @property
+    def update_room_bytes(self) -> int:
+        """What the optimizers' temporaries need; a guess, from the weights, before an update was traced."""
+        weights = [bytes_of([variable]) for variable in self.model.trainable_variables]
+        return self._update_room.bytes or sum(weights) + 2 * max(weights, default=0)
 
     @property
     def captured_any(self) -> bool:
@@ -176,9 +193,9 @@ class AccumulatedStep:
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
                 held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
+                self.note_written(tf.compat.v1.get_default_graph())
                 # XLA allocates all that a compiled step needs before anything runs, and writes nothing before its end.
-                begun = tf.no_op() if self.model.jit_compile else self._begin_update(variables)
-                with tf.control_dependencies([begun]):
+                with contextlib.nullcontext() if self.model.jit_compile else self._update_of(variables):
                     keras_seams.apply_of(optimizer)(held, variables)
 
         def step(leaves: list[Any]) -> Logs:
@@ -187,37 +204,48 @@ class AccumulatedStep:
 
         if self.model.run_eagerly:
             return step
-        inner = tf.function(step, autograph=False, jit_compile=True) if self.model.jit_compile else step
-        compiled = tf.function(inner, autograph=False, input_signature=[self.structure.specs])
+        inner = tf.function(
+            step, autograph=False, jit_compile=bool(self.model.jit_compile), input_signature=[self.structure.specs]
+        ).get_concrete_function()
+        self.watch(inner)
+        written = {id(variable) for variable in written_in(inner.graph)}
+        self.copies = copies = CopiesBeside(v for v in distinct(self.changed_before_update) if id(v) in written)
+
+        def kept_step(leaves: list[Any]) -> Logs:
+            with tf.control_dependencies([self._update_begun.assign(False, read_value=False), copies.keep()]):
+                return inner(leaves)
+
+        compiled = tf.function(kept_step, autograph=False, input_signature=[self.structure.specs])
         concrete = compiled.get_concrete_function()
-        self.watch(concrete)
 
         def run(leaves: list[Any]) -> Logs:
+            copies.begin()
             # A function that is looked up for its arguments takes twice as long to call; it converts them, too.
             return (concrete if all(isinstance(leaf, tf.Tensor) for leaf in leaves) else compiled)(leaves)
 
         return run
 
-    def _begin_update(self, variables: list[Any]) -> Any:
-        """Make sure of room for the update's temporaries, then note that it has begun; an op to depend on.
+    @contextlib.contextmanager
+    def _update_of(self, variables: list[Any]) -> Iterator[None]:
+        """Around an update of ``variables``: room for its temporaries is made sure of, then it has begun."""
+        inner = distinct(variables)
+        largest = max(bytes_of([variable]) for variable in inner)
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        if graph is None:
+            self._update_room.settle(self.update_room_bytes, largest)
+        room = self._update_room.ask(inner[0].device)
+        with tf.device("CPU:0"):
+            begun = self._update_begun.assign(room, read_value=False)
+        first = 0 if graph is None else len(graph.get_operations())
+        with tf.control_dependencies([begun]), updates_in_turn():
+            yield
+        if graph is not None:
+            self._update_room.settle(temporaries_bytes(graph, first, unknown_bytes=largest), largest)
 
-        The room is as large as the weights and twice the largest of them, in pieces that are as large as that one: a
-        nearly full allocator has the pieces where it has not the whole. They are held together for a moment and given
-        back; nothing is written to them.
-        """
-        largest = max(bytes_of([variable]) for variable in variables)
-        needed_bytes = bytes_of(variables) + 2 * largest
-        pieces = max(1, min(_MOST_PIECES, needed_bytes // max(1, largest)))
-        rows = -(-needed_bytes // (pieces * _ROW_BYTES))
-        with tf.device("CPU:0"):
-            # A length that is not known beforehand: else the graph's optimiser would find no use for the pieces.
-            shape = tf.stack([rows, self._row_bytes.read_value()])
-        with tf.device(variables[0].device if isinstance(variables[0], tf.Variable) else variables[0].value.device):
-            room = [tf.raw_ops.Empty(shape=shape, dtype=tf.uint8) for _ in range(pieces)]
-        with tf.device("CPU:0"):
-            # One operation that needs all of them, so that none is given back before the last is there.
-            taken = tf.stack(tf.shape_n(room))
-            return self._update_begun.assign(tf.reduce_all(taken > 0), read_value=False)
+    def note_written(self, graph: Any) -> None:
+        """Note what is written before the update, of what only the update should write."""
+        if not tf.executing_eagerly():
+            self._written_before_update.update((id(variable), variable) for variable in written_in(graph))
 
     # -- one effective batch as several micro-batches ---------------------------------------------------------------
 
@@ -239,13 +267,13 @@ class AccumulatedStep:
 
     def _trace_apply(self) -> Callable[[], None]:
         def apply() -> None:
-            for optimizer, variables, present in self._captured:
-                begun = self._begin_update(variables)
-                gradients = [
-                    self._accumulated(distinct([variable])[0]) if is_present else None
-                    for variable, is_present in zip(variables, present, strict=True)
-                ]
-                with tf.control_dependencies([begun]):
+            # In one update of all, so that the room is there for the last optimizer when the first one begins.
+            with self._update_of([variable for _, variables, _ in self._captured for variable in variables]):
+                for optimizer, variables, present in self._captured:
+                    gradients = [
+                        self._accumulated(distinct([variable])[0]) if is_present else None
+                        for variable, is_present in zip(variables, present, strict=True)
+                    ]
                     optimizer.apply(gradients, variables)
 
         if self.model.run_eagerly:
@@ -355,7 +383,7 @@ class AccumulatedStep:
                     f"variables. Received: {optimizer.name!r}"
                 )
             _ensure_built(optimizer, variables)
-            scales: dict[Any, Any] = {}
+            scales: dict[Any, tuple[Any, Any]] = {}
             captured.append((optimizer, variables, [gradient is not None for gradient in gradients]))
             for variable, gradient in zip(variables, gradients, strict=True):
                 if gradient is None:
@@ -363,8 +391,9 @@ class AccumulatedStep:
                 accumulator = self.accumulator_for(variable)
                 if accumulator.dtype not in scales:
                     with tf.device("CPU:0"):
-                        scales[accumulator.dtype] = tf.cast(fraction, accumulator.dtype)
-                scale = scales[accumulator.dtype]
+                        share = tf.cast(fraction, accumulator.dtype)
+                        scales[accumulator.dtype] = share, -share
+                scale, negative = scales[accumulator.dtype]
                 buffer = self._row_buffers.get(id(distinct([variable])[0]))
                 if buffer is not None and self._keeps_rows(buffer, gradient):
                     buffer.add(gradient, scale)
@@ -372,7 +401,10 @@ class AccumulatedStep:
                     scaled = tf.cast(gradient.values, accumulator.dtype) * scale
                     accumulator.scatter_add(tf.IndexedSlices(scaled, gradient.indices))
                 else:
-                    accumulator.assign_add(tf.cast(gradient, accumulator.dtype) * scale)
+                    # One operation that adds a multiple; beside the gradient it holds no product.
+                    tf.raw_ops.ResourceApplyGradientDescent(
+                        var=accumulator.handle, alpha=negative, delta=tf.cast(gradient, accumulator.dtype)
+                    )
 
         return add
 

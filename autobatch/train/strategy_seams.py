@@ -188,3 +188,37 @@ def never_write(backup: Any) -> None:
     """Let a ``BackupAndRestore`` read alone: neither save nor delete."""
     backup._save_model = lambda: None
     backup.delete_checkpoint = False
+
+
+_WRITES = ("Assign", "Resource")
+"""How the names of operations begin that change a variable."""
+
+
+@contextlib.contextmanager
+def updates_in_turn() -> Iterator[None]:
+    """While this lasts, what is traced to change a variable waits until the variable before is changed.
+
+    Keras's optimizers go through ``extended.update`` for each variable, for weight decay and for the step itself.
+    """
+    extended = tf.distribute.get_strategy().extended
+    original = extended.update
+    before: dict[int, tuple[Any, Any]] = {}  # by the graph's id; the graph is held, so that no other gets its id
+
+    def update(var: Any, fn: Callable[..., Any], args: Any = (), kwargs: Any = None, group: bool = True) -> Any:
+        if tf.executing_eagerly():
+            return original(var, fn, args, kwargs, group)
+        graph = tf.compat.v1.get_default_graph()
+        first = len(graph.get_operations())
+        with tf.control_dependencies([before[id(graph)][1]] if id(graph) in before else []):
+            result = original(var, fn, args, kwargs, group)
+        writes = [operation for operation in graph.get_operations()[first:] if operation.type.startswith(_WRITES)]
+        if writes:
+            before[id(graph)] = graph, tf.group(*writes)
+        return result
+
+    with _PATCHING:
+        extended.update = update
+        try:
+            yield
+        finally:
+            del extended.update
