@@ -74,6 +74,25 @@ class Recording:
     held: dict[int, int] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
 
+    def most_bytes(self, *, leaving_out: str | None = None) -> int:
+        """The most bytes that the block held beyond what was held before it.
+
+        Bytes as they were asked for, without the allocator's rounding. A value that takes the place of a variable's old
+        one counts until the old one is given back. ``leaving_out`` is a part of the names of operations whose blocks
+        are not counted.
+        """
+        alive: dict[int, int] = {}
+        now = most = 0
+        for event in self.events:
+            if event.allocated:
+                counts = leaving_out is None or leaving_out not in event.operation
+                alive[event.address] = event.requested_bytes if counts else 0
+                now += alive[event.address]
+                most = max(most, now)
+            else:
+                now -= alive.pop(event.address, event.chunk_bytes)
+        return most
+
 
 @contextlib.contextmanager
 def recording(device: str, variables: Iterable[Any]) -> Iterator[Recording]:

@@ -18,6 +18,9 @@ from typing import Any
 
 import tensorflow as tf
 
+NAME = "autobatch_update_room"
+"""By this the pieces can be told among what an update allocates."""
+
 _ROW_BYTES = 2**10
 """Room is asked for in rows, for a dimension is an int32."""
 
@@ -58,7 +61,7 @@ class UpdateRoom:
         with tf.device("CPU:0"):
             # Lengths that are not known beforehand: else the graph's optimiser would find no use for the pieces.
             self._shapes = tf.Variable(
-                [[0, _ROW_BYTES]] * _PIECES, trainable=False, dtype=tf.int32, name="autobatch_update_room"
+                [[0, _ROW_BYTES]] * _PIECES, trainable=False, dtype=tf.int32, name=NAME
             )
 
     def settle(self, needed_bytes: int, largest_bytes: int) -> None:
@@ -78,7 +81,7 @@ class UpdateRoom:
         """Ask the allocator of ``device``: a boolean scalar, always true, once all pieces were there together."""
         with tf.device("CPU:0"):
             shapes = tf.unstack(self._shapes.read_value())
-        with tf.device(device):
+        with tf.device(device), tf.name_scope(NAME):
             pieces = [tf.raw_ops.Empty(shape=shape, dtype=tf.uint8) for shape in shapes]
         with tf.device("CPU:0"):
             # One operation that needs all of them, so that none is given back before the last is there.
