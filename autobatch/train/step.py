@@ -21,6 +21,8 @@ from autobatch.train import keras_seams
 from autobatch.train.micro_step import Logs, MicroStep, loop
 from autobatch.train.sparse import RowBuffer, tables_of
 from autobatch.train.structure import Structure, count_samples, sample_count
+from autobatch.train.touched import Touched
+from autobatch.train.traced import Traced
 from autobatch.trial.snapshot import bytes_of, distinct
 
 _ROW_BYTES = 2**10
@@ -40,7 +42,7 @@ class AccumulatedStep:
     def __init__(self, model: Any, element_spec: Any, *, effective_batch: int | None = None) -> None:
         self.model = model
         self.structure = Structure(element_spec)
-        self.optimizers = keras_seams.optimizers_of(model)
+        self._touched = Touched(model)
         self._accumulators: dict[int, Any] = {}
         self._row_buffers: dict[int, RowBuffer] = {}
         # Of two evened micro-batches, of which a trial runs both in full, one may have a sample more.
@@ -51,8 +53,7 @@ class AccumulatedStep:
         self._accumulate: Callable[..., Logs] | None = None
         self._apply: Callable[[], None] | None = None
         self._evaluate: Callable[..., Logs] | None = None
-        self._touched: dict[int, Any] = {}
-        self.scalar_losses: tuple[str, ...] = ()
+        self.traced = Traced()  # of the micro-step that was traced last
         with tf.device("CPU:0"):
             self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
             self._row_bytes = tf.Variable(_ROW_BYTES, trainable=False, dtype=tf.int32, name="autobatch_row_bytes")
@@ -64,7 +65,8 @@ class AccumulatedStep:
     def prepare(self, *, whole: bool) -> bool:
         """Trace what :meth:`plain` (``whole``) or :meth:`accumulate` and :meth:`apply` need; tell if anything was.
 
-        Tracing builds what is not built yet and runs nothing; afterwards :attr:`variables` is complete.
+        Tracing builds what is not built yet and runs nothing; afterwards :attr:`variables` is complete. What an eager
+        model's step applies that nobody knew of is told before the next.
         """
         missing = self._plain is None if whole else self._apply is None
         if whole and self._plain is None:
@@ -74,7 +76,7 @@ class AccumulatedStep:
             self._micro = MicroStep(self, self.model.train_step, training=True)
             self._accumulate = self._trace_loop(self._micro, zero_first=True)
             self._apply = self._trace_apply()
-        return missing
+        return self._touched.has_found_optimizer() or missing
 
     def prepare_evaluation(self) -> bool:
         """Trace what :meth:`evaluate` needs; tell if anything was."""
@@ -92,31 +94,32 @@ class AccumulatedStep:
         return bool(self._update_begun.numpy())
 
     @property
+    def optimizers(self) -> tuple[Any, ...]:
+        """The optimizers known from the model, and those that a step was seen to apply."""
+        return self._touched.optimizers
+
+    @property
     def variables(self) -> list[Any]:
         """Every variable that a step traced so far can touch, accumulators apart."""
-        own = [*self.model.variables]
-        for metric in self.model.metrics:
-            own.extend(metric.variables)
-        for optimizer in self.optimizers:
-            own.extend(optimizer.variables)
-        own.extend(keras_seams.global_seed_variables())
-        own.extend(self._touched.values())
-        accumulators = {id(accumulator) for accumulator in self._accumulators.values()}
-        accumulators.update(id(variable) for buffer in self._row_buffers.values() for variable in buffer.variables)
-        return [variable for variable in distinct(own) if id(variable) not in accumulators]
+        return self._without_accumulators(self._touched.variables)
 
     @property
     def updated_variables(self) -> list[Any]:
-        """The variables that only the optimizers' update touches: trainable weights and the optimizers' own."""
-        own = [*self.model.trainable_variables]
-        for optimizer in self.optimizers:
-            own.extend(optimizer.variables)
-        return distinct(own)
+        """The variables that an optimizer's update changes: trainable weights and the optimizers' own."""
+        return self._touched.updated_variables
 
     @property
-    def captured_any(self) -> bool:
-        """Whether the step that was traced last applied an optimizer."""
-        return bool(self._captured)
+    def variables_written_by_micro_steps(self) -> list[Any]:
+        """What traced micro-steps write, accumulators apart; of the plain step, what it writes before its update."""
+        return self._without_accumulators(self._touched.written_variables)
+
+    def _without_accumulators(self, variables: list[Any]) -> list[Any]:
+        accumulators = {id(variable) for variable in self._accumulator_variables()}
+        return [variable for variable in variables if id(variable) not in accumulators]
+
+    def _accumulator_variables(self) -> list[Any]:
+        rows = [variable for buffer in self._row_buffers.values() for variable in buffer.variables]
+        return [*self.accumulators, *rows]
 
     @property
     def updating_optimizers(self) -> tuple[Any, ...]:
@@ -155,8 +158,7 @@ class AccumulatedStep:
             tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=tf.zeros([0], accumulator.dtype))
         for buffer in self._row_buffers.values():
             buffer.release()
-        for variable in (*self._accumulators.values(), *(v for b in self._row_buffers.values() for v in b.variables)):
-            self._touched.pop(id(variable), None)
+        self._touched.forget(self._accumulator_variables())
         self._micro = self._accumulate = self._apply = None
         self._accumulators = {}
         self._row_buffers = {}
@@ -171,8 +173,13 @@ class AccumulatedStep:
         return self._plain(self.structure.leaves(data))
 
     def _trace_plain(self) -> Callable[..., Logs]:
+        applied: list[Any] = []
+
         def update(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
-            _ensure_built(optimizer, variables)
+            self.note_update(optimizer, variables)
+            if not applied and not tf.executing_eagerly():
+                self._touched.note_written(tf.compat.v1.get_default_graph())
+            applied.append(optimizer)
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
                 held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
@@ -182,6 +189,7 @@ class AccumulatedStep:
                     keras_seams.apply_of(optimizer)(held, variables)
 
         def step(leaves: list[Any]) -> Logs:
+            applied.clear()
             with keras_seams.capture_apply(self.optimizers, update):
                 return self.model.train_step(self.structure.pack(leaves))
 
@@ -354,7 +362,7 @@ class AccumulatedStep:
                     "accumulate for. Apply it once with all gradients, or use one optimizer for each set of "
                     f"variables. Received: {optimizer.name!r}"
                 )
-            _ensure_built(optimizer, variables)
+            self.note_update(optimizer, variables)
             scales: dict[Any, Any] = {}
             captured.append((optimizer, variables, [gradient is not None for gradient in gradients]))
             for variable, gradient in zip(variables, gradients, strict=True):
@@ -376,18 +384,16 @@ class AccumulatedStep:
 
         return add
 
+    def note_update(self, optimizer: Any, variables: list[Any]) -> None:
+        """Note that a step applies an optimizer, known or not, to these variables."""
+        self._touched.note_update(optimizer, variables)
+
     def _keeps_rows(self, buffer: RowBuffer, gradient: Any) -> bool:
         if not isinstance(gradient, tf.IndexedSlices) or self._most_samples is None:
             return False
         return buffer.takes(gradient, self.structure, self._most_samples)
 
-    def watch(self, concrete: Any) -> None:
-        for variable in concrete.graph.variables:
-            self._touched.setdefault(id(variable), variable)
-
-
-def _ensure_built(optimizer: Any, variables: list[Any]) -> None:
-    """Create the optimizer's slots outside of the graph that is being traced."""
-    if not optimizer.built:
-        with tf.init_scope():
-            optimizer.build(variables)
+    def watch(self, concrete: Any, *, micro_step: bool = False) -> None:
+        self._touched.note_graph(concrete.graph)
+        if micro_step:
+            self._touched.note_written(concrete.graph)

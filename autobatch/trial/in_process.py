@@ -120,8 +120,9 @@ class LiveTrials:
         return inexact.differences(
             self._model,
             self.step.updating_optimizers,
-            self.step.scalar_losses,
+            self.step.traced,
             tables_kept_as_rows=self.step.tables_kept_as_rows,
+            written=self.step.variables_written_by_micro_steps,
         )
 
     def length_rule(self, report: Report, structure: Structure | None = None) -> LengthRule:
