@@ -35,6 +35,7 @@ __all__ = [
     "apply_of",
     "build_on",
     "capture_apply",
+    "compute_symbolic_loss",
     "data_adapter_for",
     "discarding_assignments",
     "global_seed_variables",
@@ -139,15 +140,35 @@ def build_on(model: Any, element_spec: Any) -> None:
 
 def _build_on(model: Any, element_spec: Any) -> None:
     if isinstance(model, (keras.Sequential, _Functional)):
-        symbolic = tf.nest.map_structure(
-            lambda spec: None if spec is None else keras.KerasTensor(tuple(spec.shape), spec.dtype.name), element_spec
-        )
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(symbolic)
-        # What is wrong with the user's model or data is raised by the trace, from their own code.
-        with contextlib.suppress(RuntimeError, ValueError, TypeError, AttributeError):
-            model._symbolic_build(data_batch=(x, y, sample_weight))
+        with contextlib.suppress(*_NOT_SYMBOLIC):
+            model._symbolic_build(data_batch=_symbolic_batch(element_spec))
     if model.built and model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
         model.optimizer.build(model.trainable_variables)
+
+
+_NOT_SYMBOLIC = (RuntimeError, ValueError, TypeError, AttributeError)
+"""What a model may raise on symbolic inputs. What is wrong with it, the trace raises from the user's own code."""
+
+
+def _symbolic_batch(element_spec: Any) -> tuple[Any, Any, Any]:
+    symbolic = tf.nest.map_structure(
+        lambda spec: None if spec is None else keras.KerasTensor(tuple(spec.shape), spec.dtype.name), element_spec
+    )
+    batch: tuple[Any, Any, Any] = keras.utils.unpack_x_y_sample_weight(symbolic)
+    return batch
+
+
+def compute_symbolic_loss(model: Any, element_spec: Any) -> None:
+    """Run a built functional or sequential model and its ``compute_loss`` on symbolic inputs, as Keras does to build.
+
+    Nothing is computed or changed; a model that cannot be run so is left alone.
+    """
+    if not isinstance(model, (keras.Sequential, _Functional)) or not is_built(model):
+        return
+    with contextlib.suppress(*_NOT_SYMBOLIC):
+        x, y, sample_weight = _symbolic_batch(element_spec)
+        outputs = _backend.compute_output_spec(model, x, training=False)
+        _backend.compute_output_spec(model._compute_loss, x, y, outputs, sample_weight=sample_weight, training=False)
 
 
 @contextlib.contextmanager

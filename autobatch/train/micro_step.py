@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import keras
 import tensorflow as tf
 
 from autobatch.train import keras_seams
@@ -67,6 +68,15 @@ class MicroStep:
         owner.drop_unused_accumulators(self._training)
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
 
+    def look_at_losses(self) -> None:
+        """Learn which losses reduce the batch themselves where the step is not traced, without running it."""
+        owner = self._owner
+        if self._training and getattr(type(owner.model), "train_step", None) is keras.Model.train_step:
+            normalizer = Normalizer(Mode.COUNT, 1.0, None)
+            with keras_seams.intercept_reductions(normalizer, None):
+                keras_seams.compute_symbolic_loss(owner.model, owner.structure.pack(owner.structure.specs))
+            owner.traced.scalar_losses = normalizer.scalar_loss_names
+
     def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
         owner = self._owner
         traced = Traced()
@@ -88,8 +98,11 @@ class MicroStep:
         self._count_length = len(normalizer.counts)
         if self._training:
             traced.forget_tensors()
-            traced.scalar_losses = tuple(dict.fromkeys(normalizer.scalar_losses))
+            # Where it is not traced, a loss has no name but the one that it had on symbolic inputs.
+            named = owner.traced.scalar_losses if tf.executing_eagerly() else ()
+            traced.scalar_losses = named or normalizer.scalar_loss_names
             owner.traced = traced
+            owner.on_traced()
         known = set(owner.model.get_metrics_result()) if isinstance(logs, dict) else set()
         self._averaged = _which_are_averaged(logs, known)
         self._logs = logs

@@ -62,6 +62,11 @@ class Normalizer:
         self.scalar_losses: list[str] = []
         self.leaves_a_vector = False
 
+    @property
+    def scalar_loss_names(self) -> tuple[str, ...]:
+        """The losses that had reduced the batch themselves, each once."""
+        return tuple(dict.fromkeys(self.scalar_losses))
+
     def __call__(
         self,
         reduce: Any,

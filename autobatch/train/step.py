@@ -54,6 +54,7 @@ class AccumulatedStep:
         self._apply: Callable[[], None] | None = None
         self._evaluate: Callable[..., Logs] | None = None
         self.traced = Traced()  # of the micro-step that was traced last
+        self.on_traced: Callable[[], None] = lambda: None
         with tf.device("CPU:0"):
             self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
             self._row_bytes = tf.Variable(_ROW_BYTES, trainable=False, dtype=tf.int32, name="autobatch_row_bytes")
@@ -173,13 +174,8 @@ class AccumulatedStep:
         return self._plain(self.structure.leaves(data))
 
     def _trace_plain(self) -> Callable[..., Logs]:
-        applied: list[Any] = []
-
         def update(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
             self.note_update(optimizer, variables)
-            if not applied and not tf.executing_eagerly():
-                self._touched.note_written(tf.compat.v1.get_default_graph())
-            applied.append(optimizer)
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
                 held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
@@ -189,7 +185,6 @@ class AccumulatedStep:
                     keras_seams.apply_of(optimizer)(held, variables)
 
         def step(leaves: list[Any]) -> Logs:
-            applied.clear()
             with keras_seams.capture_apply(self.optimizers, update):
                 return self.model.train_step(self.structure.pack(leaves))
 
@@ -294,6 +289,7 @@ class AccumulatedStep:
             return micro.pack_logs(loop(leaves, samples, micro_batch, micro.empty_logs(), body))
 
         if self.model.run_eagerly:
+            micro.look_at_losses()
             return run
         micro.trace()
         compiled = tf.function(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -21,6 +22,7 @@ class Touched:
         self._written: dict[int, Any] = {}
         self._updated: list[Any] = []
         self._found_optimizer = False
+        self._updating_graph: Callable[[], Any] = lambda: None
 
     def note_graph(self, graph: Any) -> None:
         """Note the variables of a traced function."""
@@ -32,7 +34,14 @@ class Touched:
         self._written.update((id(variable), variable) for variable in graphs.written_variables(graph))
 
     def note_update(self, optimizer: Any, variables: list[Any]) -> None:
-        """Note that a step applies an optimizer, known or not, to these variables; build it outside of the trace."""
+        """Note that a step applies an optimizer, known or not, to these variables; build it outside of the trace.
+
+        What the step's graph has written before its first update is no part of the update.
+        """
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        if graph is not None and self._updating_graph() is not graph:
+            self.note_written(graph)
+            self._updating_graph = weakref.ref(graph)
         if all(optimizer is not known for known in self.optimizers):
             self.optimizers = (*self.optimizers, optimizer)
             self._found_optimizer = True

@@ -74,7 +74,9 @@ def test_a_step_that_updates_the_weights_without_an_optimizer_is_refused():
         def train_step(self, data):
             with tf.GradientTape() as tape:
                 loss = self.compute_loss(y=data[1], y_pred=self(data[0]))
-            for weight, gradient in zip(self.trainable_weights, tape.gradient(loss, self.trainable_weights), strict=True):
+            for weight, gradient in zip(
+                self.trainable_weights, tape.gradient(loss, self.trainable_weights), strict=True
+            ):
                 weight.assign_sub(0.1 * gradient)
             return {"loss": loss}
 
