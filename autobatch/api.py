@@ -277,11 +277,11 @@ def wrap_step(
     ``for batch in dataset: loss = step(batch)`` then makes one update a batch, of up to ``target_batch`` samples.
 
     Args:
-        train_step: Takes one batch, runs forward and backward, calls ``optimizer.apply`` (or ``apply_gradients``)
-            once, and returns what you want back: scalars are averaged over the batch. It is traced, so write it as for
-            ``tf.function``. A loss that is a mean over samples, or a ``keras.losses.Loss``, is exact.
+        train_step: Takes one batch, runs forward and backward, calls ``apply`` (or ``apply_gradients``) of each
+            optimizer once, and returns what you want back: scalars are averaged over the batch. It is traced, so write
+            it as for ``tf.function``. A loss that is a mean over samples, or a ``keras.losses.Loss``, is exact.
         model: The model whose variables it trains.
-        optimizer: The optimizer that it calls.
+        optimizer: The Keras optimizer that it calls, or a list or tuple of several; others that it calls are found.
         target_batch: Samples in the batches that you will pass; the search is made for it at the first of them.
         micro_batch, memory_limit, headroom, cache: As for :func:`fit`.
         jit_compile: Compile the step with XLA.

@@ -12,10 +12,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from autobatch.trial.snapshot import distinct
+from autobatch.train.traced import Traced
+from autobatch.trial.snapshot import components, distinct
 
 MOST_NAMES = 3
 """So many layers are named; of more, their number."""
+
+_RATES = ("rate", "dropout", "recurrent_dropout", "stddev")
+"""By these Keras's layers tell how much they draw; at zero they draw nothing."""
 
 _LINEAR = ("SGD",)
 """Optimizers whose update is linear in the gradient, so that a repeated embedding row needs no summing beforehand."""
@@ -25,29 +29,42 @@ _COMPARING = ("circle",)
 """Keras's losses whose value for a sample depends on the others in the batch."""
 
 
+_MOST_VARIABLES = 6
+
+
 def differences(
     model: Any,
     optimizers: tuple[Any, ...],
-    scalar_losses: tuple[str, ...] = (),
+    traced: Traced | None = None,
     tables_kept_as_rows: Sequence[Any] = (),
+    written: Sequence[Any] = (),
 ) -> tuple[str, ...]:
     """Sentences on what in ``model`` depends on the micro-batch; empty where nothing does.
 
-    ``scalar_losses`` names losses that were seen to reduce the batch themselves; ``tables_kept_as_rows`` are the
-    embeddings' variables whose gradients reach the optimizer as in plain Keras.
+    ``traced`` is what the trace of the micro-step has shown, None before it; ``tables_kept_as_rows`` are the
+    embeddings' variables whose gradients reach the optimizer as in plain Keras; ``written`` the variables that a
+    micro-step writes.
     """
+    traced = traced or Traced()
     as_rows = {id(table) for table in tables_kept_as_rows}
     layers = list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
     found = []
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
     if norms:
         found.append(f"{_named(norms)} normalises each micro-batch by its own mean and variance, not the full batch's.")
-    random = [layer for layer in layers if getattr(layer, "seed_generator", None) is not None]
+    random = [layer for layer in layers if _draws(layer)]
     if random:
         found.append(f"{_named(random)} draws other random numbers, one draw for each micro-batch.")
     if len(optimizers) > 1:
         names = ", ".join(optimizer.name for optimizer in optimizers)
         found.append(f"The optimizers {names} update once each, at the end: none sees what another has just changed.")
+    if traced.changed_for:
+        names = ", ".join(optimizer.name for optimizer in traced.changed_for)
+        found.append(
+            f"The gradients are changed before {names} gets them, by clipping say: that acts on those of each "
+            "micro-batch. What the optimizer does itself (clipnorm, global_clipnorm, clipvalue) acts on the update's."
+        )
+    found += _changed_by_the_step(model, layers, optimizers, written)
     embeddings = [
         layer
         for layer in layers
@@ -67,17 +84,84 @@ def differences(
             f"The loss {', '.join(dict.fromkeys(comparing))} compares samples with each other; it sees those of one "
             "micro-batch at a time."
         )
-    if isinstance(model, keras.Model) and type(model).train_step is not keras.Model.train_step:
+    own = _own_loss_code(model)
+    if own and not traced.is_keras_alone:
         found.append(
-            f"{type(model).__name__}.train_step: what of its loss is no keras.losses.Loss is taken for a mean over the "
-            "samples of a batch, and a sum is weighed as one."
+            f"{own}: what of its loss is no keras.losses.Loss is taken for a mean over the samples of a batch, and a "
+            "sum is weighed as one."
         )
-    if scalar_losses:
+    if traced.adding_layers:
         found.append(
-            f"The loss {', '.join(scalar_losses)} returns one number for a batch; it is averaged over the "
+            f"What {_named(traced.adding_layers)} adds by add_loss is taken for a mean over the samples of a batch, "
+            "and a sum is weighed as one; what compares samples sees those of one micro-batch at a time."
+        )
+    if traced.scalar_losses:
+        found.append(
+            f"The loss {', '.join(traced.scalar_losses)} returns one number for a batch; it is averaged over the "
             "micro-batches by their samples, which is not the same where it compares samples with each other."
         )
     return tuple(found)
+
+
+def _draws(layer: Any) -> bool:
+    """Whether a layer draws random numbers in training: it has a generator, and its rates are not all zero."""
+    generators = [part for part in vars(layer).values() if isinstance(part, keras.random.SeedGenerator)]
+    library_class = next(cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] == "keras")
+    rates = (
+        [] if library_class in (keras.layers.Layer, keras.Model) else [getattr(layer, name, None) for name in _RATES]
+    )
+    known = [rate for rate in rates if isinstance(rate, (int, float))]
+    return bool(generators) and (not known or any(rate > 0 for rate in known))
+
+
+def _own_loss_code(model: Any) -> str:
+    """What of the user's computes the loss, in words; empty where Keras does."""
+    if not isinstance(model, keras.Model):
+        return "The train_step of this loop"
+    for name in ("train_step", "compute_loss"):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            return f"{type(model).__name__}.{name}"
+    return ""
+
+
+def _changed_by_the_step(model: Any, layers: list[Any], optimizers: Sequence[Any], written: Sequence[Any]) -> list[str]:
+    """Sentences on the variables that the user's own code changes in each micro-step."""
+    named = [variable for metric in model.metrics for variable in metric.variables]
+    named += [variable for optimizer in optimizers for variable in optimizer.variables]
+    spectral = []
+    for layer in layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            named += layer.non_trainable_variables
+        if isinstance(layer, keras.layers.SpectralNormalization):
+            spectral.append(layer)
+            named += layer.variables
+    apart = {id(variable) for variable in components(named)}
+    changed = [
+        variable
+        for variable in written
+        if id(variable) not in apart and not _is_seed(variable) and not _is_of_a_metric(variable)
+    ]
+    found = []
+    if spectral and any(id(variable) in apart for variable in written):
+        found.append(f"{_named(spectral)} changes its kernel once for each micro-batch, not once for each update.")
+    if changed:
+        paths = {id(part): variable.path for variable in model.variables for part in components([variable])}
+        names = list(dict.fromkeys(paths.get(id(each), each.name.partition(":")[0]) for each in changed))
+        more = len(names) - _MOST_VARIABLES
+        found.append(
+            f"train_step changes {', '.join(names[:_MOST_VARIABLES])}{f' and {more} more' if more > 0 else ''} itself: "
+            "once for each micro-batch, not once for each update."
+        )
+    return found
+
+
+def _is_seed(variable: Any) -> bool:
+    return "seed_generator_state" in str(variable.name)
+
+
+def _is_of_a_metric(variable: Any) -> bool:
+    """Whether it is of a metric that the model does not know: Keras makes their variables to be summed."""
+    return bool(variable.aggregation == tf.VariableAggregation.SUM)
 
 
 def _losses_of(model: Any) -> list[Any]:

@@ -93,7 +93,7 @@ class Keeper:
             if key not in self._recorders:
                 updated = step.updated_variables if place is Place.DEVICE else []
                 others = step.changed_before_update if copies is None else []
-                self._recorders[key] = Recorder([*updated, *others], beforehand=step.note_no_update)
+                self._recorders[key] = Recorder([*updated, *others], beforehand=step.update_room.note_begun)
             snapshots.append(self._recorders[key].take())
         if place is Place.HOST:
             snapshots.append(Snapshot.on_host(step.updated_variables))

@@ -7,10 +7,8 @@ them moves.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -25,14 +23,19 @@ from keras.src.trainers.data_adapters import array_slicing as _array_slicing
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from autobatch.train import strategy_seams
+from autobatch.train.optimizer_seams import PATCHING as _PATCHING
+from autobatch.train.optimizer_seams import ApplyHandler, apply_of, capture_apply, optimizers_of
 
 __all__ = [
+    "ApplyHandler",
     "DataAdapter",
     "activated_layers",
+    "added_losses_noted",
     "apply_mask",
     "apply_of",
     "build_on",
     "capture_apply",
+    "compute_symbolic_loss",
     "data_adapter_for",
     "discarding_assignments",
     "global_seed_variables",
@@ -51,79 +54,12 @@ __all__ = [
     "without_gradients",
 ]
 
-ApplyHandler = Callable[[Any, list[Any], list[Any]], None]
-"""Takes the optimizer, the gradients and their variables in place of ``optimizer.apply``."""
-
 ReductionHandler = Callable[..., Any]
 """Takes Keras's own ``reduce_weighted_values``, whether ``compile(loss=...)`` is calling, and its arguments."""
-
-_PATCHING = threading.RLock()
-"""Held while something of Keras's is replaced, so that fits on several threads do not put each other's back."""
-
-_REPLACED: dict[int, Any] = {}
-"""By the optimizer's id, the ``apply`` on the instance that :func:`capture_apply` has replaced; None if it had none."""
 
 apply_mask = _loss_module.apply_mask
 squeeze_or_expand = _loss_module.squeeze_or_expand_to_same_rank
 standardize_reduction = _loss_module.standardize_reduction
-
-
-def optimizers_of(model: Any) -> tuple[Any, ...]:
-    """The optimizers that a ``train_step`` of this model can call: ``model.optimizer`` and those among its attributes.
-
-    Of a ``LossScaleOptimizer`` and the optimizer that it wraps only the outer one counts.
-    """
-    found: list[Any] = []
-    candidates = [getattr(model, "optimizer", None)]
-    for attribute in vars(model).values():
-        if isinstance(attribute, dict):
-            candidates += attribute.values()
-        elif isinstance(attribute, (list, tuple)):
-            candidates += attribute
-        else:
-            candidates.append(attribute)
-    for candidate in candidates:
-        if isinstance(candidate, keras.optimizers.Optimizer) and all(candidate is not known for known in found):
-            found.append(candidate)
-    inner = [getattr(optimizer, "inner_optimizer", None) for optimizer in found]
-    return tuple(optimizer for optimizer in found if all(optimizer is not wrapped for wrapped in inner))
-
-
-@contextlib.contextmanager
-def capture_apply(optimizers: Sequence[Any], handler: ApplyHandler) -> Iterator[None]:
-    """While this lasts, ``optimizer.apply`` hands its gradients to ``handler`` instead of updating anything.
-
-    ``apply_gradients`` goes through ``apply`` as well. The replacement sits in the instance's dictionary, so that an
-    ``apply`` that the user overrode in a subclass is what :func:`contextlib.contextmanager`'s end brings back.
-    """
-
-    def replacement_for(optimizer: Any) -> Callable[..., None]:
-        def apply(grads: Any, trainable_variables: Any = None) -> None:
-            gradients = list(grads)
-            variables = optimizer._trainable_variables if trainable_variables is None else trainable_variables
-            handler(optimizer, gradients, list(variables))
-
-        return apply
-
-    with _PATCHING:
-        for optimizer in optimizers:
-            _REPLACED[id(optimizer)] = optimizer.__dict__.get("apply")
-            optimizer.__dict__["apply"] = replacement_for(optimizer)
-        try:
-            yield
-        finally:
-            for optimizer in optimizers:
-                own = _REPLACED.pop(id(optimizer))
-                if own is None:
-                    del optimizer.__dict__["apply"]
-                else:
-                    optimizer.__dict__["apply"] = own
-
-
-def apply_of(optimizer: Any) -> Callable[..., None]:
-    """The ``apply`` that :func:`capture_apply` has replaced: the class's, or one that the user set on the instance."""
-    own = _REPLACED.get(id(optimizer))
-    return functools.partial(type(optimizer).apply, optimizer) if own is None else own
 
 
 @contextlib.contextmanager
@@ -204,15 +140,35 @@ def build_on(model: Any, element_spec: Any) -> None:
 
 def _build_on(model: Any, element_spec: Any) -> None:
     if isinstance(model, (keras.Sequential, _Functional)):
-        symbolic = tf.nest.map_structure(
-            lambda spec: None if spec is None else keras.KerasTensor(tuple(spec.shape), spec.dtype.name), element_spec
-        )
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(symbolic)
-        # What is wrong with the user's model or data is raised by the trace, from their own code.
-        with contextlib.suppress(RuntimeError, ValueError, TypeError, AttributeError):
-            model._symbolic_build(data_batch=(x, y, sample_weight))
+        with contextlib.suppress(*_NOT_SYMBOLIC):
+            model._symbolic_build(data_batch=_symbolic_batch(element_spec))
     if model.built and model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
         model.optimizer.build(model.trainable_variables)
+
+
+_NOT_SYMBOLIC = (RuntimeError, ValueError, TypeError, AttributeError)
+"""What a model may raise on symbolic inputs. What is wrong with it, the trace raises from the user's own code."""
+
+
+def _symbolic_batch(element_spec: Any) -> tuple[Any, Any, Any]:
+    symbolic = tf.nest.map_structure(
+        lambda spec: None if spec is None else keras.KerasTensor(tuple(spec.shape), spec.dtype.name), element_spec
+    )
+    batch: tuple[Any, Any, Any] = keras.utils.unpack_x_y_sample_weight(symbolic)
+    return batch
+
+
+def compute_symbolic_loss(model: Any, element_spec: Any) -> None:
+    """Run a built functional or sequential model and its ``compute_loss`` on symbolic inputs, as Keras does to build.
+
+    Nothing is computed or changed; a model that cannot be run so is left alone.
+    """
+    if not isinstance(model, (keras.Sequential, _Functional)) or not is_built(model):
+        return
+    with contextlib.suppress(*_NOT_SYMBOLIC):
+        x, y, sample_weight = _symbolic_batch(element_spec)
+        outputs = _backend.compute_output_spec(model, x, training=False)
+        _backend.compute_output_spec(model._compute_loss, x, y, outputs, sample_weight=sample_weight, training=False)
 
 
 @contextlib.contextmanager
@@ -227,10 +183,13 @@ def _gradient_replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]])
             tf.GradientTape.gradient = original
 
 
-def vectors_differentiated(factor_of: Callable[[Any], Any]) -> contextlib.AbstractContextManager[None]:
+def vectors_differentiated(
+    factor_of: Callable[[Any], Any], note: Callable[[Any, Any], None]
+) -> contextlib.AbstractContextManager[None]:
     """While this lasts, ``GradientTape.gradient`` of a target is multiplied by what ``factor_of`` it says, if not None.
 
-    Keras's ``train_step`` differentiates a loss without a reduction as it is, which sums it.
+    Keras's ``train_step`` differentiates a loss without a reduction as it is, which sums it. ``note`` is told every
+    target and its gradients.
     """
 
     def weighed(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,11 +200,36 @@ def vectors_differentiated(factor_of: Callable[[Any], Any]) -> contextlib.Abstra
             if factor is not None:
                 upstream = tf.ones_like(target) if output_gradients is None else output_gradients
                 output_gradients = upstream * factor
-            return original(self, target, sources, output_gradients, *rest, **named)
+            gradients = original(self, target, sources, output_gradients, *rest, **named)
+            note(target, gradients)
+            return gradients
 
         return gradient
 
     return _gradient_replaced(weighed)
+
+
+@contextlib.contextmanager
+def added_losses_noted(note: Callable[[Any, Any], None]) -> Iterator[None]:
+    """While this lasts, ``note`` is told each layer that calls ``add_loss``, and what it adds.
+
+    Keras's own call, for an activity regularizer, is none of the layer's.
+    """
+    with _PATCHING:
+        original = keras.layers.Layer.add_loss
+
+        def add_loss(self: Any, loss: Any) -> Any:
+            caller = inspect.currentframe()
+            caller = None if caller is None else caller.f_back
+            if caller is None or caller.f_code.co_filename != inspect.getfile(keras.layers.Layer):
+                note(self, loss)
+            return original(self, loss)
+
+        keras.layers.Layer.add_loss = add_loss
+        try:
+            yield
+        finally:
+            keras.layers.Layer.add_loss = original
 
 
 def without_gradients() -> contextlib.AbstractContextManager[None]:

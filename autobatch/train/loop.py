@@ -17,8 +17,8 @@ from autobatch.train.structure import Structure
 class LoopModel:
     """What :class:`AccumulatedStep` needs to know of a model, with the user's function as its ``train_step``.
 
-    ``train_step(batch)`` runs forward and backward and calls ``optimizer.apply`` or ``apply_gradients`` once; what it
-    returns is averaged over the micro-batches where it is a scalar, each weighted by its samples.
+    ``train_step(batch)`` runs forward and backward and calls ``apply`` or ``apply_gradients`` of each optimizer once;
+    what it returns is averaged over the micro-batches where it is a scalar, each weighted by its samples.
     """
 
     compiled = True
@@ -27,7 +27,8 @@ class LoopModel:
 
     def __init__(self, train_step: Callable[[Any], Any], model: Any, optimizer: Any, *, jit_compile: bool) -> None:
         self.train_step = train_step
-        self.optimizer = optimizer
+        self.optimizers = require_optimizers(optimizer)
+        self.optimizer = self.optimizers[0]
         self.jit_compile = jit_compile
         self.run_eagerly = False
         self.model = model
@@ -57,6 +58,25 @@ class LoopModel:
     @property
     def built(self) -> bool:
         return bool(self.model.built)
+
+
+def require_optimizers(optimizer: Any) -> tuple[Any, ...]:
+    """The optimizers that ``wrap_step`` was given, one or several.
+
+    Raises:
+        TypeError: something else is among them.
+        ValueError: there is none.
+    """
+    found = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+    if not found:
+        raise ValueError(f"optimizer must be the one that train_step calls, or a list of them. Received: {optimizer!r}")
+    for each in found:
+        if not isinstance(each, keras.optimizers.Optimizer):
+            raise TypeError(
+                "optimizer must be the keras.optimizers.Optimizer that train_step calls, or a list of several. "
+                f"Received: {each!r} (of type {type(each).__name__})"
+            )
+    return found
 
 
 class OneBatch:

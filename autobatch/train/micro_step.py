@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import keras
 import tensorflow as tf
 
 from autobatch.train import keras_seams
 from autobatch.train.normalizer import Mode, Normalizer
 from autobatch.train.structure import cut
+from autobatch.train.traced import Traced
 
 if TYPE_CHECKING:
     from autobatch.train.step import AccumulatedStep
@@ -61,33 +64,60 @@ class MicroStep:
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
         self._logs = concrete.structured_outputs
         self.graph = concrete.graph
-        owner.watch(concrete)
-        owner.note_written(concrete.graph)
+        owner.watch(concrete, micro_step=True)
         owner.drop_unused_accumulators(self._training)
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
 
+    def look_at_losses(self) -> None:
+        """Learn which losses reduce the batch themselves where the step is not traced, without running it."""
+        owner = self._owner
+        if self._training and getattr(type(owner.model), "train_step", None) is keras.Model.train_step:
+            normalizer = Normalizer(Mode.COUNT, 1.0, None)
+            with keras_seams.intercept_reductions(normalizer, None):
+                keras_seams.compute_symbolic_loss(owner.model, owner.structure.pack(owner.structure.specs))
+            owner.traced.scalar_losses = normalizer.scalar_loss_names
+
     def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
         owner = self._owner
-        normalizer = Normalizer(Mode.TRAIN, fraction, totals)
-        optimizers = owner.optimizers if self._training else ()
+        traced = Traced()
+        normalizer = Normalizer(Mode.TRAIN, fraction, totals, traced.note_loss)
         with (
-            keras_seams.capture_apply(optimizers, owner.capture_into_accumulators(fraction)),
+            self._capturing(fraction, traced),
             keras_seams.intercept_reductions(normalizer, fraction),
-            keras_seams.vectors_differentiated(normalizer.gradient_factor),
+            keras_seams.vectors_differentiated(normalizer.gradient_factor, traced.note_differentiated),
+            keras_seams.added_losses_noted(traced.note_added_loss),
         ):
             logs = self._step(owner.structure.pack(leaves))
-        if self._training and owner.model.trainable_variables and not owner.captured_any:
+        if self._training and owner.model.trainable_variables and not traced.applied:
             raise ValueError(
-                "train_step applied no optimizer that autobatch can see, so there are no gradients to accumulate. Keep "
-                "the optimizer as model.optimizer, or as an attribute of the model, and call its apply or "
-                f"apply_gradients. Received: {type(owner.model).__name__}"
+                "train_step applied no Keras optimizer, so there are no gradients to accumulate. Give the gradients to "
+                "the apply or apply_gradients of a keras.optimizers.Optimizer; one that has an apply set on the "
+                "instance must be model.optimizer or an attribute of the model. "
+                f"Received: {type(owner.model).__name__}"
             )
         self._count_length = len(normalizer.counts)
-        owner.scalar_losses = tuple(dict.fromkeys(normalizer.scalar_losses))
+        if self._training:
+            traced.forget_tensors()
+            # Where it is not traced, a loss has no name but the one that it had on symbolic inputs.
+            named = owner.traced.scalar_losses if tf.executing_eagerly() else ()
+            traced.scalar_losses = named or normalizer.scalar_loss_names
+            owner.traced = traced
+            owner.on_traced()
         known = set(owner.model.get_metrics_result()) if isinstance(logs, dict) else set()
         self._averaged = _which_are_averaged(logs, known)
         self._logs = logs
         return logs
+
+    def _capturing(self, fraction: Any, traced: Traced) -> contextlib.AbstractContextManager[None]:
+        if not self._training:
+            return contextlib.nullcontext()
+        add = self._owner.capture_into_accumulators(fraction)
+
+        def take(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+            traced.note_applied(optimizer, gradients)
+            add(optimizer, gradients, variables)
+
+        return keras_seams.capture_apply(self._owner.optimizers, take)
 
     def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
         owner = self._owner

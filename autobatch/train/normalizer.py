@@ -28,6 +28,7 @@ the counts; TensorFlow prunes what they do not need.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -46,17 +47,25 @@ class Normalizer:
     """Handles each loss reduction of one trace; see :func:`keras_seams.intercept_reductions`.
 
     ``fraction`` is the scalar float64 tensor ``n_k / n``; ``totals`` a float64 vector of the effective batch's
-    denominators, one for each reduction that needs a count, in the order of the calls. After a trace ``counts`` holds
-    this micro-batch's own.
+    denominators, one for each reduction that needs a count, in the order of the calls. ``note_loss`` is told every
+    loss that is weighed exactly. After a trace ``counts`` holds this micro-batch's own.
     """
 
-    def __init__(self, mode: Mode, fraction: Any, totals: Any) -> None:
+    def __init__(
+        self, mode: Mode, fraction: Any, totals: Any, note_loss: Callable[[Any], None] = lambda loss: None
+    ) -> None:
         self.mode = mode
         self.fraction = fraction
         self.totals = totals
+        self._note_loss = note_loss
         self.counts: list[Any] = []
         self.scalar_losses: list[str] = []
         self.leaves_a_vector = False
+
+    @property
+    def scalar_loss_names(self) -> tuple[str, ...]:
+        """The losses that had reduced the batch themselves, each once."""
+        return tuple(dict.fromkeys(self.scalar_losses))
 
     def __call__(
         self,
@@ -74,13 +83,19 @@ class Normalizer:
             self.scalar_losses.append(name.rsplit("/", 2)[-2] if "/" in name else "without a name")
         loss = reduce(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
         kind = keras_seams.standardize_reduction(reduction)
+        if kind in (None, "none"):
+            if not of_compile:
+                return loss  # the user's train_step reduces it, by a mean for all we can know
+            self.leaves_a_vector = True
+        else:
+            loss = self._weighed(loss, kind, values, sample_weight, mask, dtype)
+        self._note_loss(loss)
+        return loss
+
+    def _weighed(self, loss: Any, kind: str, values: Any, sample_weight: Any, mask: Any, dtype: Any) -> Any:
         if kind == "sum":
             return loss * tf.cast(1.0 / self.fraction, loss.dtype)
-        if kind in (None, "none") and of_compile:
-            # Outside of compile(loss=...) the user's train_step reduces it, by a mean for all we can know.
-            self.leaves_a_vector = True
-            return loss
-        if kind in (None, "none") or not self._needs_count(kind, values, sample_weight, mask):
+        if not self._needs_count(kind, values, sample_weight, mask):
             return loss
         count = tf.cast(self._count(kind, values, sample_weight, mask, dtype), tf.float64)
         position = len(self.counts)

@@ -80,6 +80,23 @@ class ReplicatedStep(AccumulatedStep):
     def updated_variables(self) -> list[Any]:
         return components(super().updated_variables)
 
+    def note_update(self, optimizer: Any, variables: list[Any]) -> None:
+        """Refuse what cannot be updated on all replicas alike.
+
+        Raises:
+            ValueError: names the optimizer.
+        """
+        strategy_seams.require_made_under(self.strategy, optimizer)
+        trained = {id(variable) for variable in distinct(self.model.trainable_variables)}
+        strangers = [variable.name for variable in distinct(variables) if id(variable) not in trained]
+        if strangers:
+            raise ValueError(
+                f"Under {type(self.strategy).__name__} train_step can only update the model's own trainable weights: "
+                f"make what it trains an attribute of the model. Received: {optimizer.name!r}, applied to "
+                f"{', '.join(strangers)}"
+            )
+        super().note_update(optimizer, variables)
+
     @property
     def counts_needed(self) -> bool:
         """Whether the denominators depend on the data, so that they must be counted over all replicas."""
@@ -184,7 +201,7 @@ class ReplicatedStep(AccumulatedStep):
             return 0
 
         concrete = tf.function(once, autograph=False).get_concrete_function(self.structure.specs, *scalars)
-        self.watch(concrete)
+        self.watch(concrete, micro_step=True)
         if training:
             self.drop_unused_accumulators(training)
         return micro
@@ -266,7 +283,7 @@ class ReplicatedStep(AccumulatedStep):
             return means, metric_logs
 
         def update(averaged: Any) -> Any:
-            begun = self._update_begun.assign(True, read_value=False)
+            begun = self.update_room.note_begun(True)
             # Replicas take turns while they are traced, so that this must not be theirs to undo.
             optimizers = [optimizer for optimizer, _, _ in self._captured]
             with tf.control_dependencies([begun]), strategy_seams.gradients_already_reduced(optimizers):

@@ -13,18 +13,19 @@ Nothing here knows about running out of memory: :mod:`autobatch.train.recovery` 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from autobatch.train import keras_seams
+from autobatch.train.graphs import written_variables
 from autobatch.train.micro_step import Logs, MicroStep, loop
 from autobatch.train.sparse import RowBuffer, tables_of
-from autobatch.train.strategy_seams import updates_in_turn
 from autobatch.train.structure import Structure, count_samples, sample_count
-from autobatch.train.update_room import UpdateRoom, temporaries_bytes
-from autobatch.train.written import written_in
+from autobatch.train.touched import Touched
+from autobatch.train.traced import Traced
+from autobatch.train.update_room import UpdateRoom, guessed_bytes
 from autobatch.trial.snapshot import CopiesBeside, bytes_of, distinct
 
 
@@ -39,7 +40,7 @@ class AccumulatedStep:
     def __init__(self, model: Any, element_spec: Any, *, effective_batch: int | None = None) -> None:
         self.model = model
         self.structure = Structure(element_spec)
-        self.optimizers = keras_seams.optimizers_of(model)
+        self._touched = Touched(model)
         self._accumulators: dict[int, Any] = {}
         self._row_buffers: dict[int, RowBuffer] = {}
         # Of two evened micro-batches, of which a trial runs both in full, one may have a sample more.
@@ -52,12 +53,9 @@ class AccumulatedStep:
         self._accumulate: Callable[..., Logs] | None = None
         self._apply: Callable[[], None] | None = None
         self._evaluate: Callable[..., Logs] | None = None
-        self._touched: dict[int, Any] = {}
-        self.scalar_losses: tuple[str, ...] = ()
-        with tf.device("CPU:0"):
-            self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
-        self._update_room = UpdateRoom()
-        self._written_before_update: dict[int, Any] = {}
+        self.traced = Traced()  # of the micro-step that was traced last
+        self.on_traced: Callable[[], None] = lambda: None
+        self.update_room = UpdateRoom()
 
     def for_data(self, element_spec: Any) -> AccumulatedStep:
         """The steps of the same model on data of another structure, or for another purpose."""
@@ -66,7 +64,8 @@ class AccumulatedStep:
     def prepare(self, *, whole: bool) -> bool:
         """Trace what :meth:`plain` (``whole``) or :meth:`accumulate` and :meth:`apply` need; tell if anything was.
 
-        Tracing builds what is not built yet and runs nothing; afterwards :attr:`variables` is complete.
+        Tracing builds what is not built yet and runs nothing; afterwards :attr:`variables` is complete. What an eager
+        model's step applies that nobody knew of is told before the next.
         """
         missing = self._plain is None if whole else self._apply is None
         if whole and self._plain is None:
@@ -76,7 +75,7 @@ class AccumulatedStep:
             self._micro = MicroStep(self, self.model.train_step, training=True)
             self._accumulate = self._trace_loop(self._micro, zero_first=True)
             self._apply = self._trace_apply()
-        return missing
+        return self._touched.has_found_optimizer() or missing
 
     def prepare_evaluation(self) -> bool:
         """Trace what :meth:`evaluate` needs; tell if anything was."""
@@ -85,55 +84,51 @@ class AccumulatedStep:
         self._evaluate = self._trace_loop(MicroStep(self, self.model.test_step, training=False), zero_first=False)
         return True
 
-    def note_no_update(self) -> None:
-        """Note that no update is under way; to be run before each step."""
-        self._update_begun.assign(False)
-
     def update_has_begun(self) -> bool:
         """Whether the last step came as far as its update, so that weights may have changed."""
         if self.copies is not None and not self.copies.are_of_this_call:
             return False
-        return bool(self._update_begun.numpy())
+        return self.update_room.has_begun()
+
+    @property
+    def optimizers(self) -> tuple[Any, ...]:
+        """The optimizers known from the model, and those that a step was seen to apply."""
+        return self._touched.optimizers
 
     @property
     def variables(self) -> list[Any]:
         """Every variable that a step traced so far can touch, accumulators apart."""
-        own = [*self.model.variables]
-        for metric in self.model.metrics:
-            own.extend(metric.variables)
-        for optimizer in self.optimizers:
-            own.extend(optimizer.variables)
-        own.extend(keras_seams.global_seed_variables())
-        own.extend(self._touched.values())
-        accumulators = {id(accumulator) for accumulator in self._accumulators.values()}
-        accumulators.update(id(variable) for buffer in self._row_buffers.values() for variable in buffer.variables)
-        return [variable for variable in distinct(own) if id(variable) not in accumulators]
+        return self._without_accumulators(self._touched.variables)
 
     @property
     def updated_variables(self) -> list[Any]:
-        """The variables that only the optimizers' update touches: trainable weights and the optimizers' own."""
-        own = [*self.model.trainable_variables]
-        for optimizer in self.optimizers:
-            own.extend(optimizer.variables)
-        return distinct(own)
+        """The variables that an optimizer's update changes: trainable weights and the optimizers' own."""
+        return self._touched.updated_variables
 
     @property
     def changed_before_update(self) -> list[Any]:
-        """What a step can touch before its update, or beside it: statistics, metrics, seeds; also weights, if a layer
-        assigns them in its forward pass."""
-        kept_apart = {id(variable) for variable in self.updated_variables} - set(self._written_before_update)
-        return [variable for variable in self.variables if id(variable) not in kept_apart]
+        """What a step can touch before its update or beside it: statistics, metrics, seeds, what a layer assigns."""
+        before = {id(variable) for variable in self.variables_written_by_micro_steps}
+        in_update = {id(variable) for variable in self.updated_variables} - before
+        return [variable for variable in self.variables if id(variable) not in in_update]
 
     @property
     def update_room_bytes(self) -> int:
-        """What the optimizers' temporaries need; a guess, from the weights, before an update was traced."""
-        weights = [bytes_of([variable]) for variable in self.model.trainable_variables]
-        return self._update_room.bytes or sum(weights) + 2 * max(weights, default=0)
+        """What the optimizers' temporaries need; a guess before an update was traced."""
+        return self.update_room.bytes or guessed_bytes(distinct(self.model.trainable_variables))
 
     @property
-    def captured_any(self) -> bool:
-        """Whether the step that was traced last applied an optimizer."""
-        return bool(self._captured)
+    def variables_written_by_micro_steps(self) -> list[Any]:
+        """What traced micro-steps write, accumulators apart; of the plain step, what it writes before its update."""
+        return self._without_accumulators(self._touched.written_variables)
+
+    def _without_accumulators(self, variables: list[Any]) -> list[Any]:
+        accumulators = {id(variable) for variable in self._accumulator_variables()}
+        return [variable for variable in variables if id(variable) not in accumulators]
+
+    def _accumulator_variables(self) -> list[Any]:
+        rows = [variable for buffer in self._row_buffers.values() for variable in buffer.variables]
+        return [*self.accumulators, *rows]
 
     @property
     def updating_optimizers(self) -> tuple[Any, ...]:
@@ -172,8 +167,7 @@ class AccumulatedStep:
             tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=tf.zeros([0], accumulator.dtype))
         for buffer in self._row_buffers.values():
             buffer.release()
-        for variable in (*self._accumulators.values(), *(v for b in self._row_buffers.values() for v in b.variables)):
-            self._touched.pop(id(variable), None)
+        self._touched.forget(self._accumulator_variables())
         self._micro = self._accumulate = self._apply = None
         self._accumulators = {}
         self._row_buffers = {}
@@ -189,13 +183,12 @@ class AccumulatedStep:
 
     def _trace_plain(self) -> Callable[..., Logs]:
         def update(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
-            _ensure_built(optimizer, variables)
+            self.note_update(optimizer, variables)
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
                 held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
-                self.note_written(tf.compat.v1.get_default_graph())
                 # XLA allocates all that a compiled step needs before anything runs, and writes nothing before its end.
-                with contextlib.nullcontext() if self.model.jit_compile else self._update_of(variables):
+                with contextlib.nullcontext() if self.model.jit_compile else self.update_room.update_of(variables):
                     keras_seams.apply_of(optimizer)(held, variables)
 
         def step(leaves: list[Any]) -> Logs:
@@ -208,11 +201,11 @@ class AccumulatedStep:
             step, autograph=False, jit_compile=bool(self.model.jit_compile), input_signature=[self.structure.specs]
         ).get_concrete_function()
         self.watch(inner)
-        written = {id(variable) for variable in written_in(inner.graph)}
+        written = {id(variable) for variable in written_variables(inner.graph)}
         self.copies = copies = CopiesBeside(v for v in distinct(self.changed_before_update) if id(v) in written)
 
         def kept_step(leaves: list[Any]) -> Logs:
-            with tf.control_dependencies([self._update_begun.assign(False, read_value=False), copies.keep()]):
+            with tf.control_dependencies([self.update_room.note_begun(False), copies.keep()]):
                 return inner(leaves)
 
         compiled = tf.function(kept_step, autograph=False, input_signature=[self.structure.specs])
@@ -224,28 +217,6 @@ class AccumulatedStep:
             return (concrete if all(isinstance(leaf, tf.Tensor) for leaf in leaves) else compiled)(leaves)
 
         return run
-
-    @contextlib.contextmanager
-    def _update_of(self, variables: list[Any]) -> Iterator[None]:
-        """Around an update of ``variables``: room for its temporaries is made sure of, then it has begun."""
-        inner = distinct(variables)
-        largest = max(bytes_of([variable]) for variable in inner)
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        if graph is None:
-            self._update_room.settle(self.update_room_bytes, largest)
-        room = self._update_room.ask(inner[0].device)
-        with tf.device("CPU:0"):
-            begun = self._update_begun.assign(room, read_value=False)
-        first = 0 if graph is None else len(graph.get_operations())
-        with tf.control_dependencies([begun]), updates_in_turn():
-            yield
-        if graph is not None:
-            self._update_room.settle(temporaries_bytes(graph, first, unknown_bytes=largest), largest)
-
-    def note_written(self, graph: Any) -> None:
-        """Note what is written before the update, of what only the update should write."""
-        if not tf.executing_eagerly():
-            self._written_before_update.update((id(variable), variable) for variable in written_in(graph))
 
     # -- one effective batch as several micro-batches ---------------------------------------------------------------
 
@@ -268,7 +239,7 @@ class AccumulatedStep:
     def _trace_apply(self) -> Callable[[], None]:
         def apply() -> None:
             # In one update of all, so that the room is there for the last optimizer when the first one begins.
-            with self._update_of([variable for _, variables, _ in self._captured for variable in variables]):
+            with self.update_room.update_of([variable for _, variables, _ in self._captured for variable in variables]):
                 for optimizer, variables, present in self._captured:
                     gradients = [
                         self._accumulated(distinct([variable])[0]) if is_present else None
@@ -314,6 +285,7 @@ class AccumulatedStep:
             return micro.pack_logs(loop(leaves, samples, micro_batch, micro.empty_logs(), body))
 
         if self.model.run_eagerly:
+            micro.look_at_losses()
             return run
         micro.trace()
         compiled = tf.function(
@@ -382,7 +354,7 @@ class AccumulatedStep:
                     "accumulate for. Apply it once with all gradients, or use one optimizer for each set of "
                     f"variables. Received: {optimizer.name!r}"
                 )
-            _ensure_built(optimizer, variables)
+            self.note_update(optimizer, variables)
             scales: dict[Any, tuple[Any, Any]] = {}
             captured.append((optimizer, variables, [gradient is not None for gradient in gradients]))
             for variable, gradient in zip(variables, gradients, strict=True):
@@ -408,18 +380,16 @@ class AccumulatedStep:
 
         return add
 
+    def note_update(self, optimizer: Any, variables: list[Any]) -> None:
+        """Note that a step applies an optimizer, known or not, to these variables."""
+        self._touched.note_update(optimizer, variables)
+
     def _keeps_rows(self, buffer: RowBuffer, gradient: Any) -> bool:
         if not isinstance(gradient, tf.IndexedSlices) or self._most_samples is None:
             return False
         return buffer.takes(gradient, self.structure, self._most_samples)
 
-    def watch(self, concrete: Any) -> None:
-        for variable in concrete.graph.variables:
-            self._touched.setdefault(id(variable), variable)
-
-
-def _ensure_built(optimizer: Any, variables: list[Any]) -> None:
-    """Create the optimizer's slots outside of the graph that is being traced."""
-    if not optimizer.built:
-        with tf.init_scope():
-            optimizer.build(variables)
+    def watch(self, concrete: Any, *, micro_step: bool = False) -> None:
+        self._touched.note_graph(concrete.graph)
+        if micro_step:
+            self._touched.note_written(concrete.graph)

@@ -46,11 +46,8 @@ def require_supported(model: Any) -> None:
             f"Received: {type(strategy).__name__}"
         )
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and optimizer._distribution_strategy is not strategy:
-        raise ValueError(
-            "The optimizer was made outside of the strategy's scope: make it, and call compile, inside of "
-            f"`with strategy.scope():`. Received: {optimizer.name!r}"
-        )
+    if optimizer is not None:
+        require_made_under(strategy, optimizer)
     if getattr(model, "run_eagerly", False) or getattr(model, "jit_compile", False) is True:
         raise ValueError(
             f"run_eagerly and jit_compile=True are not supported under {type(strategy).__name__}: compile the model "
@@ -62,6 +59,19 @@ def require_supported(model: Any) -> None:
             "A layer that talks to the other replicas in every micro-batch would leave them waiting when one runs out "
             "of memory. Use BatchNormalization without synchronized=True: its statistics are averaged over the "
             f"replicas with each update. Received: {', '.join(synchronized)}"
+        )
+
+
+def require_made_under(strategy: Any, optimizer: Any) -> None:
+    """Refuse an optimizer that was made outside of the strategy's scope.
+
+    Raises:
+        ValueError: names it.
+    """
+    if optimizer._distribution_strategy is not strategy:
+        raise ValueError(
+            "The optimizer was made outside of the strategy's scope: make it, and call compile, inside of "
+            f"`with strategy.scope():`. Received: {optimizer.name!r}"
         )
 
 

@@ -7,16 +7,20 @@ temporaries of a weight's size for Adam instead of 6, for Lion 4 instead of 14, 
 22, in no more time (``benchmarks/update_room.py``).
 
 How much it is :func:`temporaries_bytes` tells from the graph. :class:`UpdateRoom` asks the allocator for as much, in
-pieces of the largest weight's size, before the first variable changes.
+pieces of the largest weight's size, before the first variable changes, and notes that the update has begun.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
+
+from autobatch.train.strategy_seams import updates_in_turn
+from autobatch.trial.snapshot import bytes_of, distinct
 
 NAME = "autobatch_update_room"
 """By this the pieces can be told among what an update allocates."""
@@ -53,18 +57,44 @@ _BODIES = {
 
 
 class UpdateRoom:
-    """Asks for the memory of an update's temporaries, and gives it back at once; nothing is written to it."""
+    """Around each update of one model: makes sure of the memory of its temporaries, then notes that it has begun."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        """What was found to be needed by now."""
+        """What the updates traced by now were found to need."""
         with tf.device("CPU:0"):
+            self._has_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
             # Lengths that are not known beforehand: else the graph's optimiser would find no use for the pieces.
-            self._shapes = tf.Variable(
-                [[0, _ROW_BYTES]] * _PIECES, trainable=False, dtype=tf.int32, name=NAME
-            )
+            self._shapes = tf.Variable([[0, _ROW_BYTES]] * _PIECES, trainable=False, dtype=tf.int32, name=NAME)
 
-    def settle(self, needed_bytes: int, largest_bytes: int) -> None:
+    def note_begun(self, begun: Any = False) -> Any:
+        """Note whether an update has begun; in a graph, the operation that does."""
+        with tf.device("CPU:0"):
+            return self._has_begun.assign(begun, read_value=False)
+
+    def has_begun(self) -> bool:
+        """What was noted last."""
+        return bool(self._has_begun.numpy())
+
+    @contextlib.contextmanager
+    def update_of(self, variables: list[Any]) -> Iterator[None]:
+        """Around what is traced to update ``variables``, or does so eagerly; nothing is written to the room."""
+        inner = distinct(variables)
+        if not inner:
+            yield
+            return
+        largest = max(bytes_of([variable]) for variable in inner)
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        if graph is None:  # one operation after another, and no trace to tell what they need
+            self._settle(guessed_bytes(inner), largest)
+        begun = self.note_begun(self._ask(inner[0].device))
+        first = 0 if graph is None else len(graph.get_operations())
+        with tf.control_dependencies([begun]), updates_in_turn():
+            yield
+        if graph is not None:
+            self._settle(temporaries_bytes(graph, first, unknown_bytes=largest), largest)
+
+    def _settle(self, needed_bytes: int, largest_bytes: int) -> None:
         """Ask for ``needed_bytes`` from now on, or for what was found before if that is more.
 
         The pieces are as large as the largest weight: a nearly full allocator has pieces where it has not the whole.
@@ -77,7 +107,7 @@ class UpdateRoom:
         with tf.init_scope():
             self._shapes.assign([[-(-size // _ROW_BYTES), _ROW_BYTES] for size in sizes])
 
-    def ask(self, device: str) -> Any:
+    def _ask(self, device: str) -> Any:
         """Ask the allocator of ``device``: a boolean scalar, always true, once all pieces were there together."""
         with tf.device("CPU:0"):
             shapes = tf.unstack(self._shapes.read_value())
@@ -86,6 +116,12 @@ class UpdateRoom:
         with tf.device("CPU:0"):
             # One operation that needs all of them, so that none is given back before the last is there.
             return tf.reduce_all(tf.stack(tf.shape_n(pieces)) >= 0)
+
+
+def guessed_bytes(variables: Iterable[Any]) -> int:
+    """What an update of ``variables`` needs, as long as no trace tells."""
+    sizes = [bytes_of([variable]) for variable in variables]
+    return sum(sizes) + 2 * max(sizes, default=0)
 
 
 def temporaries_bytes(graph: tf.Graph, first: int, *, unknown_bytes: int) -> int:

@@ -120,8 +120,9 @@ class LiveTrials:
         return inexact.differences(
             self._model,
             self.step.updating_optimizers,
-            self.step.scalar_losses,
+            self.step.traced,
             tables_kept_as_rows=self.step.tables_kept_as_rows,
+            written=self.step.variables_written_by_micro_steps,
         )
 
     def length_rule(self, report: Report, structure: Structure | None = None) -> LengthRule:
@@ -153,12 +154,28 @@ class LiveTrials:
         """Refuse ``max_seconds`` where it cannot be held to; one process can."""
 
     def trace(self) -> None:
-        """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial."""
+        """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial.
+
+        Of a model that runs eagerly some of them show in the first step alone: they are said then.
+        """
         try:
             self.step.prepare(whole=False)
         except CAUGHT as error:
             if not oom.diagnose(error).is_memory:
                 raise  # what ran out of memory here will again in the first step, which recovers
+        if self._model.run_eagerly:
+            known = self.warnings
+            self.step.on_traced = lambda: self._say_what_else_differs(known)
+
+    def _say_what_else_differs(self, known: tuple[str, ...]) -> None:
+        self.step.on_traced = lambda: None
+        found = [sentence for sentence in self.warnings if sentence not in known]
+        if found:
+            warnings.warn(
+                f"The first micro-batch shows what else will differ from the full batch: {' '.join(found)}",
+                AutobatchWarning,
+                stacklevel=2,
+            )
 
     def estimate_sample(self) -> SampleEstimate | None:
         """What a sample needs, from the traced step; None where it is not traced or cannot be told.

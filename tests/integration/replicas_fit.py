@@ -317,6 +317,53 @@ def a_step_of_its_own():
     return compared(build, (*arrays()[:2], None))
 
 
+class Halves(keras.Model):
+    """Two layers, each trained by an optimizer of its own; the second optimizer is none of the model's attributes."""
+
+    def __init__(self, second, optimizer, *, is_own):
+        super().__init__()
+        self.first = layers.Dense(3)
+        if is_own:
+            self.second = second
+        self.hidden = lambda: (second, optimizer)
+        self.build((None, 16))
+
+    def build(self, shape):
+        for layer in (self.first, self.hidden()[0]):
+            layer.build(shape)
+        super().build(shape)
+
+    def train_step(self, data):
+        x, y = data
+        second, optimizer = self.hidden()
+        with tf.GradientTape(persistent=True) as tape:
+            losses = [self.compute_loss(y=y, y_pred=layer(x)) for layer in (self.first, second)]
+        for loss, layer, updating in zip(losses, (self.first, second), (self.optimizer, optimizer), strict=True):
+            updating.apply(tape.gradient(loss, layer.trainable_weights), layer.trainable_weights)
+        return {"loss": losses[0]}
+
+
+def halves(*, is_own=True, optimizer=None):
+    keras.utils.set_random_seed(1)
+    second = layers.Dense(3, name="second")
+    unseen = optimizer or keras.optimizers.SGD(0.2, momentum=0.9, name="unseen")
+    model = Halves(second, unseen, is_own=is_own)
+    model.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def an_optimizer_out_of_sight():
+    made = []
+
+    def build():
+        made.append(halves())
+        return made[-1]
+
+    found = compared(build, (*arrays()[:2], None))
+    found["unseen"] = [int(model.hidden()[1].iterations.numpy()) for model in made]
+    return found
+
+
 def refusals():
     x, y, _ = arrays()
     found = {}
@@ -327,14 +374,17 @@ def refusals():
         except ValueError as error:
             found[name] = str(error)
 
-    optimizer = keras.optimizers.SGD()
+    optimizer = keras.optimizers.SGD(name="made_outside")
     with STRATEGY.scope():
         inside = dense()
+        unseen_optimizer, unseen_weights = halves(optimizer=optimizer), halves(is_own=False)
         tried("inside", inside)
         elsewhere = dense(optimizer=optimizer)
         eager = dense(run_eagerly=True)
         synchronized = dense(layers.BatchNormalization(synchronized=True))
     tried("optimizer", elsewhere)
+    tried("unseen_optimizer", unseen_optimizer, micro_batch=3)
+    tried("unseen_weights", unseen_weights, micro_batch=3)
     tried("eager", eager)
     tried("synchronized", synchronized)
     try:

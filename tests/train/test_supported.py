@@ -49,8 +49,9 @@ class Hidden(keras.Sequential):
         return {"loss": loss}
 
 
-def test_an_optimizer_in_a_container_is_found_and_one_out_of_sight_is_refused():
-    def build(hide):
+@pytest.mark.parametrize("hide", [False, True], ids=["container", "closure"])
+def test_an_optimizer_in_a_container_or_out_of_sight_is_found(hide):
+    def build():
         keras.utils.set_random_seed(1)
         model = Hidden([keras.Input((16,)), layers.Dense(1)])
         optimizer = keras.optimizers.SGD(0.1)
@@ -61,12 +62,28 @@ def test_an_optimizer_in_a_container_is_found_and_one_out_of_sight_is_refused():
         return model
 
     x, y = arrays()
-    plain, ours = build(False), build(False)
+    plain, ours = build(), build()
     plain.fit(x, y, batch_size=48, shuffle=False, verbose=0)
     autobatch.fit(ours, x, y, target_batch=48, micro_batch=13, shuffle=False, verbose=0)
     assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
-    with pytest.raises(ValueError, match="applied no optimizer that autobatch can see.*Received: Hidden"):
-        autobatch.fit(build(True), x, y, target_batch=48, micro_batch=13, verbose=0)
+    assert int(ours.chosen().iterations.numpy()) == 1
+
+
+def test_a_step_that_updates_the_weights_without_an_optimizer_is_refused():
+    class Descending(keras.Sequential):
+        def train_step(self, data):
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(y=data[1], y_pred=self(data[0]))
+            for weight, gradient in zip(
+                self.trainable_weights, tape.gradient(loss, self.trainable_weights), strict=True
+            ):
+                weight.assign_sub(0.1 * gradient)
+            return {"loss": loss}
+
+    model = Descending([keras.Input((16,)), layers.Dense(10)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.raises(ValueError, match="applied no Keras optimizer.*Received: Descending"):
+        autobatch.fit(model, *arrays(), target_batch=48, micro_batch=13, verbose=0)
 
 
 def test_the_accumulators_memory_is_given_back():

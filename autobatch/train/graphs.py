@@ -1,0 +1,114 @@
+"""What a traced graph tells: which variables it writes, and what a tensor of it is made of.
+
+Knows no optimizer, loss or model; what follows from it :mod:`autobatch.train.traced` and :mod:`autobatch.train.inexact`
+say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.trial.snapshot import components
+
+_READING = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp"])
+"""Operations that take a variable's handle and leave its value alone."""
+
+_LINEAR = frozenset(
+    [
+        *("Identity", "IdentityN", "Cast", "StopGradient", "PreventGradient", "CheckNumerics", "Neg"),
+        *("Add", "AddV2", "AddN", "Sub", "Sum", "Mean", "UnsortedSegmentSum"),
+        *("Pack", "Unpack", "ConcatV2", "Split", "SplitV", "Slice", "StridedSlice", "GatherV2", "Tile", "BroadcastTo"),
+        *("Reshape", "Squeeze", "ExpandDims", "Transpose"),
+    ]
+)
+"""Operations whose result is linear in each of their inputs that is no shape, axis or index."""
+
+_PRODUCTS = frozenset(["Mul", "MatMul", "BatchMatMulV2", "MulNoNan"])
+_QUOTIENTS = frozenset(["RealDiv", "Div", "DivNoNan"])
+
+
+def written_variables(graph: Any) -> list[Any]:
+    """The ``tf.Variable`` objects that a function's graph writes, itself or in functions that it calls."""
+    handles = {id(outer): inner for outer, inner in graph.captures if inner.dtype == tf.resource}
+    return [
+        variable
+        for variable in components(graph.variables)
+        if id(variable.handle) in handles and _is_written(handles[id(variable.handle)])
+    ]
+
+
+def _is_written(handle: Any) -> bool:
+    for operation in handle.consumers():
+        if operation.type == "Identity":
+            if _is_written(operation.outputs[0]):
+                return True
+        elif operation.type not in _READING:
+            # Of a call, a condition or a loop TensorFlow notes which resources the functions behind it only read.
+            only_read = operation.node_def.attr["_read_only_resource_inputs"].list.i
+            if any(taken is handle and place not in only_read for place, taken in enumerate(operation.inputs)):
+                return True
+    return False
+
+
+def not_linear_in(result: Any, known: Iterable[Any], is_other: Callable[[Any], bool]) -> Any:
+    """The first operation through which ``result`` depends on ``known`` other than linearly; None if there is none.
+
+    ``is_other`` tells of a tensor whether it depends on nothing that matters: such factors and terms may be anything.
+    """
+    ends = {id(tensor) for tensor in known}
+    pending, seen = [result], set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in ends or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if is_other(tensor):
+            continue
+        operation = tensor.op
+        factors = [each for each in operation.inputs if not is_other(each)]
+        if (
+            operation.type in _LINEAR
+            or (operation.type in _PRODUCTS and len(factors) == 1)
+            or (operation.type in _QUOTIENTS and all(each is not operation.inputs[1] for each in factors))
+        ):
+            pending += factors
+        else:
+            return operation
+    return None
+
+
+def what_follows(tensors: Iterable[Any]) -> set[int]:
+    """The ids of these tensors and of all that is made of them in their graph."""
+    pending = list(tensors)
+    found: set[int] = set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) not in found:
+            found.add(id(tensor))
+            pending += [output for operation in tensor.consumers() for output in operation.outputs]
+    return found
+
+
+def depends_on_arguments(tensor: Any, known: dict[Any, bool]) -> bool:
+    """Whether a tensor depends on what its function is given, and not on variables and constants alone.
+
+    ``known`` keeps what was found out, for further tensors of the same graph.
+    """
+    captured = {id(inner): outer for outer, inner in tensor.graph.captures}
+    pending, seen = [tensor], set()
+    while pending:
+        each = pending.pop()
+        if each.ref() in seen or known.get(each.ref()) is False:
+            continue
+        seen.add(each.ref())
+        # A tensor of another graph may depend on that one's arguments; a value or a variable does not.
+        is_value = id(each) in captured and not hasattr(captured[id(each)], "graph")
+        if known.get(each.ref()) or (each.op.type == "Placeholder" and each.dtype != tf.resource and not is_value):
+            known[tensor.ref()] = True
+            return True
+        pending += each.op.inputs
+    known.update(dict.fromkeys(seen, False))
+    return False
