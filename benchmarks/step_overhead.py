@@ -1,10 +1,15 @@
 """What a step costs: autobatch against plain Keras and against Keras's own gradient accumulation, time and memory.
 
-``python benchmarks/step_overhead.py [--output results/step_overhead.json] [--repeats 9]``
+``python benchmarks/step_overhead.py [--output results/step_overhead.json] [--repeats 15]``
 
 Time is that of a whole epoch of ``fit`` over the same samples, callbacks and data pipeline included, the competitors
-taking turns so that a busy machine is busy for all; medians of at least 7 turns. Memory is the peak of TensorFlow's
-allocator in one update above one plain micro-step, in a limited arena of its own.
+taking turns, now in one order, now in the other, so that a busy machine is busy for all; medians of at least 7 turns.
+"Passes" is the floor under every accumulation: the same forward and backward passes in a compiled loop, with nothing
+added up, no metrics, no update and no ``fit``.
+
+Memory is the most that one update holds above what is held before it, in bytes asked of TensorFlow's allocator (its
+rounding, which differs from run to run, left out), the accumulators added, less the most that one plain micro-step
+holds; medians of 7.
 """
 
 from __future__ import annotations
@@ -68,12 +73,40 @@ def seconds_in_turns(contestants: dict, repeats: int) -> dict[str, float]:
     """The median seconds of each, one turn of each after another; two turns beforehand are not counted."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats + 2):
-        for name, run in contestants.items():
+        names = list(contestants) if turn % 2 else list(reversed(contestants))
+        for name in names:
             start = time.perf_counter()
-            run()
+            contestants[name]()
             if turn >= 2:
                 taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def passes_alone(name: str, target_batch: int, micro_batch: int, x, y):
+    """An epoch of forward and backward passes, ``micro_batch`` samples at a time, and of nothing else."""
+    import tensorflow as tf
+
+    model, _, _ = build(name)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(target_batch).prefetch(tf.data.AUTOTUNE)
+
+    @tf.function(autograph=False, input_signature=list(dataset.element_spec))
+    def passes(x, y):
+        def body(start):
+            part = slice(start, start + micro_batch)
+            with tf.GradientTape() as tape:
+                loss = model.compute_loss(x=x[part], y=y[part], y_pred=model(x[part], training=True))
+            gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+            with tf.control_dependencies(tf.nest.flatten(gradients, expand_composites=True)):
+                return start + micro_batch
+
+        samples = tf.shape(x)[0]
+        return tf.while_loop(lambda start: start < samples, body, [tf.constant(0)], parallel_iterations=1)
+
+    def epoch() -> None:
+        for batch in dataset:
+            passes(*batch)
+
+    return epoch
 
 
 class Ours:
@@ -110,59 +143,59 @@ def time_one(name: str, steps: int, repeats: int) -> dict[str, float]:
         contestants["Keras's gradient_accumulation_steps"] = lambda: accumulating.fit(
             x, y, batch_size=micro_batch, shuffle=False, verbose=0
         )
+    contestants["passes"] = passes_alone(name, target, micro_batch, x, y)
     return seconds_in_turns(contestants, repeats)
 
 
-def peaks_of(name: str, steps: int) -> dict[str, int]:
-    """Peaks in bytes of one plain micro-step and of one accumulated update; runs in a limited arena."""
+def peaks_of(name: str, steps: int) -> dict[str, float]:
+    """What one plain micro-step holds, and one accumulated update, in bytes; runs in a limited arena."""
     import autobatch
 
     autobatch.limit_memory("4GiB")
     import tensorflow as tf
 
-    from autobatch.memory import limits
+    from autobatch.memory import allocations, limits
     from autobatch.train.step import AccumulatedStep
     from autobatch.trial.snapshot import bytes_of
 
-    # One operation at a time, as a GPU's single stream runs them: in parallel, what they hold together is chance.
-    tf.config.threading.set_inter_op_parallelism_threads(1)
     model, samples, micro_batch = build(name)
     # A micro-batch large enough for activations to count, as where memory is short.
     micro_batch *= 4
     x, y = samples(micro_batch * steps)
     data = tf.data.Dataset.from_tensors((x, y))
     batch = next(iter(data))
-    small = tf.nest.map_structure(lambda part: tf.identity(part[:micro_batch]), batch)
-
     device = limits.default_device()
 
-    def peak_of(run) -> int:
+    def most_bytes(run) -> float:
         run()
-        limits.reset_peak(device)
-        before = limits.bytes_in_use(device)
         run()
-        return limits.peak_bytes(device) - before
+        seen = []
+        for _ in range(7):
+            with allocations.recording(device, []) as recorded:
+                run()
+            seen.append(recorded.most_bytes())
+        return statistics.median(seen)
 
     model.optimizer.build(model.trainable_variables)
     one = model._make_function(model.train_step)  # Keras's own, as its fit runs it
-    plain = peak_of(lambda: one(iter([small])))
+    plain = most_bytes(lambda: one(iter([tf.nest.map_structure(lambda part: part[:micro_batch], batch)])))
     step = AccumulatedStep(model, data.element_spec)
-
-    def update() -> None:
-        step.accumulate(batch, micro_batch)
-        step.apply()
-
+    gradients = bytes_of(model.trainable_variables)
+    if steps == 1:
+        whole = most_bytes(lambda: step.plain(batch))
+        return {"plain_step_bytes": plain, "step_bytes": whole, "gradients_bytes": gradients}
     return {
         "plain_step_bytes": plain,
-        "accumulated_above_held_bytes": peak_of(update),
-        "gradients_bytes": bytes_of(model.trainable_variables),
+        "accumulate_bytes": most_bytes(lambda: step.accumulate(batch, micro_batch)),
+        "update_bytes": most_bytes(step.apply),
+        "gradients_bytes": gradients,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--peaks", nargs=2, metavar=("MODEL", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -170,8 +203,8 @@ def main() -> None:
         print(json.dumps(peaks_of(options.peaks[0], int(options.peaks[1]))))
         return
     rows = []
-    headings = ("autobatch", "plain", "ratio", "Keras acc.", "faster", "memory")
-    widths = (10, 10, 7, 11, 7, 8)
+    headings = ("autobatch", "plain", "ratio", "Keras acc.", "faster", "passes", "memory")
+    widths = (10, 10, 7, 11, 7, 10, 8)
     print(f"{'model':<12} {'k':>3} " + " ".join(f"{text:>{n}}" for text, n in zip(headings, widths, strict=True)))
     for name in options.models.split(","):
         for steps in ACCUMULATION_STEPS:
@@ -183,18 +216,21 @@ def main() -> None:
             )
             ours, plain = seconds["autobatch"], seconds["plain Keras at the micro-batch"]
             keras_own = seconds.get("Keras's gradient_accumulation_steps")
-            # The accumulators are held all the time and so are not in the peak above what is held: they are added.
-            above = memory["accumulated_above_held_bytes"] + memory["gradients_bytes"] - memory["plain_step_bytes"]
+            if steps == 1:
+                most = memory["step_bytes"]
+            else:  # the accumulators are held before and after both parts of an update
+                most = max(memory["accumulate_bytes"], memory["update_bytes"]) + memory["gradients_bytes"]
+            above = most - memory["plain_step_bytes"]
             share = above / memory["gradients_bytes"]
             rows.append({"model": name, "accumulation_steps": steps, "seconds": seconds, "memory": memory})
             print(
                 f"{name:<12} {steps:>3} {ours:>9.3f}s {plain:>9.3f}s {ours / plain:>7.3f} "
                 + (f"{keras_own:>10.3f}s {keras_own / ours:>6.2f}x" if keras_own else f"{'':>11} {'':>7}")
-                + (f" {share:>7.2f}g" if steps > 1 else ""),
+                + f" {seconds['passes']:>9.3f}s {share:>7.2f}g",
                 flush=True,
             )
-    print("ratio: autobatch / plain. faster: Keras's accumulation / autobatch. memory: an update's peak above one")
-    print("plain micro-step's, in units of the gradients' bytes.")
+    print("ratio: autobatch / plain. faster: Keras's accumulation / autobatch. passes: forward and backward alone.")
+    print("memory: an update's most above one plain micro-step's, in units of the gradients' bytes.")
     if options.output:
         import keras
         import tensorflow as tf

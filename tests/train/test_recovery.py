@@ -15,6 +15,7 @@ import autobatch
 from autobatch.records import Limit
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
+from autobatch.trial.snapshot import CopiesBeside
 
 UPDATES = 3
 TARGET = 32
@@ -285,3 +286,42 @@ def test_once_proven_running_out_before_the_update_is_still_rolled_back():
     assert any((left != right).any() for left, right in zip(model.get_weights(), before, strict=True))
     for left, right in zip(model.get_weights(), clean.get_weights(), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("micro_batch", [MICRO, TARGET])
+def test_a_weight_that_a_layer_assigns_in_its_forward_pass_is_rolled_back_once_updates_are_proven(micro_batch):
+    data = batches() * 3
+    asked = AtCall(*range(6 * TARGET // micro_batch, 100))
+    normalized = [layers.SpectralNormalization(layers.Dense(16)), layers.BatchNormalization(), MemoryHog(asked)]
+    model = classifier(keras.optimizers.Adam(0.01), extra=normalized)
+    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    transaction = Transaction(step, micro_batch, device="CPU:0")
+    transaction._keeper.ran_out_beside_copies = True  # no weights are kept beside an update
+    for batch in data[:6]:
+        transaction.train(batch)
+    completed = everything(model)
+    with pytest.raises(autobatch.NoFeasibleBatchError):
+        transaction.train(data[6])
+    assert_same_bits(everything(model), completed)
+
+
+def test_copies_that_a_failed_call_never_came_to_make_are_not_put_back():
+    variable = tf.Variable([1.0, 2.0])
+    copies = CopiesBeside([variable])
+
+    @tf.function(autograph=False, input_signature=[])
+    def keep():
+        copies.keep()
+
+    copies.begin()
+    keep()
+    variable.assign([3.0, 4.0])
+    copies.begin()  # and now it fails before anything runs
+    assert not copies.are_of_this_call
+    copies.restore()
+    np.testing.assert_array_equal(variable, [3.0, 4.0])
+    copies.begin()
+    keep()
+    variable.assign_add([1.0, 1.0])
+    copies.restore()
+    np.testing.assert_array_equal(variable, [3.0, 4.0])
