@@ -30,12 +30,12 @@ _PRODUCTS = frozenset(["Mul", "MatMul", "BatchMatMulV2", "MulNoNan"])
 _QUOTIENTS = frozenset(["RealDiv", "Div", "DivNoNan"])
 
 
-def written_variables(graph: Any) -> list[Any]:
-    """The ``tf.Variable`` objects that a function's graph writes, itself or in functions that it calls."""
+def written_variables(graph: Any, candidates: Iterable[Any]) -> list[Any]:
+    """Those of the variables that a function's graph writes by now, itself or in functions that it calls."""
     handles = {id(outer): inner for outer, inner in graph.captures if inner.dtype == tf.resource}
     return [
         variable
-        for variable in components(graph.variables)
+        for variable in components(candidates)
         if id(variable.handle) in handles and _is_written(handles[id(variable.handle)])
     ]
 

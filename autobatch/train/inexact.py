@@ -145,8 +145,14 @@ def _changed_by_the_step(model: Any, layers: list[Any], optimizers: Sequence[Any
     if spectral and any(id(variable) in apart for variable in written):
         found.append(f"{_named(spectral)} changes its kernel once for each micro-batch, not once for each update.")
     if changed:
-        paths = {id(part): variable.path for variable in model.variables for part in components([variable])}
-        names = list(dict.fromkeys(paths.get(id(each), each.name.partition(":")[0]) for each in changed))
+        remaining = {id(variable): variable.name.partition(":")[0] for variable in changed}
+        own = [
+            variable.path
+            for variable in model.variables
+            for part in components([variable])
+            if remaining.pop(id(part), "")
+        ]
+        names = list(dict.fromkeys([*own, *remaining.values()]))
         more = len(names) - _MOST_VARIABLES
         found.append(
             f"train_step changes {', '.join(names[:_MOST_VARIABLES])}{f' and {more} more' if more > 0 else ''} itself: "

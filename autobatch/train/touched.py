@@ -31,7 +31,9 @@ class Touched:
 
     def note_written(self, graph: Any) -> None:
         """Note which variables a traced function writes by now."""
-        self._written.update((id(variable), variable) for variable in graphs.written_variables(graph))
+        # While it is being traced, a graph does not tell its variables.
+        written = graphs.written_variables(graph, [*self.variables, *graph.variables])
+        self._written.update((id(variable), variable) for variable in written)
 
     def note_update(self, optimizer: Any, variables: list[Any]) -> None:
         """Note that a step applies an optimizer, known or not, to these variables; build it outside of the trace.

@@ -1,0 +1,307 @@
+"""What cannot be the full batch's is said by name before training, and nothing is said of what is exact."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import keras
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from models import SAMPLES, arrays, classifier
+
+import autobatch
+
+OWN_LOSS = "what of its loss is no keras.losses.Loss is taken for a mean"
+
+
+def cross_entropy(**options):
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **options)
+
+
+def said_of(run):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message) for warning in caught if warning.category is autobatch.AutobatchWarning]
+
+
+def said_in_fit(model, x=None, y=None):
+    if x is None:
+        x, y = arrays()
+    return said_of(lambda: autobatch.fit(model, x, y, target_batch=SAMPLES, micro_batch=24, verbose=0))
+
+
+class Layered(keras.Sequential):
+    """Sequential models of 16 features into 10 classes, whose subclasses do something of their own."""
+
+    @classmethod
+    def compiled(cls, *extra, loss=None, **options):
+        keras.utils.set_random_seed(1)
+        model = cls([keras.Input((16,)), *extra, layers.Dense(10, name="last")])
+        model.compile(keras.optimizers.SGD(0.1, name="descent"), loss or cross_entropy(), **options)
+        return model
+
+
+class Updating(Layered):
+    """A train_step of its own, exact as it stands."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.loss_of(x, y)
+        gradients = self.changed(tape.gradient(loss, self.trainable_weights))
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        self.after()
+        return {"loss": loss}
+
+    def loss_of(self, x, y):
+        return self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+
+    def changed(self, gradients):
+        return gradients
+
+    def after(self):
+        pass
+
+
+class Teacher(Updating):
+    """The teacher follows the student after each step, as in BYOL."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.teacher = self.add_weight(name="teacher", shape=(10,), initializer="zeros", trainable=False)
+
+    def after(self):
+        self.teacher.assign(0.5 * self.teacher + 0.5 * self.layers[-1].bias)
+
+
+class ClippedWeights(Updating):
+    """Clips its weights, as a Wasserstein GAN's critic does."""
+
+    def after(self):
+        for weight in self.trainable_weights:
+            weight.assign(tf.clip_by_value(weight, -0.1, 0.1))
+
+
+class ClippedByNorm(Updating):
+    def changed(self, gradients):
+        return tf.clip_by_global_norm(gradients, 0.05)[0]
+
+
+class ClippedByValue(Updating):
+    def changed(self, gradients):
+        return [ops.clip(gradient, -0.01, 0.01) for gradient in gradients]
+
+
+class Scaled(Updating):
+    """Changes its gradients linearly, which is the same for the sum as for its parts."""
+
+    def changed(self, gradients):
+        return [0.5 * gradient - tf.reduce_mean(gradient) / 4.0 for gradient in gradients]
+
+
+class WithTheRegularizers(Updating):
+    def loss_of(self, x, y):
+        return cross_entropy()(y, self(x, training=True)) * 2.0 + sum(self.losses)
+
+
+class Summing(Updating):
+    def loss_of(self, x, y):
+        return tf.reduce_sum(keras.losses.sparse_categorical_crossentropy(y, self(x), from_logits=True))
+
+
+class MaskedMean(Layered):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        mask = tf.cast(y % 3 == 0, tf.float32)
+        values = keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True)
+        return tf.reduce_sum(values * mask) / tf.reduce_sum(mask)
+
+
+class OnlyCalling(Layered):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+class AddsSum(layers.Layer):
+    def call(self, inputs):
+        self.add_loss(1e-3 * ops.sum(ops.square(inputs)))
+        return inputs
+
+
+class AddsOfWeights(layers.Layer):
+    def build(self, shape):
+        self.weight = self.add_weight(shape=(4,), name="weight")
+
+    def call(self, inputs):
+        self.add_loss(ops.sum(ops.square(self.weight)))
+        return inputs
+
+
+class Counting(layers.Layer):
+    def build(self, shape):
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False, name="count")
+
+    def call(self, inputs):
+        # In a branch, so that it is written in a function of its own.
+        tf.cond(tf.shape(inputs)[0] > 0, lambda: self.count.value.assign_add(1.0), lambda: self.count.value * 1.0)
+        return inputs
+
+
+class Noisy(layers.Layer):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seed_generator = keras.random.SeedGenerator(1)
+
+    def call(self, inputs):
+        return inputs + keras.random.normal(ops.shape(inputs), seed=self.seed_generator)
+
+
+def recurrent(layer, **options):
+    return [layers.Reshape((4, 4)), layer(5, **options)]
+
+
+def attention(dropout):
+    inputs = keras.Input((16,))
+    steps = layers.Reshape((4, 4))(inputs)
+    return keras.Model(inputs, layers.Flatten()(layers.MultiHeadAttention(2, 4, dropout=dropout)(steps, steps)))
+
+
+NAMED = {
+    "teacher": (lambda: Teacher.compiled(), r"train_step changes \S*teacher itself: once for each micro-batch"),
+    "clipped weights": (lambda: ClippedWeights.compiled(), r"train_step changes \S*last/kernel, \S*last/bias itself"),
+    "counting layer": (lambda: Layered.compiled(Counting()), r"train_step changes \S*count itself"),
+    "spectral": (
+        lambda: Layered.compiled(layers.SpectralNormalization(layers.Dense(8), name="spectral")),
+        r"SpectralNormalization \(spectral\) changes its kernel once for each micro-batch",
+    ),
+    "clip_by_global_norm": (lambda: ClippedByNorm.compiled(), "The gradients are changed before descent gets them"),
+    "clip": (lambda: ClippedByValue.compiled(), "The gradients are changed before descent gets them"),
+    "summed by itself": (lambda: Summing.compiled(), f"Summing.train_step: {OWN_LOSS}"),
+    "compute_loss": (lambda: MaskedMean.compiled(), f"MaskedMean.compute_loss: {OWN_LOSS}"),
+    "add_loss": (lambda: Layered.compiled(AddsSum(name="adder")), r"What AddsSum \(adder\) adds by add_loss is taken"),
+    "custom noise": (lambda: Layered.compiled(Noisy(name="noisy")), r"Noisy \(noisy\) draws other random numbers"),
+    "LSTM": (lambda: Layered.compiled(*recurrent(layers.LSTM, recurrent_dropout=0.2)), "LSTMCell .* draws other"),
+    "attention": (lambda: Layered.compiled(attention(0.3)), "Dropout .* draws other random numbers"),
+    "scalar, eager": (
+        lambda: classifier(loss=lambda y, predicted: ops.mean(ops.square(predicted)), run_eagerly=True),
+        r"in this: The loss \S+ returns one number for a batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_what_differs_is_named(case):
+    build, words = NAMED[case]
+    (said,) = said_in_fit(build())
+    assert re.search(words, said)
+    assert said.count("micro-batch") <= 4, "more is said than the one thing"
+
+
+def test_random_flips_are_named():
+    x, y = arrays()
+    model = Layered.compiled(layers.Reshape((4, 4, 1)), layers.RandomFlip(seed=3, name="flip"), layers.Flatten())
+    assert "RandomFlip (flip) draws other random numbers" in said_in_fit(model, x, y)[0]
+
+
+EXACT = {
+    "regularizers": lambda: classifier(
+        extra=[layers.Dense(8, kernel_regularizer="l2", activity_regularizer="l2"), layers.ActivityRegularization(0.01)]
+    ),
+    "summed": lambda: classifier(loss=cross_entropy(reduction="sum")),
+    "several outputs' weights": lambda: classifier(loss=[cross_entropy()], loss_weights=[0.3]),
+    "weight loss by add_loss": lambda: Layered.compiled(AddsOfWeights()),
+    "train_step": lambda: Updating.compiled(),
+    "train_step with regularizers": lambda: WithTheRegularizers.compiled(layers.Dense(8, kernel_regularizer="l2")),
+    "linear in the gradients": lambda: Scaled.compiled(),
+    "compute_loss": lambda: OnlyCalling.compiled(),
+    "LSTM": lambda: Layered.compiled(*recurrent(layers.LSTM)),
+    "GRU": lambda: Layered.compiled(*recurrent(layers.GRU)),
+    "attention": lambda: Layered.compiled(attention(0.0)),
+    "no dropout": lambda: Layered.compiled(layers.Dropout(0.0), layers.GaussianNoise(0.0)),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_nothing_is_said_of_what_is_exact(case):
+    assert said_in_fit(EXACT[case]()) == []
+
+
+def in_a_loop(loss_of, changed=lambda gradients: gradients, after=lambda model: None, extra=()):
+    model, optimizer = classifier(extra=extra), keras.optimizers.SGD(0.1, name="descent")
+    seen = keras.metrics.SparseCategoricalAccuracy()
+
+    def train_step(batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            predicted = model(x, training=True)
+            loss = loss_of(y, predicted)
+        gradients = changed(tape.gradient(loss, model.trainable_variables))
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        after(model)
+        seen.update_state(y, predicted)
+        return loss
+
+    step = autobatch.wrap_step(train_step, model=model, optimizer=optimizer, target_batch=SAMPLES, micro_batch=24)
+    return said_of(lambda: step(arrays()))
+
+
+def averaged(y, predicted):
+    values = cross_entropy(reduction="none")(y, predicted)
+    return tf.nn.compute_average_loss(values, global_batch_size=SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss_of": averaged}, f"The train_step of this loop: {OWN_LOSS}"),
+        ({"changed": lambda gradients: tf.clip_by_global_norm(gradients, 0.1)[0]}, "are changed before descent gets"),
+        (
+            {"after": lambda model: model.layers[0].bias.assign(ops.zeros(32))},
+            r"train_step changes \S*dense\S*/bias itself",
+        ),
+        ({"extra": [Noisy(name="noisy")]}, r"Noisy \(noisy\) draws other random numbers"),
+    ],
+    ids=["average loss", "clipped gradients", "changed weights", "noise"],
+)
+def test_what_differs_in_a_loop_is_named(options, words):
+    (said,) = in_a_loop(**{"loss_of": cross_entropy(), **options})
+    assert re.search(words, said)
+
+
+@pytest.mark.parametrize("loss_of", [cross_entropy(), cross_entropy(reduction="sum")], ids=["mean", "sum"])
+def test_nothing_is_said_of_a_loop_with_a_loss_of_keras_and_a_metric(loss_of):
+    assert in_a_loop(loss_of) == []
+
+
+def test_what_an_eager_models_first_micro_batch_shows_is_said_then():
+    class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(10)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    model = Subclassed()
+    model.compile("sgd", lambda y, predicted: ops.mean(ops.square(predicted)), run_eagerly=True)
+    (said,) = said_in_fit(model)
+    assert re.match("The first micro-batch shows what else will differ.*returns one number for a batch", said)
+
+
+def test_the_variables_that_micro_steps_write_are_known():
+    from autobatch.train.step import AccumulatedStep
+
+    extra = [layers.BatchNormalization(name="norm"), layers.SpectralNormalization(layers.Dense(8, name="inner"))]
+    model = classifier("adam", extra=extra)
+    model.optimizer.build(model.trainable_variables)
+    for whole in (True, False):
+        step = AccumulatedStep(model, (tf.TensorSpec((None, 16), tf.float32), tf.TensorSpec((None,), tf.int64)))
+        step.prepare(whole=whole)
+        written = {id(variable) for variable in step.variables_written_by_micro_steps}
+        names = {variable.path.split("/", 1)[-1] for variable in model.variables if id(variable.value) in written}
+        assert {"moving_mean", "moving_variance", "vector_u", "kernel"} <= {name.split("/")[-1] for name in names}
+        assert not written & {id(variable.value) for variable in model.optimizer.variables}
+        assert id(model.layers[0].kernel.value) not in written
+        step.release_accumulators()
