@@ -123,8 +123,8 @@ class AccumulatedStep:
         return self._without_accumulators(self._touched.written_variables)
 
     def _without_accumulators(self, variables: list[Any]) -> list[Any]:
-        accumulators = {id(variable) for variable in self._accumulator_variables()}
-        return [variable for variable in variables if id(variable) not in accumulators]
+        own = {id(variable) for variable in (*self._accumulator_variables(), *self.update_room.variables)}
+        return [variable for variable in variables if id(variable) not in own]
 
     def _accumulator_variables(self) -> list[Any]:
         rows = [variable for buffer in self._row_buffers.values() for variable in buffer.variables]
@@ -201,8 +201,7 @@ class AccumulatedStep:
             step, autograph=False, jit_compile=bool(self.model.jit_compile), input_signature=[self.structure.specs]
         ).get_concrete_function()
         self.watch(inner)
-        written = {id(variable) for variable in written_variables(inner.graph)}
-        self.copies = copies = CopiesBeside(v for v in distinct(self.changed_before_update) if id(v) in written)
+        self.copies = copies = CopiesBeside(written_variables(inner.graph, self.changed_before_update))
 
         def kept_step(leaves: list[Any]) -> Logs:
             with tf.control_dependencies([self.update_room.note_begun(False), copies.keep()]):

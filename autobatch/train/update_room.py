@@ -67,6 +67,11 @@ class UpdateRoom:
             # Lengths that are not known beforehand: else the graph's optimiser would find no use for the pieces.
             self._shapes = tf.Variable([[0, _ROW_BYTES]] * _PIECES, trainable=False, dtype=tf.int32, name=NAME)
 
+    @property
+    def variables(self) -> tuple[Any, ...]:
+        """The variables of its own."""
+        return self._has_begun, self._shapes
+
     def note_begun(self, begun: Any = False) -> Any:
         """Note whether an update has begun; in a graph, the operation that does."""
         with tf.device("CPU:0"):
