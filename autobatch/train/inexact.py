@@ -30,11 +30,12 @@ def differences(
     optimizers: tuple[Any, ...],
     scalar_losses: tuple[str, ...] = (),
     tables_kept_as_rows: Sequence[Any] = (),
+    scalar_metrics: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """Sentences on what in ``model`` depends on the micro-batch; empty where nothing does.
 
-    ``scalar_losses`` names losses that were seen to reduce the batch themselves; ``tables_kept_as_rows`` are the
-    embeddings' variables whose gradients reach the optimizer as in plain Keras.
+    ``scalar_losses`` and ``scalar_metrics`` name those that were seen to reduce the batch themselves;
+    ``tables_kept_as_rows`` are the embeddings' variables whose gradients reach the optimizer as in plain Keras.
     """
     as_rows = {id(table) for table in tables_kept_as_rows}
     layers = list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
@@ -76,6 +77,11 @@ def differences(
         found.append(
             f"The loss {', '.join(scalar_losses)} returns one number for a batch; it is averaged over the "
             "micro-batches by their samples, which is not the same where it compares samples with each other."
+        )
+    if scalar_metrics:
+        found.append(
+            f"The metric {', '.join(scalar_metrics)} makes one number of a batch; it is averaged over the "
+            "micro-batches by their samples, which is the full batch's only where it is a mean over samples."
         )
     return tuple(found)
 

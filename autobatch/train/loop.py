@@ -48,9 +48,6 @@ class LoopModel:
     def trainable_variables(self) -> list[Any]:
         return list(self.model.trainable_variables)
 
-    def get_metrics_result(self) -> dict[str, Any]:
-        return {}
-
     def _flatten_layers(self) -> list[Any]:
         return list(self.model._flatten_layers())
 

@@ -53,6 +53,7 @@ class AccumulatedStep:
         self._evaluate: Callable[..., Logs] | None = None
         self._touched: dict[int, Any] = {}
         self.scalar_losses: tuple[str, ...] = ()
+        self.scalar_metrics: tuple[str, ...] = ()
         with tf.device("CPU:0"):
             self._update_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
             self._row_bytes = tf.Variable(_ROW_BYTES, trainable=False, dtype=tf.int32, name="autobatch_row_bytes")
@@ -181,9 +182,11 @@ class AccumulatedStep:
                 with tf.control_dependencies([begun]):
                     keras_seams.apply_of(optimizer)(held, variables)
 
+        train_step = keras_seams.untraced(self.model.train_step)
+
         def step(leaves: list[Any]) -> Logs:
             with keras_seams.capture_apply(self.optimizers, update):
-                return self.model.train_step(self.structure.pack(leaves))
+                return train_step(self.structure.pack(leaves))
 
         if self.model.run_eagerly:
             return step

@@ -122,6 +122,7 @@ class LiveTrials:
             self.step.updating_optimizers,
             self.step.scalar_losses,
             tables_kept_as_rows=self.step.tables_kept_as_rows,
+            scalar_metrics=self.step.scalar_metrics,
         )
 
     def length_rule(self, report: Report, structure: Structure | None = None) -> LengthRule:
