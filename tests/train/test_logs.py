@@ -82,7 +82,7 @@ class Numbers(Autoencoder):
     ],
 )
 def test_results_are_known_by_what_they_are(kind, options):
-    x, _ = arrays(samples=60)
+    x, _ = arrays(samples=90)
 
     def build():
         keras.utils.set_random_seed(1)
@@ -119,7 +119,7 @@ def test_what_compute_metrics_adds_to_and_overwrites():
         model.compile("sgd", loss, metrics=["accuracy"])
         return model
 
-    x, y = arrays(samples=60)
+    x, y = arrays(samples=90)
     expected = build().fit(x, y, batch_size=SAMPLES, shuffle=False, verbose=0)
     actual = autobatch.fit(build(), x, y, target_batch=SAMPLES, micro_batch=13, shuffle=False, verbose=0)
     assert set(expected.history) == {"correct", "share", "confidence", "loss"}
