@@ -136,8 +136,12 @@ def untraced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     function = getattr(step, "python_function", None)
     if function is None:
         return step
+
+    def call(data: Any) -> Any:  # AutoGraph converts what a function calls, but not a method that it is given
+        return function(data)
+
     enabled = _ag_ctx.ControlStatusCtx(status=_ag_ctx.Status.ENABLED)
-    converted: Callable[[Any], Any] = tf.__internal__.autograph.tf_convert(function, enabled)
+    converted: Callable[[Any], Any] = tf.__internal__.autograph.tf_convert(call, enabled)
     return converted
 
 
