@@ -66,6 +66,26 @@ class AtCall:
         return self.count in self.calls
 
 
+def recorded_gradients(model, updates=16):
+    """The gradients of each of the first updates that the model's optimizer will make: a function that returns them.
+
+    Weights do not tell: float32 rounds them by more than an update's own error.
+    """
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    kept = [tf.Variable(tf.zeros([updates, *v.shape], v.dtype), trainable=False) for v in model.trainable_variables]
+    # Keras's TensorFlow optimizers are given what is inside of Keras's variables.
+    places = {id(variable.value): place for place, variable in enumerate(model.trainable_variables)}
+    own = optimizer.update_step
+
+    def update_step(gradient, variable, learning_rate):
+        update = tf.convert_to_tensor(optimizer.iterations)
+        kept[places[id(variable)]].scatter_nd_update([[update]], tf.convert_to_tensor(gradient)[None])
+        own(gradient, variable, learning_rate)
+
+    optimizer.__dict__["update_step"] = update_step
+    return lambda: [one[update].numpy() for one in kept for update in range(updates)]
+
+
 def relative_error(actual, expected):
     """The largest difference of two lists of arrays, relative to the largest magnitude in each."""
     return max(

@@ -100,6 +100,11 @@ def differences(
             f"The loss {', '.join(traced.scalar_losses)} returns one number for a batch; it is averaged over the "
             "micro-batches by their samples, which is not the same where it compares samples with each other."
         )
+    if traced.scalar_metrics:
+        found.append(
+            f"The metric {', '.join(traced.scalar_metrics)} makes one number of a batch; it is averaged over the "
+            "micro-batches by their samples, which is the full batch's only where it is a mean over samples."
+        )
     return tuple(found)
 
 

@@ -21,6 +21,7 @@ from keras.src.trainers import data_adapters as _data_adapters
 from keras.src.trainers.compile_utils import CompileLoss as _CompileLoss
 from keras.src.trainers.data_adapters import array_slicing as _array_slicing
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
 
 from autobatch.train import strategy_seams
 from autobatch.train.optimizer_seams import PATCHING as _PATCHING
@@ -51,6 +52,7 @@ __all__ = [
     "split_validation",
     "squeeze_or_expand",
     "standardize_reduction",
+    "untraced",
     "without_gradients",
 ]
 
@@ -62,21 +64,33 @@ squeeze_or_expand = _loss_module.squeeze_or_expand_to_same_rank
 standardize_reduction = _loss_module.standardize_reduction
 
 
+def untraced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The Python function that a ``tf.function`` was made of, to be traced anew; any other function as it is.
+
+    A ``tf.function`` keeps its first trace: with the ``apply`` that was there then, and with what it captured.
+    """
+    function = getattr(step, "python_function", None)
+    if function is None:
+        return step
+
+    def call(data: Any) -> Any:  # AutoGraph converts what a function calls, but not a method that it is given
+        return function(data)
+
+    enabled = _ag_ctx.ControlStatusCtx(status=_ag_ctx.Status.ENABLED)
+    converted: Callable[[Any], Any] = tf.__internal__.autograph.tf_convert(call, enabled)
+    return converted
+
+
 @contextlib.contextmanager
-def intercept_reductions(handler: ReductionHandler, output_loss_weight: Any) -> Iterator[None]:
+def intercept_reductions(handler: ReductionHandler) -> Iterator[None]:
     """While this lasts, every Keras loss reduces its values through ``handler``.
 
     Every ``keras.losses.Loss`` calls the module-level ``reduce_weighted_values``; ``handler`` gets that function, a
     flag that tells whether the loss is one of ``compile(loss=...)``, and the call's arguments.
-
-    The metrics by which ``compile(loss=...)`` follows each output's own loss weigh an update by
-    ``output_loss_weight``: Keras weighs them by the static batch dimension, which is None where it is left open, so
-    that each micro-batch would count as one, whatever its share of the effective batch.
     """
     _PATCHING.acquire()
     original_reduce = _loss_module.reduce_weighted_values
     original_call = _CompileLoss.call
-    original_update = keras.metrics.Mean.update_state
     calling: list[Any] = []
 
     def reduce_weighted_values(
@@ -95,20 +109,13 @@ def intercept_reductions(handler: ReductionHandler, output_loss_weight: Any) -> 
         finally:
             calling.pop()
 
-    def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
-        if calling and any(self is metric for metric in calling[-1].metrics):
-            sample_weight = output_loss_weight
-        return original_update(self, values, sample_weight=sample_weight)
-
     _loss_module.reduce_weighted_values = reduce_weighted_values
     _CompileLoss.call = call
-    keras.metrics.Mean.update_state = update_state
     try:
         yield
     finally:
         _loss_module.reduce_weighted_values = original_reduce
         _CompileLoss.call = original_call
-        keras.metrics.Mean.update_state = original_update
         _PATCHING.release()
 
 

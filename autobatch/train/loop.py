@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +12,6 @@ import tensorflow as tf
 from autobatch.records import HostUse, Report
 from autobatch.train.recovery import Transaction
 from autobatch.train.structure import Structure
-
-logger = logging.getLogger("autobatch")
 
 
 class LoopModel:
@@ -30,7 +26,7 @@ class LoopModel:
     metrics: tuple[Any, ...] = ()
 
     def __init__(self, train_step: Callable[[Any], Any], model: Any, optimizer: Any, *, jit_compile: bool) -> None:
-        self.train_step = _without_traces(train_step)
+        self.train_step = train_step
         self.optimizers = require_optimizers(optimizer)
         self.optimizer = self.optimizers[0]
         self.jit_compile = jit_compile
@@ -53,29 +49,12 @@ class LoopModel:
     def trainable_variables(self) -> list[Any]:
         return list(self.model.trainable_variables)
 
-    def get_metrics_result(self) -> dict[str, Any]:
-        return {}
-
     def _flatten_layers(self) -> list[Any]:
         return list(self.model._flatten_layers())
 
     @property
     def built(self) -> bool:
         return bool(self.model.built)
-
-
-def _without_traces(train_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """What a ``tf.function`` traces, to be part of our own traces: its own would pass by what these capture."""
-    if not isinstance(train_step, tf.types.experimental.PolymorphicFunction):
-        return train_step
-    function: Callable[[Any], Any] = train_step.python_function
-    try:
-        converted = tf.autograph.to_graph(function)
-    except (ValueError, TypeError, OSError) as error:  # no source is to be had: TensorFlow would run it as it is, too
-        logger.debug("%r is traced without AutoGraph: %r", function, error)
-        return function
-    # A partial, so that what tells functions by their code finds the user's.
-    return functools.update_wrapper(functools.partial(converted), function)
 
 
 def require_optimizers(optimizer: Any) -> tuple[Any, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
-from autobatch.train import keras_seams
+from autobatch.train import keras_seams, metric_seams
+from autobatch.train.logs import Results
 from autobatch.train.normalizer import Mode, Normalizer
 from autobatch.train.structure import cut
 from autobatch.train.traced import Traced
@@ -26,12 +27,15 @@ class MicroStep:
 
     def __init__(self, owner: AccumulatedStep, step: Callable[[Any], Logs], *, training: bool) -> None:
         self._owner = owner
-        self._step = step
+        self._step = keras_seams.untraced(step)
         self._training = training
         self._compiled: Callable[..., Logs] = self._run
         self._count_compiled: Callable[..., Any] = self._run_counting
         self._logs: Logs = None
         self._averaged: list[bool] = []
+        self._latest: list[Any] = []  # of the last micro-batch, where steps run eagerly
+        self.returned_by: list[tuple[Any, int] | None] = []
+        """For each part of the logs, the metric whose result it is and its place there; known once a step was run."""
         self._count_length: int | None = None
         self.graph: tf.Graph | None = None
         """What was traced; None before, and where the step runs eagerly."""
@@ -73,7 +77,7 @@ class MicroStep:
         owner = self._owner
         if self._training and getattr(type(owner.model), "train_step", None) is keras.Model.train_step:
             normalizer = Normalizer(Mode.COUNT, 1.0, None)
-            with keras_seams.intercept_reductions(normalizer, None):
+            with keras_seams.intercept_reductions(normalizer):
                 keras_seams.compute_symbolic_loss(owner.model, owner.structure.pack(owner.structure.specs))
             owner.traced.scalar_losses = normalizer.scalar_loss_names
 
@@ -81,9 +85,13 @@ class MicroStep:
         owner = self._owner
         traced = Traced()
         normalizer = Normalizer(Mode.TRAIN, fraction, totals, traced.note_loss)
+        results = Results()
+        scalar_metrics: list[str] = []
         with (
             self._capturing(fraction, traced),
-            keras_seams.intercept_reductions(normalizer, fraction),
+            keras_seams.intercept_reductions(normalizer),
+            metric_seams.single_numbers_weighed(fraction, scalar_metrics.append),
+            metric_seams.noting_results(results.note),
             keras_seams.vectors_differentiated(normalizer.gradient_factor, traced.note_differentiated),
             keras_seams.added_losses_noted(traced.note_added_loss),
         ):
@@ -101,10 +109,16 @@ class MicroStep:
             # Where it is not traced, a loss has no name but the one that it had on symbolic inputs.
             named = owner.traced.scalar_losses if tf.executing_eagerly() else ()
             traced.scalar_losses = named or normalizer.scalar_loss_names
+            traced.scalar_metrics = tuple(dict.fromkeys(scalar_metrics))
             owner.traced = traced
             owner.on_traced()
-        known = set(owner.model.get_metrics_result()) if isinstance(logs, dict) else set()
-        self._averaged = _which_are_averaged(logs, known)
+        batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
+        self.returned_by = [results.returned_by(part) for _, part in _named_parts(logs)]
+        averaged = [_is_scalar(part) and not results.holds(name, part, batch) for name, part in _named_parts(logs)]
+        if self._averaged and tf.executing_eagerly():
+            # What was no result once is none, though its value was a result's before.
+            averaged = [now or before for now, before in zip(averaged, self._averaged, strict=True)]
+        self._averaged = averaged
         self._logs = logs
         return logs
 
@@ -124,7 +138,7 @@ class MicroStep:
         normalizer = Normalizer(Mode.COUNT, fraction, totals)
         with (
             keras_seams.capture_apply(owner.optimizers, lambda *_: None),
-            keras_seams.intercept_reductions(normalizer, fraction),
+            keras_seams.intercept_reductions(normalizer),
             keras_seams.discarding_assignments(owner.model),
             keras_seams.without_gradients(),
         ):
@@ -151,6 +165,8 @@ class MicroStep:
 
     def empty_logs(self) -> list[Any]:
         """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""
+        if tf.executing_eagerly():
+            self._averaged = []
         if self._logs is None or tf.executing_eagerly():
             return []
         return [
@@ -160,33 +176,40 @@ class MicroStep:
         ]
 
     def merge_logs(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
-        """Results of metrics stand for all micro-batches so far; what is no metric is averaged, weighted."""
+        """Results of metrics stand for all micro-batches so far; what is no result is averaged, weighted."""
         parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
         carried = carried or [tf.zeros_like(part) for part in parts]
+        summed = self._averaged
+        if tf.executing_eagerly():  # it is the last micro-batch that shows which are results
+            summed = [_is_scalar(part) for part in parts]
+            self._latest = parts
         return [
-            before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype) if averaged else part
-            for before, part, averaged in zip(carried, parts, self._averaged, strict=True)
+            before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype) if is_summed else part
+            for before, part, is_summed in zip(carried, parts, summed, strict=True)
         ]
 
     def pack_logs(self, parts: list[Any]) -> Logs:
         """The logs in the structure in which the step returned them."""
+        if self._latest:
+            both = zip(parts, self._latest, self._averaged, strict=True)
+            parts = [total if averaged else latest for total, latest, averaged in both]
+            self._latest = []
         remaining = iter(parts)
         flat = [None if part is None else next(remaining) for part in tf.nest.flatten(self._logs)]
         return tf.nest.pack_sequence_as(self._logs, flat)
 
 
-def _which_are_averaged(logs: Logs, metric_names: Iterable[str]) -> list[bool]:
+def _named_parts(logs: Logs) -> list[tuple[str, Any]]:
+    """What is in the logs, each under the key of the dictionary that it is in."""
     if not isinstance(logs, dict):
-        parts = [("", part) for part in tf.nest.flatten(logs) if part is not None]
-    else:
-        # tf.nest sorts a dict by its keys; so must this.
-        parts = [(key, part) for key in sorted(logs) for part in tf.nest.flatten(logs[key]) if part is not None]
-    return [
-        name not in set(metric_names)
-        and tf.convert_to_tensor(part).dtype.is_floating
-        and tf.convert_to_tensor(part).shape.rank == 0
-        for name, part in parts
-    ]
+        return [("", part) for part in tf.nest.flatten(logs) if part is not None]
+    # tf.nest sorts a dict by its keys; so must this.
+    return [(key, part) for key in sorted(logs) for part in tf.nest.flatten(logs[key]) if part is not None]
+
+
+def _is_scalar(part: Any) -> bool:
+    tensor = tf.convert_to_tensor(part)
+    return bool(tensor.dtype.is_floating and tensor.shape.rank == 0)
 
 
 def loop(leaves: list[Any], samples: Any, micro_batch: Any, carried: Any, body: Callable[..., Any]) -> Any:

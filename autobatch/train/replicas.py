@@ -168,26 +168,24 @@ class ReplicatedStep(AccumulatedStep):
         self.prepare(whole=False)
         assert self._update is not None
         averaged, others = self._pending
-        reduced, metric_logs = self._update(averaged)
-        return self._finished(reduced, others, metric_logs)
+        return self._finished(others, *self._update(averaged))
 
     def evaluation_logs(self) -> Logs:
         """The logs of all replicas after :meth:`evaluate`: a collective."""
         averaged, others = self._pending
         if self._read_metrics is None:
             self._read_metrics = tf.function(self._reduce_logs, autograph=False)
-        reduced, metric_logs = self._read_metrics(averaged)
-        return self._finished(reduced, others, metric_logs)
+        return self._finished(others, *self._read_metrics(averaged))
 
-    def _finished(self, reduced: Any, others: list[Any], metric_logs: dict[str, Any]) -> Logs:
+    def _finished(self, others: list[Any], reduced: Any, results: list[Any], metric_logs: dict[str, Any]) -> Logs:
         assert self._micro is not None
         self.metric_logs = dict(metric_logs)
-        sums, rest = iter(tf.unstack(reduced)), iter(others)
-        parts = [next(sums) if averaged else next(rest) for averaged in self._micro.averaged]
-        logs = self._micro.pack_logs(parts)
-        if isinstance(logs, dict):
-            logs = {name: metric_logs.get(name, value) for name, value in logs.items()}
-        return logs
+        sums, rest, whole = iter(tf.unstack(reduced)), iter(others), iter(results)
+        parts = []
+        for averaged, returned_by in zip(self._micro.averaged, self._micro.returned_by, strict=True):
+            here = next(sums) if averaged else next(rest)
+            parts.append(here if returned_by is None else next(whole))
+        return self._micro.pack_logs(parts)
 
     # -- tracing ------------------------------------------------------------------------------------------------------
 
@@ -270,7 +268,7 @@ class ReplicatedStep(AccumulatedStep):
                 *(sums[key].read_value() for key in sums),
                 *(tf.cast(variable.value, tf.float32) / self.strategy.num_replicas_in_sync for variable in statistics),
             ]
-            reduced, means, metric_logs = self._reduce(local, averaged)
+            reduced, *logs = self._reduce(local, averaged)
             gradient_of = dict(zip(sums, reduced, strict=False))
             for optimizer, variables, present in self._captured:
                 gradients = [
@@ -280,7 +278,7 @@ class ReplicatedStep(AccumulatedStep):
                 optimizer.apply(gradients, variables)
             for variable, mean in zip(statistics, reduced[len(sums) :], strict=True):
                 variable.assign(mean)
-            return means, metric_logs
+            return logs
 
         def update(averaged: Any) -> Any:
             begun = self.update_room.note_begun(True)
@@ -304,17 +302,24 @@ class ReplicatedStep(AccumulatedStep):
         """What the first replica here has, of values that are the same on all."""
         return tf.nest.map_structure(lambda part: self.strategy.experimental_local_results(part)[0], nest)
 
-    def _reduce(self, local: list[Any], averaged: Any) -> tuple[list[Any], Any, dict[str, Any]]:
-        """Sum over all replicas ``local``, the averaged logs and the state of the metrics: one all-reduce a dtype."""
+    def _reduce(self, local: list[Any], averaged: Any) -> tuple[list[Any], Any, list[Any], dict[str, Any]]:
+        """Sum over all replicas ``local``, the averaged logs and the state of the metrics: one all-reduce a dtype.
+
+        The metrics' results follow: those in the logs, and those that ``fit`` asks the model for.
+        """
+        assert self._micro is not None
         replica = strategy_seams.replica_here()
-        metrics = _distinct_keras(variable for metric in self.model.metrics for variable in metric.variables)
-        summed = [variable for variable in metrics if variable.aggregation == "sum"]
+        returned_by = [one for one in self._micro.returned_by if one is not None]
+        metrics = [*self.model.metrics, *(metric for metric, _ in returned_by)]
+        variables = _distinct_keras(variable for metric in metrics for variable in metric.variables)
+        summed = [variable for variable in variables if variable.aggregation == "sum"]
         values = [*local, tf.cast(averaged[replica], tf.float32), *(variable.value for variable in summed)]
         results = all_reduce(values, self.devices[replica])
         totals = results[len(local) + 1 :]
         with keras.StatelessScope(state_mapping=list(zip(summed, totals, strict=True))):
+            whole = [tf.convert_to_tensor(tf.nest.flatten(metric.result())[place]) for metric, place in returned_by]
             logs = type(self.model).get_metrics_result(self.model)
-        return results[: len(local)], results[len(local)], dict(logs)
+        return results[: len(local)], results[len(local)], whole, dict(logs)
 
     # -- accumulators -------------------------------------------------------------------------------------------------
 

@@ -191,9 +191,11 @@ class AccumulatedStep:
                 with contextlib.nullcontext() if self.model.jit_compile else self.update_room.update_of(variables):
                     keras_seams.apply_of(optimizer)(held, variables)
 
+        train_step = keras_seams.untraced(self.model.train_step)
+
         def step(leaves: list[Any]) -> Logs:
             with keras_seams.capture_apply(self.optimizers, update):
-                return self.model.train_step(self.structure.pack(leaves))
+                return train_step(self.structure.pack(leaves))
 
         if self.model.run_eagerly:
             return step

@@ -20,6 +20,8 @@ class Traced:
     def __init__(self) -> None:
         self.scalar_losses: tuple[str, ...] = ()
         """The names of losses that were seen to reduce the batch themselves."""
+        self.scalar_metrics: tuple[str, ...] = ()
+        """The names of metrics that make one number of a batch, of which that is not known to be a mean."""
         self.applied: list[Any] = []
         """The optimizers that were applied, in order."""
         self.adding_layers: list[Any] = []

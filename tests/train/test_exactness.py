@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from models import SAMPLES, arrays, classifier, relative_error
+from models import SAMPLES, arrays, classifier, recorded_gradients, relative_error
 
 import autobatch
 
@@ -15,8 +15,9 @@ RAGGED_TAIL = 13  # of 48 samples: three micro-batches of 13 and one of 9
 
 
 def compare(build, x, y=None, *, micro_batch=RAGGED_TAIL, epochs=2, target_batch=SAMPLES, tolerance=1e-5, **options):
-    """Train both ways; the weights and every number of the History must agree."""
+    """Train both ways; each update's gradients, the weights and every number of the History must agree."""
     plain, ours = build(), build()
+    gradients = [recorded_gradients(model) for model in (ours, plain)]
     expected = plain.fit(x, y, batch_size=target_batch, epochs=epochs, shuffle=False, verbose=0, **options)
     actual = autobatch.fit(
         ours,
@@ -29,6 +30,7 @@ def compare(build, x, y=None, *, micro_batch=RAGGED_TAIL, epochs=2, target_batch
         verbose=0,
         **options,
     )
+    assert relative_error(gradients[0](), gradients[1]()) < tolerance
     assert relative_error(ours.get_weights(), plain.get_weights()) < tolerance
     assert actual.history.keys() == expected.history.keys()
     for name, values in expected.history.items():
@@ -120,7 +122,24 @@ def test_every_built_in_loss(name):
     def build():
         keras.utils.set_random_seed(1)
         model = keras.Sequential([keras.Input((16,)), layers.Dense(8, "relu"), layers.Dense(10, "softmax")])
-        model.compile(keras.optimizers.SGD(0.1), getattr(keras.losses, name)(**options))
+        # Targets near zero make percentages large: another rate would carry the weights off.
+        rate = 1e-5 if name == "MeanAbsolutePercentageError" else 0.1
+        model.compile(keras.optimizers.SGD(rate), getattr(keras.losses, name)(**options))
+        return model
+
+    compare(build, x, y)
+
+
+def test_ctc():
+    random = np.random.default_rng(5)
+    x = random.normal(size=(SAMPLES, 10, 6)).astype("float32")
+    y = random.integers(1, 5, (SAMPLES, 4))
+    y[::3, 2:] = 0  # shorter targets; 0 is the blank
+
+    def build():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((10, 6)), layers.Dense(6)])
+        model.compile(keras.optimizers.SGD(0.01), keras.losses.CTC())
         return model
 
     compare(build, x, y)
@@ -212,6 +231,33 @@ def test_every_optimizer(name):
     # An update that divides by the root of squared gradients doubles a rounding error of a gradient near zero.
     x, y = arrays()
     compare(lambda: classifier(getattr(keras.optimizers, name)(1e-3, **OPTIMIZERS[name])), x, y, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizers_own_update(name):
+    """What the weights move by, not where they end: in float64, so that rounding them hides nothing."""
+    x, y = arrays()
+
+    def moved(fit):
+        model = classifier(getattr(keras.optimizers, name)(1e-3, **OPTIMIZERS[name]), metrics=())
+        before = model.get_weights()
+        fit(model)
+        return [after - weight for after, weight in zip(model.get_weights(), before, strict=True)]
+
+    common = {"epochs": 2, "shuffle": False, "verbose": 0}
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        expected = moved(lambda model: model.fit(x.astype("float64"), y, batch_size=SAMPLES, **common))
+        actual = moved(
+            lambda model: autobatch.fit(
+                model, x.astype("float64"), y, target_batch=SAMPLES, micro_batch=RAGGED_TAIL, **common
+            )
+        )
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+    assert relative_error(actual, expected) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -331,3 +377,11 @@ def test_one_micro_batch_is_kerass_own_step_to_the_bit():
     autobatch.fit(ours, x, y, target_batch=32, micro_batch=32, epochs=3, shuffle=False, verbose=0)
     for actual, expected in zip(ours.get_weights(), plain.get_weights(), strict=True):
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", sorted(ACROSS_THE_BATCH))
+def test_a_loss_across_the_whole_batch_is_named(name):
+    x, y = arrays()
+    model = classifier("sgd", getattr(keras.losses, name)(), metrics=())
+    with pytest.warns(autobatch.AutobatchWarning, match=f"The loss {name.lower()} returns one number for a batch"):
+        autobatch.fit(model, x, np.eye(10, dtype="float32")[y], target_batch=SAMPLES, micro_batch=13, verbose=0)

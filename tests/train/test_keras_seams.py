@@ -6,11 +6,12 @@ import inspect
 
 import keras
 import pytest
+import tensorflow as tf
 from keras.src.losses import loss as loss_module
 from keras.src.trainers.compile_utils import CompileLoss
 from models import arrays, classifier
 
-from autobatch.train import keras_seams
+from autobatch.train import keras_seams, metric_seams
 
 
 def test_every_built_in_loss_reduces_through_the_one_function():
@@ -23,12 +24,12 @@ def test_every_built_in_loss_reduces_through_the_one_function():
         return original(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
 
     model = classifier()
-    before = loss_module.reduce_weighted_values, CompileLoss.call, keras.metrics.Mean.update_state
-    with keras_seams.intercept_reductions(handler, None):
+    before = loss_module.reduce_weighted_values, CompileLoss.call
+    with keras_seams.intercept_reductions(handler):
         keras.losses.MeanSquaredError()(x, x)
         model.compute_loss(x, y, model(x))
     assert called == [False, True]
-    assert before == (loss_module.reduce_weighted_values, CompileLoss.call, keras.metrics.Mean.update_state)
+    assert before == (loss_module.reduce_weighted_values, CompileLoss.call)
 
 
 def test_the_signatures_that_are_called():
@@ -79,3 +80,68 @@ def test_assignments_are_discarded():
         model(arrays()[0], training=True)
         assert float(sum(model.losses)) > 0
     assert all((left == right).all() for left, right in zip(model.get_weights(), before, strict=True))
+
+
+def test_the_result_of_every_metric_is_noted():
+    noted = []
+    metrics = [keras.metrics.AUC(), keras.metrics.RootMeanSquaredError(), keras.metrics.F1Score(), keras.metrics.Sum()]
+    kinds = [type(metric) for metric in metrics]
+    before = [kind.result for kind in kinds]
+    for metric in metrics:
+        metric.update_state([[0.2], [0.7]], *([] if isinstance(metric, keras.metrics.Sum) else [[[0.0], [1.0]]]))
+    with metric_seams.noting_results(lambda metric, result: noted.append((metric, result))):
+        results = [metric.result() for metric in metrics]
+    pairs = list(zip(metrics, results, strict=True))
+    assert all(any(one is metric and got is result for one, got in noted) for metric, result in pairs)
+    assert before == [kind.result for kind in kinds]
+
+
+def test_a_mean_of_single_numbers_weighs_them():
+    named = []
+    mean, of_function = (
+        keras.metrics.Mean(),
+        keras.metrics.MeanMetricWrapper(lambda y, p: keras.ops.mean(p), name="own"),
+    )
+    before = keras.metrics.Mean.update_state
+    with metric_seams.single_numbers_weighed(0.25, named.append):
+        mean.update_state(4.0)
+        mean.update_state([1.0, 3.0])  # values of samples count as ever
+        mean.update_state(7.0, sample_weight=2)
+        of_function.update_state([[1.0]], [[3.0]])
+    assert before == keras.metrics.Mean.update_state
+    assert float(mean.total.numpy()) == 0.25 * 4 + 4 + 14
+    assert float(mean.count.numpy()) == 0.25 + 2 + 2
+    assert float(of_function.count.numpy()) == 0.25
+    assert named == ["own"]
+
+
+def test_a_called_function_is_looked_into():
+    inner = tf.function(lambda x: (x + 1, tf.constant(2.0)))
+    with tf.Graph().as_default():
+        first, second = inner(tf.zeros([]))
+        graph = metric_seams.called_graph(first.op)
+        assert [output.op.type for output in graph.outputs] == ["Identity", "Identity"]
+        assert len(graph.inputs) == len(first.op.inputs) == 1
+        assert second.op is first.op
+        assert metric_seams.called_graph(first.op.inputs[0].op) is None
+
+
+def test_a_traced_function_is_traced_anew():
+    traces = []
+
+    class Owner:
+        @tf.function
+        def step(self, limit):
+            traces.append(self)
+            total = 0.0
+            for number in tf.range(limit):  # needs AutoGraph
+                total += tf.cast(number, tf.float32)
+            return total
+
+    owner = Owner()
+    assert float(owner.step(tf.constant(4))) == float(owner.step(tf.constant(4))) == 6
+    for count in (2, 3):
+        untraced = tf.function(keras_seams.untraced(owner.step), autograph=False)
+        assert float(untraced(tf.constant(4))) == 6
+        assert traces == [owner] * count
+    assert keras_seams.untraced(len) is len

@@ -1,0 +1,106 @@
+"""Which parts of a step's logs are results of metrics, and which are values of one micro-batch.
+
+A metric's result stands for all micro-batches so far, so that the last one's is the effective batch's. What was
+computed from the micro-batch itself, such as a loss, is averaged. Names do not tell the two apart: a ``train_step`` may
+call a result what it likes, and a loss as a metric is called.
+
+In a graph the operations tell: a result, or what is computed further from one, leads back to no tensor of the
+micro-batch. (A metric's variables are read there, and what was added to them before is no input of that reading.) Run
+eagerly, the values tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from autobatch.train import metric_seams
+
+
+class Results:
+    """What metrics returned while one step ran; told by :func:`metric_seams.noting_results`."""
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[Any, int, Any]] = []
+        """Metric, place among the parts of its result, part."""
+
+    def note(self, metric: Any, result: Any) -> None:
+        """Take down what ``metric.result()`` returned: a tensor, a variable, or a nest of them."""
+        self._noted += [(metric, place, part) for place, part in enumerate(tf.nest.flatten(result))]
+
+    def returned_by(self, part: Any) -> tuple[Any, int] | None:
+        """The metric that returned ``part`` itself, and the place in its result."""
+        return next(((metric, place) for metric, place, noted in self._noted if noted is part), None)
+
+    def holds(self, name: str, part: Any, batch: Sequence[Any]) -> bool:
+        """Whether ``part``, under ``name`` in the logs, stands for all micro-batches so far.
+
+        ``batch`` are the tensors of the micro-batch.
+        """
+        if self.returned_by(part) is not None:
+            return True
+        if tf.is_tensor(part) and not tf.executing_eagerly():
+            results = [noted for _, _, noted in self._noted if tf.is_tensor(noted)]
+            from_batch, from_results = _origins(part, batch, results)
+            return not from_batch and (from_results or self._has(name))
+        # A number that the step took out of the tensor is known by its value, and what it made of that by its name. In
+        # the first micro-batch of an epoch a loss may be its metric's result, but not in all of them.
+        return self._has(name) or any(_same(part, noted) for _, _, noted in self._noted)
+
+    def _has(self, name: str) -> bool:
+        return any(metric.name == name for metric, _, _ in self._noted)
+
+
+def _same(part: Any, noted: Any) -> bool:
+    return np.array_equal(_value(part), _value(noted))
+
+
+def _value(part: Any) -> Any:
+    return np.asarray(tf.convert_to_tensor(part))
+
+
+def _origins(tensor: Any, batch: Sequence[Any], results: Sequence[Any]) -> tuple[bool, bool]:
+    """Whether ``tensor`` of a graph is computed from one of ``batch``, and whether from one of ``results``."""
+    origins = _computed_from(tensor, batch, results)
+    return bool(origins - {_RESULT}), _RESULT in origins
+
+
+_RESULT = -1
+
+
+def _computed_from(tensor: Any, sources: Sequence[Any], results: Sequence[Any]) -> set[int]:
+    """Places of those ``sources`` that ``tensor`` is computed from, and ``_RESULT`` if it is from one of ``results``.
+
+    What was computed on the way to a result does not count.
+    """
+    place_of = {source.name: place for place, source in enumerate(sources)}
+    here = {result.name for result in results if result.graph is tensor.graph}
+    found: set[int] = set()
+    seen: set[str] = set()
+    pending = [tensor]
+    while pending:
+        current = pending.pop()
+        if current.name in seen:
+            continue
+        seen.add(current.name)
+        if current.name in here:
+            found.add(_RESULT)
+        elif current.name in place_of:
+            found.add(place_of[current.name])
+        else:
+            pending += _inputs_of(current, results, found)
+    return found
+
+
+def _inputs_of(tensor: Any, results: Sequence[Any], found: set[int]) -> list[Any]:
+    operation = tensor.op
+    graph = metric_seams.called_graph(operation)
+    if graph is None or len(graph.outputs) != len(operation.outputs):
+        return list(operation.inputs)
+    places = _computed_from(graph.outputs[tensor.value_index], graph.inputs, results)
+    if _RESULT in places:
+        found.add(_RESULT)
+    return [operation.inputs[place] for place in places - {_RESULT}]
