@@ -126,7 +126,10 @@ class Transaction:
         logs = self._run(data, self._train_once, self.policy, "train")
         self._updates += 1
         self._good_updates += 1
-        self.policy.succeeded()
+        before = self.policy.micro_batch
+        self.policy.succeeded(self._samples_here(count_samples(data)))
+        if self.policy.micro_batch > before:
+            self._good_updates = 0  # no update has been made beside so much yet
         return logs
 
     def evaluate(self, data: Any, element_spec: Any) -> Logs:
@@ -138,8 +141,12 @@ class Transaction:
         logs = self._run(
             data, lambda data, samples: self._evaluate_once(step, data, samples), self._validation_policy, "validation"
         )
-        self._validation_policy.succeeded()
+        self._validation_policy.succeeded(self._samples_here(count_samples(data)))
         return logs
+
+    def _samples_here(self, samples: int) -> int:
+        """Of the samples of a step, those that are cut into micro-batches together."""
+        return samples
 
     def _run(self, data: Any, once: Callable[[Any, int], Logs], policy: MicroBatchPolicy, phase: str) -> Logs:
         samples = count_samples(data)
@@ -267,12 +274,13 @@ class Transaction:
             return self._lengths.sized(policy.micro_batch, ratio, samples)
         if ratio <= 1:
             return policy.failed(before, samples=samples, fitting_now=self._fitting_now())
-        after: int | None = before
-        while after is not None and after >= before > 1:
-            # What this size is at the length that was tried is what the policy counts in.
-            smaller = policy.failed(policy.micro_batch, samples=samples, fitting_now=None)
-            after = None if smaller is None else min(samples, self._lengths.sized(smaller, ratio, samples))
-        return None if before <= 1 else after
+        if before <= 1:
+            return None
+        # What this size is at the length that was tried is what the policy counts in: several sizes may be this one.
+        smaller = policy.failed(policy.micro_batch, samples=samples, fitting_now=None)
+        while smaller is not None and min(samples, self._lengths.sized(smaller, ratio, samples)) >= before:
+            smaller = policy.shrink()
+        return None if smaller is None else min(samples, self._lengths.sized(smaller, ratio, samples))
 
     def _fitting_now(self) -> int | None:
         model = self._memory_model

@@ -149,7 +149,7 @@ class ReplicatedTransaction(Transaction):
             begin()
             return work([])
 
-        largest: int = -(-samples // self._replicas)
+        largest = self._samples_here(samples)
         try:
             if id(step) in self._without_counts:
                 self._together(all_of_it, moment, head)
@@ -182,7 +182,7 @@ class ReplicatedTransaction(Transaction):
                 "optimizer with fewer slots, or devices with more memory."
             )
         self._roll_back(kept)
-        raise _RolledBackError(local, -(-samples // self._replicas), diagnosis)
+        raise _RolledBackError(local, self._samples_here(samples), diagnosis)
 
     def _part(self, step: Any, data: Any, samples: int) -> tuple[Any, float]:
         """This worker's samples of an effective batch, and a mark by which to tell it from others."""
@@ -212,3 +212,6 @@ class ReplicatedTransaction(Transaction):
 
     def _fitting_now(self) -> int | None:
         return self._fitting_agreed
+
+    def _samples_here(self, samples: int) -> int:
+        return -(-samples // self._replicas)
