@@ -20,7 +20,7 @@ from autobatch.train.keeping import Keeper
 from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
-from autobatch.train.watch import MemoryWatch
+from autobatch.train.watch import ONCE_STEADY, MemoryWatch
 
 _DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
 
@@ -108,7 +108,7 @@ def train(
         callback.set_model(model)
         callbacks.callbacks.append(callback)
     if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
-        watch = MemoryWatch(look_for_cause=False)  # nobody asked for a walk over all that is alive
+        watch = MemoryWatch(look_for_cause=ONCE_STEADY)  # nobody asked for a walk over all that is alive before
         watch.set_params(callbacks.params)
         watch.set_model(model)
         callbacks.callbacks.append(watch)
