@@ -43,9 +43,10 @@ def prepare_data(
         parts, remaining["validation_data"] = data_arrays.split_validation(x, y, sample_weight, split)
         x, y, sample_weight = parts
     input_shapes = _input_shapes(model)
-    if remaining.get("validation_data") is not None:
+    validation_data = remaining.get("validation_data")
+    if validation_data is not None:
         remaining["validation_data"] = _validation_data(
-            remaining["validation_data"], remaining.get("validation_batch_size"), target_batch, input_shapes
+            validation_data, remaining.get("validation_batch_size"), target_batch, input_shapes
         )
     batches = EffectiveBatches(
         x,
@@ -54,6 +55,7 @@ def prepare_data(
         target_batch=target_batch,
         steps_per_epoch=remaining.get("steps_per_epoch"),
         input_shapes=input_shapes,
+        validation_data=validation_data,
         only_look=only_look,
         **data,
     )
