@@ -31,7 +31,7 @@ _FEW = 16  # tensors whose holder is looked for
 def live_functions() -> set[str] | None:
     """The names of all functions that TensorFlow's eager context holds: each trace adds one, until it is freed.
 
-    Private; seen in TensorFlow 2.21. None where it has moved: then retracing is not found.
+    Private; seen in TensorFlow 2.20 and 2.21. None where it has moved: then retracing is not found.
     """
     try:
         from tensorflow.python.eager import context
@@ -100,7 +100,7 @@ def _kind(exact: type) -> Any:
     bases = exact.__mro__
     for kind in (tf.Tensor, keras.layers.Layer, tf.data.Dataset, list, dict):
         if kind in bases:
-            # Private names, seen in TensorFlow 2.21. Where they have moved, these are not found.
+            # Private names, seen in TensorFlow 2.20 and 2.21. Where they have moved, these are not found.
             name = {tf.Tensor: "EagerTensor", tf.data.Dataset: "CacheDataset"}.get(kind, exact.__name__)
             return kind if name == exact.__name__ else None
     return None
