@@ -59,8 +59,9 @@ def fit(
             search and starts there.
         memory_limit: At most so much, in bytes or as "512MiB"; None uses what the device has.
         headroom: The share of the limit that is left alone.
-        memory_watch: Warn when memory grows from epoch to epoch, with the likely cause; see
-            :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its place.
+        memory_watch: Warn when memory grows from epoch to epoch, with the likely cause, two epochs after the growth
+            has proved to be steady; see :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its
+            place, and names the cause at once.
         cache: Remember what the search finds, in the user's cache folder; where it is remembered already, confirm it
             with one trial and skip the search.
         worker_timeout: Under ``MultiWorkerMirroredStrategy``, the seconds that a worker waits for the others at any

@@ -3,6 +3,7 @@
 With oneDNN off an allocation that must fail does so at once, not after 10 s.
 """
 
+import importlib
 import os
 import tempfile
 
@@ -25,16 +26,16 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def pytest_sessionstart():
-    """Where the environment says which Keras is to be tested, refuse to test another."""
-    expected = os.environ.get("AUTOBATCH_EXPECT_KERAS")
-    if expected:
-        import keras
-
-        if keras.__version__ != expected:
-            raise pytest.UsageError(
-                f"Keras {expected} is to be tested. Received: {keras.__version__} from {keras.__file__}"
-            )
-        print(f"testing with Keras {keras.__version__}")
+    """Where the environment says which Keras or TensorFlow is to be tested, refuse to test another."""
+    for name in ("keras", "tensorflow"):
+        expected = os.environ.get(f"AUTOBATCH_EXPECT_{name.upper()}")
+        if expected:
+            found = importlib.import_module(name)
+            if found.__version__ != expected:
+                raise pytest.UsageError(
+                    f"{name} {expected} is to be tested. Received: {found.__version__} from {found.__file__}"
+                )
+            print(f"testing with {name} {expected}")
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
             be one of single samples as well: :func:`autobatch.train.data_cut.is_of_samples` tells.
         target_batch: samples in an effective batch; the last of an epoch may have fewer.
         input_shapes: name and shape of each of the model's inputs, the batch dimension included, where it is known.
+        validation_data: as for ``Model.fit``; counted among what the host will hold, not read.
         only_look: the data will not be trained on. Python's functions within a ``tf.data.Dataset`` are then called for
             a look alone, rather than that the dataset's order moves on.
 
@@ -64,6 +65,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         class_weight: dict[int, float] | None = None,
         steps_per_epoch: int | None = None,
         input_shapes: Sequence[tuple[str, data_cut.Shape]] = (),
+        validation_data: Any = None,
         only_look: bool = False,
     ) -> None:
         data_arrays.require_usable(x, y, sample_weight)
@@ -79,7 +81,9 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         self._arrays = data_seams.are_arrays(x, y, sample_weight)
         host = data_host.available()
         copied = data_host.uses_of_arrays(x, y, sample_weight) if self._arrays else ()
-        warned = data_host.warn_if_short(copied, host)  # now, before the copies are made
+        # Now, before the copies are made. How large samples of varying size are is not known yet.
+        beside = data_host.uses_of_validation(validation_data, sample_bytes=0)
+        warned = self._arrays and data_host.warn_if_short((*copied, *beside), host)
 
         # Keras reads the first batches of PyDatasets and torch loaders to learn what they are like.
         self._states = data_seams.RandomStates(x)
@@ -99,7 +103,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None
         self._warned_of_padding = False
-        self._uses = (*copied, *self._pipeline_uses())
+        self._uses = (*copied, *self._pipeline_uses(validation_data))
         if not warned:
             data_host.warn_if_short(self._uses, host)
 
@@ -183,10 +187,10 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
     # -- what the host will hold --------------------------------------------------------------------------------------
 
     def host_uses(self) -> tuple[HostUse, ...]:
-        """What the input pipeline will hold in host memory, at the least, by name."""
+        """What the input pipeline and that of validation will hold in host memory, at the least, by name."""
         return self._uses
 
-    def _pipeline_uses(self) -> tuple[HostUse, ...]:
+    def _pipeline_uses(self, validation_data: Any) -> tuple[HostUse, ...]:
         sample_bytes = self._sample_bytes()
         in_flight = 1 + data_host.AUTOTUNED_PREFETCH
         effective_bytes = in_flight * self.target_batch * sample_bytes
@@ -195,8 +199,8 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
             uses += data_host.uses_of_dataset(self._source, sample_bytes=sample_bytes)
         if data_seams.py_dataset_of(self._inner) is not None:
             self.look()  # only a look tells how large its batches are, and the search will look anyway
-        uses += data_host.uses_of_loader(self._inner, sample_bytes=sample_bytes, batch_samples=self._rows_in_first)
-        return tuple(uses)
+        uses += data_host.uses_of_loader(self._loader, sample_bytes=sample_bytes, batch_samples=self._rows_in_first)
+        return (*uses, *data_host.uses_of_validation(validation_data, sample_bytes=sample_bytes))
 
     def _sample_bytes(self) -> int:
         known = [data_host.fixed_bytes(spec) for spec in self.structure.specs]

@@ -1,7 +1,8 @@
 """What the input pipeline will hold in host memory, estimated before training.
 
 Only what is known without reading the data counts, so an estimate is a lower bound: a ``cache()`` whose length is not
-known is left out. What the device holds is no matter of this module's.
+known is left out, and so is what the function of an ``interleave`` or a ``flat_map`` shuffles or caches, since how much
+there is of it is known only when it runs. What the device holds is no matter of this module's.
 """
 
 from __future__ import annotations
@@ -97,17 +98,41 @@ def _element_bytes(element_spec: Any, sample_bytes: int, rows: int) -> int:
     return total
 
 
-def uses_of_loader(adapter: Any, *, sample_bytes: int, batch_samples: int | None) -> tuple[HostUse, ...]:
-    """The batches, of ``batch_samples`` if that is known, that workers of a PyDataset or a torch loader have ready."""
-    dataset, loader = data_seams.py_dataset_of(adapter), data_seams.torch_loader_of(adapter)
+def uses_of_loader(loader: Any, *, sample_bytes: int, batch_samples: int | None) -> tuple[HostUse, ...]:
+    """The batches that the workers of a PyDataset or a torch loader have ready; none of every other kind of data.
+
+    Args:
+        batch_samples: in each batch; where that is not known and the loader does not tell, one.
+    """
     batch_bytes = sample_bytes * (batch_samples or getattr(loader, "batch_size", None) or 1)
-    if dataset is not None and getattr(adapter, "enqueuer", None) is not None:
-        size = int(dataset.max_queue_size)
-        return (HostUse(f"the PyDataset's queue (max_queue_size={size})", size * batch_bytes),)
-    if loader is not None and loader.num_workers:
+    if isinstance(loader, keras.utils.PyDataset):
+        if loader.workers > 1 or (loader.workers > 0 and loader.use_multiprocessing):
+            size = int(loader.max_queue_size)
+            return (HostUse(f"the PyDataset's queue (max_queue_size={size})", size * batch_bytes),)
+    elif getattr(loader, "num_workers", 0):
         size = int(loader.num_workers * (loader.prefetch_factor or 1))
         return (HostUse(f"the DataLoader's workers ({size} batches)", size * batch_bytes),)
     return ()
+
+
+def uses_of_validation(data: Any, *, sample_bytes: int) -> tuple[HostUse, ...]:
+    """What validation holds besides, as long as training lasts; the names begin with "validation".
+
+    Args:
+        data: what ``Model.fit`` takes as ``validation_data``, before it is made into batches.
+        sample_bytes: of one sample for training, which stands in where that of validation is not known.
+    """
+    if data is None:
+        return ()
+    if isinstance(data, tf.data.Dataset):
+        uses = uses_of_dataset(data, sample_bytes=sample_bytes)
+    else:
+        parts = keras.utils.unpack_x_y_sample_weight(data) if isinstance(data, (tuple, list)) else (data, None, None)
+        if data_seams.are_arrays(*parts):
+            uses = uses_of_arrays(*parts)
+        else:
+            uses = uses_of_loader(parts[0], sample_bytes=sample_bytes, batch_samples=None)
+    return tuple(HostUse(f"validation: {use.name}", use.held_bytes) for use in uses)
 
 
 def fixed_bytes(spec: Any) -> int | None:

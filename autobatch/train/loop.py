@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from autobatch.records import HostUse, Report
 from autobatch.train.recovery import Transaction
-from autobatch.train.structure import Structure
+from autobatch.train.structure import Structure, is_missing
 
 
 class LoopModel:
@@ -96,16 +96,62 @@ class OneBatch:
 
 def element_spec_of(data: Any) -> Any:
     """The type specs of a batch of tensors or arrays."""
-    return tf.nest.map_structure(
-        lambda part: (
-            None
-            if part is None
-            else tf.type_spec_from_value(tf.convert_to_tensor(part))
-            if not isinstance(part, (tf.RaggedTensor, tf.SparseTensor))
-            else tf.type_spec_from_value(part)
-        ),
-        data,
-    )
+    return tf.nest.map_structure(_spec_of, data)
+
+
+def _spec_of(part: Any) -> Any:
+    if part is None:
+        return None
+    if isinstance(part, np.ndarray):
+        return tf.TensorSpec(part.shape, tf.as_dtype(part.dtype))  # without the copy that a tensor is
+    is_composite = isinstance(part, (tf.RaggedTensor, tf.SparseTensor))
+    return tf.type_spec_from_value(part if is_composite else tf.convert_to_tensor(part))
+
+
+def _parts(nest: Any) -> dict[tuple[Any, ...], Any]:
+    """The parts of a batch, or their type specs, by where they stand in it; a part that is missing is None."""
+    return {tuple(path): None if is_missing(part) else part for path, part in keras.tree.flatten_with_path(nest)}
+
+
+def _written(path: tuple[Any, ...]) -> str:
+    return "batch" + "".join(f"[{key!r}]" for key in path)
+
+
+def _described(spec: Any) -> str:
+    if spec is None:
+        return "None"
+    kind = type(spec).__name__.removesuffix("Spec")
+    return f"a {kind} of dtype {spec.dtype.name} and shape {tuple(spec.shape) if spec.shape.rank is not None else '?'}"
+
+
+def require_alike(element_spec: Any, batch: Any) -> None:
+    """Refuse a batch that the step, made for batches of ``element_spec``, cannot take. Sizes may differ.
+
+    Raises:
+        TypeError: a part has another dtype, or is of another kind, as sparse instead of dense.
+        ValueError: a part is missing or new, or has another number of dimensions.
+    """
+    remedy = "Let all batches be alike, or call autobatch.wrap_step once for each kind."
+    known, received = _parts(element_spec), _parts(element_spec_of(batch))
+    if known.keys() != received.keys():
+        names = [", ".join(map(_written, parts)) or "nothing" for parts in (known, received)]
+        raise ValueError(
+            f"The first batch had the parts {names[0]}; this one has others. {remedy} Received: {names[1]}"
+        )
+    for path, spec in known.items():
+        part = received[path]
+        name, was = _written(path), f"was {_described(spec)} in the first batch"
+        if (spec is None) != (part is None) or type(spec) is not type(part):
+            raise TypeError(f"{name} {was}. {remedy} Received: {_described(part)}")
+        if spec is None:
+            continue
+        if spec.dtype != part.dtype:
+            raise TypeError(
+                f"{name} {was}. Give every batch the same dtype: tf.cast({name}, {spec.dtype.name!r}), or "
+                f".astype({spec.dtype.name!r}) of an array. Received: {_described(part)}"
+            )
+        if None not in (spec.shape.rank, part.shape.rank) and spec.shape.rank != part.shape.rank:
+            raise ValueError(f"{name} {was}. {remedy} Received: {_described(part)}")
 
 
 def widened(element_spec: Any, batch: Any) -> Any:
@@ -121,13 +167,11 @@ def widened(element_spec: Any, batch: Any) -> Any:
             return spec
         sizes = tuple(np.shape(part))
         known = spec.shape.as_list()
-        if len(sizes) != len(known):
-            return spec  # the step itself says what is wrong with it
         kept = [None if size != was else was for was, size in zip(known[1:], sizes[1:], strict=True)]
         differs = differs or kept != known[1:]
         return tf.TensorSpec([known[0], *kept], spec.dtype)
 
-    wider = tf.nest.map_structure(widen, element_spec, batch, expand_composites=False)
+    wider = tf.nest.map_structure(widen, element_spec, batch, check_types=False)
     return wider if differs else element_spec
 
 
@@ -160,6 +204,8 @@ class WrappedStep:
         if self._transaction is None or self._open_wider is None:
             self._transaction, self.report, self._open_wider = self._open_first(batch)
             self._element_spec = element_spec_of(batch)
+        else:
+            require_alike(self._element_spec, batch)
         wider = widened(self._element_spec, batch)
         if wider is not self._element_spec:
             self._transaction = self._open_wider(wider, self._transaction)

@@ -20,7 +20,7 @@ from autobatch.train.keeping import Keeper
 from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
-from autobatch.train.watch import MemoryWatch
+from autobatch.train.watch import ONCE_STEADY, MemoryWatch
 
 _DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
 
@@ -43,9 +43,10 @@ def prepare_data(
         parts, remaining["validation_data"] = data_arrays.split_validation(x, y, sample_weight, split)
         x, y, sample_weight = parts
     input_shapes = _input_shapes(model)
-    if remaining.get("validation_data") is not None:
+    validation_data = remaining.get("validation_data")
+    if validation_data is not None:
         remaining["validation_data"] = _validation_data(
-            remaining["validation_data"], remaining.get("validation_batch_size"), target_batch, input_shapes
+            validation_data, remaining.get("validation_batch_size"), target_batch, input_shapes
         )
     batches = EffectiveBatches(
         x,
@@ -54,6 +55,7 @@ def prepare_data(
         target_batch=target_batch,
         steps_per_epoch=remaining.get("steps_per_epoch"),
         input_shapes=input_shapes,
+        validation_data=validation_data,
         only_look=only_look,
         **data,
     )
@@ -108,7 +110,7 @@ def train(
         callback.set_model(model)
         callbacks.callbacks.append(callback)
     if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
-        watch = MemoryWatch(look_for_cause=False)  # nobody asked for a walk over all that is alive
+        watch = MemoryWatch(look_for_cause=ONCE_STEADY)  # nobody asked for a walk over all that is alive before
         watch.set_params(callbacks.params)
         watch.set_model(model)
         callbacks.callbacks.append(watch)

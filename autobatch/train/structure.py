@@ -15,7 +15,8 @@ NONE_SPEC = type(tf.type_spec_from_value(None))
 """How tf.data describes a part that is None."""
 
 
-def _is_missing(part: Any) -> bool:
+def is_missing(part: Any) -> bool:
+    """Whether there is nothing where this part of a batch, or its type spec, stands."""
     return part is None or isinstance(part, (tf.experimental.Optional, tf.OptionalSpec, NONE_SPEC))
 
 
@@ -38,12 +39,12 @@ class Structure:
     def __init__(self, element_spec: Any) -> None:
         self._nest = element_spec
         self.specs: list[Any] = [
-            open_batch_dimension(part) for part in tf.nest.flatten(element_spec) if not _is_missing(part)
+            open_batch_dimension(part) for part in tf.nest.flatten(element_spec) if not is_missing(part)
         ]
 
     def leaves(self, data: Any) -> list[Any]:
         """The tensors of one batch, in order; missing parts left out."""
-        parts = [part for part in tf.nest.flatten(data) if not _is_missing(part)]
+        parts = [part for part in tf.nest.flatten(data) if not is_missing(part)]
         if all(tf.is_tensor(part) for part in parts):
             return parts
         with tf.device("CPU:0"):  # arrays are not to land on the device whole
@@ -55,7 +56,7 @@ class Structure:
     def pack(self, leaves: list[Any]) -> Any:
         """The structure that ``train_step`` takes, around these leaves."""
         remaining = iter(leaves)
-        flat = [None if _is_missing(part) else next(remaining) for part in tf.nest.flatten(self._nest)]
+        flat = [None if is_missing(part) else next(remaining) for part in tf.nest.flatten(self._nest)]
         return tf.nest.pack_sequence_as(self._nest, flat)
 
 
@@ -71,7 +72,7 @@ def sample_count(leaves: list[Any]) -> Any:
 
 def count_samples(data: Any) -> int:
     """How many samples a batch outside of any graph has; runs no operation where the shape tells."""
-    first = next(part for part in tf.nest.flatten(data) if not _is_missing(part))
+    first = next(part for part in tf.nest.flatten(data) if not is_missing(part))
     if isinstance(first, (tf.RaggedTensor, tf.SparseTensor)):
         return int(sample_count([first]))
     return int(first.shape[0])

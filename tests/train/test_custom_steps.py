@@ -241,3 +241,37 @@ def test_a_loop_over_batches_padded_to_lengths_of_their_own_is_exact():
     ours, losses = loop_over(wrap)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
+
+
+def test_a_loop_refuses_a_batch_unlike_the_first_before_anything_runs():
+    model, optimizer = classifier(), keras.optimizers.SGD()
+    x, y = (part[:8] for part in arrays())
+    mask = np.ones(8, "float32")
+
+    def train_step(batch):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(batch["x"])))
+        optimizer.apply(tape.gradient(loss, model.trainable_weights), model.trainable_weights)
+        return loss
+
+    step = autobatch.wrap_step(train_step, model=model, optimizer=optimizer, target_batch=8, micro_batch=5)
+    step({"x": x, "labels": (y, mask)})
+    before = model.get_weights()
+    sparse = tf.sparse.from_dense(x)
+    for batch, error, message in (
+        ({"x": x.astype("float64")}, TypeError, r"batch\['x'\] was a Tensor of dtype float32 and shape \(8, 16\) .*"
+         r"tf.cast\(batch\['x'\], 'float32'\).*Received: a Tensor of dtype float64 and shape \(8, 16\)$"),
+        ({"labels": (y.astype("int32"), mask)}, TypeError, r"batch\['labels'\]\[0\] was .* int64 .* dtype int32"),
+        ({"x": x[..., None]}, ValueError, r"batch\['x'\] was .*once for each kind. Received: .* shape \(8, 16, 1\)$"),
+        ({"x": sparse}, TypeError, r"batch\['x'\] was a Tensor .* Received: a SparseTensor of dtype float32"),
+        ({"labels": (y, None)}, TypeError, r"batch\['labels'\]\[1\] was a Tensor.*Received: None$"),
+        ({"labels": (y,)}, ValueError, r"parts batch\['labels'\]\[0\], batch\['labels'\]\[1\], batch\['x'\]; this one "
+         r"has others.* Received: batch\['labels'\]\[0\], batch\['x'\]$"),
+        ({"image": x}, ValueError, r"this one has others.* Received: batch\['image'\], "),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            step({"x": x, "labels": (y, mask), **batch})
+    for one, other in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    step({"x": tf.constant(x[:3]), "labels": [y[:3], mask[:3]]})  # another size, a list instead of a tuple
+    assert int(optimizer.iterations) == 2

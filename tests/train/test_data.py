@@ -4,6 +4,7 @@ import random
 
 import keras
 import numpy as np
+import optional
 import pytest
 import tensorflow as tf
 from keras import layers
@@ -205,7 +206,7 @@ class Reshuffled(keras.utils.PyDataset):
 
 
 def torch_shuffled(generator=None):
-    torch = pytest.importorskip("torch")
+    torch = optional.torch()
     data = torch.utils.data.TensorDataset(torch.arange(44.0)[:, None].repeat(1, 16), torch.arange(44) % 10)
     return torch.utils.data.DataLoader(data, batch_size=7, shuffle=True, generator=generator)
 

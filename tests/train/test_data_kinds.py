@@ -5,6 +5,7 @@ import warnings
 
 import keras
 import numpy as np
+import optional
 import pytest
 import tensorflow as tf
 from keras import layers
@@ -102,7 +103,7 @@ KINDS = {
 
 
 def torch_loader(**options):
-    torch = pytest.importorskip("torch")
+    torch = optional.torch()
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y)), **options)
 
 

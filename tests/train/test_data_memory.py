@@ -8,6 +8,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import optional
 import pytest
 import tensorflow as tf
 from models import arrays, classifier
@@ -15,6 +16,7 @@ from models import arrays, classifier
 import autobatch
 from autobatch.memory import limits
 from autobatch.records import HostUse, Limit
+from autobatch.report.text import render
 from autobatch.train import session
 
 MEASURE = """
@@ -54,18 +56,50 @@ before = anonymous_bytes()
 held = train(mapped, np.zeros((rows // 2, 4), "float32"), validation_split=0.001, steps_per_epoch=20)
 of_file = max(held) - before
 
-def stream():
-    for start in range(120):  # 240 MB in all
+def stream(batches=120):  # 240 MB in all
+    for start in range(batches):
         yield np.random.uniform(size=(500, 1024)).astype("float32"), np.zeros((500, 4), "float32")
 
 held = train(stream(), steps_per_epoch=240)
 print(json.dumps({"file": of_file, "stream": max(held[60:]) - max(held[:60]), "updates": len(held)}))
 """
 
+OTHER_STREAMS = """
+BATCHES = 80  # 160 MB
 
-def test_host_memory_stays_flat(tmp_path):
+def pipeline():
+    batches = tf.data.Dataset.range(BATCHES).map(lambda _: (tf.random.uniform((500, 1024)), tf.zeros((500, 4))))
+    return batches.unbatch().shuffle(1000).batch(125).prefetch(2)
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return BATCHES
+
+    def __getitem__(self, index):
+        return next(stream())
+
+def torch_stream():
+    import torch
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for x, y in stream(BATCHES):
+                yield from zip(torch.tensor(x), torch.tensor(y))
+
+    return torch.utils.data.DataLoader(Rows(), batch_size=125)
+
+kinds = {"tf.data": pipeline, "PyDataset": lambda: Batches(workers=2, max_queue_size=4), "torch": torch_stream}
+measured = {}
+for kind in sys.argv[2:]:
+    held = train(kinds[kind]())
+    measured[kind] = {"held": max(held[80:]) - max(held[:80]), "updates": len(held)}
+print(json.dumps(measured))
+"""
+
+
+def measure(program, *arguments):
     ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "samples")],
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -73,10 +107,32 @@ def test_host_memory_stays_flat(tmp_path):
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    measured = json.loads(ran.stdout.splitlines()[-1])
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_host_memory_stays_flat(tmp_path):
+    measured = measure(MEASURE, tmp_path / "samples")
     assert measured["updates"] == 240
     assert measured["file"] < 60 * 2**20  # of 400 MB
     assert measured["stream"] < 30 * 2**20  # of 180 MB that pass through
+
+
+def assert_flat(*kinds):
+    beginning = MEASURE[: MEASURE.index("rows = 100_000")]
+    generator = MEASURE[MEASURE.index("def stream") : MEASURE.index("held = train(stream()")]
+    measured = measure(beginning + generator + OTHER_STREAMS, "no file", *kinds)
+    for kind in kinds:
+        assert measured[kind]["updates"] == 160, kind
+        assert measured[kind]["held"] < 30 * 2**20, kind  # of 80 MB that pass through meanwhile
+
+
+def test_host_memory_stays_flat_for_other_streams():
+    assert_flat("tf.data", "PyDataset")
+
+
+def test_host_memory_stays_flat_for_a_torch_stream():
+    optional.torch()
+    assert_flat("torch")
 
 
 X, Y = arrays(samples=44)
@@ -193,6 +249,95 @@ def test_queues_of_loaders():
 
     found = uses_of(Batches(workers=2, max_queue_size=6))
     assert found["the PyDataset's queue (max_queue_size=6)"] == 6 * 10 * SAMPLE_BYTES
+
+
+class Whole(keras.utils.PyDataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return X, Y
+
+
+def test_validation_is_counted_by_name(tmp_path):
+    def found(validation_data=None, **options):
+        uses = uses_of(X, Y, validation_data=validation_data, **options)
+        return {name: held for name, held in uses.items() if name.startswith("validation")}
+
+    samples = tf.data.Dataset.from_tensor_slices((X, Y))
+    copied = {"validation: the copy of x as a tensor": 40 * 64, "validation: the copy of y as a tensor": 40 * 8}
+    weights = {"validation: the copy of sample_weight as a tensor": 40 * 4}
+    assert found() == {}
+    assert found((X[:40], Y[:40])) == copied
+    assert found((X[:40], Y[:40], X[:40, 0])) == {**copied, **weights}
+    assert found(validation_split=1 / 4)["validation: the copy of y as a tensor"] == 11 * 8
+    for buffered in (samples.cache().shuffle(400), samples.cache().shuffle(400).batch(8)):
+        each = 44 * SAMPLE_BYTES
+        assert found(buffered) == {"validation: shuffle(400)": each, "validation: cache()": each}
+    # Of varying size: as large as those to train on.
+    ragged = tf.data.Dataset.from_tensor_slices((tf.ragged.constant([[1.0] * 10] * 9), Y[:9])).batch(3).prefetch(2)
+    assert found(ragged) == {"validation: prefetch(2)": 2 * 3 * SAMPLE_BYTES}
+    queued = found(Whole(workers=2, max_queue_size=6))
+    assert queued == {"validation: the PyDataset's queue (max_queue_size=6)": 6 * SAMPLE_BYTES}
+    assert found(Whole()) == {}
+    np.save(tmp_path / "x.npy", X)
+    assert found((np.load(tmp_path / "x.npy", mmap_mode="r"), Y)) == {
+        "validation: the copy of y as a tensor": 44 * 8,
+    }
+
+
+def test_workers_of_a_torch_loader_for_validation():
+    torch = optional.torch()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.tensor(X)), batch_size=5, num_workers=2)
+    assert uses_of(X, Y, validation_data=loader)["validation: the DataLoader's workers (4 batches)"] == (
+        4 * 5 * SAMPLE_BYTES
+    )
+
+
+@pytest.mark.parametrize("micro_batch", ["auto", 5])
+def test_the_report_of_a_training_lists_them(micro_batch):
+    samples = tf.data.Dataset.from_tensor_slices((X, Y))
+    history = autobatch.fit(
+        classifier(),
+        samples.shuffle(30).batch(4),
+        target_batch=16,
+        micro_batch=micro_batch,
+        validation_data=samples.cache().shuffle(400).batch(8),
+        verbose=0,
+    )
+    expected = {
+        "3 effective batches of 16 samples": 3 * 16 * SAMPLE_BYTES,
+        "shuffle(30)": 30 * SAMPLE_BYTES,
+        "validation: shuffle(400)": 44 * SAMPLE_BYTES,
+        "validation: cache()": 44 * SAMPLE_BYTES,
+    }
+    assert {use.name: use.held_bytes for use in history.report.host_uses} == expected
+    assert json.loads(history.report.to_json())["host_uses"] == [
+        {"name": name, "held_bytes": held} for name, held in expected.items()
+    ]
+    text = " ".join(render(history.report, width=500).split())
+    assert "Data hold 11.7 KiB in host memory: 3.4 KiB 3 effective batches of 16 samples" in text
+    assert "3.1 KiB validation: shuffle(400); 3.1 KiB validation: cache()" in text
+
+
+@pytest.mark.parametrize(
+    ("validation", "name"),
+    [
+        pytest.param((np.repeat(X, 20, 0), np.repeat(Y, 20)), "validation: the copy of x as a tensor", id="arrays"),
+        pytest.param(
+            tf.data.Dataset.from_tensor_slices((X, Y)).repeat(20).cache().shuffle(400).batch(8),
+            r"validation: cache\(\) [0-9.]+ KiB, validation: shuffle\(400\)",
+            id="dataset",
+        ),
+    ],
+)
+@pytest.mark.parametrize("arrays_given", [True, False])
+def test_too_much_for_validation_is_warned_about_by_name(monkeypatch, arrays_given, validation, name):
+    monkeypatch.setattr(limits, "all_limits", lambda device: (Limit(30_000, "cgroup v2 limit at /x"),))
+    data = (X, Y) if arrays_given else (tf.data.Dataset.from_tensor_slices((X, Y)).batch(4),)
+    with pytest.warns(autobatch.AutobatchWarning, match=rf"\({name} [0-9.]+ KiB, .*29.3 KiB \(cgroup v2") as warned:
+        uses_of(*data, validation_data=validation)
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("arrays_given", [True, False])

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import optional
 import pytest
 import tensorflow as tf
 
@@ -96,7 +97,7 @@ def test_the_adapters():
 
 
 def test_the_torch_adapter():
-    torch = pytest.importorskip("torch")
+    torch = optional.torch()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(5, 2), torch.ones(5)), batch_size=2)
     adapter = keras_seams.data_adapter_for(x=loader)
     adapter.get_tf_dataset()

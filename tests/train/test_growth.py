@@ -138,6 +138,27 @@ def test_evidence_looks_once_and_asks_for_twice_as_much_after_a_finding():
     assert found == [None] * 5 + [20 * MIB]
 
 
+def test_evidence_that_marks_late_looks_only_once_the_growth_is_steady():
+    looks = []
+    evidence = Evidence(marks_late=True)
+    found = []
+    for step in range(6):
+        found.append(evidence.add(20 * MIB * step, lambda: looks.append(1) or "mark"))
+        assert len(looks) == (step >= 3)
+        assert evidence.unreported == (20 * MIB if step >= 3 else None)
+    assert found == [None] * 5 + [20 * MIB]
+    assert evidence.since_mark == (2, 40 * MIB)
+    evidence.restart(100 * MIB)
+    assert evidence.unreported is None
+
+
+def test_evidence_that_marks_late_reports_no_growth_that_has_stopped():
+    evidence = Evidence(marks_late=True)
+    found = [evidence.add(20 * MIB * min(step, 3), lambda: "mark") for step in range(12)]
+    assert found == [None] * 12
+    assert evidence.unreported is None
+
+
 def census(**counts):
     none = dict.fromkeys(Census.__dataclass_fields__, 0)
     return Census(**{**none, **counts})

@@ -22,6 +22,7 @@ LEAKS = (
     ("retraced", "kept_on_model", "kept_in_log", "arrays_kept", "foreign", "cached_pipeline", "garbage"),
     ("models_kept_in_an_arena",),
     ("models_in_a_loop_of_fits",),
+    ("fit_retraced", "fit_kept_in_list", "fit_kept_in_log", "fit_foreign"),
 )
 MIB_FLOATS = 2**18
 LEAK_MIB = 20  # an epoch; in small pieces, which an allocator's reuse of large blocks makes no jumps of
@@ -61,7 +62,7 @@ def each_epoch(leak):
 KEPT: list = []  # leaks stay alive until the process ends
 
 
-def retraced():
+def retracing():
     import keras
     import tensorflow as tf
 
@@ -78,7 +79,11 @@ def retraced():
             self.step += 1
             penalty(self.model.layers[0].kernel, self.step)
 
-    return watched(Penalised(), batch_size=32, epochs=6)
+    return Penalised()
+
+
+def retraced():
+    return watched(retracing(), batch_size=32, epochs=6)
 
 
 def kept_on_model():
@@ -182,6 +187,49 @@ def foreign():
     return watched(each_epoch(lambda: KEPT.extend(bytearray(b"x") * 2**20 for _ in range(LEAK_MIB))))
 
 
+def fitted(callback):
+    """Train by ``autobatch.fit`` with the watch that it adds by itself; return the warnings about memory."""
+    import autobatch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = {"target_batch": 32, "micro_batch": 16, "epochs": 12, "verbose": 0, "callbacks": [callback]}
+        autobatch.fit(network(), *data(), **options)
+    return None, [str(each.message) for each in caught if " memory grows by " in str(each.message)]
+
+
+def fit_retraced():
+    return fitted(retracing())
+
+
+def fit_kept_in_list():
+    import tensorflow as tf
+
+    outputs = []
+    KEPT.append(outputs)
+    return fitted(each_epoch(lambda: outputs.extend(tf.ones([MIB_FLOATS]) for _ in range(LEAK_MIB))))
+
+
+def fit_kept_in_log():
+    import keras
+    import tensorflow as tf
+
+    class Logged(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.log = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.log.append({**logs, "outputs": tf.ones([LEAK_MIB // 4 * MIB_FLOATS])})
+
+    KEPT.append(logged := Logged())
+    return fitted(logged)
+
+
+def fit_foreign():
+    return fitted(each_epoch(lambda: KEPT.extend(bytearray(b"x") * 2**20 for _ in range(LEAK_MIB))))
+
+
 def run_cases(*groups):
     """Run cases of this file, each group in a process of its own, and return what each of them found."""
     running = [
@@ -203,9 +251,10 @@ def main(names):
         watch, messages = globals()[name]()
         found = [
             {"where": each.where, "per": each.per, "cause": each.cause.name, "bytes": each.bytes_per_epoch}
-            for each in watch.findings
+            for each in (watch.findings if watch else ())
         ]
-        told[name] = {"findings": found, "messages": messages, "hosts": [each.host_bytes for each in watch.samples]}
+        hosts = [each.host_bytes for each in (watch.samples if watch else ())]
+        told[name] = {"findings": found, "messages": messages, "hosts": hosts}
         print(name, f"{time.perf_counter() - begun:.1f} s")
     print(json.dumps(told))
 
@@ -240,6 +289,25 @@ def test_a_leak_is_reported_once_with_its_cause(leaks, leak, cause, said):
     steps = np.diff(told["hosts"])
     usual = np.median(steps[steps > 2**20])
     assert usual / 2 <= told["findings"][0]["bytes"] <= 2 * usual
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("leak", "said"),
+    [
+        ("fit_retraced", r"Likely cause: retracing (new traces: 4 an epoch, most of them of 'penalty')"),
+        ("fit_kept_in_list", r"Likely cause: tensors kept (tensors: 20 more an epoch, in a list"),
+        (
+            "fit_kept_in_log",
+            r"Likely cause: tensors kept (tensors: 4 more an epoch, in a list, attribute 'log' of Logged",
+        ),
+        ("fit_foreign", r"The cause was not found. Train without your own callbacks"),
+    ],
+)
+def test_fits_own_watch_names_the_cause(leaks, leak, said):
+    (message,) = leaks[leak]["messages"]
+    assert said in message
+    assert " are left after epoch 12;" in message
 
 
 @pytest.mark.slow
@@ -342,6 +410,42 @@ def test_verbose_logs_each_epoch(keras, caplog):
     assert "host memory" in lines[0]
 
 
+@pytest.fixture
+def driven(keras, monkeypatch):
+    """A watch as ``fit`` adds it, driven by hand: ``epoch()`` ends an epoch of four, 20 MiB above the one before."""
+    from autobatch.train import watch
+
+    levels = iter(range(700 * 2**20, 2**40, 20 * 2**20))
+    monkeypatch.setattr(watch, "_host_bytes", lambda: next(levels))
+    made = watch.MemoryWatch(look_for_cause="once steady")
+    made.set_params({"epochs": 4})
+    made.on_train_begin()
+    made.epoch = lambda: made.on_epoch_end(len(made.samples))
+    return made
+
+
+def test_where_no_epoch_is_left_to_compare_it_says_how_to_get_the_cause(driven):
+    from autobatch.errors import AutobatchWarning
+
+    for _ in range(4):
+        driven.epoch()
+    said = r"are left after epoch 4;.*not found \(.*callbacks=\[autobatch.MemoryWatch\(\)\] compares earlier"
+    with pytest.warns(AutobatchWarning, match=said):
+        driven.on_train_end()
+
+
+def test_where_memory_ends_before_the_cause_is_known_it_warns_at_once(driven, monkeypatch):
+    from autobatch.errors import AutobatchWarning
+    from autobatch.memory import limits
+    from autobatch.records import Limit
+
+    monkeypatch.setattr(limits, "all_limits", lambda device: (Limit(50 * 2**20, "cgroup v2 limit at /x"),))
+    for _ in range(3):
+        driven.epoch()
+    with pytest.warns(AutobatchWarning, match=r"out of memory at about epoch 7\. The cause was not found"):
+        driven.epoch()
+
+
 @pytest.mark.parametrize(("wrong", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
 def test_a_wrong_warm_up_is_refused(keras, wrong, error):
     from autobatch.train.watch import MemoryWatch
@@ -350,21 +454,28 @@ def test_a_wrong_warm_up_is_refused(keras, wrong, error):
         MemoryWatch(warmup_epochs=wrong)
 
 
+def test_a_wrong_way_to_look_is_refused(keras):
+    from autobatch.train.watch import MemoryWatch
+
+    with pytest.raises(ValueError, match="'once steady'. Received: 'late'"):
+        MemoryWatch(look_for_cause="late")
+
+
 def test_what_is_private_in_tensorflow_is_where_it_was(keras):
     """Where it moves, retracing and caches are no longer told apart: this must be seen here first."""
     import tensorflow as tf
 
-    from autobatch.train import watch
+    from autobatch.train import alive
 
     function = tf.function(lambda x: x + 1)
-    before = watch._live_functions()
+    before = alive.live_functions()
     function(1)
     function(2)
-    names = [watch._function_name(name) for name in watch._live_functions() - before]
+    names = [alive.function_name(name) for name in alive.live_functions() - before]
     assert len(names) == 2
-    caches = watch._census().memory_caches
+    caches = alive.census().memory_caches
     kept = [tf.data.Dataset.range(3).cache(), tf.data.Dataset.range(3).cache("/tmp/never-written")]
-    assert watch._census().memory_caches == caches + 1
+    assert alive.census().memory_caches == caches + 1
     del kept
 
 

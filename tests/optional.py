@@ -1,0 +1,15 @@
+"""Packages that autobatch works with and does without."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+
+
+def torch():
+    """PyTorch; without it the test is skipped, unless the environment says that it is to be there."""
+    if os.environ.get("AUTOBATCH_EXPECT_TORCH"):
+        return importlib.import_module("torch")
+    return pytest.importorskip("torch")
