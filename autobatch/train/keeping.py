@@ -1,6 +1,7 @@
 """Where the values are kept that a step is undone with: beside the variables, in host memory, or nowhere.
 
-What every micro-batch changes (statistics, seeds, metrics) is small and always kept on the device. The weights and the
+What every micro-batch changes (statistics, seeds, metrics) is small and always kept on the device: where one
+micro-batch is the whole effective batch by the step itself, which saves a call. The weights and the
 optimizer's variables change in the update alone. Next to themselves on the device they are kept for nothing until the
 update overwrites them, if the budget has room for that then. Where it has none, or where an update ran out of memory
 beside them, they are copied to the host before each step until :data:`PROVEN_UPDATES` updates have gone well, if they

@@ -3,14 +3,14 @@
 What a step touches falls in two parts:
 
 * BatchNormalization's statistics, seeds, metrics and the like change with every micro-batch. They are small; their
-  values are kept on the device before each step and put back when it fails. The accumulators need nothing: each step
-  begins by clearing them.
+  values are kept on the device before each step (by the step itself, where one micro-batch is the whole effective
+  batch) and put back when it fails. The accumulators need nothing: each step begins by clearing them.
 * The weights and the optimizer's variables change in the update alone, which begins when the last gradient is there.
   :mod:`autobatch.train.keeping` keeps their values too, on the device or on the host, and a failed update is undone.
   Once updates have proven to fit it may keep nothing. The update then makes sure beforehand: it asks the allocator for
-  one block as large as the weights, gives it back, and only then starts, with room for its temporaries. Should it run
-  out of memory all the same, half done, :class:`~autobatch.errors.UpdateInterruptedError` says so rather than training
-  on with it.
+  as much as its trace was found to need (:mod:`autobatch.train.update_room`), gives it back, and only then starts.
+  Should it run out of memory all the same, half done, :class:`~autobatch.errors.UpdateInterruptedError` says so rather
+  than training on with it.
 
 After rolling back, the same samples run again with a smaller micro-batch (:mod:`autobatch.train.policy`). Only where
 the update ran out of memory beside copies of the weights the size is kept, and the copies are not: a smaller

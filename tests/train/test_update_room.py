@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("update_process.py")
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "update_room.py"
 
 
 @pytest.fixture(scope="module")
-def updates():
+def updates(tmp_path_factory):
+    output = tmp_path_factory.mktemp("updates") / "update_room.json"
+    command = [sys.executable, str(BENCHMARK), "--output", str(output)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(output.read_text())
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
-"""Run by the tests, in a process of its own: what the updates of many optimizers hold at once, in weights of a size.
+"""What the optimizer's update holds at once, as Keras traces it and as autobatch does, for many optimizers.
 
-``python update_process.py`` prints, for each optimizer, the temporaries of its update as autobatch traces it (``used``)
-and as Keras does (``by_keras``), and the room that is asked for before it begins, all in weights.
+``python benchmarks/update_room.py [--output results/update_room.json]``
+
+The model has six weights of one size; all figures are in weights of that size, the most of 5 updates, in bytes asked of
+TensorFlow's allocator beyond what is held before (``used``, and ``by_keras`` for ``optimizer.apply`` in a
+``tf.function`` of its own). ``room`` is what autobatch asks for before an update begins, so that none is half done.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
@@ -58,7 +63,7 @@ def optimizers():
 
 
 def most(run, leaving_out=None):
-    """The median of the most bytes alive at once, in weights."""
+    """The most bytes alive at once, in weights."""
     from autobatch.memory import allocations
 
     run()
@@ -103,6 +108,9 @@ def compared(model, x, y):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
     autobatch.limit_memory("64MiB")
     import keras
     import numpy as np
@@ -113,7 +121,12 @@ def main():
     tokens = random.integers(0, 1024, (8, 8)).astype("int32")
     table = keras.layers.Embedding(1024, WIDTH // 8)
     found["rows of a table"] = compared(model_with("adam", table), tokens, y)
-    print(json.dumps(found))
+    print(f"{'optimizer':<20} {'Keras':>6} {'autobatch':>10} {'room':>6}")
+    for name, update in found.items():
+        print(f"{name:<20} {update['by_keras']:>6.1f} {update['used']:>10.1f} {update['room']:>6.1f}")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
