@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -74,8 +75,9 @@ def _without_traces(train_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     except (ValueError, TypeError, OSError) as error:  # no source is to be had: TensorFlow would run it as it is, too
         logger.debug("%r is traced without AutoGraph: %r", function, error)
         return function
+    owner = [function.__self__] if inspect.ismethod(function) else []
     # A partial, so that what tells functions by their code finds the user's.
-    return functools.update_wrapper(functools.partial(converted), function)
+    return functools.update_wrapper(functools.partial(converted, *owner), function)
 
 
 def require_optimizers(optimizer: Any) -> tuple[Any, ...]:
