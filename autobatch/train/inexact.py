@@ -18,18 +18,17 @@ from autobatch.trial.snapshot import components, distinct
 MOST_NAMES = 3
 """So many layers are named; of more, their number."""
 
+_MOST_VARIABLES = 6
+"""So many variables are named; of more, their number."""
+
 _RATES = ("rate", "dropout", "recurrent_dropout", "stddev")
 """By these Keras's layers tell how much they draw; at zero they draw nothing."""
 
 _LINEAR = ("SGD",)
 """Optimizers whose update is linear in the gradient, so that a repeated embedding row needs no summing beforehand."""
 
-
 _COMPARING = ("circle",)
 """Keras's losses whose value for a sample depends on the others in the batch."""
-
-
-_MOST_VARIABLES = 6
 
 
 def differences(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 
 import keras
 import pytest
@@ -55,6 +56,93 @@ def test_the_outermost_apply_is_captured_and_given_back(through):
     assert len(captured) == 1
     assert all((variable.numpy() == value).all() for variable, value in zip(variables, before, strict=True))
     assert "apply" not in vars(optimizer)
+
+
+class Scaling:
+    def apply(self, grads, trainable_variables=None):
+        super().apply([0.5 * gradient for gradient in grads], trainable_variables)
+
+
+class ScaledSGD(Scaling, keras.optimizers.SGD):
+    """Gets an apply of the user's from a class that is no optimizer."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.SGD(0.1),
+        lambda: ScaledSGD(0.1),
+        lambda: keras.optimizers.LossScaleOptimizer(ScaledSGD(0.1)),
+    ],
+    ids=["keras", "mixed in", "loss scale"],
+)
+def test_an_optimizer_that_nobody_knows_of_is_captured_at_its_outermost_apply(make):
+    weight, optimizer = keras.Variable([1.0, 1.0]), make()
+    classes = (keras.optimizers.Optimizer, keras.optimizers.LossScaleOptimizer, Scaling)
+    before = [cls.apply for cls in classes]
+    captured, elsewhere = [], []
+
+    def update_elsewhere():
+        other = keras.Variable([1.0])
+        keras.optimizers.SGD(0.5).apply([tf.ones(1)], [other])
+        elsewhere.append(float(other.numpy()[0]))
+
+    with keras_seams.capture_apply([], lambda *arguments: captured.append(arguments)):
+        optimizer.apply([tf.ones(2)], [weight])
+        thread = threading.Thread(target=update_elsewhere)
+        thread.start()
+        thread.join()
+    ((of, (gradient,), (variable,)),) = captured
+    assert of is optimizer
+    assert variable is weight
+    assert gradient.numpy().tolist() == [1.0, 1.0]
+    assert weight.numpy().tolist() == [1.0, 1.0]
+    assert elsewhere == [0.5]
+    assert [cls.apply for cls in classes] == before
+
+
+def test_what_was_captured_can_be_applied_meanwhile():
+    weight, optimizer = keras.Variable([1.0]), keras.optimizers.LossScaleOptimizer(ScaledSGD(0.5), initial_scale=1.0)
+    optimizer.build([weight])
+
+    def update(optimizer, gradients, variables):
+        keras_seams.apply_of(optimizer)(gradients, variables)
+
+    with keras_seams.capture_apply([], update):
+        optimizer.apply([tf.ones(1)], [weight])
+    assert weight.numpy().tolist() == [0.75]
+    assert int(optimizer.iterations.numpy()) == 1
+
+
+def test_losses_that_layers_add_are_told_apart_from_activity_regularizers():
+    class Adding(keras.layers.Layer):
+        def call(self, inputs):
+            self.add_loss(tf.reduce_sum(inputs))
+            return inputs
+
+    adding, noted = Adding(activity_regularizer="l2"), []
+    with keras_seams.added_losses_noted(lambda layer, loss: noted.append((layer, float(loss)))):
+        adding(tf.ones([2, 3]))
+    assert noted == [(adding, 6.0)]
+    assert len(adding.losses) == 2
+
+
+def test_a_loss_is_computed_on_symbolic_inputs_without_a_trace_of_it():
+    kinds = []
+
+    def loss(y_true, y_pred):
+        kinds.append(tf.executing_eagerly())
+        return tf.reduce_mean(tf.square(y_pred))
+
+    model = classifier(loss=loss)
+    x, y = arrays()
+    model.evaluate(x, y, verbose=0)
+    before = [variable.numpy() for metric in model.metrics for variable in metric.variables]
+    kinds.clear()
+    keras_seams.compute_symbolic_loss(model, (tf.TensorSpec([None, 16]), tf.TensorSpec([None], tf.int64)))
+    assert kinds == [False]
+    after = [variable.numpy() for metric in model.metrics for variable in metric.variables]
+    assert all((left == right).all() for left, right in zip(before, after, strict=True))
 
 
 def test_fit_takes_a_data_adapter_and_a_train_function_that_is_there_already():
