@@ -16,7 +16,8 @@ from same_bits import assert_same_bits, everything
 import autobatch
 from autobatch import api
 from autobatch.records import MemoryModel
-from autobatch.train.policy import CALM, PATIENCE
+from autobatch.train import policy
+from autobatch.train.policy import PATIENCE
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
 
@@ -24,6 +25,12 @@ TARGET = 32
 MICRO = 16
 ROOM_FOR_5 = {"memory_limit": 1599, "headroom": 0.0}
 LINE = MemoryModel(fixed_bytes=1000, per_sample_bytes=100)
+WAITS = 2 * PATIENCE  # what CALM makes of the patience in these tests
+
+
+@pytest.fixture(autouse=True)
+def soon_calm(monkeypatch):
+    monkeypatch.setattr(policy, "CALM", 2)
 
 
 class HungryAdam(keras.optimizers.Adam):
@@ -124,31 +131,29 @@ def long_fit(too_many, epochs):
 
 
 def test_after_one_failure_it_grows_back_to_the_ceiling():
-    waits = CALM * PATIENCE
-    noting, model, history = long_fit(AtCall(4), epochs=waits // 2 + 10)
+    noting, model, history = long_fit(AtCall(4), epochs=WAITS // 2 + 10)
     sizes = noting.sizes()
-    assert sizes == [MICRO] * 2 + [11] * waits + [MICRO] * 18
+    assert sizes == [MICRO] * 2 + [11] * WAITS + [MICRO] * 18
     assert len(history.recoveries) == 1
     expected = replayed(stateful(), cut(2 * TARGET) * (len(sizes) // 2), sizes)
     assert_same_bits(without_metrics(everything(model)), without_metrics(expected))
 
 
 def test_a_size_that_fails_twice_is_not_tried_again():
-    noting, _, history = long_fit(lambda samples: samples > 12, epochs=2 * CALM * PATIENCE)
+    noting, _, history = long_fit(lambda samples: samples > 12, epochs=2 * WAITS)
     assert noting.failed == [MICRO] * 2
     assert set(noting.sizes()) == {11}
-    assert [each.update for each in history.recoveries] == [0, CALM * PATIENCE]
+    assert [each.update for each in history.recoveries] == [0, WAITS]
 
 
 def test_an_update_beside_a_larger_micro_batch_is_proven_anew():
     data = cut(TARGET)[0]
-    waits = CALM * PATIENCE
-    model = stateful(MemoryHog(AtCall(0)), HungryAdam(AtCall(waits)))
+    model = stateful(MemoryHog(AtCall(0)), HungryAdam(AtCall(WAITS)))
     transaction = Transaction(AccumulatedStep(model, open_spec([data])), TARGET, device="CPU:0", effective_batch=TARGET)
-    for _ in range(waits + 1):
+    for _ in range(WAITS + 1):
         transaction.train(data)
-    sizes = [(each.update, each.micro_batch_before, each.micro_batch_after) for each in transaction.recoveries]
-    assert [size[:2] for size in sizes] == [(0, TARGET), (waits, TARGET)]
+    sizes = [(each.update, each.micro_batch_before) for each in transaction.recoveries]
+    assert sizes == [(0, TARGET), (WAITS, TARGET)]
 
 
 @pytest.mark.parametrize("compiled", [{"run_eagerly": True}, {"steps_per_execution": 3}])
@@ -181,20 +186,24 @@ class CompiledHog(layers.Layer):
         return inputs + 0.0 * tf.stop_gradient(tf.linalg.matmul(matrix, matrix)[0, 0])
 
 
-@pytest.mark.parametrize(("too_many", "failing"), [(MICRO, 16), (12, 16)])
-def test_compiled_by_xla(too_many, failing):
-    # Of 28 samples the second micro-batch has 12: what the first one changed is undone as well.
+def test_compiled_by_xla():
+    # Nothing but the whole step can be made to fail: on the CPU, TensorFlow 2.21 frees the buffer of a variable that a
+    # compiled function was to write when it runs out of memory, unless something else holds the buffer as well. What
+    # is kept of the variables does, of the accumulators nothing is kept.
     data = cut(8 + 28 + 28, (8, 28))
-    model = stateful(CompiledHog(too_many), jit_compile=True)
-    transaction = Transaction(AccumulatedStep(model, open_spec(data)), MICRO, device="CPU:0", effective_batch=28)
+    model = stateful(CompiledHog(28), jit_compile=True)
+    transaction = Transaction(AccumulatedStep(model, open_spec(data)), 28, device="CPU:0", effective_batch=28)
     for batch in data:
         transaction.train(batch)
-    assert [(each.update, each.micro_batch_before) for each in transaction.recoveries] == [(1, failing)]
+    assert [(each.update, each.micro_batch_before) for each in transaction.recoveries] == [(1, 28)]
     after = transaction.recoveries[0].micro_batch_after
-    assert after < 12
-    assert_same_bits(
-        everything(model), replayed(stateful(CompiledHog(0), jit_compile=True), data, [MICRO, after, after])
-    )
+    reference = stateful(CompiledHog(0), jit_compile=True)
+    step = AccumulatedStep(reference, open_spec(data))
+    step.plain(data[0])
+    for batch in data[1:]:
+        step.accumulate(batch, after)
+        step.apply()
+    assert_same_bits(everything(model), everything(reference))
 
 
 def loop_of_ones_own(hog=None, optimizer=None, micro_batch=MICRO):
