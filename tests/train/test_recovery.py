@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import AtCall, MemoryHog, arrays, classifier, run_out_if
+from same_bits import assert_same_bits, everything
 
 import autobatch
 from autobatch.records import Limit
@@ -34,17 +35,6 @@ def model_with_state(too_many=never, optimizer=None):
         extra=[layers.BatchNormalization(), layers.Dropout(0.3, seed=3), MemoryHog(too_many)],
     )
     return model
-
-
-def everything(model):
-    """Every variable's value, with its name."""
-    variables = [*model.variables, *model.optimizer.variables, *(v for m in model.metrics for v in m.variables)]
-    return [(variable.name, variable.numpy()) for variable in variables]
-
-
-def assert_same_bits(actual, expected):
-    for (_, left), (name, right) in zip(actual, expected, strict=True):
-        np.testing.assert_array_equal(left, right, err_msg=name)
 
 
 def batches():
