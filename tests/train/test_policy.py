@@ -73,8 +73,7 @@ def test_memory_that_comes_back_is_used_again(samples, length, most):
     failures, sizes = play(dip(50, length, most), samples=samples)
     assert sizes[-1] == CEILING
     assert len(failures) <= (1 if length == 1 and most >= 187 else 6)
-    lost = sum(1 for size in sizes if size < CEILING)
-    assert lost <= (2 * CALM * PATIENCE if length == 1 and most == 200 else UPDATES - 1000)
+    assert sum(size < CEILING for size in sizes) < 4000
 
 
 def test_a_single_failure_is_recovered_from_after_a_while():
