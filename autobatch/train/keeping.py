@@ -103,7 +103,8 @@ class Keeper:
     def _place(self, *, whole: bool, proven: bool) -> Place:
         if self._room is None:
             self._room = not self.ran_out_beside_copies and self._has_room()
-        if proven and (whole or not self._room):
+        # A step compiled by XLA that runs out of memory frees the buffers of variables to which nobody else holds on.
+        if proven and ((whole and not self._step.model.jit_compile) or not self._room):
             return Place.NOWHERE
         if self._room:
             return Place.DEVICE
