@@ -7,7 +7,8 @@ update overwrites them, if the budget has room for that then. Where it has none,
 beside them, they are copied to the host before each step until :data:`PROVEN_UPDATES` updates have gone well, if they
 fit there: that takes time, but no device memory. From then on nothing is kept, for what an update needs does not change
 from one to the next. Where one micro-batch is the whole effective batch nothing is kept from then on either: keeping
-the weights would cost a small model more time than its step.
+the weights would cost a small model more time than its step. But under XLA such a step's weights are always kept on the
+device: without a second reference to their buffers TensorFlow 2.21 loses them when the step runs out of memory.
 
 Trials take the same copies as training, so that what they prove is what training does.
 """
@@ -69,6 +70,7 @@ class Keeper:
         self._headroom = headroom
         self._recorders: dict[tuple[bool, bool], Recorder] = {}
         self._room: bool | None = None
+        self._optimizers = len(step.optimizers)
         self.ran_out_beside_copies = False
         """Whether an update ran out of memory beside copies on the device: then there are to be none."""
 
@@ -84,6 +86,9 @@ class Keeper:
         updates have gone well.
         """
         step = self._step
+        if len(step.optimizers) != self._optimizers:  # an eager step has applied one that nobody knew of
+            self._optimizers = len(step.optimizers)
+            self.forget()
         place = self._place(whole=whole, proven=proven)
         copies = step.copies if whole else None
         snapshots: list[Snapshot | CopiesBeside] = []
@@ -101,10 +106,12 @@ class Keeper:
         return Kept(place, tuple(snapshots))
 
     def _place(self, *, whole: bool, proven: bool) -> Place:
+        if whole and self._step.model.jit_compile:
+            # Running out of memory, it frees the buffers of the variables that it writes and nobody else holds on to.
+            return Place.DEVICE
         if self._room is None:
             self._room = not self.ran_out_beside_copies and self._has_room()
-        # A step compiled by XLA that runs out of memory frees the buffers of variables to which nobody else holds on.
-        if proven and ((whole and not self._step.model.jit_compile) or not self._room):
+        if proven and (whole or not self._room):
             return Place.NOWHERE
         if self._room:
             return Place.DEVICE

@@ -24,8 +24,9 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
 
 from autobatch.train import strategy_seams
-from autobatch.train.optimizer_seams import PATCHING as _PATCHING
 from autobatch.train.optimizer_seams import ApplyHandler, apply_of, capture_apply, optimizers_of
+from autobatch.train.patching import PATCHING as _PATCHING
+from autobatch.train.patching import on_this_thread
 
 __all__ = [
     "ApplyHandler",
@@ -88,9 +89,6 @@ def intercept_reductions(handler: ReductionHandler) -> Iterator[None]:
     Every ``keras.losses.Loss`` calls the module-level ``reduce_weighted_values``; ``handler`` gets that function, a
     flag that tells whether the loss is one of ``compile(loss=...)``, and the call's arguments.
     """
-    _PATCHING.acquire()
-    original_reduce = _loss_module.reduce_weighted_values
-    original_call = _CompileLoss.call
     calling: list[Any] = []
 
     def reduce_weighted_values(
@@ -109,14 +107,16 @@ def intercept_reductions(handler: ReductionHandler) -> Iterator[None]:
         finally:
             calling.pop()
 
-    _loss_module.reduce_weighted_values = reduce_weighted_values
-    _CompileLoss.call = call
-    try:
-        yield
-    finally:
-        _loss_module.reduce_weighted_values = original_reduce
-        _CompileLoss.call = original_call
-        _PATCHING.release()
+    with _PATCHING:
+        original_reduce = _loss_module.reduce_weighted_values
+        original_call = _CompileLoss.call
+        _loss_module.reduce_weighted_values = on_this_thread(original_reduce, reduce_weighted_values)
+        _CompileLoss.call = on_this_thread(original_call, call)
+        try:
+            yield
+        finally:
+            _loss_module.reduce_weighted_values = original_reduce
+            _CompileLoss.call = original_call
 
 
 def discarding_assignments(model: Any) -> Any:
@@ -183,7 +183,7 @@ def _gradient_replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]])
     """While this lasts, ``GradientTape.gradient`` is what ``make`` makes of it."""
     with _PATCHING:
         original = tf.GradientTape.gradient
-        tf.GradientTape.gradient = make(original)
+        tf.GradientTape.gradient = on_this_thread(original, make(original))
         try:
             yield
         finally:
@@ -228,11 +228,12 @@ def added_losses_noted(note: Callable[[Any, Any], None]) -> Iterator[None]:
         def add_loss(self: Any, loss: Any) -> Any:
             caller = inspect.currentframe()
             caller = None if caller is None else caller.f_back
+            caller = None if caller is None else caller.f_back  # past what tells the threads apart
             if caller is None or caller.f_code.co_filename != inspect.getfile(keras.layers.Layer):
                 note(self, loss)
             return original(self, loss)
 
-        keras.layers.Layer.add_loss = add_loss
+        keras.layers.Layer.add_loss = on_this_thread(original, add_loss)
         try:
             yield
         finally:

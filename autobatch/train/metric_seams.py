@@ -6,7 +6,6 @@ Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21, as :mod:`autobatch.tr
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+
+from autobatch.train.patching import on_this_thread
 
 _PATCHING = threading.RLock()
 """Held while something of Keras's is replaced; always taken after the one of :mod:`autobatch.train.keras_seams`."""
@@ -27,13 +28,12 @@ def noting_results(note: Callable[[Any, Any], None]) -> Iterator[None]:
     """
 
     def noted(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        @functools.wraps(original)
         def result(self: Any) -> Any:
             returned = original(self)
             note(self, returned)
             return returned
 
-        return result
+        return on_this_thread(original, result)
 
     with _PATCHING:
         originals = {kind: vars(kind)["result"] for kind in _kinds(keras.metrics.Metric) if "result" in vars(kind)}
@@ -70,7 +70,7 @@ def single_numbers_weighed(fraction: Any, note: Callable[[str], None]) -> Iterat
 
     with _PATCHING:
         original = keras.metrics.Mean.update_state
-        keras.metrics.Mean.update_state = update_state
+        keras.metrics.Mean.update_state = on_this_thread(original, update_state)
         try:
             yield
         finally:

@@ -14,8 +14,7 @@ from typing import Any
 
 import keras
 
-PATCHING = threading.RLock()
-"""Held while something of Keras's is replaced, so that fits on several threads do not put each other's back."""
+from autobatch.train.patching import PATCHING, on_this_thread
 
 ApplyHandler = Callable[[Any, list[Any], list[Any]], None]
 """Takes the optimizer, the gradients and their variables in place of ``optimizer.apply``."""
@@ -63,22 +62,16 @@ def capture_apply(optimizers: Sequence[Any], handler: ApplyHandler) -> Iterator[
     ``LossScaleOptimizer``, not what they call in turn. ``optimizers`` are those on which an ``apply`` that the user has
     set on the instance is replaced as well. Other threads' optimizers update as ever.
     """
-    thread = (
-        threading.get_ident()
-    )  # under a strategy each replica is traced on one of its own, and comes here by itself
 
     def take(optimizer: Any, grads: Any, trainable_variables: Any = None) -> None:
         variables = optimizer._trainable_variables if trainable_variables is None else trainable_variables
         handler(optimizer, list(grads), list(variables))
 
     def replacement_for(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread or _UPDATING.depth:
-                return original(self, *args, **kwargs)
-            return take(self, *args, **kwargs)
+        def apply(*args: Any, **kwargs: Any) -> Any:
+            return (original if _UPDATING.depth else take)(*args, **kwargs)
 
-        return apply
+        return on_this_thread(original, apply)
 
     with PATCHING:
         originals = [(cls, vars(cls)["apply"]) for cls in _classes_with_apply()]
@@ -86,8 +79,8 @@ def capture_apply(optimizers: Sequence[Any], handler: ApplyHandler) -> Iterator[
         for cls, original in originals:
             cls.apply = replacement_for(original)
         for optimizer in on_instances:
-            _REPLACED[id(optimizer)] = vars(optimizer)["apply"]
-            vars(optimizer)["apply"] = functools.partial(take, optimizer)
+            own = _REPLACED[id(optimizer)] = vars(optimizer)["apply"]
+            vars(optimizer)["apply"] = on_this_thread(own, functools.partial(take, optimizer))
         try:
             yield
         finally:

@@ -48,34 +48,35 @@ class AccumulatedStep:
         self._captured: list[tuple[Any, list[Any], list[bool]]] = []
         self._micro: MicroStep | None = None
         self._plain: Callable[..., Logs] | None = None
-        self.copies: CopiesBeside | None = None
-        """What :meth:`plain` keeps by itself of what it changes, the weights and the optimizer's variables apart."""
+        self._ran_whole = False
+        self.copies: CopiesBeside | None = None  # of what the plain step changes before its update
         self._accumulate: Callable[..., Logs] | None = None
         self._apply: Callable[[], None] | None = None
         self._evaluate: Callable[..., Logs] | None = None
         self.traced = Traced()  # of the micro-step that was traced last
         self.on_traced: Callable[[], None] = lambda: None
+        self.on_optimizer_found: Callable[[], None] = lambda: None  # and built, before it has updated anything
         self.update_room = UpdateRoom()
 
     def for_data(self, element_spec: Any) -> AccumulatedStep:
-        """The steps of the same model on data of another structure, or for another purpose."""
+        """The steps of the same model on other data."""
         return AccumulatedStep(self.model, element_spec)
 
     def prepare(self, *, whole: bool) -> bool:
         """Trace what :meth:`plain` (``whole``) or :meth:`accumulate` and :meth:`apply` need; tell if anything was.
 
-        Tracing builds what is not built yet and runs nothing; afterwards :attr:`variables` is complete. What an eager
-        model's step applies that nobody knew of is told before the next.
+        Tracing builds what is not built yet and runs nothing; afterwards :attr:`variables` is complete, but for eager
+        models' optimizers that nobody knows of before they are applied.
         """
         missing = self._plain is None if whole else self._apply is None
-        if whole and self._plain is None:
+        if whole and missing:
             self._plain = self._trace_plain()
-        if not whole and self._apply is None:
+        elif missing:
             self._make_row_buffers()
             self._micro = MicroStep(self, self.model.train_step, training=True)
             self._accumulate = self._trace_loop(self._micro, zero_first=True)
             self._apply = self._trace_apply()
-        return self._touched.has_found_optimizer() or missing
+        return missing
 
     def prepare_evaluation(self) -> bool:
         """Trace what :meth:`evaluate` needs; tell if anything was."""
@@ -85,8 +86,8 @@ class AccumulatedStep:
         return True
 
     def update_has_begun(self) -> bool:
-        """Whether the last step came as far as its update, so that weights may have changed."""
-        if self.copies is not None and not self.copies.are_of_this_call:
+        """Whether the step that has just failed came as far as its update, so that weights may have changed."""
+        if self._ran_whole and self.copies is not None and not self.copies.are_of_failed_call:
             return False
         return self.update_room.has_begun()
 
@@ -132,7 +133,7 @@ class AccumulatedStep:
 
     @property
     def updating_optimizers(self) -> tuple[Any, ...]:
-        """The optimizers that the traced step applies; all that it could apply before it was traced."""
+        """The optimizers that the traced step applies; before, all that it could apply."""
         return tuple(optimizer for optimizer, _, _ in self._captured) or self.optimizers
 
     @property
@@ -169,14 +170,15 @@ class AccumulatedStep:
             buffer.release()
         self._touched.forget(self._accumulator_variables())
         self._micro = self._accumulate = self._apply = None
-        self._accumulators = {}
-        self._row_buffers = {}
-        self._captured = []
+        self._accumulators, self._row_buffers, self._captured = {}, {}, []
 
     # -- one effective batch as one micro-batch ---------------------------------------------------------------------
 
     def plain(self, data: Any) -> Logs:
         """Run Keras's own step on the whole effective batch; the update begins when every gradient is there."""
+        self._ran_whole = True
+        if self.copies is not None:
+            self.copies.forget()
         self.prepare(whole=True)
         assert self._plain is not None
         return self._plain(self.structure.leaves(data))
@@ -213,9 +215,10 @@ class AccumulatedStep:
         concrete = compiled.get_concrete_function()
 
         def run(leaves: list[Any]) -> Logs:
-            copies.begin()
             # A function that is looked up for its arguments takes twice as long to call; it converts them, too.
-            return (concrete if all(isinstance(leaf, tf.Tensor) for leaf in leaves) else compiled)(leaves)
+            function = concrete if all(isinstance(leaf, tf.Tensor) for leaf in leaves) else compiled
+            with copies.around_call():
+                return function(leaves)
 
         return run
 
@@ -223,6 +226,7 @@ class AccumulatedStep:
 
     def accumulate(self, data: Any, micro_batch: int) -> Logs:
         """Sum the gradients of an effective batch, ``micro_batch`` samples at a time; no weight changes."""
+        self._ran_whole = False
         if self._row_buffers and self._most_samples is not None and count_samples(data) > self._most_samples:
             self.release_accumulators()  # more samples than was said: there is no room for so many rows
             self._most_samples = None
@@ -383,7 +387,8 @@ class AccumulatedStep:
 
     def note_update(self, optimizer: Any, variables: list[Any]) -> None:
         """Note that a step applies an optimizer, known or not, to these variables."""
-        self._touched.note_update(optimizer, variables)
+        if self._touched.note_update(optimizer, variables):
+            self.on_optimizer_found()
 
     def _keeps_rows(self, buffer: RowBuffer, gradient: Any) -> bool:
         if not isinstance(gradient, tf.IndexedSlices) or self._most_samples is None:

@@ -15,6 +15,8 @@ import tensorflow as tf
 from keras.src.losses import loss as _loss_module
 from tensorflow.python.eager import context as _context
 
+from autobatch.train.patching import on_this_thread
+
 _PATCHING = threading.RLock()
 
 SUPPORTED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -200,6 +202,9 @@ def never_write(backup: Any) -> None:
     backup.delete_checkpoint = False
 
 
+_IN_TURN = threading.RLock()
+"""Held in :func:`updates_in_turn`, where no other lock is taken: it may be within what holds any of the others."""
+
 _WRITES = ("Assign", "Resource")
 """How the names of operations begin that change a variable."""
 
@@ -211,7 +216,6 @@ def updates_in_turn() -> Iterator[None]:
     Keras's optimizers go through ``extended.update`` for each variable, for weight decay and for the step itself.
     """
     extended = tf.distribute.get_strategy().extended
-    original = extended.update
     before: dict[int, tuple[Any, Any]] = {}  # by the graph's id; the graph is held, so that no other gets its id
 
     def update(var: Any, fn: Callable[..., Any], args: Any = (), kwargs: Any = None, group: bool = True) -> Any:
@@ -226,9 +230,14 @@ def updates_in_turn() -> Iterator[None]:
             before[id(graph)] = graph, tf.group(*writes)
         return result
 
-    with _PATCHING:
-        extended.update = update
+    with _IN_TURN:
+        replaced = vars(extended).get("update")
+        original = extended.update
+        extended.update = on_this_thread(original, update)
         try:
             yield
         finally:
-            del extended.update
+            if replaced is None:
+                del extended.update
+            else:
+                extended.update = replaced

@@ -21,7 +21,6 @@ class Touched:
         self._in_graphs: dict[int, Any] = {}
         self._written: dict[int, Any] = {}
         self._updated: list[Any] = []
-        self._found_optimizer = False
         self._updating_graph: Callable[[], Any] = lambda: None
 
     def note_graph(self, graph: Any) -> None:
@@ -35,26 +34,23 @@ class Touched:
         written = graphs.written_variables(graph, [*self.variables, *graph.variables])
         self._written.update((id(variable), variable) for variable in written)
 
-    def note_update(self, optimizer: Any, variables: list[Any]) -> None:
-        """Note that a step applies an optimizer, known or not, to these variables; build it outside of the trace.
+    def note_update(self, optimizer: Any, variables: list[Any]) -> bool:
+        """Note that a step applies an optimizer to these variables, build it outside of the trace; tell if it is new.
 
         What the step's graph has written before its first update is no part of the update.
         """
+        found = False
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if graph is not None and self._updating_graph() is not graph:
             self.note_written(graph)
             self._updating_graph = weakref.ref(graph)
         if all(optimizer is not known for known in self.optimizers):
             self.optimizers = (*self.optimizers, optimizer)
-            self._found_optimizer = True
+            found = True
         self._updated = distinct([*self._updated, *variables])
         if not optimizer.built:
             with tf.init_scope():
                 optimizer.build(variables)
-
-    def has_found_optimizer(self) -> bool:
-        """Whether an optimizer that nobody knew of was applied since this was last asked."""
-        found, self._found_optimizer = self._found_optimizer, False
         return found
 
     def forget(self, variables: Iterable[Any]) -> None:

@@ -92,6 +92,7 @@ class LiveTrials:
         self._sample = Sample(batches)
         self.host_uses = batches.host_uses()
         self.step = self._make_step(model, batches.element_spec, target_batch)
+        self.step.on_optimizer_found = self._save
         self.keeper = self._make_keeper()
         keras_seams.build_on(model, self.step.structure.pack(self.step.structure.specs))
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
@@ -273,18 +274,33 @@ class LiveTrials:
         )
 
     def _time_plain(self, request: TrialRequest) -> _Timed:
-        with self._recorded(request) as recorded:
-            data = self._data(request.micro_batch)
+        with self._recorded(request) as recorded, self._undone_under_xla():
+            data = self.batch_of(request.micro_batch)
             first = self._seconds(lambda: self.step.plain(data))
         repeats = request.timed_steps if first < ENOUGH_SECONDS else 1
         steps = [self._seconds(lambda: self.step.plain(data)) for _ in range(max(1, repeats))]
         return _Timed(first, statistics.median(steps), 0.0, None, recorded())
 
+    @contextlib.contextmanager
+    def _undone_under_xla(self) -> Iterator[None]:
+        """Keep under XLA what training would keep, and put it back at once: see :mod:`autobatch.train.keeping`."""
+        if not self._model.jit_compile:
+            yield
+            return
+        kept = self.keeper.take(whole=True, proven=False)
+        try:
+            yield
+        except CAUGHT:
+            kept.restore()
+            raise
+        finally:
+            kept.drop()
+
     def _time_accumulated(self, request: TrialRequest) -> _Timed:
         # Two micro-batches first, so that the second is added to accumulators that hold the first one's gradients.
         micro_batch = request.micro_batch
         with self._recorded(request) as recorded:
-            two = self._data(2 * micro_batch)
+            two = self.batch_of(2 * micro_batch)
             first = self._seconds(lambda: self.step.accumulate(two, micro_batch))
             sample_peak = limits.peak_bytes(self.device)
             first_apply = self._seconds(self.step.apply)
@@ -293,7 +309,7 @@ class LiveTrials:
             # A graph's very first run optimises it, for seconds; and slow steps are measured well enough by one.
             repeats = 1 if repeats or not self._has_accumulated else 0
         self._has_accumulated = True
-        one = self._data(micro_batch)
+        one = self.batch_of(micro_batch)
         steps = [self._seconds(lambda: self.step.accumulate(one, micro_batch)) for _ in range(repeats)]
         applies = [self._seconds(self.step.apply) for _ in range(repeats)]
         return _Timed(
@@ -327,7 +343,7 @@ class LiveTrials:
         if whole in self._tried_beside_copies or self.keeper.ran_out_beside_copies:
             return
         self._tried_beside_copies.add(whole)
-        data = self._data(micro_batch)
+        data = self.batch_of(micro_batch)
         limits.reset_peak(self.device)
         try:
             kept = self.keeper.take(whole=False, proven=True)
@@ -341,15 +357,11 @@ class LiveTrials:
             self.keeper.ran_out_beside_copies = self.step.update_has_begun()
         else:
             self.keeper.ran_out_beside_copies = self._is_over(limits.peak_bytes(self.device))
-        if self.keeper.ran_out_beside_copies:
-            self.keeper.forget()
+        self.keeper.forget()
 
     def _is_over(self, peak_bytes: int | None) -> bool:
         budget = self.environment.budget_bytes
         return peak_bytes is not None and budget is not None and peak_bytes > budget
-
-    def _data(self, samples: int) -> Any:
-        return self._sample.micro_batch(samples)
 
     def _seconds(self, call: Callable[[], Any]) -> float:
         start = self._clock()
@@ -362,6 +374,8 @@ class LiveTrials:
 
     def _save(self) -> None:
         """Copy what was not copied before; called once everything is traced and nothing has run."""
+        if not tf.executing_eagerly():
+            return  # what a trace has found is copied when the trace has ended
         new = [variable for variable in self.step.variables if id(variable) not in self._saved]
         if new:
             self._snapshots.append(Snapshot.on_host(new))
@@ -372,8 +386,8 @@ class LiveTrials:
         for snapshot in self._snapshots:
             snapshot.restore()
             snapshot.drop()
-        self._snapshots = []
-        self._saved = set()
+        self._snapshots, self._saved = [], set()
+        self.step.on_optimizer_found = lambda: None
         gc.collect()
 
 

@@ -135,12 +135,12 @@ class ReplicatedTrials(LiveTrials):
             for device in self._devices:
                 limits.reset_peak(device)
             # Two micro-batches each, so that the second is added to accumulators that hold the first one's gradients.
-            two = self._data(2 * micro_batch * here)
+            two = self.batch_of(2 * micro_batch * here)
             return self._seconds(lambda: self.step.accumulate(two, micro_batch))
 
         first = self._longest(first_two, micro_batch)
         first_apply = self._longest(self._apply_seconds, micro_batch)
-        one = self._data(micro_batch * here)
+        one = self.batch_of(micro_batch * here)
         repeats = request.timed_steps if first < ENOUGH_SECONDS else min(1, request.timed_steps)
         steps = [
             self._longest(lambda: self._seconds(lambda: self.step.accumulate(one, micro_batch)), micro_batch)

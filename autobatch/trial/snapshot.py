@@ -7,7 +7,8 @@ device memory is held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -84,7 +85,9 @@ class CopiesBeside:
             self._pairs.append((variable, copy))
         with tf.device("CPU:0"):
             self._times = tf.Variable(tf.constant(0, tf.int64), trainable=False, name="autobatch_times_kept")
-        self._begun = 0
+        self._called = 0
+        self.are_of_failed_call = False
+        """Whether the call that failed last, if none was begun since, came as far as to keep the values."""
 
     def keep(self) -> Any:
         """An operation that keeps the values, to be traced in front of everything else."""
@@ -92,24 +95,32 @@ class CopiesBeside:
         with tf.control_dependencies(kept), tf.device("CPU:0"):
             return self._times.assign_add(1, read_value=False)
 
-    def begin(self) -> None:
-        """Note that the traced step is called once more."""
-        self._begun += 1
+    @contextlib.contextmanager
+    def around_call(self) -> Iterator[None]:
+        """Around a call of what :meth:`keep` was traced into."""
+        self.forget()
+        self._called += 1
+        try:
+            yield
+        except BaseException:
+            times = int(self._times)
+            self.are_of_failed_call = times == self._called
+            self._called = times
+            raise
 
-    @property
-    def are_of_this_call(self) -> bool:
-        """Whether the call noted last came as far as to keep the values; nothing was changed before."""
-        return int(self._times) == self._begun
+    def forget(self) -> None:
+        """Restore nothing if what comes next fails before the call; the values stay where they are."""
+        self.are_of_failed_call = False
 
     def restore(self) -> None:
-        """Give every variable the value back, bit for bit, that it had before the call noted last."""
-        if self.are_of_this_call:
+        """Give every variable back, bit for bit, what it had before the call that failed, if that changed anything."""
+        if self.are_of_failed_call:
             for variable, copy in self._pairs:
                 variable.assign(tf.ensure_shape(copy.read_value(), variable.shape))
-        self._begun = int(self._times)
 
     def drop(self) -> None:
         """Let go of the values."""
+        self.forget()
         for variable, copy in self._pairs:
             with tf.device(variable.device):
                 copy.assign(tf.zeros([0], variable.dtype))

@@ -45,3 +45,11 @@ def test_what_is_found_was_run_and_is_not_reached_one_by_one(told):
     # Operations run in parallel here, so that what is held at once is not the same each time.
     assert len(told["trials"]) <= 5
     assert sum(not fits for _, fits in told["trials"]) <= 1
+
+
+@pytest.mark.slow
+def test_a_whole_batch_that_runs_out_under_xla_leaves_the_weights_and_the_process_alive():
+    script = SCRIPT.with_name("xla_trials.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['out_of_memory', 'fits'] True"

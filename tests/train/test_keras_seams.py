@@ -6,13 +6,15 @@ import inspect
 import threading
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from keras.src.losses import loss as loss_module
 from keras.src.trainers.compile_utils import CompileLoss
 from models import arrays, classifier
 
-from autobatch.train import keras_seams, metric_seams
+from autobatch.train import keras_seams, metric_seams, strategy_seams
+from autobatch.train.normalizer import Mode, Normalizer
 
 
 def test_every_built_in_loss_reduces_through_the_one_function():
@@ -233,3 +235,59 @@ def test_a_traced_function_is_traced_anew():
         assert float(untraced(tf.constant(4))) == 6
         assert traces == [owner] * count
     assert keras_seams.untraced(len) is len
+
+
+def test_what_is_replaced_on_one_thread_is_as_ever_on_all_others():
+    found = {}
+
+    def on_another_thread():
+        mean = keras.metrics.Mean()
+        mean.update_state(1.0)
+        mean.update_state(3.0, sample_weight=1.0)
+        found["mean"] = float(mean.result())
+        loss = keras.losses.MeanSquaredError(reduction="sum")
+        found["loss"] = float(loss(tf.ones([4, 1]), tf.zeros([4, 1])))
+        optimizer.apply([tf.constant([1.0])], [variable])
+
+    variable = tf.Variable([0.0])
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer.build([variable])
+    own = optimizer.apply
+    optimizer.apply = lambda *arguments: own(*arguments)  # one that the user has set on the instance
+    fraction = tf.constant(0.25, tf.float64)
+    captured = []
+    with (
+        keras_seams.capture_apply([optimizer], lambda *update: captured.append(update)),
+        keras_seams.intercept_reductions(Normalizer(Mode.TRAIN, fraction, tf.zeros([0], tf.float64))),
+        metric_seams.single_numbers_weighed(fraction, lambda name: None),
+    ):
+        thread = threading.Thread(target=on_another_thread)
+        thread.start()
+        thread.join()
+    assert found == {"mean": 2.0, "loss": 4.0}
+    assert not captured
+    np.testing.assert_array_equal(variable, [-1.0])
+
+
+def test_two_threads_that_replace_different_things_do_not_wait_for_each_other():
+    both_hold_theirs = threading.Barrier(2, timeout=10)
+
+    def plain_step():
+        with keras_seams.capture_apply((), lambda *_: None):
+            both_hold_theirs.wait()
+            with strategy_seams.updates_in_turn(), strategy_seams.updates_in_turn():
+                pass
+
+    def replica_step():
+        with strategy_seams.losses_unscaled():
+            both_hold_theirs.wait()
+            with keras_seams.capture_apply((), lambda *_: None):
+                pass
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (plain_step, replica_step)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert "update" not in vars(tf.distribute.get_strategy().extended)

@@ -295,7 +295,7 @@ def test_a_weight_that_a_layer_assigns_in_its_forward_pass_is_rolled_back_once_u
     assert_same_bits(everything(model), completed)
 
 
-def test_copies_that_a_failed_call_never_came_to_make_are_not_put_back():
+def test_copies_are_put_back_of_the_call_that_failed_and_of_no_other():
     variable = tf.Variable([1.0, 2.0])
     copies = CopiesBeside([variable])
 
@@ -303,15 +303,39 @@ def test_copies_that_a_failed_call_never_came_to_make_are_not_put_back():
     def keep():
         copies.keep()
 
-    copies.begin()
-    keep()
+    def fail_half_way():
+        keep()
+        variable.assign_add([1.0, 1.0])
+        raise MemoryError
+
+    with copies.around_call():
+        keep()
     variable.assign([3.0, 4.0])
-    copies.begin()  # and now it fails before anything runs
-    assert not copies.are_of_this_call
+    with pytest.raises(MemoryError), copies.around_call():
+        raise MemoryError  # before the values were kept
     copies.restore()
     np.testing.assert_array_equal(variable, [3.0, 4.0])
-    copies.begin()
-    keep()
-    variable.assign_add([1.0, 1.0])
+    with pytest.raises(MemoryError), copies.around_call():
+        fail_half_way()
+    assert copies.are_of_failed_call
+    copies.forget()  # the next call fails before it is one
     copies.restore()
-    np.testing.assert_array_equal(variable, [3.0, 4.0])
+    np.testing.assert_array_equal(variable, [4.0, 5.0])
+    with pytest.raises(MemoryError), copies.around_call():
+        fail_half_way()
+    copies.restore()
+    np.testing.assert_array_equal(variable, [4.0, 5.0])
+
+
+def test_after_an_error_of_the_data_an_interrupted_update_is_still_noticed():
+    data = batches() * 3
+    model = model_with_state(optimizer=HungryAdam(AtCall(6)))
+    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    transaction = Transaction(step, TARGET, device="CPU:0", effective_batch=TARGET)
+    x, y = data[0]
+    with pytest.raises((TypeError, ValueError)):
+        transaction.train((x[:, :3], y))
+    for batch in data[:6]:
+        transaction.train(batch)
+    with pytest.raises(autobatch.UpdateInterruptedError):
+        transaction.train(data[6])
