@@ -31,10 +31,11 @@ class TestTheUpdateOfSixWeightsOfOneSize:
         assert not short
 
     def test_it_holds_less_than_keras_does(self, updates):
-        # What is made of all gradients or of all weights at once is there at once in both, give or take one.
-        at_once = {"clipnorm", "global_clipnorm", "clipvalue", "EMA", "LossScaleOptimizer"}
+        # Clipped gradients are all there at once in both, give or take one; averages of weights are Keras's own affair.
+        at_once = {"clipnorm", "global_clipnorm", "clipvalue", "LossScaleOptimizer"}
         assert not {name for name in at_once if updates[name]["used"] > updates[name]["by_keras"] + 1.01}
-        assert not {name for name in updates.keys() - at_once if updates[name]["used"] >= updates[name]["by_keras"]}
+        in_turn = updates.keys() - at_once - {"EMA"}
+        assert not {name for name in in_turn if updates[name]["used"] >= updates[name]["by_keras"]}
         # One weight after another: what all of them together take is not there at any moment.
         assert updates["RMSprop"]["by_keras"] > 12
         assert updates["RMSprop"]["used"] <= 6
