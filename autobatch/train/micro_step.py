@@ -10,10 +10,12 @@ import keras
 import tensorflow as tf
 
 from autobatch.train import keras_seams, metric_seams
+from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
 from autobatch.train.normalizer import Mode, Normalizer
 from autobatch.train.structure import cut
 from autobatch.train.traced import Traced
+from autobatch.trial.snapshot import CopiesBeside
 
 if TYPE_CHECKING:
     from autobatch.train.step import AccumulatedStep
@@ -31,6 +33,7 @@ class MicroStep:
         self._training = training
         self._compiled: Callable[..., Logs] = self._run
         self._count_compiled: Callable[..., Any] = self._run_counting
+        self._second_references: CopiesBeside | None = None
         self._logs: Logs = None
         self._averaged: list[bool] = []
         self._latest: list[Any] = []  # of the last micro-batch, where steps run eagerly
@@ -51,7 +54,15 @@ class MicroStep:
         return self._count_length
 
     def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
-        return self._compiled(leaves, fraction, totals)
+        if self._second_references is None:
+            return self._compiled(leaves, fraction, totals)
+        with tf.control_dependencies([self._second_references.keep()]):
+            return self._compiled(leaves, fraction, totals)
+
+    def release(self) -> None:
+        """Let go of what is held between micro-batches."""
+        if self._second_references is not None:
+            self._second_references.drop()
 
     def trace(self) -> None:
         """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
@@ -70,6 +81,11 @@ class MicroStep:
         self.graph = concrete.graph
         owner.watch(concrete, micro_step=True)
         owner.drop_unused_accumulators(self._training)
+        if owner.model.jit_compile:
+            # A step compiled by XLA that runs out of memory frees the buffers of the variables that it writes, although
+            # they stay the variables', unless there is a second reference (TensorFlow 2.21 on a CPU).
+            written = written_variables(concrete.graph, [*owner.variables, *owner.accumulators])
+            self._second_references = CopiesBeside(written)
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
 
     def look_at_losses(self) -> None:

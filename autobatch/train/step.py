@@ -169,6 +169,8 @@ class AccumulatedStep:
         for buffer in self._row_buffers.values():
             buffer.release()
         self._touched.forget(self._accumulator_variables())
+        if self._micro is not None:
+            self._micro.release()
         self._micro = self._accumulate = self._apply = None
         self._accumulators, self._row_buffers, self._captured = {}, {}, []
 

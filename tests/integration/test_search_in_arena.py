@@ -48,8 +48,11 @@ def test_what_is_found_was_run_and_is_not_reached_one_by_one(told):
 
 
 @pytest.mark.slow
-def test_a_whole_batch_that_runs_out_under_xla_leaves_the_weights_and_the_process_alive():
+@pytest.mark.parametrize(
+    ("steps", "expected"), [("whole", "['out_of_memory', 'fits'] True"), ("accumulated", "True True")]
+)
+def test_running_out_of_memory_under_xla_leaves_the_values_and_the_process_alive(steps, expected):
     script = SCRIPT.with_name("xla_trials.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, str(script), steps], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "['out_of_memory', 'fits'] True"
+    assert done.stdout.splitlines()[-1] == expected

@@ -1,8 +1,12 @@
-"""Run by the tests, in a process of its own: a trial of a whole batch under XLA runs out of memory, then one fits."""
+"""Run by the tests, in a process of its own: steps compiled by XLA that run out of memory, and what comes after.
+
+``python xla_trials.py whole|accumulated``
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")
 
@@ -11,26 +15,60 @@ import autobatch
 SAMPLES = 16_384
 
 
-def main():
-    autobatch.limit_memory("150MiB")
+def built():
     import keras
-    import numpy as np
-
-    from autobatch.records import TrialRequest
-    from autobatch.train import session
-    from autobatch.trial.in_process import LiveTrials
 
     keras.utils.set_random_seed(1)
     stack = [keras.Input((200,)), keras.layers.Dense(3000, activation="relu"), keras.layers.Dense(1)]
     model = keras.Sequential(stack)
     model.compile("adam", "mse", jit_compile=True)
-    x, y = np.ones((SAMPLES, 200), "float32"), np.ones((SAMPLES, 1), "float32")
+    return model
+
+
+def whole(x, y):
+    """A trial of a whole batch that does not fit, one that does, and the weights as before."""
+    from autobatch.records import TrialRequest
+    from autobatch.train import session
+    from autobatch.trial.in_process import LiveTrials
+
+    model = built()
     batches, _ = session.prepare_data(model, x, y, target_batch=SAMPLES, options={})
     trials = LiveTrials(model, batches, target_batch=SAMPLES, user_limit_bytes=None, headroom=0.0)
     before = [weight.tobytes() for weight in model.get_weights()]
     outcomes = [trials.run(TrialRequest(size)).outcome.value for size in (SAMPLES, 64)]
     trials.close()
     print(outcomes, [weight.tobytes() for weight in model.get_weights()] == before)
+
+
+def accumulated(x, y):
+    """Two updates of which the first runs out of memory, against the same with the smaller size from the start."""
+    import tensorflow as tf
+
+    from autobatch.train.recovery import Transaction
+    from autobatch.train.step import AccumulatedStep
+
+    batch = tf.constant(x), tf.constant(y)
+    spec = tf.data.Dataset.from_tensors(batch).element_spec
+    model, reference = built(), built()
+    transaction = Transaction(AccumulatedStep(model, spec), SAMPLES - 1, device="CPU:0", effective_batch=SAMPLES)
+    step = AccumulatedStep(reference, spec)
+    for _ in range(2):
+        transaction.train(batch)
+    for _ in range(2):
+        step.accumulate(batch, transaction.policy.micro_batch)
+        step.apply()
+    pairs = zip(model.get_weights(), reference.get_weights(), strict=True)
+    print(len(transaction.recoveries) > 0, all((left == right).all() for left, right in pairs))
+
+
+def main():
+    autobatch.limit_memory("150MiB")
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    x = random.normal(size=(SAMPLES, 200)).astype("float32")
+    y = random.normal(size=(SAMPLES, 1)).astype("float32")
+    {"whole": whole, "accumulated": accumulated}[sys.argv[1]](x, y)
 
 
 if __name__ == "__main__":
