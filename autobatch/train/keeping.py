@@ -7,8 +7,9 @@ update overwrites them, if the budget has room for that then. Where it has none,
 beside them, they are copied to the host before each step until :data:`PROVEN_UPDATES` updates have gone well, if they
 fit there: that takes time, but no device memory. From then on nothing is kept, for what an update needs does not change
 from one to the next. Where one micro-batch is the whole effective batch nothing is kept from then on either: keeping
-the weights would cost a small model more time than its step. But under XLA such a step's weights are always kept on the
-device: without a second reference to their buffers TensorFlow 2.21 loses them when the step runs out of memory.
+the weights would cost a small model more time than its step; unless there are several optimizers. But under XLA such a
+step's weights are always kept on the device: without a second reference to their buffers TensorFlow 2.21 loses them
+when the step runs out of memory.
 
 Trials take the same copies as training, so that what they prove is what training does.
 """
@@ -111,7 +112,8 @@ class Keeper:
             return Place.DEVICE
         if self._room is None:
             self._room = not self.ran_out_beside_copies and self._has_room()
-        if proven and (whole or not self._room):
+        # Where one optimizer has updated, another's forward and backward pass may still be to come.
+        if proven and (whole or not self._room) and not (whole and len(self._step.updating_optimizers) > 1):
             return Place.NOWHERE
         if self._room:
             return Place.DEVICE

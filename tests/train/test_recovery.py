@@ -339,3 +339,43 @@ def test_after_an_error_of_the_data_an_interrupted_update_is_still_noticed():
         transaction.train(batch)
     with pytest.raises(autobatch.UpdateInterruptedError):
         transaction.train(data[6])
+
+
+class TwoHalves(keras.Model):
+    """Two optimizers: the second one's forward pass comes after the first one's update."""
+
+    def __init__(self, too_many=never):
+        super().__init__()
+        self.one, self.other, self.hog = layers.Dense(8), layers.Dense(8), MemoryHog(too_many)
+        self.second = keras.optimizers.SGD(0.1)
+
+    def train_step(self, data):
+        x, _ = data
+        for layer, optimizer, inputs in ((self.one, self.optimizer, x), (self.other, self.second, self.hog(x))):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(layer(inputs) - 1.0))
+            gradients = tape.gradient(loss, layer.trainable_weights)
+            optimizer.apply_gradients(zip(gradients, layer.trainable_weights, strict=True))
+        return {"loss": loss}
+
+
+def test_between_two_optimizers_updates_of_the_whole_batch_running_out_is_rolled_back_once_they_are_proven():
+    data = batches() * 3
+
+    def built(*arguments):
+        keras.utils.set_random_seed(1)
+        model = TwoHalves(*arguments)
+        model.compile(keras.optimizers.Adam(0.01))
+        return model, AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+
+    model, step = built(AtCall(6))
+    transaction = Transaction(step, TARGET, device="CPU:0", effective_batch=TARGET)
+    for batch in data[:7]:
+        transaction.train(batch)
+    (recovery,) = transaction.recoveries
+    reference, step = built()
+    for batch in data[:6]:
+        step.plain(batch)
+    step.accumulate(data[6], recovery.micro_batch_after)
+    step.apply()
+    assert_same_bits(everything(model), everything(reference))
