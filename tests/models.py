@@ -30,6 +30,17 @@ def classifier(optimizer="sgd", loss=None, *, metrics=("accuracy",), extra=(), s
     return model
 
 
+class Subclassed(keras.Model):
+    """A model with a ``call`` of its own, not built before it has seen data."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(10)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
 def run_out_if(asked):
     """A scalar zero tensor whose making really runs out of memory (64 TiB) when ``asked()`` is true at that moment.
 

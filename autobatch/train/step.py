@@ -32,9 +32,8 @@ from autobatch.trial.snapshot import CopiesBeside, bytes_of, distinct
 class AccumulatedStep:
     """The compiled steps of one model on data of one structure.
 
-    ``element_spec`` describes a batch, whatever its size: a nest of type specs. Everything is traced at its first use.
-    ``effective_batch`` is the most samples in an update, where that is known: then the gradients of large embeddings
-    are kept as rows (:mod:`autobatch.train.sparse`).
+    ``element_spec`` describes a batch of any size, a nest of type specs. Everything is traced at its first use. With
+    ``effective_batch``, the most samples in an update, large embeddings' gradients are kept as rows.
     """
 
     def __init__(self, model: Any, element_spec: Any, *, effective_batch: int | None = None) -> None:
@@ -87,9 +86,8 @@ class AccumulatedStep:
 
     def update_has_begun(self) -> bool:
         """Whether the step that has just failed came as far as its update, so that weights may have changed."""
-        if self._ran_whole and self.copies is not None and not self.copies.are_of_failed_call:
-            return False
-        return self.update_room.has_begun()
+        not_reached = self._ran_whole and self.copies is not None and not self.copies.are_of_failed_call
+        return not not_reached and self.update_room.has_begun()
 
     @property
     def optimizers(self) -> tuple[Any, ...]:
@@ -149,8 +147,7 @@ class AccumulatedStep:
     @property
     def least_accumulator_bytes(self) -> int:
         """What the accumulators will take at the least; known before anything is traced."""
-        tables = self._possible_tables()
-        return bytes_of(self.model.trainable_variables) - bytes_of(tables)
+        return bytes_of(self.model.trainable_variables) - bytes_of(self._possible_tables())
 
     @property
     def micro_graph(self) -> tf.Graph | None:

@@ -374,10 +374,8 @@ class LiveTrials:
 
     def _save(self) -> None:
         """Copy what was not copied before; called once everything is traced and nothing has run."""
-        if not tf.executing_eagerly():
-            return  # what a trace has found is copied when the trace has ended
         new = [variable for variable in self.step.variables if id(variable) not in self._saved]
-        if new:
+        if new and tf.executing_eagerly():  # what a trace has found is copied when the trace has ended
             self._snapshots.append(Snapshot.on_host(new))
             self._saved.update(id(variable) for variable in new)
 

@@ -9,7 +9,7 @@ import keras
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from models import SAMPLES, arrays, classifier
+from models import SAMPLES, Subclassed, arrays, classifier
 
 import autobatch
 
@@ -276,14 +276,6 @@ def test_nothing_is_said_of_a_loop_with_a_loss_of_keras_and_a_metric(loss_of):
 
 
 def test_what_an_eager_models_first_micro_batch_shows_is_said_then():
-    class Subclassed(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(10)
-
-        def call(self, inputs):
-            return self.dense(inputs)
-
     model = Subclassed()
     model.compile("sgd", lambda y, predicted: ops.mean(ops.square(predicted)), run_eagerly=True)
     (said,) = said_in_fit(model)

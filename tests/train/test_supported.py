@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from keras.src.losses import loss as loss_module
-from models import arrays, classifier, relative_error
+from models import Subclassed, arrays, classifier, relative_error
 
 import autobatch
 from autobatch.memory import limits
@@ -99,14 +99,6 @@ def test_the_accumulators_memory_is_given_back():
 
 
 def test_an_unbuilt_eager_model_is_not_searched():
-    class Subclassed(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(10)
-
-        def call(self, inputs):
-            return self.dense(inputs)
-
     model = Subclassed()
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), run_eagerly=True)
     with pytest.raises(ValueError, match="runs eagerly and is not built yet.*Received: Subclassed"):
