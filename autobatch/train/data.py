@@ -103,7 +103,8 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None
         self._warned_of_padding = False
-        self._uses = (*copied, *self._pipeline_uses(validation_data))
+        self._uses_to_come = self._pipeline_uses(validation_data)
+        self._uses = (*copied, *self._uses_to_come)
         if not warned:
             data_host.warn_if_short(self._uses, host)
 
@@ -189,6 +190,10 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
     def host_uses(self) -> tuple[HostUse, ...]:
         """What the input pipeline and that of validation will hold in host memory, at the least, by name."""
         return self._uses
+
+    def uses_to_come(self) -> tuple[HostUse, ...]:
+        """What of that is held only once training has begun: all but the copies of arrays."""
+        return self._uses_to_come
 
     def _pipeline_uses(self, validation_data: Any) -> tuple[HostUse, ...]:
         sample_bytes = self._sample_bytes()

@@ -89,6 +89,10 @@ class OneBatch:
         """Nothing: the pipeline is the user's own loop."""
         return ()
 
+    def uses_to_come(self) -> tuple[HostUse, ...]:
+        """Nothing, for the same reason."""
+        return ()
+
     def look(self) -> Any:
         """The batch."""
         return self._data

@@ -13,6 +13,8 @@ import functools
 import hashlib
 import json
 import logging
+import os
+import platform
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from autobatch.memory import arena, limits
 from autobatch.train import keras_seams
 from autobatch.train.loop import LoopModel
 
@@ -27,6 +30,9 @@ logger = logging.getLogger("autobatch")
 
 _LIBRARIES = ("keras", "tensorflow", "autobatch", "builtins", "abc", "typing", "collections")
 """Classes of these packages are known by their versions; the code of all others counts."""
+
+_CHANGE_MEMORY = ("TF_ENABLE_ONEDNN_OPTS", "TF_GPU_ALLOCATOR", "TF_XLA_FLAGS", "XLA_FLAGS")
+"""Environment variables that change what a step needs."""
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
 _DEEPEST = 30
@@ -42,6 +48,16 @@ def content_digest(model: Any, sample: Iterable[object], surroundings: Mapping[s
         parts = (_class_name(type(model)), *_variables(model), *sample, *sorted(surroundings.items()))
         text = "\n".join(map(str, parts))
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def surroundings_of(device: str, user_limit_bytes: int | None) -> dict[str, object]:
+    """The device's name, the limits that somebody set, and what else of the process changes what a step needs."""
+    return {
+        "device_name": limits.tensorflow_device_name(device) or platform.machine(),
+        "user_limit_bytes": user_limit_bytes,
+        "arena_limit_bytes": arena.arena_limit_bytes(device),
+        **{name: os.environ.get(name) for name in _CHANGE_MEMORY},
+    }
 
 
 def _content(model: Any, sample: Iterable[object], surroundings: Mapping[str, object]) -> dict[str, object]:

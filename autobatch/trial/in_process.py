@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import platform
 import statistics
 import time
@@ -41,16 +40,13 @@ from autobatch.train.recovery import CAUGHT
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import Structure
 from autobatch.trial import estimate, intruders
-from autobatch.trial.content import content_digest
-from autobatch.trial.sample import Data, Sample
+from autobatch.trial.content import content_digest, surroundings_of
+from autobatch.trial.sample import Data, Sample, StandIn
 from autobatch.trial.snapshot import Snapshot, bytes_of
 from autobatch.units import format_bytes
 
 ENOUGH_SECONDS = 4.0
 """Once a trial's steps have taken this long, one timed repeat is precise enough."""
-
-_CHANGE_MEMORY = ("TF_ENABLE_ONEDNN_OPTS", "TF_GPU_ALLOCATOR", "TF_XLA_FLAGS", "XLA_FLAGS")
-"""Environment variables that change what a step needs."""
 
 
 class LiveTrials:
@@ -90,6 +86,7 @@ class LiveTrials:
         if self.device.startswith("CPU"):
             arena.reserve_in_one_piece()
         self._sample = Sample(batches)
+        self._pipeline = StandIn(batches, self.device, target_batch=target_batch)
         self.host_uses = batches.host_uses()
         self.step = self._make_step(model, batches.element_spec, target_batch)
         self.step.on_optimizer_found = self._save
@@ -143,12 +140,7 @@ class LiveTrials:
         return self._content[1]
 
     def _digest(self) -> str:
-        surroundings = {
-            "device_name": limits.tensorflow_device_name(self.device) or platform.machine(),
-            "user_limit_bytes": self._user_limit_bytes,
-            "arena_limit_bytes": arena.arena_limit_bytes(self.device),
-            **{name: os.environ.get(name) for name in _CHANGE_MEMORY},
-        }
+        surroundings = surroundings_of(self.device, self._user_limit_bytes)
         return content_digest(self._model, self._sample.describe(), surroundings)
 
     def require_no_clock(self, max_seconds: float | None) -> None:
@@ -192,7 +184,7 @@ class LiveTrials:
     def _fixed_bytes(self) -> int:
         """A lower bound on every peak: what is held already, weights and slots among it, and the accumulators."""
         slots = sum(bytes_of(optimizer.variables) for optimizer in self.step.optimizers)
-        held = limits.bytes_in_use(self.device) or 0
+        held = (limits.bytes_in_use(self.device) or 0) + self._pipeline.held_bytes
         return max(held, bytes_of(self._model.variables) + slots) + self.step.least_accumulator_bytes
 
     def _look_around(self) -> Environment:
@@ -253,6 +245,7 @@ class LiveTrials:
         if self.step.prepare(whole=whole):
             self.keeper.forget()
         self._save()
+        self._pipeline.hold()
         limits.reset_peak(self.device)
         held = limits.bytes_in_use(self.device)
         timed = self._time_plain(request) if whole else self._time_accumulated(request)
@@ -385,6 +378,7 @@ class LiveTrials:
             snapshot.restore()
             snapshot.drop()
         self._snapshots, self._saved = [], set()
+        self._pipeline.drop()
         self.step.on_optimizer_found = lambda: None
         gc.collect()
 

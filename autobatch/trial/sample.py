@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from autobatch.memory import arena
 from autobatch.records import HostUse
 from autobatch.train.structure import Structure, repeat_to, row_sizes, sample_count
 
@@ -32,6 +33,10 @@ class Data(Protocol):
 
     def host_uses(self) -> tuple[HostUse, ...]:
         """What these data will hold in host memory while they are trained on."""
+        ...
+
+    def uses_to_come(self) -> tuple[HostUse, ...]:
+        """What of that they do not hold yet."""
         ...
 
     def look(self) -> Any:
@@ -68,6 +73,38 @@ class Sample:
         """A batch of ``samples`` of them, in the structure that ``train_step`` takes, on the host."""
         with tf.device("CPU:0"):
             return self.structure.pack([repeat_to(leaf, samples) for leaf in self.leaves])
+
+
+class StandIn:
+    """Holds, while trials run, as much as the input pipeline will hold beside training's steps in a CPU's arena.
+
+    There the batches that wait are in the memory that the steps need. On a GPU they wait on the host, and without an
+    arena nothing is limited by what this process takes; so nothing is held then, nor where nothing is to be trained.
+    """
+
+    def __init__(self, batches: Data, device: str, *, target_batch: int | None) -> None:
+        shared = target_batch is not None and device.startswith("CPU") and arena.arena_limit_bytes(device) is not None
+        self._sizes = [use.held_bytes for use in batches.uses_to_come()] if shared else []
+        self._held: list[Any] = []
+
+    @property
+    def held_bytes(self) -> int:
+        """What is or will be held."""
+        return sum(self._sizes)
+
+    def hold(self) -> None:
+        """Hold it, from the first call on.
+
+        Raises:
+            ResourceExhaustedError: it does not fit.
+        """
+        if not self._held:
+            with tf.device("CPU:0"):
+                self._held = [tf.zeros([size], tf.uint8) for size in self._sizes]
+
+    def drop(self) -> None:
+        """Hold it no longer: training may begin."""
+        self._held = []
 
 
 def _longest_only(leaves: list[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import autobatch
 
 LIMIT = "144MiB"
+SEARCHES = 3
 
 
 def build():
@@ -29,6 +30,7 @@ def main():
     import numpy as np
 
     from autobatch import api
+    from autobatch.memory import limits
     from autobatch.records import TrialRequest
 
     model = build()
@@ -41,14 +43,32 @@ def main():
         result = trials.run(TrialRequest(size, timed_steps=0))
         measured[size] = {name: getattr(result, name) for name in fields}
     trials.close()
-    report = autobatch.tune(model, x, y, headroom=0.0)
+    trials.step.release_accumulators()
+    reports = [autobatch.tune(model, x, y, headroom=0.0, cache=False) for _ in range(SEARCHES)]
+
+    # Three effective batches of 400 samples, 6,912 bytes and a label each, will be under way in training.
+    trials = api.open_trials(model, x, y, target_batch=400, memory_limit_bytes=None, headroom=0.0)
+    hint = trials.fixed_bytes_hint
+    result = trials.run(TrialRequest(64, timed_steps=0))
+    held = limits.bytes_in_use("CPU:0")
+    trials._pipeline.drop()
+    beside = held - limits.bytes_in_use("CPU:0")
+    trials.close()
+    waiting = {
+        "expected": 3 * 400 * (24 * 24 * 3 * 4 + 4),
+        "told": sum(use.held_bytes for use in trials.host_uses if "effective batches" in use.name),
+        "beside_trials": beside,
+        "hint": hint,
+        "peak": result.peak_bytes,
+    }
     print(
         json.dumps(
             {
                 "estimate": asdict(estimate),
                 "measured": measured,
-                "found": report.largest_fit,
-                "trials": [[trial.micro_batch, trial.fits] for trial in report.trials],
+                "waiting": waiting,
+                "found": [report.largest_fit for report in reports],
+                "trials": [[[trial.micro_batch, trial.fits] for trial in report.trials] for report in reports],
             }
         )
     )
