@@ -77,8 +77,9 @@ class MemorySample:
 
     ``fit`` counts the trainings that the same watch has seen, ``epoch`` is Keras's, both from 0. ``device_bytes`` is
     what TensorFlow's allocator holds on a GPU or in a limited CPU arena, ``device_peak_bytes`` the most that it held;
-    ``host_bytes`` what of the process is in the host's memory. ``traces`` is by how many the TensorFlow functions in
-    memory grew over the epoch. Each is None where it is not known.
+    ``host_bytes`` what of the process is in the host's memory. ``traces`` is by how many the TensorFlow functions that
+    this training has made and that are in memory grew over the epoch, 0 where they became fewer. Each is None where it
+    is not known.
     """
 
     fit: int

@@ -73,6 +73,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         self._device: str | None = None
         self._fit = -1
         self._epochs_seen = 0
+        self._functions_before: set[str] | None = None
         self._functions: int | None = None
         self._epochs: dict[str, Evidence] = {}
         self._fits = self._no_evidence()
@@ -83,7 +84,8 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         self._epochs_seen = 0
         device = limits.default_device()
         self._device = device if device.startswith("GPU") or arena.arena_limit_bytes(device) is not None else None
-        self._functions = alive.function_count()
+        self._functions_before = alive.live_functions()
+        self._functions = 0
         if self._device is not None:
             limits.reset_peak(self._device)  # what a search tried before is not what this training needs
         self._epochs = self._no_evidence()
@@ -109,15 +111,20 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
             self._consider(self._fits, last, per="fit", step=self._fit + 1, last_step=None)
 
     def _sample(self, epoch: int) -> MemorySample:
-        before, self._functions = self._functions, alive.function_count()
+        before, self._functions = self._functions, self._count_functions()
         return MemorySample(
             fit=self._fit,
             epoch=epoch,
             device_bytes=self._level("device"),
             device_peak_bytes=None if self._device is None else limits.peak_bytes(self._device),
             host_bytes=self._level("host"),
-            traces=None if before is None or self._functions is None else self._functions - before,
+            traces=None if before is None or self._functions is None else max(self._functions - before, 0),
         )
+
+    def _count_functions(self) -> int | None:
+        """How many functions of this training there are: those of another one may be freed at any moment."""
+        functions, before = alive.live_functions(), self._functions_before
+        return None if functions is None or before is None else len(functions - before)
 
     def _consider(
         self, places: dict[str, Evidence], sample: MemorySample, *, per: str, step: int, last_step: int | None

@@ -79,7 +79,8 @@ def retracing():
             self.step += 1
             penalty(self.model.layers[0].kernel, self.step)
 
-    return Penalised()
+    KEPT.append(penalised := Penalised())
+    return penalised
 
 
 def retraced():
@@ -104,7 +105,7 @@ def kept_on_model():
             self.batch_losses.append(logs["loss"] * tf.ones([LEAK_MIB // 4 * MIB_FLOATS]))
             return logs
 
-    model = Classifier()
+    KEPT.append(model := Classifier())
     model.compile("sgd", "mse", run_eagerly=True)
     return watched(model=model, batch_size=SAMPLES // 4)
 
@@ -477,6 +478,30 @@ def test_what_is_private_in_tensorflow_is_where_it_was(keras):
     kept = [tf.data.Dataset.range(3).cache(), tf.data.Dataset.range(3).cache("/tmp/never-written")]
     assert alive.census().memory_caches == caches + 1
     del kept
+
+
+def test_what_other_trainings_leave_to_be_freed_is_not_counted(keras):
+    import tensorflow as tf
+
+    from autobatch.train import alive
+    from autobatch.train.watch import MemoryWatch
+
+    left = tf.function(lambda x: x + 1)
+    left(1), left(2)
+    watch = MemoryWatch(look_for_cause=False)
+    watch.set_params({"epochs": 3})
+    watch.on_train_begin()
+    there = alive.live_functions()
+    del left
+    gc.collect()
+    assert len(there - alive.live_functions()) >= 2
+    own = tf.function(lambda x: x + 2)
+    own(1)
+    watch.on_epoch_end(0)
+    del own
+    gc.collect()
+    watch.on_epoch_end(1)
+    assert [sample.traces for sample in watch.samples] == [1, 0]
 
 
 def test_an_epoch_costs_next_to_nothing(keras):
