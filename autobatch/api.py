@@ -108,7 +108,7 @@ def fit(
             trials.close()
     else:
         why = "no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup"
-        given = min(chosen or known or 1, -(-effective // trials.replicas))
+        given = min(chosen or (known.planned if known else 1), -(-effective // trials.replicas))
         report = unsearched(trials, given, effective, why)
     say_what_differs(report)
     return session.train(
@@ -120,6 +120,7 @@ def fit(
         user_limit_bytes=limit_bytes,
         options=options,
         memory_watch=memory_watch,
+        begin_at=known.micro_batch if known and chosen is None else None,
         lengths=trials.length_rule(report),
         keeper=trials.keeper,
         agreement=agreement,

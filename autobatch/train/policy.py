@@ -39,13 +39,16 @@ def evened(micro_batch: int, samples: int) -> int:
 
 
 class MicroBatchPolicy:
-    """The state behind the rules above; ``micro_batch`` is the size that the next step uses."""
+    """The state behind the rules above; ``micro_batch`` is the size that the next step uses.
 
-    def __init__(self, ceiling: int) -> None:
+    ``begin_at`` is the first, where a training before this one had to go below the ceiling.
+    """
+
+    def __init__(self, ceiling: int, *, begin_at: int | None = None) -> None:
         if ceiling < 1:
             raise ValueError(f"ceiling must be at least 1. Received: {ceiling!r}")
         self.ceiling = ceiling
-        self.micro_batch = ceiling
+        self.micro_batch = ceiling if begin_at is None else max(1, min(begin_at, ceiling))
         self._samples = 1  # of the largest effective batch so far
         self._good_steps = 0  # at this size
         self._calm_steps = 0  # since the last failure

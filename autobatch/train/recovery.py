@@ -71,7 +71,8 @@ class Transaction:
 
     Args:
         step: the model's compiled steps.
-        micro_batch: the size to begin with, proven or chosen.
+        micro_batch: the largest size to use, proven or chosen.
+        begin_at: the size to begin with, if that is another one.
         effective_batch: samples in all updates but an epoch's last; None where batches may have any size.
         device: TensorFlow's name of the device, such as "GPU:0".
         memory_model: predicts the peak; picks the next size after a failure.
@@ -86,6 +87,7 @@ class Transaction:
         micro_batch: int,
         *,
         device: str,
+        begin_at: int | None = None,
         effective_batch: int | None = None,
         memory_model: MemoryModel | None = None,
         lengths: LengthRule | None = None,
@@ -94,8 +96,8 @@ class Transaction:
         headroom: float = 0.0,
     ) -> None:
         self.recoveries: list[Recovery] = []
-        self.policy = MicroBatchPolicy(micro_batch)
-        self._validation_policy = MicroBatchPolicy(micro_batch)
+        self.policy = MicroBatchPolicy(micro_batch, begin_at=begin_at)
+        self._validation_policy = MicroBatchPolicy(micro_batch, begin_at=begin_at)
         self._step = step
         self._keeper = keeper or Keeper(step, device, user_limit_bytes=user_limit_bytes, headroom=headroom)
         self._good_updates = 0

@@ -37,8 +37,8 @@ def callbacks_for(given: Any, plan: Plan, transaction: Transaction, *, model: An
     return resume.callbacks_for(given, plan, transaction, strategy=strategy, agreement=agreement)
 
 
-def remembered(options: dict[str, Any], agreement: Alone, *, target_batch: int, replicas: int) -> int | None:
-    """The micro-batch that an earlier run of this training kept beside its backup."""
+def remembered(options: dict[str, Any], agreement: Alone, *, target_batch: int, replicas: int) -> resume.Kept | None:
+    """What an earlier run of this training kept beside its backup."""
     return resume.remembered(options.get("callbacks"), agreement, target_batch=target_batch, replicas=replicas)
 
 

@@ -82,11 +82,15 @@ def train(
     user_limit_bytes: int | None,
     options: dict[str, Any],
     memory_watch: bool,
+    begin_at: int | None = None,
     lengths: LengthRule | None = None,
     keeper: Keeper | None = None,
     agreement: Alone | None = None,
 ) -> Any:
-    """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``."""
+    """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``.
+
+    ``begin_at`` is the micro-batch to begin with, where a run before this one had to go below the plan's.
+    """
     plan = report.plan
     assert plan is not None
     transaction = scaling.open_transaction(
@@ -94,6 +98,7 @@ def train(
         plan.micro_batch,
         agreement=agreement or Alone(),
         device=device,
+        begin_at=begin_at,
         effective_batch=plan.effective_batch,
         memory_model=report.memory_model,
         lengths=lengths,

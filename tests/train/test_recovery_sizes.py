@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from itertools import accumulate
 
@@ -137,6 +138,28 @@ def test_after_one_failure_it_grows_back_to_the_ceiling():
     assert len(history.recoveries) == 1
     expected = replayed(stateful(), cut(2 * TARGET) * (len(sizes) // 2), sizes)
     assert_same_bits(without_metrics(everything(model)), without_metrics(expected))
+
+
+def test_after_a_restart_it_begins_below_the_plan_and_grows_back_to_it(tmp_path):
+    class Die(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    options = {"target_batch": TARGET, "shuffle": False, "verbose": 0, "epochs": PATIENCE}
+    runs = []
+    for too_many, callbacks, given in ((AtCall(4), [Die()], {"micro_batch": MICRO}), (lambda _: False, [], {})):
+        noting = Noting(too_many)
+        callbacks.append(keras.callbacks.BackupAndRestore(str(tmp_path / "backup")))
+        with contextlib.suppress(KeyboardInterrupt):
+            history = autobatch.fit(
+                stateful(MemoryHog(noting)), *arrays(samples=2 * TARGET), callbacks=callbacks, **options, **given
+            )
+        runs.append(noting.sizes())
+    assert runs[0] == [MICRO] * 2 + [11] * 2
+    assert runs[1] == [11] * PATIENCE + [MICRO] * (2 * (PATIENCE - 2) - PATIENCE)
+    assert history.plan.micro_batch == MICRO
+    assert history.report.trials == ()
 
 
 def test_a_size_that_fails_twice_is_not_tried_again():
