@@ -25,6 +25,8 @@ from autobatch.records import HostUse
 from autobatch.train import data_arrays, data_cut, data_host, data_seams, keras_seams
 from autobatch.train.structure import Structure
 
+_BATCHES_UNDER_WAY = 1 + data_host.AUTOTUNED_PREFETCH
+
 EMPTY = "dataset is empty, so that there is nothing to train on. Give at least one sample. Received: "
 
 
@@ -103,8 +105,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None
         self._warned_of_padding = False
-        self._uses_to_come = self._pipeline_uses(validation_data)
-        self._uses = (*copied, *self._uses_to_come)
+        self._uses = (*copied, *self._pipeline_uses(validation_data))
         if not warned:
             data_host.warn_if_short(self._uses, host)
 
@@ -191,15 +192,20 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         """What the input pipeline and that of validation will hold in host memory, at the least, by name."""
         return self._uses
 
-    def uses_to_come(self) -> tuple[HostUse, ...]:
-        """What of that is held only once training has begun: all but the copies of arrays."""
-        return self._uses_to_come
+    def bytes_to_come(self, samples: int) -> int:
+        """What effective batches under way will take besides ``samples`` that are on the device already.
+
+        None where the data have begun to be read, so that these batches are there.
+        """
+        if self._pending is not None:
+            return 0
+        batches = _BATCHES_UNDER_WAY * self.target_batch - min(samples, self.target_batch)
+        return batches * self._sample_bytes()
 
     def _pipeline_uses(self, validation_data: Any) -> tuple[HostUse, ...]:
         sample_bytes = self._sample_bytes()
-        in_flight = 1 + data_host.AUTOTUNED_PREFETCH
-        effective_bytes = in_flight * self.target_batch * sample_bytes
-        uses = [HostUse(f"{in_flight} effective batches of {self.target_batch} samples", effective_bytes)]
+        name = f"{_BATCHES_UNDER_WAY} effective batches of {self.target_batch} samples"
+        uses = [HostUse(name, _BATCHES_UNDER_WAY * self.target_batch * sample_bytes)]
         if data_seams.is_dataset_adapter(self._inner):
             uses += data_host.uses_of_dataset(self._source, sample_bytes=sample_bytes)
         if data_seams.py_dataset_of(self._inner) is not None:

@@ -89,9 +89,9 @@ class OneBatch:
         """Nothing: the pipeline is the user's own loop."""
         return ()
 
-    def uses_to_come(self) -> tuple[HostUse, ...]:
-        """Nothing, for the same reason."""
-        return ()
+    def bytes_to_come(self, samples: int) -> int:
+        """None, for the same reason."""
+        return 0
 
     def look(self) -> Any:
         """The batch."""

@@ -184,7 +184,7 @@ class LiveTrials:
     def _fixed_bytes(self) -> int:
         """A lower bound on every peak: what is held already, weights and slots among it, and the accumulators."""
         slots = sum(bytes_of(optimizer.variables) for optimizer in self.step.optimizers)
-        held = (limits.bytes_in_use(self.device) or 0) + self._pipeline.held_bytes
+        held = (limits.bytes_in_use(self.device) or 0) + self._pipeline.least_bytes
         return max(held, bytes_of(self._model.variables) + slots) + self.step.least_accumulator_bytes
 
     def _look_around(self) -> Environment:
@@ -245,7 +245,7 @@ class LiveTrials:
         if self.step.prepare(whole=whole):
             self.keeper.forget()
         self._save()
-        self._pipeline.hold()
+        self._pipeline.hold(request.micro_batch * (1 if whole else 2))
         limits.reset_peak(self.device)
         held = limits.bytes_in_use(self.device)
         timed = self._time_plain(request) if whole else self._time_accumulated(request)

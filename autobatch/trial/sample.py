@@ -35,8 +35,8 @@ class Data(Protocol):
         """What these data will hold in host memory while they are trained on."""
         ...
 
-    def uses_to_come(self) -> tuple[HostUse, ...]:
-        """What of that they do not hold yet."""
+    def bytes_to_come(self, samples: int) -> int:
+        """What effective batches under way will take in training besides ``samples`` of them."""
         ...
 
     def look(self) -> Any:
@@ -76,35 +76,34 @@ class Sample:
 
 
 class StandIn:
-    """Holds, while trials run, as much as the input pipeline will hold beside training's steps in a CPU's arena.
+    """Holds, while trials run, as much as effective batches under way will take beside training's steps in an arena.
 
-    There the batches that wait are in the memory that the steps need. On a GPU they wait on the host, and without an
-    arena nothing is limited by what this process takes; so nothing is held then, nor where nothing is to be trained.
+    In a CPU's arena they are in the memory that the steps need. On a GPU they wait on the host, and without an arena
+    nothing is limited by what this process takes; so nothing is held then, nor where nothing is to be trained. What
+    the user's own pipeline buffers is left out: it may be held already.
     """
 
     def __init__(self, batches: Data, device: str, *, target_batch: int | None) -> None:
         shared = target_batch is not None and device.startswith("CPU") and arena.arena_limit_bytes(device) is not None
-        self._sizes = [use.held_bytes for use in batches.uses_to_come()] if shared else []
-        self._held: list[Any] = []
+        self._batches = batches if shared else None
+        self.least_bytes = 0 if self._batches is None else self._batches.bytes_to_come(target_batch or 0)
+        self._held: Any = None
 
-    @property
-    def held_bytes(self) -> int:
-        """What is or will be held."""
-        return sum(self._sizes)
-
-    def hold(self) -> None:
-        """Hold it, from the first call on.
+    def hold(self, samples: int) -> None:
+        """Hold it beside a trial on so many samples, until the next one.
 
         Raises:
             ResourceExhaustedError: it does not fit.
         """
-        if not self._held:
+        self.drop()
+        size = 0 if self._batches is None else self._batches.bytes_to_come(samples)
+        if size:
             with tf.device("CPU:0"):
-                self._held = [tf.zeros([size], tf.uint8) for size in self._sizes]
+                self._held = tf.zeros([size], tf.uint8)
 
     def drop(self) -> None:
         """Hold it no longer: training may begin."""
-        self._held = []
+        self._held = None
 
 
 def _longest_only(leaves: list[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ import autobatch
 
 LIMIT = "144MiB"
 SEARCHES = 3
+SAMPLE_BYTES = 24 * 24 * 3 * 4 + 4
 
 
 def build():
@@ -46,7 +47,8 @@ def main():
     trials.step.release_accumulators()
     reports = [autobatch.tune(model, x, y, headroom=0.0, cache=False) for _ in range(SEARCHES)]
 
-    # Three effective batches of 400 samples, 6,912 bytes and a label each, will be under way in training.
+    # Three effective batches of 400 samples, 6,912 bytes and a label each, will be under way in training. A trial has
+    # two micro-batches of them.
     trials = api.open_trials(model, x, y, target_batch=400, memory_limit_bytes=None, headroom=0.0)
     hint = trials.fixed_bytes_hint
     result = trials.run(TrialRequest(64, timed_steps=0))
@@ -55,7 +57,9 @@ def main():
     beside = held - limits.bytes_in_use("CPU:0")
     trials.close()
     waiting = {
-        "expected": 3 * 400 * (24 * 24 * 3 * 4 + 4),
+        "three_batches": 3 * 400 * SAMPLE_BYTES,
+        "beside_two_micro_batches": (3 * 400 - 2 * 64) * SAMPLE_BYTES,
+        "least": 2 * 400 * SAMPLE_BYTES,
         "told": sum(use.held_bytes for use in trials.host_uses if "effective batches" in use.name),
         "beside_trials": beside,
         "hint": hint,

@@ -41,9 +41,9 @@ def test_a_trial_tells_what_was_held_and_what_the_samples_needed(told):
 @pytest.mark.slow
 def test_the_batches_that_will_wait_in_the_arena_are_held_beside_the_trials(told):
     waiting = told["waiting"]
-    assert waiting["told"] == waiting["expected"]
-    assert abs(waiting["beside_trials"] - waiting["expected"]) < 1 << 18
-    assert waiting["expected"] < waiting["hint"] <= waiting["peak"]
+    assert waiting["told"] == waiting["three_batches"]
+    assert abs(waiting["beside_trials"] - waiting["beside_two_micro_batches"]) < 1 << 18
+    assert waiting["least"] < waiting["hint"] <= waiting["peak"]
 
 
 @pytest.mark.slow
