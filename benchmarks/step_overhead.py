@@ -1,9 +1,11 @@
 """What a step costs: autobatch against plain Keras and against Keras's own gradient accumulation, time and memory.
 
-``python benchmarks/step_overhead.py [--output results/step_overhead.json] [--repeats 15]``
+``python benchmarks/step_overhead.py [--output results/step_overhead.json] [--repeats 21]``
 
 Time is that of a whole epoch of ``fit`` over the same samples, callbacks and data pipeline included, the competitors
 taking turns, now in one order, now in the other, so that a busy machine is busy for all; medians of at least 7 turns.
+The same model, built again, may be faster or slower by a third, where its buffers happen to lie: so each competitor has
+three, which take turns as well.
 "Passes" is the floor under every accumulation: the same forward and backward passes in a compiled loop, with nothing
 added up, no metrics, no update and no ``fit``.
 
@@ -28,7 +30,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 MODELS = ("dense", "cnn", "transformer")
 ACCUMULATION_STEPS = (1, 4, 16)
-UPDATES_IN_AN_EPOCH = {"dense": 32, "cnn": 4, "transformer": 4}
+TIMES_BUILT = 3
+UPDATES_IN_AN_EPOCH = {"dense": 32, "cnn": 16, "transformer": 16}
 
 
 def build(name: str, accumulation_steps: int | None = None):
@@ -69,15 +72,19 @@ def build(name: str, accumulation_steps: int | None = None):
     return model, samples, micro_batch
 
 
-def seconds_in_turns(contestants: dict, repeats: int) -> dict[str, float]:
-    """The median seconds of each, one turn of each after another; two turns beforehand are not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats + 2):
-        names = list(contestants) if turn % 2 else list(reversed(contestants))
-        for name in names:
+def seconds_in_turns(contestants: list[dict], repeats: int) -> dict[str, float]:
+    """The median seconds of each, one turn of each after another; two turns of each model beforehand are not counted.
+
+    ``contestants`` holds the same names once for each time that the models were built.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in contestants[0]}
+    beforehand = 2 * len(contestants)
+    for turn in range(repeats + beforehand):
+        epochs = contestants[turn % len(contestants)]
+        for name in list(epochs) if turn // len(contestants) % 2 else list(reversed(epochs)):
             start = time.perf_counter()
-            contestants[name]()
-            if turn >= 2:
+            epochs[name]()
+            if turn >= beforehand:
                 taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in taken.items()}
 
@@ -131,9 +138,15 @@ class Ours:
 
 
 def time_one(name: str, steps: int, repeats: int) -> dict[str, float]:
-    model, samples, micro_batch = build(name)
+    _, samples, micro_batch = build(name)
+    x, y = samples(steps * micro_batch * max(1, UPDATES_IN_AN_EPOCH[name] * 4 // steps))
+    return seconds_in_turns([contestants_for(name, steps, micro_batch, x, y) for _ in range(TIMES_BUILT)], repeats)
+
+
+def contestants_for(name: str, steps: int, micro_batch: int, x, y) -> dict:
+    """An epoch of each competitor, with models of their own."""
     target = steps * micro_batch
-    x, y = samples(target * max(1, UPDATES_IN_AN_EPOCH[name] * 4 // steps))
+    model, _, _ = build(name)
     ours = Ours(name, target, micro_batch, x, y)
     contestants = {
         "autobatch": ours.epoch,
@@ -145,7 +158,7 @@ def time_one(name: str, steps: int, repeats: int) -> dict[str, float]:
             x, y, batch_size=micro_batch, shuffle=False, verbose=0
         )
     contestants["passes"] = passes_alone(name, target, micro_batch, x, y)
-    return seconds_in_turns(contestants, repeats)
+    return contestants
 
 
 def peaks_of(name: str, steps: int) -> dict[str, float]:
@@ -196,7 +209,7 @@ def peaks_of(name: str, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--peaks", nargs=2, metavar=("MODEL", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
