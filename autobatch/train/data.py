@@ -199,8 +199,9 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         """
         if self._pending is not None:
             return 0
-        batches = _BATCHES_UNDER_WAY * self.target_batch - min(samples, self.target_batch)
-        return batches * self._sample_bytes()
+        most = self.target_batch if self.sample_limit is None else min(self.target_batch, self.sample_limit)
+        batches = min(_BATCHES_UNDER_WAY, self.num_batches or _BATCHES_UNDER_WAY)
+        return (batches * most - min(samples, most)) * self._sample_bytes()
 
     def _pipeline_uses(self, validation_data: Any) -> tuple[HostUse, ...]:
         sample_bytes = self._sample_bytes()

@@ -9,6 +9,7 @@ search relies on, and no micro-batch of the samples seen needs more. Nothing is 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,7 +87,7 @@ class StandIn:
     def __init__(self, batches: Data, device: str, *, target_batch: int | None) -> None:
         shared = target_batch is not None and device.startswith("CPU") and arena.arena_limit_bytes(device) is not None
         self._batches = batches if shared else None
-        self.least_bytes = 0 if self._batches is None else self._batches.bytes_to_come(target_batch or 0)
+        self.least_bytes = 0 if self._batches is None else self._batches.bytes_to_come(sys.maxsize)
         self._held: Any = None
 
     def hold(self, samples: int) -> None:

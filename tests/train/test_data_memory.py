@@ -204,6 +204,23 @@ def uses_of(*data, target=16, **options):
     return {use.name: use.held_bytes for use in batches.host_uses()}
 
 
+def test_effective_batches_to_come_are_those_that_are_not_there_yet():
+    x, y = np.zeros((100, 6), "float32"), np.zeros(100, "int64")
+    sample_bytes = 6 * 4 + 8
+
+    def to_come(data, target, samples):
+        batches, _ = session.prepare_data(classifier(), data, None, target_batch=target, options={"shuffle": False})
+        batches.look()
+        return batches.bytes_to_come(samples)
+
+    assert to_come((x, y), 16, 5) == (3 * 16 - 5) * sample_bytes
+    assert to_come((x, y), 16, sys.maxsize) == 2 * 16 * sample_bytes
+    assert to_come((x, y), 64, 64) == 64 * sample_bytes  # two in an epoch
+    assert to_come((x, y), 128, 40) == 60 * sample_bytes
+    assert to_come((x, y), 128, 200) == 0
+    assert to_come(((x[i : i + 8], y[i : i + 8]) for i in range(0, 96, 8)), 16, 5) == 0  # they are read from there
+
+
 def test_arrays_are_copied_and_mapped_ones_are_not(tmp_path):
     in_flight = {"3 effective batches of 16 samples": 3 * 16 * SAMPLE_BYTES}
     copied_y = {"the copy of y as a tensor": 44 * 8}
