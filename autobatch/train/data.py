@@ -195,7 +195,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
     def bytes_to_come(self, samples: int) -> int:
         """What effective batches under way will take besides ``samples`` that are on the device already.
 
-        None where the data have begun to be read, so that these batches are there.
+        That is 0 where the data have begun to be read, so that these batches are there.
         """
         if self._pending is not None:
             return 0

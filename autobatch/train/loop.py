@@ -90,7 +90,7 @@ class OneBatch:
         return ()
 
     def bytes_to_come(self, samples: int) -> int:
-        """None, for the same reason."""
+        """0, for the same reason."""
         return 0
 
     def look(self) -> Any:
