@@ -36,17 +36,6 @@ def main():
 
     model = build()
     x, y = np.zeros((1000, 24, 24, 3), "float32"), np.zeros(1000, "int32")
-    trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
-    estimate = trials.estimate_sample()
-    fields = ("held_bytes", "sample_peak_bytes", "peak_bytes", "step_seconds", "first_step_seconds")
-    measured = {}
-    for size in (1, 64, 128):
-        result = trials.run(TrialRequest(size, timed_steps=0))
-        measured[size] = {name: getattr(result, name) for name in fields}
-    trials.close()
-    trials.step.release_accumulators()
-    reports = [autobatch.tune(model, x, y, headroom=0.0, cache=False) for _ in range(SEARCHES)]
-
     # Three effective batches of 400 samples, 6,912 bytes and a label each, will be under way in training. A trial has
     # two micro-batches of them.
     trials = api.open_trials(model, x, y, target_batch=400, memory_limit_bytes=None, headroom=0.0)
@@ -65,6 +54,19 @@ def main():
         "hint": hint,
         "peak": result.peak_bytes,
     }
+    trials.step.release_accumulators()
+
+    trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
+    estimate = trials.estimate_sample()
+    fields = ("held_bytes", "sample_peak_bytes", "peak_bytes", "step_seconds", "first_step_seconds")
+    measured = {}
+    for size in (1, 64, 128):
+        result = trials.run(TrialRequest(size, timed_steps=0))
+        measured[size] = {name: getattr(result, name) for name in fields}
+    trials.close()
+    trials.step.release_accumulators()
+    reports = [autobatch.tune(model, x, y, headroom=0.0, cache=False) for _ in range(SEARCHES)]
+
     print(
         json.dumps(
             {
