@@ -7,6 +7,9 @@ import sys
 from dataclasses import asdict
 
 import autobatch
+from autobatch import api
+from autobatch.memory import limits
+from autobatch.records import TrialRequest
 
 LIMIT = "144MiB"
 SEARCHES = 3
@@ -26,16 +29,15 @@ def build():
     return model
 
 
-def main():
-    autobatch.limit_memory(LIMIT)
+def samples():
     import numpy as np
 
-    from autobatch import api
-    from autobatch.memory import limits
-    from autobatch.records import TrialRequest
+    return np.zeros((1000, 24, 24, 3), "float32"), np.zeros(1000, "int32")
 
-    model = build()
-    x, y = np.zeros((1000, 24, 24, 3), "float32"), np.zeros(1000, "int32")
+
+def waiting():
+    """What trials hold beside them for training; measured where the arena has no gaps, which are given out whole."""
+    model, x, y = build(), *samples()
     # Three effective batches of 400 samples, 6,912 bytes and a label each, will be under way in training. A trial has
     # two micro-batches of them.
     trials = api.open_trials(model, x, y, target_batch=400, memory_limit_bytes=None, headroom=0.0)
@@ -45,7 +47,7 @@ def main():
     trials._pipeline.drop()
     beside = held - limits.bytes_in_use("CPU:0")
     trials.close()
-    waiting = {
+    return {
         "three_batches": 3 * 400 * SAMPLE_BYTES,
         "beside_two_micro_batches": (3 * 400 - 2 * 64) * SAMPLE_BYTES,
         "least": 2 * 400 * SAMPLE_BYTES,
@@ -54,8 +56,11 @@ def main():
         "hint": hint,
         "peak": result.peak_bytes,
     }
-    trials.step.release_accumulators()
 
+
+def searches():
+    """What the trace and trials of three sizes tell, and what searches then find."""
+    model, x, y = build(), *samples()
     trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
     estimate = trials.estimate_sample()
     fields = ("held_bytes", "sample_peak_bytes", "peak_bytes", "step_seconds", "first_step_seconds")
@@ -66,19 +71,14 @@ def main():
     trials.close()
     trials.step.release_accumulators()
     reports = [autobatch.tune(model, x, y, headroom=0.0, cache=False) for _ in range(SEARCHES)]
-
-    print(
-        json.dumps(
-            {
-                "estimate": asdict(estimate),
-                "measured": measured,
-                "waiting": waiting,
-                "found": [report.largest_fit for report in reports],
-                "trials": [[[trial.micro_batch, trial.fits] for trial in report.trials] for report in reports],
-            }
-        )
-    )
+    return {
+        "estimate": asdict(estimate),
+        "measured": measured,
+        "found": [report.largest_fit for report in reports],
+        "trials": [[[trial.micro_batch, trial.fits] for trial in report.trials] for report in reports],
+    }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    autobatch.limit_memory(LIMIT)
+    print(json.dumps({"waiting": waiting, "searches": searches}[sys.argv[1]]()))

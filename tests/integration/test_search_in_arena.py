@@ -13,12 +13,17 @@ import pytest
 SCRIPT = Path(__file__).with_name("arena_search.py")
 
 
-@pytest.fixture(scope="module")
-def told():
+def _run(what: str) -> dict:
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(SCRIPT), what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def told():
+    return _run("searches")
 
 
 @pytest.mark.slow
@@ -39,8 +44,8 @@ def test_a_trial_tells_what_was_held_and_what_the_samples_needed(told):
 
 
 @pytest.mark.slow
-def test_the_batches_that_will_wait_in_the_arena_are_held_beside_the_trials(told):
-    waiting = told["waiting"]
+def test_the_batches_that_will_wait_in_the_arena_are_held_beside_the_trials():
+    waiting = _run("waiting")
     assert waiting["told"] == waiting["three_batches"]
     assert abs(waiting["beside_trials"] - waiting["beside_two_micro_batches"]) < 1 << 18
     assert waiting["least"] < waiting["hint"] <= waiting["peak"]
