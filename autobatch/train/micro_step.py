@@ -145,6 +145,7 @@ class MicroStep:
 
         def take(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
             traced.note_applied(optimizer, gradients)
+            self._owner.update_room.note_gradients(gradients, variables)
             add(optimizer, gradients, variables)
 
         return keras_seams.capture_apply(self._owner.optimizers, take)

@@ -5,9 +5,7 @@
 (:mod:`autobatch.train.normalizer`), go by ``assign_add`` into accumulators. A ``tf.while_loop`` runs it for each
 micro-batch, one at a time; slices are cut on the host, so that one micro-batch is on the device. Then the real
 ``apply`` runs once. Where one micro-batch is the whole effective batch, Keras's own step runs, with nothing
-accumulated.
-
-Nothing here knows about running out of memory: :mod:`autobatch.train.recovery` does.
+accumulated. Nothing here knows about running out of memory: :mod:`autobatch.train.recovery` does.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from autobatch.train import keras_seams
 from autobatch.train.graphs import written_variables
 from autobatch.train.micro_step import Logs, MicroStep, loop
 from autobatch.train.sparse import RowBuffer, tables_of
-from autobatch.train.structure import Structure, count_samples, sample_count
+from autobatch.train.structure import Structure, called_directly, count_samples, sample_count
 from autobatch.train.touched import Touched
 from autobatch.train.traced import Traced
 from autobatch.train.update_room import UpdateRoom, guessed_bytes
@@ -185,6 +183,7 @@ class AccumulatedStep:
     def _trace_plain(self) -> Callable[..., Logs]:
         def update(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
             self.note_update(optimizer, variables)
+            self.update_room.note_gradients(gradients, variables)
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
                 held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
@@ -211,13 +210,12 @@ class AccumulatedStep:
                 return inner(leaves)
 
         compiled = tf.function(kept_step, autograph=False, input_signature=[self.structure.specs])
-        concrete = compiled.get_concrete_function()
+
+        call = called_directly(compiled)
 
         def run(leaves: list[Any]) -> Logs:
-            # A function that is looked up for its arguments takes twice as long to call; it converts them, too.
-            function = concrete if all(isinstance(leaf, tf.Tensor) for leaf in leaves) else compiled
             with copies.around_call():
-                return function(leaves)
+                return call(leaves)
 
         return run
 
@@ -296,7 +294,7 @@ class AccumulatedStep:
             run, autograph=False, input_signature=[self.structure.specs, tf.TensorSpec([], tf.int64)]
         )
         self.watch(compiled.get_concrete_function())
-        return compiled  # type: ignore[no-any-return]
+        return called_directly(compiled)
 
     # -- accumulators -----------------------------------------------------------------------------------------------
 

@@ -205,29 +205,41 @@ def never_write(backup: Any) -> None:
 _IN_TURN = threading.RLock()
 """Held in :func:`updates_in_turn`, where no other lock is taken: it may be within what holds any of the others."""
 
-_WRITES = ("Assign", "Resource")
-"""How the names of operations begin that change a variable."""
+_WAITS_FOR_NOTHING = frozenset(("Const", "Placeholder"))
 
 
 @contextlib.contextmanager
 def updates_in_turn() -> Iterator[None]:
-    """While this lasts, what is traced to change a variable waits until the variable before is changed.
+    """While this lasts, what is traced, and is more than single numbers, waits for what was traced before it.
 
-    Keras's optimizers go through ``extended.update`` for each variable, for weight decay and for the step itself.
+    So an update holds what its code holds, line by line, and not what happens to be started together. In branches of a
+    condition it is the changes of variables that wait, and what leads to them: Keras's optimizers go through
+    ``extended.update`` for each variable, for weight decay and for the step itself. Single numbers may be elsewhere
+    than the weights, and a device that waits for another one stands still.
     """
     extended = tf.distribute.get_strategy().extended
-    before: dict[int, tuple[Any, Any]] = {}  # by the graph's id; the graph is held, so that no other gets its id
+    outer = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    # By the graph's id: how far it was put in order, and the last that others wait for. The graph is held, so that no
+    # other gets its id.
+    ordered: dict[int, tuple[Any, int, Any]] = {}
+    if outer is not None:
+        ordered[id(outer)] = outer, len(outer.get_operations()), None
+
+    def put_in_order(graph: Any) -> None:
+        _, first, last = ordered.get(id(graph), (graph, 0, None))
+        operations = graph.get_operations()
+        for operation in operations[first:]:
+            if operation.type in _WAITS_FOR_NOTHING or not _is_of_many_numbers(operation):
+                continue
+            if last is not None:
+                operation._add_control_input(last)
+            last = operation
+        ordered[id(graph)] = graph, len(operations), last
 
     def update(var: Any, fn: Callable[..., Any], args: Any = (), kwargs: Any = None, group: bool = True) -> Any:
-        if tf.executing_eagerly():
-            return original(var, fn, args, kwargs, group)
-        graph = tf.compat.v1.get_default_graph()
-        first = len(graph.get_operations())
-        with tf.control_dependencies([before[id(graph)][1]] if id(graph) in before else []):
-            result = original(var, fn, args, kwargs, group)
-        writes = [operation for operation in graph.get_operations()[first:] if operation.type.startswith(_WRITES)]
-        if writes:
-            before[id(graph)] = graph, tf.group(*writes)
+        result = original(var, fn, args, kwargs, group)
+        if not tf.executing_eagerly():
+            put_in_order(tf.compat.v1.get_default_graph())
         return result
 
     with _IN_TURN:
@@ -241,3 +253,11 @@ def updates_in_turn() -> Iterator[None]:
                 del extended.update
             else:
                 extended.update = replaced
+    if outer is not None:
+        put_in_order(outer)
+
+
+def _is_of_many_numbers(operation: Any) -> bool:
+    """Whether it takes or makes more than single numbers, or may do so."""
+    tensors = [tensor for tensor in (*operation.inputs, *operation.outputs) if tensor.dtype != tf.resource]
+    return any(tensor.shape.num_elements() != 1 for tensor in tensors)

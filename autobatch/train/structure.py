@@ -6,6 +6,7 @@ weight) are None in the structure, or an empty ``tf.experimental.Optional`` wher
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,20 @@ class Structure:
         remaining = iter(leaves)
         flat = [None if is_missing(part) else next(remaining) for part in tf.nest.flatten(self._nest)]
         return tf.nest.pack_sequence_as(self._nest, flat)
+
+
+def called_directly(compiled: Any) -> Callable[..., Any]:
+    """A ``tf.function`` of leaves, and of tensors besides, without being looked up for its arguments at every call.
+
+    That takes as long as the call itself; but it converts them, which ragged and sparse leaves need.
+    """
+    concrete = compiled.get_concrete_function()
+
+    def call(leaves: list[Any], *others: Any) -> Any:
+        function = concrete if all(isinstance(leaf, tf.Tensor) for leaf in leaves) else compiled
+        return function(leaves, *others)
+
+    return call
 
 
 def sample_count(leaves: list[Any]) -> Any:

@@ -1,20 +1,24 @@
 """The room that an optimizer's update needs: kept small, told from the trace, asked for before the update begins.
 
 Keras changes each variable by operations that wait for nothing of the others', and TensorFlow starts whatever can be
-started, so that the temporaries of many variables are alive at once. Here each variable waits for the one before
+started, so that the temporaries of many variables are alive at once. Here each operation waits for the one before
 (:func:`autobatch.train.strategy_seams.updates_in_turn`). Of six weights of the same size, on two threads, that leaves 2
-temporaries of a weight's size for Adam instead of 6, for Lion 4 instead of 14, for RMSprop with momentum 6 instead of
-22, in no more time (``benchmarks/update_room.py``).
+temporaries of a weight's size for Adam instead of 5 to 8, for Lion 2 instead of 9 to 14, for RMSprop with momentum 2
+instead of 18 to 21 (``benchmarks/update_room.py``).
 
-How much it is :func:`temporaries_bytes` tells from the graph. :class:`UpdateRoom` asks the allocator for as much, in
-pieces of the largest weight's size, before the first variable changes, and notes that the update has begun.
+How much it is :func:`temporaries` tells from the graph. :class:`UpdateRoom` asks the allocator for as much, in blocks
+of the sizes of the largest temporaries, before the first variable changes, and notes that the update has begun.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -29,14 +33,14 @@ _ROW_BYTES = 2**10
 """Room is asked for in rows, for a dimension is an int32."""
 
 _PIECES = 8
-"""The most pieces to ask for: few, for each costs microseconds of every step."""
+"""Pieces to ask for: few, for each costs microseconds of every step."""
 
 _SHARED = frozenset(
     ("Reshape", "Identity", "IdentityN", "StopGradient", "PreventGradient", "ExpandDims", "Squeeze", "EnsureShape")
 )
 """Operations whose outputs are their inputs' buffers."""
 
-_NOT_COMPUTED = frozenset(("Placeholder", "Const", "ReadVariableOp", "NoOp", "Empty"))
+_NOT_COMPUTED = frozenset(("Placeholder", "Const", "NoOp", "Empty"))
 
 _IN_PLACE = frozenset(
     (
@@ -60,12 +64,17 @@ class UpdateRoom:
     """Around each update of one model: makes sure of the memory of its temporaries, then notes that it has begun."""
 
     def __init__(self) -> None:
-        self.bytes = 0
-        """What the updates traced by now were found to need."""
+        self._pieces = [0] * _PIECES
+        self._copied: set[tuple[int, ...]] = set()
         with tf.device("CPU:0"):
             self._has_begun = tf.Variable(False, trainable=False, name="autobatch_update_begun")
             # Lengths that are not known beforehand: else the graph's optimiser would find no use for the pieces.
             self._shapes = tf.Variable([[0, _ROW_BYTES]] * _PIECES, trainable=False, dtype=tf.int32, name=NAME)
+
+    @property
+    def bytes(self) -> int:
+        """What the updates traced by now were found to need."""
+        return sum(self._pieces)
 
     @property
     def variables(self) -> tuple[Any, ...]:
@@ -81,6 +90,15 @@ class UpdateRoom:
         """What was noted last."""
         return bool(self._has_begun.numpy())
 
+    def note_gradients(self, gradients: Iterable[Any], variables: Iterable[Any]) -> None:
+        """Note what gradients are, before the update is traced: of rows that are added here and there, or whole ones.
+
+        A variable that rows were once added to, be it a weight, an average or an accumulator, is copied whenever it is
+        read from then on, and what it is assigned is copied too (``copy_on_read_mode`` in TensorFlow's kernels).
+        """
+        pairs = zip(gradients, variables, strict=True)
+        self._copied.update(tuple(each.shape) for gradient, each in pairs if isinstance(gradient, tf.IndexedSlices))
+
     @contextlib.contextmanager
     def update_of(self, variables: list[Any]) -> Iterator[None]:
         """Around what is traced to update ``variables``, or does so eagerly; nothing is written to the room."""
@@ -91,26 +109,19 @@ class UpdateRoom:
         largest = max(bytes_of([variable]) for variable in inner)
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if graph is None:  # one operation after another, and no trace to tell what they need
-            self._settle(guessed_bytes(inner), largest)
+            self._settle(_even_pieces(guessed_bytes(inner), largest))
         begun = self.note_begun(self._ask(inner[0].device))
         first = 0 if graph is None else len(graph.get_operations())
         with tf.control_dependencies([begun]), updates_in_turn():
             yield
         if graph is not None:
-            self._settle(temporaries_bytes(graph, first, unknown_bytes=largest), largest)
+            self._settle(temporaries(graph, first, unknown_bytes=largest, copied=self._copied))
 
-    def _settle(self, needed_bytes: int, largest_bytes: int) -> None:
-        """Ask for ``needed_bytes`` from now on, or for what was found before if that is more.
-
-        The pieces are as large as the largest weight: a nearly full allocator has pieces where it has not the whole.
-        """
-        if needed_bytes <= self.bytes:
-            return
-        self.bytes = needed_bytes
-        piece = max(largest_bytes, -(-needed_bytes // _PIECES), 1)
-        sizes = [min(piece, max(0, needed_bytes - piece * index)) for index in range(_PIECES)]
+    def _settle(self, pieces: list[int]) -> None:
+        """Ask for ``pieces`` (bytes each) from now on, or for what was found before where that is more."""
+        self._pieces = [max(both) for both in zip(self._pieces, pieces, strict=True)]
         with tf.init_scope():
-            self._shapes.assign([[-(-size // _ROW_BYTES), _ROW_BYTES] for size in sizes])
+            self._shapes.assign([[-(-size // _ROW_BYTES), _ROW_BYTES] for size in self._pieces])
 
     def _ask(self, device: str) -> Any:
         """Ask the allocator of ``device``: a boolean scalar, always true, once all pieces were there together."""
@@ -129,66 +140,167 @@ def guessed_bytes(variables: Iterable[Any]) -> int:
     return sum(sizes) + 2 * max(sizes, default=0)
 
 
-def temporaries_bytes(graph: tf.Graph, first: int, *, unknown_bytes: int) -> int:
-    """What the operations of ``graph`` from the ``first`` on hold at once, each started as soon as it can be.
+def temporaries(
+    graph: tf.Graph, first: int, *, unknown_bytes: int, copied: Collection[tuple[int, ...]] = ()
+) -> list[int]:
+    """The blocks that make room for what the operations of ``graph`` from the ``first`` on hold at once, in bytes.
 
-    ``unknown_bytes`` is taken for a tensor whose shape the trace does not tell. Variables' buffers are not counted.
+    Each operation is taken to start as soon as it can. ``unknown_bytes`` is taken for a tensor whose shape the trace
+    does not tell. Variables' buffers are not counted, but copies of variables whose shape is one of ``copied``. The
+    first block is for the largest of what is held at any moment, the second for the second largest, and so on; the last
+    for all others.
     """
     names = {operation.name for operation in graph.get_operations()[first:]}
     definition = graph.as_graph_def(add_shapes=True)
     bodies = {function.signature.name: function.node_def for function in definition.library.function}
-    return _most_alive([node for node in definition.node if node.name in names], bodies, unknown_bytes)
+    nodes = [node for node in definition.node if node.name in names]
+    traced = _Traced(bodies, unknown_bytes, frozenset(copied))
+    return traced.held_by(nodes, traced.left_shared(nodes)).pieces()
 
 
-def _most_alive(nodes: Iterable[Any], bodies: Mapping[str, Any], unknown_bytes: int) -> int:
-    nodes = list(nodes)
-    readers = Counter(source for node in nodes for source in _data_inputs(node))
-    buffers: dict[str, frozenset[str]] = {}
-    step: dict[str, int] = {}
-    last: defaultdict[str, int] = defaultdict(int)
-    size: dict[str, int] = {}
-    within: Counter[int] = Counter()
-    for node in nodes:
-        inputs = _data_inputs(node)
-        begins = 1 + max((step.get(name.lstrip("^").split(":")[0], -1) for name in node.input), default=-1)
-        needed = _output_bytes(node, unknown_bytes)
-        shared = frozenset[str]()
-        if node.op in _SHARED:
-            shared = frozenset().union(*(buffers.get(name, {name}) for name in inputs))
-        elif node.op in _IN_PLACE and needed:
-            own = [buffers.get(name, frozenset({name})) for name in inputs if readers[name] == 1]
-            shared = next((each for each in own if sum(size.get(name, 0) for name in each) == needed), shared)
-        buffers[node.name] = shared or frozenset({node.name})
-        step[node.name] = begins
-        size[node.name] = 0 if shared else needed
-        for name in (*inputs, node.name):
-            for buffer in buffers.get(name, ()):
-                last[buffer] = max(last[buffer], begins)
-        for body in _BODIES.get(node.op, ()):
-            within[begins] += _most_alive(bodies.get(node.attr[body].func.name, ()), bodies, unknown_bytes)
-    changes: Counter[int] = Counter()
-    for name, held in size.items():
-        changes[step[name]] += held
-        changes[last[name] + 1] -= held
-    alive = most = 0
-    for moment in sorted({*changes, *within}):
-        alive += changes[moment]
-        most = max(most, alive + within[moment])
-    return most
+def _even_pieces(needed_bytes: int, largest_bytes: int) -> list[int]:
+    """As large as the largest block: a nearly full allocator has pieces where it has not the whole."""
+    piece = max(largest_bytes, -(-needed_bytes // _PIECES), 1)
+    return [min(piece, max(0, needed_bytes - piece * index)) for index in range(_PIECES)]
+
+
+class _Held:
+    """The blocks alive at one moment, and the most that was ever alive of the largest, of the second largest, ..."""
+
+    def __init__(self) -> None:
+        self._alive: list[int] = []  # ascending
+        self._bytes = 0
+        self._most = [0] * _PIECES
+        self._others = 0
+
+    def change(self, begun: Iterable[int], ended: Iterable[int]) -> None:
+        """Blocks of these sizes have ended, then others have begun."""
+        for size in ended:
+            del self._alive[bisect.bisect_left(self._alive, size)]
+            self._bytes -= size
+        for size in begun:
+            bisect.insort(self._alive, size)
+            self._bytes += size
+
+    def note(self, within: Iterable[int] = ()) -> None:
+        """Note what is alive now, and these blocks beside it."""
+        within = list(within)
+        self.change(within, ())
+        largest = self._alive[: -_PIECES - 1 : -1]
+        self._most = [max(both) for both in itertools.zip_longest(self._most, largest, fillvalue=0)]
+        self._others = max(self._others, self._bytes - sum(largest))
+        self.change((), within)
+
+    def pieces(self) -> list[int]:
+        """Room for whatever was noted; of even pieces where there are more large blocks than pieces."""
+        if self._others > self._most[0]:
+            return _even_pieces(sum(self._most) + self._others, self._most[0])
+        return [*self._most[:-1], self._most[-1] + self._others]
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """What must be known of a trace to tell what its operations hold."""
+
+    bodies: Mapping[str, Any]
+    unknown_bytes: int
+    copied: frozenset[tuple[int, ...]]
+
+    def body(self, node: Any, attribute: str) -> Iterable[Any]:
+        """The nodes of a branch, a loop's body or a function that ``node`` runs."""
+        found: Iterable[Any] = self.bodies.get(node.attr[attribute].func.name, ())
+        return found
+
+    def held_by(self, nodes: Iterable[Any], beside: Iterable[int] = ()) -> _Held:
+        """What the nodes hold, beside blocks that are there all the time."""
+        nodes = list(nodes)
+        readers = Counter(source for node in nodes for source in _data_inputs(node))
+        buffers: dict[str, frozenset[str]] = {}
+        step: dict[str, int] = {}
+        last: defaultdict[str, int] = defaultdict(int)
+        size: dict[str, int] = {}
+        values: dict[str, int] = {}
+        within: defaultdict[int, list[int]] = defaultdict(list)
+        for node in nodes:
+            inputs = _data_inputs(node)
+            begins = 1 + max((step.get(name.lstrip("^").split(":")[0], -1) for name in node.input), default=-1)
+            needed = self._output_bytes(node)
+            shared = frozenset[str]()
+            if node.op in _SHARED:
+                shared = frozenset().union(*(buffers.get(name, {name}) for name in inputs))
+                if any(readers[name] > 1 for name in inputs):
+                    readers[node.name] += 1  # somebody else reads the buffer under another name
+            elif node.op in _IN_PLACE and needed:
+                own = [buffers.get(name, frozenset({name})) for name in inputs if readers[name] == 1]
+                shared = next((each for each in own if sum(size.get(name, 0) for name in each) == needed), shared)
+            buffers[node.name] = shared or frozenset({node.name})
+            step[node.name] = begins
+            size[node.name] = 0 if shared else needed
+            for name in (*inputs, node.name):
+                for buffer in buffers.get(name, ()):
+                    last[buffer] = max(last[buffer], begins)
+            if node.op == "AssignVariableOp":  # it copies what it is given, where what is read from it is copied
+                within[begins].append(values.get(inputs[1], 0))
+            elif self._is_copied(node):
+                values[node.name] = self._shapes_bytes(node)
+            for body in _BODIES.get(node.op, ()):
+                within[begins] += self.held_by(self.body(node, body)).pieces()
+        begun: defaultdict[int, list[int]] = defaultdict(list)
+        ended: defaultdict[int, list[int]] = defaultdict(list)
+        for name, held in size.items():
+            if held:
+                begun[step[name]].append(held)
+                ended[last[name] + 1].append(held)
+        found = _Held()
+        found.change(beside, ())
+        for moment in sorted({*begun, *ended, *within}):
+            found.change(begun[moment], ended[moment])
+            found.note(size for size in within[moment] if size)
+        return found
+
+    def left_shared(self, nodes: Iterable[Any]) -> list[int]:
+        """What the next update will need for variables that this one leaves with another variable's buffer.
+
+        A variable that is assigned another's value takes its buffer (averages of weights, written over them, do so);
+        the first of the two to be changed gets a buffer of its own.
+        """
+        read: dict[str, int] = {}
+        shared: list[int] = []
+        for node in nodes:
+            inputs = _data_inputs(node)
+            if node.op == "ReadVariableOp":
+                read[node.name] = self._shapes_bytes(node)
+            elif node.op in _SHARED:
+                read[node.name] = sum(read.get(name, 0) for name in inputs)
+            elif node.op == "AssignVariableOp" and inputs[1] in read:
+                shared.append(read[inputs[1]])
+            for body in _BODIES.get(node.op, ()):
+                shared += self.left_shared(self.body(node, body))
+        return shared
+
+    def _output_bytes(self, node: Any) -> int:
+        """What is allocated for the outputs of ``node``."""
+        if node.op in _NOT_COMPUTED or (node.op == "ReadVariableOp" and not self._is_copied(node)):
+            return 0
+        return self._shapes_bytes(node)
+
+    def _is_copied(self, node: Any) -> bool:
+        """Whether ``node`` returns what may be the value of a variable that is copied when it is read."""
+        shapes = [_shape_of(each) for each in node.attr["_output_shapes"].list.shape]
+        return bool(self.copied) and any(shape is None or shape in self.copied for shape in shapes)
+
+    def _shapes_bytes(self, node: Any) -> int:
+        kind = next((node.attr[name].type for name in ("DstT", "dtype", "T") if name in node.attr), 0)
+        item_bytes = (tf.dtypes.as_dtype(kind).size or 0) if kind else 0
+        shapes = [_shape_of(each) for each in node.attr["_output_shapes"].list.shape] if item_bytes else []
+        return sum(self.unknown_bytes if shape is None else math.prod(shape) * item_bytes for shape in shapes)
+
+
+def _shape_of(shape: Any) -> tuple[int, ...] | None:
+    """A shape as the trace tells it, None where it does not tell all of it."""
+    known = not shape.unknown_rank and all(dimension.size >= 0 for dimension in shape.dim)
+    return tuple(dimension.size for dimension in shape.dim) if known else None
 
 
 def _data_inputs(node: Any) -> list[str]:
     return [name.split(":")[0] for name in node.input if not name.startswith("^")]
-
-
-def _output_bytes(node: Any, unknown_bytes: int) -> int:
-    if node.op in _NOT_COMPUTED:
-        return 0
-    kind = next((node.attr[name].type for name in ("DstT", "dtype", "T") if name in node.attr), 0)
-    item_bytes = (tf.dtypes.as_dtype(kind).size or 0) if kind else 0
-    total = 0
-    for shape in node.attr["_output_shapes"].list.shape if item_bytes else ():
-        known = not shape.unknown_rank and all(dimension.size >= 0 for dimension in shape.dim)
-        elements = tf.TensorShape(shape).num_elements() if known else None
-        total += unknown_bytes if elements is None else elements * item_bytes
-    return total
