@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -31,12 +31,23 @@ EMPTY = "dataset is empty, so that there is nothing to train on. Give at least o
 
 
 class EffectiveIterator(Iterator[Any]):
-    """One pass over effective batches, told by its type from what a callback may hand to the model meanwhile."""
+    """One pass over effective batches, told by its type from what a callback may hand to the model meanwhile.
 
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator = iterator
+    It may begin when its first batch is asked for: at the end of an epoch Keras makes one that it never reads.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
+        self._begin: Callable[[], Iterator[Any]] | None = begin
+        self._iterator: Iterator[Any] = iter(())
+
+    def begin(self) -> None:
+        """Begin the pass, if it has not begun."""
+        if self._begin is not None:
+            begin, self._begin = self._begin, None
+            self._iterator = begin()
 
     def __next__(self) -> Any:
+        self.begin()
         return next(self._iterator)
 
 
@@ -81,6 +92,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         self._parts = (x, y, sample_weight)
         self._options = {"class_weight": class_weight, "steps_per_epoch": steps_per_epoch}
         self._arrays = data_seams.are_arrays(x, y, sample_weight)
+        self._shuffled = shuffle
         host = data_host.available()
         copied = data_host.uses_of_arrays(x, y, sample_weight) if self._arrays else ()
         # Now, before the copies are made. How large samples of varying size are is not known yet.
@@ -102,6 +114,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         self.sample_limit = self._count_samples()
         self._rows_in_first: int | None = None
         self._iterated = False
+        self._waiting: list[EffectiveIterator] = []
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None
         self._warned_of_padding = False
@@ -227,8 +240,22 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         if self._pending is not None:
             first, rest = self._pending
             self._pending = None
-            return EffectiveIterator(itertools.chain([first], rest))
-        return EffectiveIterator(self._start())
+            return EffectiveIterator(lambda: itertools.chain([first], rest))
+        if not self._arrays:  # whoever else reads the data or draws random numbers shall find them as Keras leaves them
+            iterator = self._start()
+            return EffectiveIterator(lambda: iterator)
+        later = EffectiveIterator(lambda: self._start_in_order(later))
+        if self._shuffled:
+            self._waiting.append(later)
+        return later
+
+    def _start_in_order(self, iterator: EffectiveIterator) -> Iterator[Any]:
+        """Start a pass over arrays; if they are shuffled, after those before it, for each draws from the seeds."""
+        while iterator in self._waiting:
+            earliest = self._waiting.pop(0)
+            if earliest is not iterator:
+                earliest.begin()
+        return self._start()
 
     def _start(self) -> Iterator[Any]:
         if self._states_after is not None:

@@ -269,6 +269,20 @@ def test_a_tune_before_leaves_the_order_of_epochs(kind):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_pass_over_arrays_that_nobody_reads_is_not_begun_but_where_the_next_ones_order_needs_it(shuffle):
+    batches = EffectiveBatches(np.arange(44.0)[:, None], target_batch=16, shuffle=shuffle)
+    begun = []
+    start = batches._start
+    batches._start = lambda: begun.append(1) or start()
+    unread = iter(batches)
+    assert not begun
+    assert sum(len(tf.nest.flatten(batch)[0]) for batch in batches) == 44
+    assert len(begun) == 1 + shuffle
+    assert sum(len(tf.nest.flatten(batch)[0]) for batch in unread) == 44
+    assert len(begun) == 2
+
+
 def order_recorded(fit):
     """The numbers of the samples of every update, told by a model that is shown one feature."""
     seen = []
@@ -292,6 +306,7 @@ def order_recorded(fit):
     [
         pytest.param(lambda: (numbers().shuffle(44, seed=3).batch(16),), id="dataset"),
         pytest.param(lambda: (numbers().shuffle(44, seed=3).batch(16).map(lambda x, y: (x, y)),), id="mapped dataset"),
+        pytest.param(lambda: (np.repeat(np.arange(44.0)[:, None], 16, 1), np.arange(44) % 10), id="arrays"),
         pytest.param(lambda: (Reshuffled(),), id="PyDataset"),
         pytest.param(lambda: (torch_shuffled(),), id="torch"),
     ],
