@@ -131,10 +131,11 @@ def arena_limit_bytes(device: str | None = None) -> int | None:
 
 
 def reserve_in_one_piece() -> bool:
-    """Let a limited CPU arena take what is left of it at once, as a GPU's allocator does; return whether it was asked.
+    """Let a limited CPU arena take what is left of it at once, as a GPU's allocator does; return whether it did.
 
     The arena grows in regions that double, and a tensor must lie within one: up to half of the limit would be lost to
-    the seams. Nothing is written to the memory, so that none is really used. Asking is left out where it might fail.
+    the seams. Nothing is written to the memory, so that none is really used. Asking is left out where it would
+    likely fail.
     """
     limit_bytes = arena_limit_bytes("CPU:0")
     if limit_bytes is None:
@@ -149,8 +150,11 @@ def reserve_in_one_piece() -> bool:
     wanted_bytes = 2 ** (free_bytes.bit_length() - 1) + 1
     if wanted_bytes > free_bytes - MIB:
         wanted_bytes = wanted_bytes // 2 + 1
-    with tf.device("CPU:0"):
-        tf.raw_ops.Empty(shape=[-(-wanted_bytes // 2**10), 2**10], dtype=tf.uint8)
+    try:
+        with tf.device("CPU:0"):
+            tf.raw_ops.Empty(shape=[-(-wanted_bytes // 2**10), 2**10], dtype=tf.uint8)
+    except tf.errors.ResourceExhaustedError:  # more of it is taken than what was held tells
+        return False
     return True
 
 

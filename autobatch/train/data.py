@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,19 +37,18 @@ class EffectiveIterator(Iterator[Any]):
     It may begin when its first batch is asked for: at the end of an epoch Keras makes one that it never reads.
     """
 
-    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
-        self._begin: Callable[[], Iterator[Any]] | None = begin
-        self._iterator: Iterator[Any] = iter(())
+    def __init__(self, begin: Callable[[EffectiveIterator], Iterator[Any]]) -> None:
+        self._begin = begin
+        self._iterator: Iterator[Any] | None = None
 
-    def begin(self) -> None:
+    def begin(self) -> Iterator[Any]:
         """Begin the pass, if it has not begun."""
-        if self._begin is not None:
-            begin, self._begin = self._begin, None
-            self._iterator = begin()
+        if self._iterator is None:
+            self._iterator = self._begin(self)
+        return self._iterator
 
     def __next__(self) -> Any:
-        self.begin()
-        return next(self._iterator)
+        return next(self.begin())
 
 
 class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
@@ -114,7 +114,7 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         self.sample_limit = self._count_samples()
         self._rows_in_first: int | None = None
         self._iterated = False
-        self._waiting: list[EffectiveIterator] = []
+        self._waiting: list[weakref.ref[EffectiveIterator]] = []
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None
         self._warned_of_padding = False
@@ -240,20 +240,22 @@ class EffectiveBatches(keras_seams.DataAdapter):  # type: ignore[misc]
         if self._pending is not None:
             first, rest = self._pending
             self._pending = None
-            return EffectiveIterator(lambda: itertools.chain([first], rest))
+            return EffectiveIterator(lambda _: itertools.chain([first], rest))
         if not self._arrays:  # whoever else reads the data or draws random numbers shall find them as Keras leaves them
             iterator = self._start()
-            return EffectiveIterator(lambda: iterator)
-        later = EffectiveIterator(lambda: self._start_in_order(later))
+            return EffectiveIterator(lambda _: iterator)
+        later = EffectiveIterator(self._start_in_order)
         if self._shuffled:
-            self._waiting.append(later)
+            self._waiting.append(weakref.ref(later))
         return later
 
     def _start_in_order(self, iterator: EffectiveIterator) -> Iterator[Any]:
         """Start a pass over arrays; if they are shuffled, after those before it, for each draws from the seeds."""
-        while iterator in self._waiting:
-            earliest = self._waiting.pop(0)
-            if earliest is not iterator:
+        while any(waiting() is iterator for waiting in self._waiting):
+            earliest = self._waiting.pop(0)()
+            if earliest is None:
+                self._start()  # nobody will read it
+            elif earliest is not iterator:
                 earliest.begin()
         return self._start()
 

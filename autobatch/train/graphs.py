@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.framework import op_def_registry as _op_def_registry
 
 from autobatch.trial.snapshot import components
 
@@ -112,3 +113,16 @@ def depends_on_arguments(tensor: Any, known: dict[Any, bool]) -> bool:
         pending += each.op.inputs
     known.update(dict.fromkeys(seen, False))
     return False
+
+
+def output_item_bytes(node: Any) -> list[int]:
+    """The bytes of an element of each output of a ``NodeDef``; 0 where it is no number, and none if it is not known."""
+    definition = _op_def_registry.get(node.op)
+    kinds: list[int] = []
+    for output in () if definition is None else definition.output_arg:
+        if output.type_list_attr:
+            kinds += node.attr[output.type_list_attr].list.type
+        else:
+            times = node.attr[output.number_attr].i if output.number_attr else 1
+            kinds += [output.type or node.attr[output.type_attr].type] * times
+    return [(tf.dtypes.as_dtype(kind).size or 0) if kind else 0 for kind in kinds]

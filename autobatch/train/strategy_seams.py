@@ -207,6 +207,13 @@ _IN_TURN = threading.RLock()
 
 _WAITS_FOR_NOTHING = frozenset(("Const", "Placeholder"))
 
+_RUN_FUNCTIONS = frozenset(
+    (
+        *("If", "StatelessIf", "Case", "StatelessCase", "While", "StatelessWhile"),
+        *("PartitionedCall", "StatefulPartitionedCall"),
+    )
+)
+
 
 @contextlib.contextmanager
 def updates_in_turn() -> Iterator[None]:
@@ -258,6 +265,8 @@ def updates_in_turn() -> Iterator[None]:
 
 
 def _is_of_many_numbers(operation: Any) -> bool:
-    """Whether it takes or makes more than single numbers, or may do so."""
+    """Whether it takes or makes more than single numbers, or may do so, as branches and functions may within."""
+    if operation.type in _RUN_FUNCTIONS:
+        return True
     tensors = [tensor for tensor in (*operation.inputs, *operation.outputs) if tensor.dtype != tf.resource]
     return any(tensor.shape.num_elements() != 1 for tensor in tensors)

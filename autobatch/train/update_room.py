@@ -23,6 +23,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.train.graphs import output_item_bytes
 from autobatch.train.strategy_seams import updates_in_turn
 from autobatch.trial.snapshot import bytes_of, distinct
 
@@ -40,6 +41,9 @@ _SHARED = frozenset(
 )
 """Operations whose outputs are their inputs' buffers."""
 
+_WRITES = ("Assign", "Resource")
+"""How the names of operations begin that change a variable."""
+
 _NOT_COMPUTED = frozenset(("Placeholder", "Const", "NoOp", "Empty"))
 
 _IN_PLACE = frozenset(
@@ -50,14 +54,8 @@ _IN_PLACE = frozenset(
 )
 """Operations, element by element, that write over an input of the same size which nobody else will read."""
 
-_BODIES = {
-    "If": ("then_branch", "else_branch"),
-    "StatelessIf": ("then_branch", "else_branch"),
-    "PartitionedCall": ("f",),
-    "StatefulPartitionedCall": ("f",),
-    "While": ("body",),
-    "StatelessWhile": ("body",),
-}
+_BLOCK_BYTES = 256
+"""The allocator's unit: what is smaller takes as much."""
 
 
 class UpdateRoom:
@@ -145,7 +143,8 @@ def temporaries(
 ) -> list[int]:
     """The blocks that make room for what the operations of ``graph`` from the ``first`` on hold at once, in bytes.
 
-    Each operation is taken to start as soon as it can. ``unknown_bytes`` is taken for a tensor whose shape the trace
+    Each operation is taken to start as soon as it can; what its kernel works with beside its outputs, and iterations of
+    a loop that run at once, are not known. ``unknown_bytes`` is taken for a tensor whose shape the trace
     does not tell. Variables' buffers are not counted, but copies of variables whose shape is one of ``copied``. The
     first block is for the largest of what is held at any moment, the second for the second largest, and so on; the last
     for all others.
@@ -206,10 +205,11 @@ class _Traced:
     unknown_bytes: int
     copied: frozenset[tuple[int, ...]]
 
-    def body(self, node: Any, attribute: str) -> Iterable[Any]:
-        """The nodes of a branch, a loop's body or a function that ``node`` runs."""
-        found: Iterable[Any] = self.bodies.get(node.attr[attribute].func.name, ())
-        return found
+    def bodies_of(self, node: Any) -> Iterator[Iterable[Any]]:
+        """The nodes of each branch, loop's body or function that ``node`` may run."""
+        for value in node.attr.values():
+            for function in (*([value.func] if value.HasField("func") else ()), *value.list.func):
+                yield self.bodies.get(function.name, ())
 
     def held_by(self, nodes: Iterable[Any], beside: Iterable[int] = ()) -> _Held:
         """What the nodes hold, beside blocks that are there all the time."""
@@ -219,7 +219,10 @@ class _Traced:
         step: dict[str, int] = {}
         last: defaultdict[str, int] = defaultdict(int)
         size: dict[str, int] = {}
+        copied: dict[str, int] = {}
+        reads: dict[str, str] = {}
         values: dict[str, int] = {}
+        writes: defaultdict[str, list[int]] = defaultdict(list)
         within: defaultdict[int, list[int]] = defaultdict(list)
         for node in nodes:
             inputs = _data_inputs(node)
@@ -239,20 +242,31 @@ class _Traced:
             for name in (*inputs, node.name):
                 for buffer in buffers.get(name, ()):
                     last[buffer] = max(last[buffer], begins)
+            if node.op == "ReadVariableOp":
+                reads[node.name], values[node.name] = inputs[0], self._shapes_bytes(node)
+            elif node.op.startswith(_WRITES) and inputs:
+                writes[inputs[0]].append(begins)
             if node.op == "AssignVariableOp":  # it copies what it is given, where what is read from it is copied
-                within[begins].append(values.get(inputs[1], 0))
+                within[begins].append(copied.get(inputs[1], 0))
             elif self._is_copied(node):
-                values[node.name] = self._shapes_bytes(node)
-            for body in _BODIES.get(node.op, ()):
-                within[begins] += self.held_by(self.body(node, body)).pieces()
+                copied[node.name] = self._shapes_bytes(node)
+            for body in self.bodies_of(node):
+                within[begins] += self.held_by(body).pieces()
         begun: defaultdict[int, list[int]] = defaultdict(list)
         ended: defaultdict[int, list[int]] = defaultdict(list)
         for name, held in size.items():
-            if held:
+            if held > _BLOCK_BYTES:
                 begun[step[name]].append(held)
                 ended[last[name] + 1].append(held)
+        for name, handle in reads.items():  # a value that is read before a write and used after it is a copy by then
+            changed = [moment for moment in writes[handle] if step[name] < moment < last[name]]
+            if changed:
+                begun[changed[0]].append(values[name])
+                ended[last[name] + 1].append(values[name])
         found = _Held()
-        found.change(beside, ())
+        # Single numbers wait for nothing: all of them may be there from the first to the last.
+        found.change([*beside, sum(held for held in size.values() if held <= _BLOCK_BYTES)], ())
+        found.note()
         for moment in sorted({*begun, *ended, *within}):
             found.change(begun[moment], ended[moment])
             found.note(size for size in within[moment] if size)
@@ -274,8 +288,8 @@ class _Traced:
                 read[node.name] = sum(read.get(name, 0) for name in inputs)
             elif node.op == "AssignVariableOp" and inputs[1] in read:
                 shared.append(read[inputs[1]])
-            for body in _BODIES.get(node.op, ()):
-                shared += self.left_shared(self.body(node, body))
+            for body in self.bodies_of(node):
+                shared += self.left_shared(body)
         return shared
 
     def _output_bytes(self, node: Any) -> int:
@@ -290,10 +304,13 @@ class _Traced:
         return bool(self.copied) and any(shape is None or shape in self.copied for shape in shapes)
 
     def _shapes_bytes(self, node: Any) -> int:
-        kind = next((node.attr[name].type for name in ("DstT", "dtype", "T") if name in node.attr), 0)
-        item_bytes = (tf.dtypes.as_dtype(kind).size or 0) if kind else 0
-        shapes = [_shape_of(each) for each in node.attr["_output_shapes"].list.shape] if item_bytes else []
-        return sum(self.unknown_bytes if shape is None else math.prod(shape) * item_bytes for shape in shapes)
+        """What the outputs of ``node`` take, each in whole blocks."""
+        shapes = [_shape_of(each) for each in node.attr["_output_shapes"].list.shape]
+        total = 0
+        for shape, item_bytes in zip(shapes, output_item_bytes(node), strict=False):
+            size = self.unknown_bytes if shape is None else math.prod(shape) * item_bytes
+            total += -(-size // _BLOCK_BYTES) * _BLOCK_BYTES if item_bytes else 0
+        return total
 
 
 def _shape_of(shape: Any) -> tuple[int, ...] | None:

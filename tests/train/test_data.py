@@ -1,6 +1,8 @@
 """What data are refused and how, what an element of a dataset is taken for, and the order in which samples come."""
 
+import gc
 import random
+import weakref
 
 import keras
 import numpy as np
@@ -281,6 +283,20 @@ def test_a_pass_over_arrays_that_nobody_reads_is_not_begun_but_where_the_next_on
     assert len(begun) == 1 + shuffle
     assert sum(len(tf.nest.flatten(batch)[0]) for batch in unread) == 44
     assert len(begun) == 2
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_arrays_are_let_go_of_with_what_was_not_read(shuffle):
+    batches = EffectiveBatches(np.arange(44.0)[:, None], target_batch=16, shuffle=shuffle)
+    list(batches)
+    unread = iter(batches)
+    gone = weakref.ref(batches)
+    gc.disable()
+    try:
+        del batches, unread
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def order_recorded(fit):

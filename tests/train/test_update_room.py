@@ -33,7 +33,7 @@ def updates(tmp_path_factory):
 class TestTheUpdateOfSixWeightsOfOneSize:
     def test_the_room_asked_for_is_enough_for_every_optimizer(self, updates):
         assert len(updates) == 20
-        short = {name: update for name, update in updates.items() if update["used"] > update["room"] + 0.01}
+        short = {name: update for name, update in updates.items() if update["used"] > update["room"]}
         assert not short
 
     def test_it_holds_less_than_keras_does(self, updates):
@@ -47,7 +47,7 @@ class TestTheUpdateOfSixWeightsOfOneSize:
 
     def test_no_more_is_asked_for_than_is_used(self, updates):
         for name in IN_TURN:
-            assert updates[name]["room"] <= updates[name]["used"] + 0.1, name
+            assert updates[name]["room"] <= updates[name]["used"] + 0.3, name  # with each single number's 256 bytes
         assert updates["rows of a table"]["room"] <= 4
         # Gradients that are clipped all at once are all there before the first weight changes, and weights that were
         # written over by their averages have no buffer of their own.
@@ -112,3 +112,59 @@ def test_a_table_that_rows_were_added_to_is_copied_when_it_is_read():
     assert sum(update_room.temporaries(graph, 0, unknown_bytes=0)) == 64 * 4 * 4
     # The sum is in the copy's place, and is copied itself when it is assigned.
     assert sum(update_room.temporaries(graph, 0, unknown_bytes=0, copied={shape})) == 2 * 64 * 4 * 4
+
+
+def told(function, *specs):
+    graph = tf.function(function, autograph=False).get_concrete_function(*specs).graph
+    return sum(update_room.temporaries(graph, 0, unknown_bytes=0))
+
+
+SPEC = tf.TensorSpec([256])
+UNIT = 256 * 4
+
+
+def test_what_branches_and_functions_return_is_counted():
+    double = tf.function(lambda x: 2.0 * x, autograph=False)
+    number = tf.TensorSpec([], tf.int32)
+    assert told(lambda x: double(x) + double(tf.exp(x)), SPEC) >= 3 * UNIT
+    assert told(lambda i, x: tf.switch_case(i, [lambda: tf.exp(x), lambda: x * 2.0]), number, SPEC) >= 2 * UNIT
+
+
+def test_elements_are_as_large_as_the_operation_makes_them():
+    assert told(lambda x: tf.complex(x, x), SPEC) >= 2 * UNIT
+    assert told(lambda x: tf.logical_not(x > 0), SPEC) >= 2 * 256
+
+
+def test_small_blocks_take_the_allocators_unit_and_all_at_once():
+    def scalars(x):
+        return tf.add_n([tf.exp(x) for _ in range(100)])
+
+    assert told(scalars, tf.TensorSpec([])) >= 100 * 256
+
+
+def test_what_is_read_before_a_write_and_used_after_it_is_a_copy():
+    variable = tf.Variable(tf.zeros([256]))
+
+    def update(x):
+        before = variable.read_value()
+        with tf.control_dependencies([variable.assign_add(x)]):
+            return before * 2.0
+
+    assert told(update, SPEC) >= 2 * UNIT
+
+
+def test_a_branch_that_only_touches_variables_waits_its_turn():
+    variable = tf.Variable(tf.zeros([8]))
+
+    def change():
+        variable.assign_add(tf.ones([8]))
+
+    @tf.function(autograph=False)
+    def update(pred, gradient):
+        with strategy_seams.updates_in_turn():
+            tf.square(gradient)
+            tf.cond(pred, change, lambda: None)
+
+    graph = update.get_concrete_function(tf.TensorSpec([], tf.bool), tf.TensorSpec([8])).graph
+    branch = next(operation for operation in graph.get_operations() if operation.type in ("If", "StatelessIf"))
+    assert "Square" in [other.type for other in branch.control_inputs]
