@@ -210,7 +210,6 @@ class AccumulatedStep:
                 return inner(leaves)
 
         compiled = tf.function(kept_step, autograph=False, input_signature=[self.structure.specs])
-
         call = called_directly(compiled)
 
         def run(leaves: list[Any]) -> Logs:

@@ -144,10 +144,9 @@ def temporaries(
     """The blocks that make room for what the operations of ``graph`` from the ``first`` on hold at once, in bytes.
 
     Each operation is taken to start as soon as it can; what its kernel works with beside its outputs, and iterations of
-    a loop that run at once, are not known. ``unknown_bytes`` is taken for a tensor whose shape the trace
-    does not tell. Variables' buffers are not counted, but copies of variables whose shape is one of ``copied``. The
-    first block is for the largest of what is held at any moment, the second for the second largest, and so on; the last
-    for all others.
+    a loop that run at once, are not known. ``unknown_bytes`` is taken for a tensor whose shape the trace does not tell.
+    Variables' buffers are not counted, but copies of variables whose shape is one of ``copied``. The first block is for
+    the largest of what is held at any moment, the second for the second largest, and so on; the last for all others.
     """
     names = {operation.name for operation in graph.get_operations()[first:]}
     definition = graph.as_graph_def(add_shapes=True)
