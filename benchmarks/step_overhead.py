@@ -5,7 +5,8 @@
 Time is that of a whole epoch of ``fit`` over the same samples, callbacks and data pipeline included, the competitors
 taking turns, now in one order, now in the other, so that a busy machine is busy for all; medians of at least 7 turns.
 The same model, built again, may be faster or slower by a third, where its buffers happen to lie: so each competitor has
-three, which take turns as well.
+seven, which take turns as well. Other guests of a host can double the times from one minute to the next: a ratio is
+the median of those between epochs of the same turn, and what part of the processors' time went to others is told.
 "Passes" is the floor under every accumulation: the same forward and backward passes in a compiled loop, with nothing
 added up, no metrics, no update and no ``fit``.
 
@@ -30,7 +31,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 MODELS = ("dense", "cnn", "transformer")
 ACCUMULATION_STEPS = (1, 4, 16)
-TIMES_BUILT = 3
+OURS, PLAIN, KERAS = "autobatch", "plain Keras at the micro-batch", "Keras's gradient_accumulation_steps"
 UPDATES_IN_AN_EPOCH = {"dense": 32, "cnn": 16, "transformer": 16}
 
 
@@ -72,8 +73,8 @@ def build(name: str, accumulation_steps: int | None = None):
     return model, samples, micro_batch
 
 
-def seconds_in_turns(contestants: list[dict], repeats: int) -> dict[str, float]:
-    """The median seconds of each, one turn of each after another; two turns of each model beforehand are not counted.
+def seconds_in_turns(contestants: list[dict], repeats: int) -> dict[str, list[float]]:
+    """The seconds of each in every turn, all of them once a turn; two turns of each model beforehand are not counted.
 
     ``contestants`` holds the same names once for each time that the models were built.
     """
@@ -86,7 +87,24 @@ def seconds_in_turns(contestants: list[dict], repeats: int) -> dict[str, float]:
             epochs[name]()
             if turn >= beforehand:
                 taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return taken
+
+
+def ratios(seconds: dict[str, list[float]], above: str, below: str) -> list[float]:
+    """The quartiles of the ratios between two contestants' seconds of the same turn."""
+    return statistics.quantiles(
+        (one / other for one, other in zip(seconds[above], seconds[below], strict=True)), n=4, method="inclusive"
+    )
+
+
+def processor_ticks() -> tuple[int, int]:
+    """Clock ticks of all processors so far, and those of them that the host gave to other guests; 0 where not told."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0, 0
+    ticks = [int(field) for field in fields[:8]]  # what follows is counted in these already
+    return sum(ticks), ticks[7] if len(ticks) > 7 else 0
 
 
 def passes_alone(name: str, target_batch: int, micro_batch: int, x, y):
@@ -137,10 +155,10 @@ class Ours:
             self.model.fit(self.batches, verbose=0, shuffle=False)
 
 
-def time_one(name: str, steps: int, repeats: int) -> dict[str, float]:
+def time_one(name: str, steps: int, repeats: int, times_built: int) -> dict[str, list[float]]:
     _, samples, micro_batch = build(name)
     x, y = samples(steps * micro_batch * max(1, UPDATES_IN_AN_EPOCH[name] * 4 // steps))
-    return seconds_in_turns([contestants_for(name, steps, micro_batch, x, y) for _ in range(TIMES_BUILT)], repeats)
+    return seconds_in_turns([contestants_for(name, steps, micro_batch, x, y) for _ in range(times_built)], repeats)
 
 
 def contestants_for(name: str, steps: int, micro_batch: int, x, y) -> dict:
@@ -149,14 +167,12 @@ def contestants_for(name: str, steps: int, micro_batch: int, x, y) -> dict:
     model, _, _ = build(name)
     ours = Ours(name, target, micro_batch, x, y)
     contestants = {
-        "autobatch": ours.epoch,
-        "plain Keras at the micro-batch": lambda: model.fit(x, y, batch_size=micro_batch, shuffle=False, verbose=0),
+        OURS: ours.epoch,
+        PLAIN: lambda: model.fit(x, y, batch_size=micro_batch, shuffle=False, verbose=0),
     }
     if steps > 1:
         accumulating, _, _ = build(name, steps)
-        contestants["Keras's gradient_accumulation_steps"] = lambda: accumulating.fit(
-            x, y, batch_size=micro_batch, shuffle=False, verbose=0
-        )
+        contestants[KERAS] = lambda: accumulating.fit(x, y, batch_size=micro_batch, shuffle=False, verbose=0)
     contestants["passes"] = passes_alone(name, target, micro_batch, x, y)
     return contestants
 
@@ -206,10 +222,29 @@ def peaks_of(name: str, steps: int) -> dict[str, float]:
     }
 
 
+def line_of(row: dict) -> str:
+    def with_quartiles(key: str) -> str:
+        if key not in row:
+            return ""
+        low, middle, high = row[key]
+        return f"{middle:.3f} [{low:.2f} {high:.2f}]"
+
+    seconds = row["seconds"]
+    keras_own = f"{seconds[KERAS]:.3f}s" if KERAS in seconds else ""
+    lost = row["lost_to_other_guests"]
+    return (
+        f"{row['model']:<12} {row['accumulation_steps']:>3} {seconds[OURS]:>9.3f}s {seconds[PLAIN]:>9.3f}s "
+        f"{with_quartiles('over_plain'):>19} {keras_own:>11} {with_quartiles('faster_than_keras_accumulation'):>19} "
+        f"{seconds['passes']:>9.3f}s {row['above_plain_step_per_gradient']:>7.2f}g "
+        f"{'?' if lost is None else format(lost, '.0%'):>6}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--built", type=int, default=7, help="how often each model is built (default 7)")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--peaks", nargs=2, metavar=("MODEL", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -217,33 +252,46 @@ def main() -> None:
         print(json.dumps(peaks_of(options.peaks[0], int(options.peaks[1]))))
         return
     rows = []
-    headings = ("autobatch", "plain", "ratio", "Keras acc.", "faster", "passes", "memory")
-    widths = (10, 10, 7, 11, 7, 10, 8)
+    headings = (
+        "autobatch",
+        "plain",
+        "ratio [quartiles]",
+        "Keras acc.",
+        "faster [quartiles]",
+        "passes",
+        "memory",
+        "lost",
+    )
+    widths = (10, 10, 19, 11, 19, 10, 8, 6)
     print(f"{'model':<12} {'k':>3} " + " ".join(f"{text:>{n}}" for text, n in zip(headings, widths, strict=True)))
     for name in options.models.split(","):
         for steps in ACCUMULATION_STEPS:
-            seconds = time_one(name, steps, options.repeats)
+            ticks_before = processor_ticks()
+            seconds = time_one(name, steps, options.repeats, options.built)
+            ticks, lost = (now - then for now, then in zip(processor_ticks(), ticks_before, strict=True))
             memory = json.loads(
                 subprocess.run(
                     [sys.executable, __file__, "--peaks", name, str(steps)], check=True, capture_output=True, text=True
                 ).stdout.splitlines()[-1]
             )
-            ours, plain = seconds["autobatch"], seconds["plain Keras at the micro-batch"]
-            keras_own = seconds.get("Keras's gradient_accumulation_steps")
             if steps == 1:
                 most = memory["step_bytes"]
             else:  # the accumulators are held before and after both parts of an update
                 most = max(memory["accumulate_bytes"], memory["update_bytes"]) + memory["gradients_bytes"]
-            above = most - memory["plain_step_bytes"]
-            share = above / memory["gradients_bytes"]
-            rows.append({"model": name, "accumulation_steps": steps, "seconds": seconds, "memory": memory})
-            print(
-                f"{name:<12} {steps:>3} {ours:>9.3f}s {plain:>9.3f}s {ours / plain:>7.3f} "
-                + (f"{keras_own:>10.3f}s {keras_own / ours:>6.2f}x" if keras_own else f"{'':>11} {'':>7}")
-                + f" {seconds['passes']:>9.3f}s {share:>7.2f}g",
-                flush=True,
-            )
-    print("ratio: autobatch / plain. faster: Keras's accumulation / autobatch. passes: forward and backward alone.")
+            row = {
+                "model": name,
+                "accumulation_steps": steps,
+                "seconds": {contestant: statistics.median(values) for contestant, values in seconds.items()},
+                "over_plain": ratios(seconds, OURS, PLAIN),
+                **({"faster_than_keras_accumulation": ratios(seconds, KERAS, OURS)} if steps > 1 else {}),
+                "lost_to_other_guests": lost / ticks if ticks else None,
+                "above_plain_step_per_gradient": (most - memory["plain_step_bytes"]) / memory["gradients_bytes"],
+                "memory": memory,
+            }
+            rows.append(row)
+            print(line_of(row), flush=True)
+    print("ratio: autobatch / plain. faster: Keras's accumulation / autobatch. Both: medians of those of one turn.")
+    print("passes: forward and backward alone. lost: of the processors' time, what the host gave to other guests.")
     print("memory: an update's most above one plain micro-step's, in units of the gradients' bytes.")
     if options.output:
         import keras
@@ -259,6 +307,7 @@ def main() -> None:
                     "machine": machine,
                     "versions": versions,
                     "repeats": options.repeats,
+                    "times_built": options.built,
                     "rows": rows,
                 },
                 indent=1,

@@ -20,6 +20,7 @@ from autobatch.errors import AutobatchError, NotApplicableError, UserCodeError
 from autobatch.memory import arena, limits, nvml
 from autobatch.records import Environment, Report, Variant
 from autobatch.remedies import measuring, workers
+from autobatch.trial import variants
 from autobatch.trial.protocol import Trials
 from autobatch.trial.worker import WorkerTrials
 from autobatch.units import format_bytes
@@ -174,7 +175,7 @@ def _own_functions(model: Any) -> list[tuple[str, str]]:
 
     functions = [
         *keras.tree.flatten(getattr(model, "loss", None)),
-        *(getattr(layer, "activation", None) for layer in model._flatten_layers()),
+        *(getattr(layer, "activation", None) for layer in variants.layers_of(model)),
     ]
     found = []
     for function in functions:

@@ -6,7 +6,7 @@ say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -26,6 +26,9 @@ _LINEAR = frozenset(
     ]
 )
 """Operations whose result is linear in each of their inputs that is no shape, axis or index."""
+
+_SHAPES = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"])
+"""Operations whose result does not depend on what is in their inputs."""
 
 _PRODUCTS = frozenset(["Mul", "MatMul", "BatchMatMulV2", "MulNoNan"])
 _QUOTIENTS = frozenset(["RealDiv", "Div", "DivNoNan"])
@@ -81,16 +84,57 @@ def not_linear_in(result: Any, known: Iterable[Any], is_other: Callable[[Any], b
     return None
 
 
-def what_follows(tensors: Iterable[Any]) -> set[int]:
-    """The ids of these tensors and of all that is made of them in their graph."""
+def what_follows(tensors: Iterable[Any], *, but_for: Collection[str] = ()) -> set[int]:
+    """The ids of these tensors and of all that is made of them in their graph, by operations of other types."""
     pending = list(tensors)
     found: set[int] = set()
     while pending:
         tensor = pending.pop()
         if id(tensor) not in found:
             found.add(id(tensor))
-            pending += [output for operation in tensor.consumers() for output in operation.outputs]
+            made_of_it = (operation for operation in tensor.consumers() if operation.type not in but_for)
+            pending += [output for operation in made_of_it for output in operation.outputs]
     return found
+
+
+def comparing_operation(result: Any) -> Any:
+    """An operation on the way to ``result`` that puts samples of a batch together with others; None if none is seen.
+
+    Seen are products of two matrices that are both made of data (similarities of all with all, correlations over the
+    batch), and whatever takes a batch along its first dimension and, broadcast, along its second. The batch's size is
+    not known in the graph; what functions, branches and loops within it do is not looked into.
+    """
+    captured = {id(inner): outer for outer, inner in result.graph.captures}
+    arguments = [
+        output
+        for operation in result.graph.get_operations()
+        if operation.type == "Placeholder"
+        for output in operation.outputs
+        # What is captured is a variable or a value, but for a tensor of the graph around this one.
+        if output.dtype != tf.resource and (id(output) not in captured or hasattr(captured[id(output)], "graph"))
+    ]
+    data = what_follows(arguments, but_for=_SHAPES)
+    pending, seen = [result], set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in seen or id(tensor) not in data:
+            continue
+        seen.add(id(tensor))
+        operands = [each for each in tensor.op.inputs if id(each) in data]
+        if len(operands) == 2 and _puts_samples_together(tensor.op, *operands):
+            return tensor.op
+        pending += operands
+    return None
+
+
+def _puts_samples_together(operation: Any, one: Any, other: Any) -> bool:
+    if operation.type == "MatMul":
+        return True
+    if operation.type == "Einsum":
+        terms = operation.get_attr("equation").decode().split("->")[0].split(",")
+        return "." not in "".join(terms) and (terms[0][:1] not in terms[1] or terms[1][:1] not in terms[0])
+    shapes = [each.shape.as_list()[:2] if each.shape.rank is not None else [] for each in (one, other)]
+    return sorted(shapes, key=repr) == [[1, None], [None, 1]] and one.shape.rank == other.shape.rank
 
 
 def depends_on_arguments(tensor: Any, known: dict[Any, bool]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from autobatch.train import keras_seams
 from autobatch.train.traced import Traced
 from autobatch.trial.snapshot import components, distinct
 
@@ -46,7 +47,7 @@ def differences(
     """
     traced = traced or Traced()
     as_rows = {id(table) for table in tables_kept_as_rows}
-    layers = list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
+    layers = keras_seams.layers_of(model)
     found = []
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
     if norms:
@@ -71,17 +72,23 @@ def differences(
         and layer.trainable
         and not all(id(table) in as_rows for table in distinct(layer.trainable_weights))
     ]
-    adaptive = [optimizer for optimizer in optimizers if type(_innermost(optimizer)).__name__ not in _LINEAR]
-    if embeddings and adaptive:
+    summed = [(optimizer, verb) for optimizer in optimizers if (verb := _done_to_each_row(_innermost(optimizer)))]
+    if embeddings and summed:
+        optimizer, verb = summed[0]
         found.append(
             f"The gradients of a row of {_named(embeddings)} that occurs several times are summed before "
-            f"{adaptive[0].name} squares them; Keras's TensorFlow backend squares each by itself."
+            f"{optimizer.name} {verb} them; Keras's TensorFlow backend {verb} each by itself."
         )
     comparing = [name for loss in _losses_of(model) if (name := _name_of(loss)) in _COMPARING]
     if comparing:
         found.append(
             f"The loss {', '.join(dict.fromkeys(comparing))} compares samples with each other; it sees those of one "
             "micro-batch at a time."
+        )
+    elif traced.comparing:
+        found.append(
+            f"The loss compares samples with each other, in {traced.comparing}; it sees those of one micro-batch at a "
+            "time."
         )
     own = _own_loss_code(model)
     if own and not traced.is_keras_alone:
@@ -116,6 +123,14 @@ def _draws(layer: Any) -> bool:
     )
     known = [rate for rate in rates if isinstance(rate, (int, float))]
     return bool(generators) and (not known or any(rate > 0 for rate in known))
+
+
+def _done_to_each_row(optimizer: Any) -> str:
+    """What an optimizer does to gradients that is not the same for a sum as for its parts; empty if nothing."""
+    if type(optimizer).__name__ not in _LINEAR:
+        return "squares"
+    clipping = [getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue")]
+    return "clips" if any(clipping) else ""
 
 
 def _own_loss_code(model: Any) -> str:

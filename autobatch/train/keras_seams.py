@@ -1,4 +1,4 @@
-"""The only place that touches what is private in Keras, each piece with the versions it was seen to work in.
+"""What is private in Keras is touched here, and in the other modules whose names end in ``_seams``; nowhere else.
 
 Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21. ``tests/train/test_keras_seams.py`` fails loudly when one of
 them moves.
@@ -44,6 +44,7 @@ __all__ = [
     "intercept_reductions",
     "is_array_adapter",
     "is_built",
+    "layers_of",
     "optimizers_of",
     "own_function",
     "remat_mode_of",
@@ -254,7 +255,12 @@ def without_gradients() -> contextlib.AbstractContextManager[None]:
 
 def is_built(model: Any) -> bool:
     """Whether all layers of the model have their variables."""
-    return all(layer.built for layer in model._flatten_layers())
+    return all(layer.built for layer in layers_of(model))
+
+
+def layers_of(model: Any) -> list[Any]:
+    """A model, its layers, theirs, and so on; empty for what is no layer."""
+    return list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
 
 
 def remat_mode_of(layer: Any) -> list[str] | None:
@@ -285,8 +291,7 @@ def require_stateless(model: Any) -> None:
     Raises:
         ValueError: names the layers.
     """
-    layers = model._flatten_layers() if hasattr(model, "_flatten_layers") else ()
-    stateful = [layer.name for layer in layers if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    stateful = [layer.name for layer in layers_of(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
     if stateful:
         raise ValueError(
             "A recurrent layer with stateful=True hands each sample's state to the sample in the same place of the "
@@ -346,7 +351,7 @@ def activated_layers(model: Any) -> list[Any]:
     """The layers made under a ``keras.RematScope`` that have an activation to recompute."""
     return [
         layer
-        for layer in model._flatten_layers()
+        for layer in layers_of(model)
         if getattr(layer, "_remat_mode", None) is not None
         and getattr(layer, "activation", None) not in (None, keras.activations.linear)
     ]

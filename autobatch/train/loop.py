@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from autobatch.records import HostUse, Report
+from autobatch.train import keras_seams
 from autobatch.train.recovery import Transaction
 from autobatch.train.structure import Structure, is_missing
 
@@ -50,7 +51,7 @@ class LoopModel:
         return list(self.model.trainable_variables)
 
     def _flatten_layers(self) -> list[Any]:
-        return list(self.model._flatten_layers())
+        return keras_seams.layers_of(self.model)
 
     @property
     def built(self) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from autobatch.train import strategy_seams
+from autobatch.train import keras_seams, strategy_seams
 from autobatch.train.micro_step import Logs, MicroStep, loop
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import cut, sample_count
@@ -351,7 +351,7 @@ class ReplicatedStep(AccumulatedStep):
 
 
 def _moving_statistics(model: Any) -> list[Any]:
-    norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    norms = [layer for layer in keras_seams.layers_of(model) if isinstance(layer, keras.layers.BatchNormalization)]
     changing = [layer for layer in norms if layer.built and layer.trainable]
     return [variable for layer in changing for variable in (layer.moving_mean, layer.moving_variance)]
 

@@ -316,7 +316,7 @@ class AccumulatedStep:
     def _possible_tables(self) -> list[Any]:
         if self._most_samples is None or self.model.jit_compile or self.model.run_eagerly:
             return []
-        return tables_of(self.model._flatten_layers() if hasattr(self.model, "_flatten_layers") else ())
+        return tables_of(keras_seams.layers_of(self.model))
 
     def _make_row_buffers(self) -> None:
         for table in self._possible_tables():

@@ -28,6 +28,8 @@ class Traced:
         """The layers that called ``add_loss`` with what depends on the data."""
         self.changed_for: list[Any] = []
         """The optimizers whose gradients were changed, other than linearly, between the tape and ``apply``."""
+        self.comparing = ""
+        """The name of an operation that puts samples of a batch together on the way to what is differentiated."""
         self._losses: list[Any] = []
         self._is_keras_alone: bool | None = None
         self._gradients: list[Any] = []
@@ -59,6 +61,8 @@ class Traced:
                 for part in parts
             )
             self._is_keras_alone = alone and self._is_keras_alone is not False
+            operations = (graphs.comparing_operation(part) for part in parts if not self.comparing)
+            self.comparing = next((each.name for each in operations if each is not None), self.comparing)
         self._gradients += [part for part in _dense_parts(gradients) if _is_symbolic(part)]
 
     def note_applied(self, optimizer: Any, gradients: list[Any]) -> None:

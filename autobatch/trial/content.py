@@ -62,11 +62,10 @@ def surroundings_of(device: str, user_limit_bytes: int | None) -> dict[str, obje
 
 def _content(model: Any, sample: Iterable[object], surroundings: Mapping[str, object]) -> dict[str, object]:
     trained = model.model if isinstance(model, LoopModel) else model
-    layers = list(trained._flatten_layers()) if hasattr(trained, "_flatten_layers") else []
     loss = getattr(model, "loss", None)
     return {
         "model": _describe(trained),
-        "layers": [[_describe(layer), keras_seams.remat_mode_of(layer)] for layer in layers],
+        "layers": [[_describe(layer), keras_seams.remat_mode_of(layer)] for layer in keras_seams.layers_of(trained)],
         "variables": _variables(model),
         "train_step": _plain(model.train_step) if isinstance(model, LoopModel) else None,
         "loss": _plain(list(loss.values()) if isinstance(loss, dict) else loss),

@@ -95,9 +95,16 @@ def set_jit(model: Any, jit_compile: bool) -> None:
     model.jit_compile = jit_compile
 
 
+def layers_of(model: Any) -> list[Any]:
+    """A model, its layers, theirs, and so on."""
+    from autobatch.train import keras_seams
+
+    return keras_seams.layers_of(model)
+
+
 def require_policy(model: Any, policy: str) -> None:
     """Refuse a model none of whose layers took the global policy that was set before it was built."""
-    found = sorted({layer.dtype_policy.name for layer in model._flatten_layers() if layer.variables})
+    found = sorted({layer.dtype_policy.name for layer in layers_of(model) if layer.variables})
     if found and policy not in found:
         raise NotApplicableError(
             f"the model's layers set their own dtype policy ({', '.join(found)}), so that the global one has no effect"

@@ -98,7 +98,10 @@ KINDS = {
     "mapped": lambda: (slices().batch(7).map(lambda x, y: (x, y)).cache().prefetch(2),),
     "PyDataset": lambda: (Batches(7),),
     "PyDataset with workers": lambda: (Batches(7, workers=2),),
+    "PyDataset with processes": lambda: (Batches(7, workers=2, use_multiprocessing=True),),
     "torch": lambda: (torch_loader(batch_size=7),),
+    "torch with workers": lambda: (torch_loader(batch_size=7, num_workers=2),),
+    "torch tensors": lambda: tuple(optional.torch().tensor(part) for part in (X, Y)),
 }
 
 
@@ -126,7 +129,9 @@ def test_every_kind_gives_the_same_effective_batches(kind):
     assert batches.expected_batches == (None if kind.startswith("PyDataset") else 3)
 
 
-@pytest.mark.parametrize("kind", ["pandas", "samples", "PyDataset with workers", "torch"])
+@pytest.mark.parametrize(
+    "kind", ["pandas", "samples", "PyDataset with workers", "PyDataset with processes", "torch with workers"]
+)
 def test_every_kind_trains_the_same_weights(kind):
     assert_same_training(ours_on(*KINDS[kind](), epochs=2), PLAIN_TWICE)
 
@@ -195,6 +200,8 @@ def test_class_weight(data):
         pytest.param(lambda: {"validation_data": (X[:20], Y[:20], W[:20])}, id="weighted"),
         pytest.param(lambda: {"validation_data": slices(X[:20], Y[:20]).batch(6)}, id="dataset"),
         pytest.param(lambda: {"validation_data": Batches(6)}, id="PyDataset"),
+        pytest.param(lambda: {"validation_data": torch_loader(batch_size=6)}, id="torch"),
+        pytest.param(lambda: {"validation_data": batches_of(6), "validation_steps": 3}, id="generator"),
         pytest.param(
             lambda: {"validation_data": slices(X[:20], Y[:20]).batch(6).repeat(), "validation_steps": 3}, id="infinite"
         ),
@@ -233,6 +240,22 @@ PLAIN_NESTED = plain_on(*NESTED)
 )
 def test_dicts_of_several_inputs_and_outputs(data):
     assert_same_training(ours_on(*data()), PLAIN_NESTED, make_model=two_inputs)
+
+
+def test_structures_within_structures():
+    def model():
+        keras.utils.set_random_seed(1)
+        one, other, third = (keras.Input((16,)) for _ in range(3))
+        inputs = {"pair": [one, other], "rest": {"third": third}}
+        made = keras.Model(inputs, layers.Dense(10)(layers.Concatenate()([one, other, third])))
+        made.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return made
+
+    nest = {"pair": [X, X * 2], "rest": {"third": X - 1}}
+    plain = plain_on(nest, Y)
+    assert_same_training(ours_on(nest, Y), plain, make_model=model)
+    as_tuple = {**nest, "pair": tuple(nest["pair"])}  # from_tensor_slices would stack a list
+    assert_same_training(ours_on(slices(as_tuple, Y).batch(7)), plain, make_model=model)
 
 
 def test_lists_of_inputs():
@@ -276,6 +299,20 @@ def test_infinite_dataset_with_steps_per_epoch():
     endless = slices().batch(7).repeat()
     counted = slices().repeat().batch(TARGET)
     assert_same_training(ours_on(endless, steps_per_epoch=4), plain_on(counted, batch_size=None, steps_per_epoch=4))
+
+
+class EndlessBatches(keras.utils.PyDataset):
+    """Batches of 7 without an end; every number of batches would be as right as another."""
+
+    def __getitem__(self, index):
+        rows = np.arange(7 * index, 7 * index + 7) % SAMPLES
+        return X[rows], Y[rows]
+
+
+def test_infinite_py_dataset_with_steps_per_epoch():
+    counted = slices().repeat().batch(TARGET)
+    ours = ours_on(EndlessBatches(), steps_per_epoch=4)
+    assert_same_training(ours, plain_on(counted, batch_size=None, steps_per_epoch=4))
 
 
 def test_infinite_dataset_without_steps_per_epoch_warns_and_goes_on_as_in_keras():

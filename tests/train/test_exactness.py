@@ -14,8 +14,19 @@ import autobatch
 RAGGED_TAIL = 13  # of 48 samples: three micro-batches of 13 and one of 9
 
 
-def compare(build, x, y=None, *, micro_batch=RAGGED_TAIL, epochs=2, target_batch=SAMPLES, tolerance=1e-5, **options):
+@pytest.fixture(params=["float32", "float64"])
+def precision(request):
+    """Everything in float32, then in float64: :func:`compare` asks for 1e-5, and for 1e-12."""
+    keras.config.set_floatx(request.param)
+    keras.config.set_dtype_policy(request.param)
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+def compare(build, x, y=None, *, micro_batch=RAGGED_TAIL, epochs=2, target_batch=SAMPLES, tolerance=None, **options):
     """Train both ways; each update's gradients, the weights and every number of the History must agree."""
+    tolerance = tolerance or {"float32": 1e-5, "float64": 1e-12}[keras.config.floatx()]
     plain, ours = build(), build()
     gradients = [recorded_gradients(model) for model in (ours, plain)]
     expected = plain.fit(x, y, batch_size=target_batch, epochs=epochs, shuffle=False, verbose=0, **options)
@@ -103,12 +114,11 @@ LOSSES = {
 ACROSS_THE_BATCH = {"Tversky", "Dice"}  # one number for the whole batch unless told an axis
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_every_built_in_loss(name):
-    kind = LOSSES[name]
+def targets(kind):
+    """Targets of 10 values for each sample, as a loss of this kind takes them; of a "class" one."""
     random = np.random.default_rng(5)
-    x, labels = arrays()
-    y = {
+    _, labels = arrays()
+    made = {
         "real": random.normal(size=(SAMPLES, 10)),
         "positive": random.uniform(0.1, 2, (SAMPLES, 10)),
         "probability": random.integers(0, 2, (SAMPLES, 10)),
@@ -116,18 +126,43 @@ def test_every_built_in_loss(name):
         "sign": random.choice([-1, 1], (SAMPLES, 10)),
         "class": labels,
     }[kind]
-    y = y.astype("int32" if kind == "class" else "float32")
-    options = {"axis": (1,)} if name in ACROSS_THE_BATCH else {}
+    return made.astype("int32" if kind == "class" else "float32")
 
+
+def loss_named(name, **options):
+    return getattr(keras.losses, name)(**options, **({"axis": (1,)} if name in ACROSS_THE_BATCH else {}))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_built_in_loss(name):
     def build():
         keras.utils.set_random_seed(1)
         model = keras.Sequential([keras.Input((16,)), layers.Dense(8, "relu"), layers.Dense(10, "softmax")])
         # Targets near zero make percentages large: another rate would carry the weights off.
         rate = 1e-5 if name == "MeanAbsolutePercentageError" else 0.1
-        model.compile(keras.optimizers.SGD(rate), getattr(keras.losses, name)(**options))
+        model.compile(keras.optimizers.SGD(rate), loss_named(name))
         return model
 
-    compare(build, x, y)
+    compare(build, arrays()[0], targets(LOSSES[name]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_built_in_loss_with_every_other_reduction(reduction, weighted):
+    random = np.random.default_rng(6)
+    weight = {name: random.uniform(0, 2, SAMPLES).astype("float32") for name in LOSSES} if weighted else None
+
+    def build():
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((16,))
+        model = keras.Model(inputs, {name: layers.Dense(10, "softmax", name=name)(inputs) for name in LOSSES})
+        losses = {name: loss_named(name, reduction=reduction) for name in LOSSES}
+        weights = {name: 1e-5 if name == "MeanAbsolutePercentageError" else 1e-2 for name in LOSSES}
+        model.compile(keras.optimizers.SGD(0.1), losses, loss_weights=weights)
+        return model
+
+    # Each loss has weights of its own, which are compared each by itself.
+    compare(build, arrays()[0], {name: targets(kind) for name, kind in LOSSES.items()}, sample_weight=weight)
 
 
 def test_ctc():
@@ -151,13 +186,15 @@ def test_every_loss_of_keras_is_in_the_list():
     assert names <= known
 
 
-def test_ignore_class():
-    x, y = arrays()
-    compare(lambda: classifier(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=3)), x, y)
-
-
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
-def test_a_mask_made_inside_the_model(reduction):
+def test_ignore_class(reduction, precision):
+    x, y = arrays()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=3, reduction=reduction)
+    compare(lambda: classifier(keras.optimizers.SGD(1e-3), loss), x, y)
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum", "mean"])
+def test_a_mask_made_inside_the_model(reduction, precision):
     random = np.random.default_rng(0)
     lengths = random.integers(1, 13, SAMPLES)
     x = random.integers(1, 30, (SAMPLES, 12))
@@ -177,7 +214,7 @@ def test_a_mask_made_inside_the_model(reduction):
     compare(build, x, y, sample_weight=random.uniform(0, 1, (SAMPLES, 12)).astype("float32"))
 
 
-def test_several_outputs_each_with_its_own_denominator():
+def test_several_outputs_each_with_its_own_denominator(precision):
     x, labels = arrays()
     random = np.random.default_rng(2)
     y = {"a": random.normal(size=(SAMPLES, 1)).astype("float32"), "b": labels}
@@ -198,7 +235,7 @@ def test_several_outputs_each_with_its_own_denominator():
     compare(build, x, y, sample_weight=weights)
 
 
-def test_add_loss_and_class_weight():
+def test_add_loss_and_class_weight(precision):
     x, y = arrays()
 
     class Penalty(layers.Layer):
@@ -234,7 +271,7 @@ def test_every_optimizer(name):
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_every_optimizers_own_update(name):
+def test_how_every_optimizer_moves_the_weights(name):
     """What the weights move by, not where they end: in float64, so that rounding them hides nothing."""
     x, y = arrays()
 
@@ -272,7 +309,7 @@ def test_every_optimizers_own_update(name):
     ],
     ids=lambda options: "-".join(options),
 )
-def test_what_an_optimizer_does_beside_the_update_it_does_once(options):
+def test_what_an_optimizer_does_beside_the_update_it_does_once(options, precision):
     x, y = arrays(samples=120)
     compare(
         lambda: classifier(keras.optimizers.SGD(0.2, momentum=0.9, **options)), x, y, target_batch=40, micro_batch=13
@@ -294,15 +331,9 @@ def test_ragged_tails(samples):
     compare(classifier, x, y, target_batch=32, micro_batch=7)
 
 
-def test_float64():
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    try:
-        x, y = arrays()
-        compare(lambda: classifier(keras.optimizers.SGD(0.3)), x.astype("float64"), y, tolerance=1e-12)
-    finally:
-        keras.config.set_floatx("float32")
-        keras.config.set_dtype_policy("float32")
+def test_the_classifier(precision):
+    x, y = arrays()
+    compare(lambda: classifier(keras.optimizers.SGD(0.3)), x, y)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])

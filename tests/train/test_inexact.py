@@ -6,10 +6,11 @@ import re
 import warnings
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from models import SAMPLES, Subclassed, arrays, classifier
+from models import SAMPLES, Subclassed, arrays, classifier, recorded_gradients
 
 import autobatch
 
@@ -124,6 +125,41 @@ class OnlyCalling(Layered):
         return super().compute_loss(*args, **kwargs)
 
 
+def similarities(predicted):
+    normalized = predicted / ops.norm(predicted, axis=-1, keepdims=True)
+    return ops.matmul(normalized, ops.transpose(normalized)) / 0.1
+
+
+def contrastive(y, predicted):
+    """As in SimCLR and InfoNCE: a sample's similarity with itself against that with all others, one value a sample."""
+    own = ops.arange(ops.shape(predicted)[0])
+    return keras.losses.sparse_categorical_crossentropy(own, similarities(predicted), from_logits=True)
+
+
+def by_einsum(y, predicted):
+    return ops.sum(ops.square(tf.einsum("bd,cd->bc", predicted, predicted)), axis=1)
+
+
+def by_pairs(y, predicted):
+    """Distances of all from all, of samples with the same label."""
+    distances = ops.sum(ops.square(predicted[:, None] - predicted[None]), axis=-1)
+    return ops.mean(distances, axis=1)
+
+
+def by_labels(y, predicted):
+    """What samples of the same label have in common, told by the labels alone."""
+    same = ops.cast(ops.equal(ops.reshape(y, (-1, 1)), ops.reshape(y, (1, -1))), "float32")
+    return ops.sum(same, axis=1) * ops.sum(ops.square(predicted), axis=1)
+
+
+class Contrastive(Updating):
+    """A loss of Keras's, over the similarities of all with all."""
+
+    def loss_of(self, x, y):
+        scores = similarities(self(x, training=True))
+        return cross_entropy()(tf.range(tf.shape(scores)[0]), scores)
+
+
 class AddsSum(layers.Layer):
     def call(self, inputs):
         self.add_loss(1e-3 * ops.sum(ops.square(inputs)))
@@ -168,7 +204,32 @@ def attention(dropout):
     return keras.Model(inputs, layers.Flatten()(layers.MultiHeadAttention(2, 4, dropout=dropout)(steps, steps)))
 
 
+def embedding(optimizer):
+    """A small table, in which rows occur several times in a batch: 16 numbers of one digit each."""
+    keras.utils.set_random_seed(1)
+    digit = layers.Lambda(lambda x: tf.cast(x * 2.0, "int32") % 10, output_shape=(16,))
+    table = layers.Embedding(10, 4, name="table")
+    model = keras.Sequential([keras.Input((16,)), digit, table, layers.Flatten(), layers.Dense(10)])
+    model.compile(optimizer, cross_entropy())
+    return model
+
+
+COMPARES = r"The loss compares samples with each other, in \S*"
+SUMMED = r"of a row of Embedding \(table\) that occurs several times are summed before descent "
+
 NAMED = {
+    "contrastive": (lambda: Layered.compiled(loss=contrastive), f"{COMPARES}MatMul"),
+    "contrastive train_step": (lambda: Contrastive.compiled(), f"{COMPARES}MatMul"),
+    "contrastive by einsum": (lambda: Layered.compiled(loss=by_einsum), f"{COMPARES}[Ee]insum"),
+    "pairs": (lambda: Layered.compiled(loss=by_pairs), f"{COMPARES}[Ss]ub"),
+    "labels": (lambda: Layered.compiled(loss=by_labels), f"{COMPARES}[Ee]qual"),
+    "rows, squared": (lambda: embedding(keras.optimizers.Adam(name="descent")), f"{SUMMED}squares them"),
+    "rows, clipped": (lambda: embedding(keras.optimizers.SGD(clipnorm=0.1, name="descent")), f"{SUMMED}clips them"),
+    "rows, all clipped": (
+        lambda: embedding(keras.optimizers.SGD(global_clipnorm=0.1, name="descent")),
+        f"{SUMMED}clips them",
+    ),
+    "values clipped": (lambda: embedding(keras.optimizers.SGD(clipvalue=0.1, name="descent")), f"{SUMMED}clips them"),
     "teacher": (lambda: Teacher.compiled(), r"train_step changes \S*teacher itself: once for each micro-batch"),
     "clipped weights": (lambda: ClippedWeights.compiled(), r"train_step changes \S*last/kernel, \S*last/bias itself"),
     "counting layer": (lambda: Layered.compiled(Counting()), r"train_step changes \S*count itself"),
@@ -205,6 +266,14 @@ def test_random_flips_are_named():
     assert "RandomFlip (flip) draws other random numbers" in said_in_fit(model, x, y)[0]
 
 
+def dot_products():
+    """Products of a sample with itself, which put no samples together."""
+    inputs = keras.Input((16,))
+    steps = layers.Reshape((4, 4))(inputs)
+    both = [layers.Dot(axes=2)([steps, steps]), layers.Attention()([steps, steps])]
+    return keras.Model(inputs, layers.Flatten()(layers.Concatenate()(both)))
+
+
 EXACT = {
     "regularizers": lambda: classifier(
         extra=[layers.Dense(8, kernel_regularizer="l2", activity_regularizer="l2"), layers.ActivityRegularization(0.01)]
@@ -219,13 +288,41 @@ EXACT = {
     "LSTM": lambda: Layered.compiled(*recurrent(layers.LSTM)),
     "GRU": lambda: Layered.compiled(*recurrent(layers.GRU)),
     "attention": lambda: Layered.compiled(attention(0.0)),
+    "query with keys": lambda: Layered.compiled(dot_products()),
+    "rows": lambda: embedding(keras.optimizers.SGD(0.1)),
     "no dropout": lambda: Layered.compiled(layers.Dropout(0.0), layers.GaussianNoise(0.0)),
 }
 
 
 @pytest.mark.parametrize("case", EXACT)
-def test_nothing_is_said_of_what_is_exact(case):
-    assert said_in_fit(EXACT[case]()) == []
+def test_nothing_is_said_of_what_is_exact_and_it_is(case):
+    model, plain = EXACT[case](), EXACT[case]()
+    plain.set_weights(model.get_weights())
+    gradients = [recorded_gradients(each, updates=1) for each in (model, plain)]
+    assert said_in_fit(model) == []
+    plain.fit(*arrays(), batch_size=SAMPLES, verbose=0)
+    for own, expected in ((gradients[0](), gradients[1]()), (model.get_weights(), plain.get_weights())):
+        for one, other in zip(own, expected, strict=True):
+            # The gradient of a bias of attention's keys is zero but for rounding.
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max() + 1e-8)
+
+
+def test_it_is_said_before_the_first_update(monkeypatch):
+    model = Layered.compiled(layers.Dropout(0.5))
+    model.optimizer.build(model.trainable_variables)
+    before, updates = model.get_weights(), []
+
+    def seen(message, *_):
+        if isinstance(message, autobatch.AutobatchWarning):
+            updates.append(int(model.optimizer.iterations.numpy()))
+            assert all((now == then).all() for now, then in zip(model.get_weights(), before, strict=True))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda message, category, *rest: seen(message))
+        autobatch.fit(model, *arrays(), target_batch=24, micro_batch=8, epochs=2, verbose=0)
+    assert updates == [0], "said once, when nothing was updated yet"
+    assert int(model.optimizer.iterations.numpy()) == 4
 
 
 def in_a_loop(loss_of, changed=lambda gradients: gradients, after=lambda model: None, extra=()):

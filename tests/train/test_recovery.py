@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from models import AtCall, MemoryHog, arrays, classifier, run_out_if
+from models import AtCall, MemoryHog, arrays, classifier, relative_error, run_out_if
 from same_bits import assert_same_bits, everything
 
 import autobatch
 from autobatch.records import Limit
+from autobatch.train import keras_seams
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
 from autobatch.trial.snapshot import CopiesBeside
@@ -73,6 +74,56 @@ def test_at_every_update_and_every_micro_batch(update, micro_step):
     assert [r.micro_batch_after for r in transaction.recoveries] == [SMALLER]
     assert transaction.recoveries[0].update == update
     assert_same_bits(everything(model), reference([MICRO] * update + [SMALLER] * (UPDATES - update)))
+
+
+@pytest.mark.parametrize("micro_step", range(4))
+def test_at_the_first_a_middle_and_the_last_of_four_micro_batches(micro_step):
+    model = model_with_state(AtCall(4 + micro_step))
+    (recovery,) = trained(model, 8).recoveries
+    assert (recovery.update, recovery.micro_batch_before) == (1, 8)
+    assert recovery.micro_batch_after < 8
+    assert_same_bits(everything(model), reference([8, recovery.micro_batch_after, recovery.micro_batch_after]))
+
+
+class DrawsByTheGlobalSeed(layers.Layer):
+    def call(self, inputs):
+        return inputs + keras.random.normal(keras.ops.shape(inputs), stddev=0.1)
+
+
+def test_keras_global_seed_is_put_back_as_well():
+    def after(too_many, sizes=None):
+        model = classifier(extra=[DrawsByTheGlobalSeed(), MemoryHog(too_many)])
+        data = batches()
+        step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+        transaction = Transaction(step, MICRO, device="CPU:0")
+        for update, batch in enumerate(data):
+            if sizes is None:
+                transaction.train(batch)
+            else:
+                step.accumulate(batch, sizes[update])
+                step.apply()
+        (seed,) = keras_seams.global_seed_variables()
+        return [*model.get_weights(), np.asarray(seed)], transaction.recoveries
+
+    actual, (recovery,) = after(AtCall(3))
+    expected, _ = after(never, [MICRO, recovery.micro_batch_after, recovery.micro_batch_after])
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=["graph", "eager"])
+@pytest.mark.parametrize("micro_batch", [MICRO, TARGET])
+def test_in_the_middle_of_the_optimizers_update_in_fit(micro_batch, options):
+    x, y = arrays(samples=UPDATES * TARGET)
+    common = {"shuffle": False, "verbose": 0, "epochs": 2}
+    model, plain = classifier(HungryAdam(AtCall(1)), **options), classifier(keras.optimizers.Adam(0.01))
+    history = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=micro_batch, **common)
+    expected = plain.fit(x, y, batch_size=TARGET, **common)
+    assert [recovery.update for recovery in history.recoveries] == [1]
+    assert int(model.optimizer.iterations.numpy()) == 2 * UPDATES
+    assert relative_error(model.get_weights(), plain.get_weights()) < 1e-4  # Adam divides by small gradients
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(history.history[name], values, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("update", range(UPDATES))
