@@ -302,7 +302,11 @@ def test_infinite_dataset_with_steps_per_epoch():
 
 
 class EndlessBatches(keras.utils.PyDataset):
-    """Batches of 7 without an end; every number of batches would be as right as another."""
+    """Batches of 7 without an end."""
+
+    @property
+    def num_batches(self):
+        return None
 
     def __getitem__(self, index):
         rows = np.arange(7 * index, 7 * index + 7) % SAMPLES
