@@ -246,6 +246,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--built", type=int, default=7, help="how often each model is built (default 7)")
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--steps", default=",".join(map(str, ACCUMULATION_STEPS)), help="micro-batches in an update")
     parser.add_argument("--peaks", nargs=2, metavar=("MODEL", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peaks:
@@ -265,7 +266,7 @@ def main() -> None:
     widths = (10, 10, 19, 11, 19, 10, 8, 6)
     print(f"{'model':<12} {'k':>3} " + " ".join(f"{text:>{n}}" for text, n in zip(headings, widths, strict=True)))
     for name in options.models.split(","):
-        for steps in ACCUMULATION_STEPS:
+        for steps in map(int, options.steps.split(",")):
             ticks_before = processor_ticks()
             seconds = time_one(name, steps, options.repeats, options.built)
             ticks, lost = (now - then for now, then in zip(processor_ticks(), ticks_before, strict=True))

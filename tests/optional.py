@@ -13,3 +13,8 @@ def torch():
     if os.environ.get("AUTOBATCH_EXPECT_TORCH"):
         return importlib.import_module("torch")
     return pytest.importorskip("torch")
+
+
+def grain():
+    """Grain; without it the test is skipped."""
+    return pytest.importorskip("grain")

@@ -102,7 +102,13 @@ KINDS = {
     "torch": lambda: (torch_loader(batch_size=7),),
     "torch with workers": lambda: (torch_loader(batch_size=7, num_workers=2),),
     "torch tensors": lambda: tuple(optional.torch().tensor(part) for part in (X, Y)),
+    "Grain": lambda: (grain_samples().batch(7),),
+    "Grain, iterated": lambda: (grain_samples().to_iter_dataset().batch(7),),
 }
+
+
+def grain_samples():
+    return optional.grain().MapDataset.source(list(zip(X, Y, strict=True)))
 
 
 def torch_loader(**options):
@@ -126,11 +132,12 @@ def test_every_kind_gives_the_same_effective_batches(kind):
         if look_first:
             np.testing.assert_array_equal(looked[0], X[:TARGET])
     # Whether a PyDataset's last batch is a whole one is not known: 43 samples and 49 are different numbers of updates.
-    assert batches.expected_batches == (None if kind.startswith("PyDataset") else 3)
+    # How many batches Grain makes is not asked.
+    assert batches.expected_batches == (None if kind.startswith(("PyDataset", "Grain")) else 3)
 
 
 @pytest.mark.parametrize(
-    "kind", ["pandas", "samples", "PyDataset with workers", "PyDataset with processes", "torch with workers"]
+    "kind", ["pandas", "samples", "PyDataset with workers", "PyDataset with processes", "torch with workers", "Grain"]
 )
 def test_every_kind_trains_the_same_weights(kind):
     assert_same_training(ours_on(*KINDS[kind](), epochs=2), PLAIN_TWICE)
