@@ -27,8 +27,8 @@ _LINEAR = frozenset(
 )
 """Operations whose result is linear in each of their inputs that is no shape, axis or index."""
 
-_SHAPES = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"])
-"""Operations whose result does not depend on what is in their inputs."""
+_SHAPES = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike", "Range"])
+"""Operations whose result holds nothing of what is in their inputs; a range may be as long as a batch's longest."""
 
 _PRODUCTS = frozenset(["Mul", "MatMul", "BatchMatMulV2", "MulNoNan"])
 _QUOTIENTS = frozenset(["RealDiv", "Div", "DivNoNan"])

@@ -266,6 +266,13 @@ def test_random_flips_are_named():
     assert "RandomFlip (flip) draws other random numbers" in said_in_fit(model, x, y)[0]
 
 
+def masked_by_lengths(x):
+    """The length of the longest is the batch's, but no sample is set against another by it."""
+    lengths = 1 + ops.cast(x[:, 0] > 0, "int32")
+    mask = ops.arange(ops.max(lengths))[None] < lengths[:, None]
+    return x * ops.sum(ops.cast(mask, "float32"), axis=1, keepdims=True)
+
+
 def dot_products():
     """Products of a sample with itself, which put no samples together."""
     inputs = keras.Input((16,))
@@ -288,6 +295,7 @@ EXACT = {
     "LSTM": lambda: Layered.compiled(*recurrent(layers.LSTM)),
     "GRU": lambda: Layered.compiled(*recurrent(layers.GRU)),
     "attention": lambda: Layered.compiled(attention(0.0)),
+    "masked by lengths": lambda: Layered.compiled(layers.Lambda(masked_by_lengths, output_shape=(16,))),
     "query with keys": lambda: Layered.compiled(dot_products()),
     "rows": lambda: embedding(keras.optimizers.SGD(0.1)),
     "no dropout": lambda: Layered.compiled(layers.Dropout(0.0), layers.GaussianNoise(0.0)),
