@@ -235,6 +235,28 @@ def test_several_outputs_each_with_its_own_denominator(precision):
     compare(build, x, y, sample_weight=weights)
 
 
+@pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}], ids=["XLA", "eager"])
+def test_several_outputs_of_an_embedding_compiled_by_xla_and_run_eagerly(options):
+    random = np.random.default_rng(2)
+    x = random.integers(0, 40, (SAMPLES, 4))
+    y = {"a": random.normal(size=(SAMPLES, 1)).astype("float32"), "b": random.integers(0, 5, SAMPLES)}
+    weights = {"a": random.uniform(0, 1, SAMPLES).astype("float32"), "b": np.ones(SAMPLES, "float32")}
+
+    def build():
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((4,), dtype="int32")
+        hidden = layers.Flatten()(layers.Embedding(40, 6, embeddings_regularizer="l2")(inputs))
+        model = keras.Model(inputs, {"a": layers.Dense(1, name="a")(hidden), "b": layers.Dense(5, name="b")(hidden)})
+        losses = {
+            "a": keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"),
+            "b": keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=2),
+        }
+        model.compile(keras.optimizers.SGD(0.1), losses, loss_weights={"a": 0.3, "b": 2.0}, **options)
+        return model
+
+    compare(build, x, y, sample_weight=weights)
+
+
 def test_add_loss_and_class_weight(precision):
     x, y = arrays()
 
