@@ -49,12 +49,20 @@ def _is_written(handle: Any) -> bool:
         if operation.type == "Identity":
             if _is_written(operation.outputs[0]):
                 return True
-        elif operation.type not in _READING:
+        elif operation.type not in _READING and not _makes(operation, handle):
             # Of a call, a condition or a loop TensorFlow notes which resources the functions behind it only read.
             only_read = operation.node_def.attr["_read_only_resource_inputs"].list.i
             if any(taken is handle and place not in only_read for place, taken in enumerate(operation.inputs)):
                 return True
     return False
+
+
+def _makes(operation: Any, handle: Any) -> bool:
+    """Whether it gives a variable that is made while its function is traced for the first time its first value."""
+    if operation.type not in ("If", "StatelessIf"):
+        return False
+    asked = operation.inputs[0].op
+    return asked.type == "VarIsInitializedOp" and asked.inputs[0] is handle
 
 
 def not_linear_in(result: Any, known: Iterable[Any], is_other: Callable[[Any], bool]) -> Any:

@@ -402,3 +402,38 @@ def test_the_variables_that_micro_steps_write_are_known():
         assert not written & {id(variable.value) for variable in model.optimizer.variables}
         assert id(model.layers[0].kernel.value) not in written
         step.release_accumulators()
+
+
+class BuiltLater(keras.Model):
+    """Not built before its train_step is traced: the layers make their variables there."""
+
+    def __init__(self, *extra):
+        super().__init__()
+        self.stack = keras.Sequential([layers.Dense(8, name="first"), *extra, layers.Dense(10, name="last")])
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = cross_entropy()(y, self.stack(x, training=True))
+        weights = self.stack.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_first_values_of_variables_made_in_the_trace_are_no_changes(whole):
+    from autobatch.train.step import AccumulatedStep
+
+    model = BuiltLater(layers.BatchNormalization(name="norm"))
+    model.compile(keras.optimizers.Adam(0.01))
+    step = AccumulatedStep(model, (tf.TensorSpec((None, 16), tf.float32), tf.TensorSpec((None,), tf.int64)))
+    step.prepare(whole=whole)
+    names = {variable.name.partition(":")[0].split("/")[-1] for variable in step.variables_written_by_micro_steps}
+    assert names == {"moving_mean", "moving_variance"}
+    assert not {"kernel", "bias"} & {variable.name.split("/")[-1] for variable in step.changed_before_update}
+
+
+def test_nothing_is_said_of_a_model_that_its_train_step_builds():
+    model = BuiltLater()
+    model.compile("sgd")
+    assert said_in_fit(model) == []
