@@ -304,7 +304,7 @@ def main() -> None:
         options.output.write_text(
             json.dumps(
                 {
-                    "command": "python benchmarks/step_overhead.py",
+                    "command": f"python benchmarks/step_overhead.py --models {options.models} --steps {options.steps}",
                     "machine": machine,
                     "versions": versions,
                     "repeats": options.repeats,
