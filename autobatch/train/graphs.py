@@ -6,7 +6,7 @@ say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -27,7 +27,7 @@ _LINEAR = frozenset(
 )
 """Operations whose result is linear in each of their inputs that is no shape, axis or index."""
 
-_SHAPES = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike", "Range"])
+_EMPTY_OF_DATA = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike", "Range"])
 """Operations whose result holds nothing of what is in their inputs; a range may be as long as a batch's longest."""
 
 _PRODUCTS = frozenset(["Mul", "MatMul", "BatchMatMulV2", "MulNoNan"])
@@ -112,16 +112,9 @@ def comparing_operation(result: Any) -> Any:
     batch), and whatever takes a batch along its first dimension and, broadcast, along its second. The batch's size is
     not known in the graph; what functions, branches and loops within it do is not looked into.
     """
-    captured = {id(inner): outer for outer, inner in result.graph.captures}
-    arguments = [
-        output
-        for operation in result.graph.get_operations()
-        if operation.type == "Placeholder"
-        for output in operation.outputs
-        # What is captured is a variable or a value, but for a tensor of the graph around this one.
-        if output.dtype != tf.resource and (id(output) not in captured or hasattr(captured[id(output)], "graph"))
-    ]
-    data = what_follows(arguments, but_for=_SHAPES)
+    captured = _captured_by(result.graph)
+    made = (output for operation in result.graph.get_operations() for output in operation.outputs)
+    data = what_follows((each for each in made if _is_argument(each, captured)), but_for=_EMPTY_OF_DATA)
     pending, seen = [result], set()
     while pending:
         tensor = pending.pop()
@@ -150,21 +143,31 @@ def depends_on_arguments(tensor: Any, known: dict[Any, bool]) -> bool:
 
     ``known`` keeps what was found out, for further tensors of the same graph.
     """
-    captured = {id(inner): outer for outer, inner in tensor.graph.captures}
+    captured = _captured_by(tensor.graph)
     pending, seen = [tensor], set()
     while pending:
         each = pending.pop()
         if each.ref() in seen or known.get(each.ref()) is False:
             continue
         seen.add(each.ref())
-        # A tensor of another graph may depend on that one's arguments; a value or a variable does not.
-        is_value = id(each) in captured and not hasattr(captured[id(each)], "graph")
-        if known.get(each.ref()) or (each.op.type == "Placeholder" and each.dtype != tf.resource and not is_value):
+        if known.get(each.ref()) or _is_argument(each, captured):
             known[tensor.ref()] = True
             return True
         pending += each.op.inputs
     known.update(dict.fromkeys(seen, False))
     return False
+
+
+def _captured_by(graph: Any) -> dict[int, Any]:
+    """By the ids of a function's tensors, what they stand for outside of it."""
+    return {id(inner): outer for outer, inner in graph.captures}
+
+
+def _is_argument(tensor: Any, captured: Mapping[int, Any]) -> bool:
+    """Whether it is what a function is given, or a tensor of the graph around it, which may depend on that one's."""
+    if tensor.op.type != "Placeholder" or tensor.dtype == tf.resource:
+        return False
+    return id(tensor) not in captured or hasattr(captured[id(tensor)], "graph")
 
 
 def output_item_bytes(node: Any) -> list[int]:
