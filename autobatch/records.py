@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import enum
 import importlib
+import itertools
+import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,16 @@ class Outcome(enum.Enum):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_apart(name: str, pieces: tuple[tuple[int, int], ...]) -> None:
+    ordered = sorted(pieces)
+    for start, taken in ordered:
+        _require(start >= 0 and taken > 0, f"{name} must have bytes at an address. Received: {(start, taken)!r}")
+    for (start, taken), (following, _) in itertools.pairwise(ordered):
+        _require(
+            start + taken <= following, f"{name} must not overlap. Received: {(start, taken)!r} before {following!r}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +65,7 @@ class AllocationTrace:
     ``regions`` are the pieces of address space that the allocator has, as (start, bytes). The first ``len(held)``
     blocks were there before, as (start, bytes); block ``len(held) + i`` was allocated in the trial, and ``sizes[i]`` is
     what it takes, as (bytes whatever the size, bytes per sample). ``order`` is what happened: ``n`` allocates block n,
-    ``~n`` gives it back.
+    ``~n`` gives it back. A trace that no allocator can have left is refused when it is made.
     """
 
     micro_batch: int
@@ -67,6 +80,22 @@ class AllocationTrace:
         blocks = len(self.held) + len(self.sizes)
         strange = [step for step in self.order if not -blocks <= step < blocks]
         _require(not strange, f"order must name blocks from 0 to {blocks - 1}. Received: {strange[:3]!r}")
+        _require_apart("regions", self.regions)
+        _require_apart("held", self.held)
+        ordered = sorted(self.regions)
+        for start, taken in self.held:
+            inside = ordered[max(bisect_right(ordered, (start, math.inf)) - 1, 0)]
+            fits = inside[0] <= start and start + taken <= inside[0] + inside[1]
+            _require(fits, f"held must lie in regions. Received: {(start, taken)!r}")
+        _require(all(map(math.isfinite, itertools.chain(*self.sizes))), f"sizes must be finite. Received: {self.sizes}")
+        live = set(range(len(self.held)))
+        for step in self.order:
+            block = step if step >= 0 else ~step
+            _require(
+                (block in live) == (step < 0),
+                f"order must take what is free, and give back what is taken. Received: {step!r}",
+            )
+            live ^= {block}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,39 +4,33 @@ TensorFlow's BFC allocator, which GPUs have and limited CPU arenas too, tells it
 address, the operation that asked, and the shape of the tensor. A profile of one small step is therefore all that is
 needed to know where in memory everything will lie in a large one: see :mod:`autobatch.search.replay`.
 
-What is not a documented interface of TensorFlow and touched here: the names of the profiler's events
-(``MemoryAllocation``, ``MemoryDeallocation``) and of their figures, and the place of the module that reads its files,
-seen in 2.21. Where any of it is missing, or another profile is being taken, nothing is recorded and nothing is lost.
+A recording is a hint. Where it cannot be made, be read or be true (events lost or out of order, blocks
+over one another), there is none, and nothing is lost: no error of this module leaves it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autobatch.memory import arena
+from autobatch.memory import arena, profile_reader
+from autobatch.memory.profile_reader import Event
 from autobatch.records import AllocationTrace
 
 logger = logging.getLogger(__name__)
-
-_READERS = ("tensorflow.tsl.profiler.protobuf.xplane_pb2", "tensorflow.core.profiler.protobuf.xplane_pb2")
-_ALLOCATED, _FREED = "MemoryAllocation", "MemoryDeallocation"
 
 SWITCH = "AUTOBATCH_RECORD_ALLOCATIONS"
 """An environment variable: "0" leaves the profiler alone."""
 
 _OF_THE_PROFILER = (b"profiler_session.cc", b"save_profile.cc")
-
-_MOST_BYTES = 64 * 2**20
-"""A profile larger than this is not read: it would take longer than the trial that it might save."""
 
 _LEAST_PRIME = 11
 """From here on a prime micro-batch is unlikely to divide a dimension that has nothing to do with it."""
@@ -46,25 +40,6 @@ _WORKSPACES = ("Conv2DBackpropInput", "Conv2DBackpropFilter")
 
 _ROUND_BYTES = 256
 """The allocator's unit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One allocation (``shape`` as the profiler writes it, "[37,64]") or one release, with the figures after it.
-
-    ``is_output`` tells a tensor that ``operation`` returns from one that it works with.
-    """
-
-    allocated: bool
-    address: int
-    requested_bytes: int
-    chunk_bytes: int
-    shape: str
-    operation: str
-    is_output: bool
-    in_use_bytes: int
-    free_bytes: int
-    fragmentation: float
 
 
 @dataclass(slots=True)
@@ -109,23 +84,33 @@ def recording(device: str, variables: Iterable[Any]) -> Iterator[Recording]:
         return
     profiler = tf.profiler.experimental
     with tempfile.TemporaryDirectory(prefix="autobatch-") as folder:
-        try:
+        started = False
+        with _as_a_hint("started"):
             found.held = _addresses(variables)
             # No options: TensorFlow 2.21 takes none of them, and complains.
             with _silenced():
                 profiler.start(folder)
-        except (tf.errors.OpError, RuntimeError) as error:
-            logger.info("allocations are not recorded: %s", error)
-            yield found
-            return
+            started = True
         saved = False
         try:
             yield found
             saved = True
         finally:
-            with _silenced():
-                profiler.stop(save=saved)
-        found.events = _read(Path(folder), device)
+            if started:
+                with _as_a_hint("ended"), _silenced():
+                    profiler.stop(save=saved)
+        if started:
+            with _as_a_hint("read"):
+                found.events = profile_reader.read(Path(folder), device)
+
+
+@contextlib.contextmanager
+def _as_a_hint(done: str) -> Iterator[None]:
+    """Keep every error of the block to itself: what it would have told is not known then."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a profiler or a damaged file raises must not end a search
+        logger.info("allocations are not recorded, for the recording could not be %s: %r", done, error)
 
 
 @contextlib.contextmanager
@@ -155,10 +140,15 @@ def trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple[
 
     A block grows with the micro-batch where a dimension of its tensor is a multiple of it: the first one, or any if
     the micro-batch is a prime that is not small. ``fixed_shapes`` are those of the weights, which never grow.
-    None where nothing was recorded.
+    None where nothing was recorded, or what was recorded cannot be true.
     """
-    if not found.events:
-        return None
+    with _as_a_hint("believed"):
+        return _trace_of(found, micro_batch, fixed_shapes) if found.events else None
+    return None
+
+
+def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple[int, ...]]) -> AllocationTrace:
+    _require_possible(found.events)
     first = found.events[0]
     blocks: dict[int, int] = {}
     live: dict[int, int] = {}
@@ -183,6 +173,9 @@ def trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple[
     touched = {event.address: event.chunk_bytes for event in found.events}
     regions = _regions(blocks, touched, first)
     held = _within(regions, blocks)
+    lost = [address for address in freed if address not in dict(held)]
+    if lost:
+        raise ValueError(f"blocks that were given back do not lie in the allocator's memory: {lost[:3]}")
     held += _unaccounted(regions, {**touched, **dict(held)}, in_use - sum(taken for _, taken in held))
     held.sort()
     index = {address: number for number, (address, _) in enumerate(held)}
@@ -190,7 +183,7 @@ def trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple[
     for allocated, number in steps:
         if number >= 0:
             order.append(known + number if allocated else ~(known + number))
-        elif freed[-1 - number] in index:
+        else:
             order.append(~index[freed[-1 - number]])
     return AllocationTrace(micro_batch, tuple(regions), tuple(held), tuple(sizes), tuple(order))
 
@@ -213,10 +206,46 @@ def _is_telling(number: int) -> bool:
     return number >= _LEAST_PRIME and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
-def _regions(held: dict[int, int], touched: dict[int, int], first: Event) -> list[tuple[int, int]]:
-    """The allocator's pieces of address space: known at their starts, and for the largest at its end.
+def _require_possible(events: Sequence[Event]) -> None:
+    """Refuse events that no allocator can have seen: lost, doubled, out of order.
 
-    It is not told where a region ends. But the largest free piece was told; it comes behind all that was held.
+    Raises:
+        ValueError: says what is impossible, and where.
+    """
+    live: dict[int, int] = {}
+    starts: list[int] = []
+    in_use = None
+    for number, event in enumerate(events):
+        sizes = (event.address, event.requested_bytes, event.chunk_bytes, event.in_use_bytes, event.free_bytes)
+        if min(sizes) < 0 or not 0 <= event.fragmentation <= 1:
+            raise ValueError(f"event {number} has a figure that cannot be: {event}")
+        if event.chunk_bytes < max(event.requested_bytes, 1):
+            raise ValueError(f"event {number} is about a chunk smaller than what was asked for: {event}")
+        change = event.chunk_bytes if event.allocated else -event.chunk_bytes
+        if in_use is not None and in_use + change != event.in_use_bytes:
+            raise ValueError(f"the bytes in use do not add up at event {number}: {event}, after {in_use}")
+        in_use = event.in_use_bytes
+        if event.allocated:
+            place = bisect_left(starts, event.address)
+            below, above = starts[max(place - 1, 0) : place], starts[place : place + 1]
+            if (below and below[0] + live[below[0]] > event.address) or (
+                above and above[0] < event.address + event.chunk_bytes
+            ):
+                raise ValueError(f"event {number} puts a block over another one: {event}")
+            starts.insert(place, event.address)
+            live[event.address] = event.chunk_bytes
+        elif event.address in live:
+            if live.pop(event.address) != event.chunk_bytes:
+                raise ValueError(f"event {number} gives back another chunk than was taken: {event}")
+            starts.remove(event.address)
+
+
+def _regions(held: dict[int, int], touched: dict[int, int], first: Event) -> list[tuple[int, int]]:
+    """The allocator's pieces of address space, none over another: known at their starts, and where they end at most.
+
+    It is not told where a region ends. But the largest free piece is told, as a part of what is free in the regions
+    taken so far; it comes behind all that was held in the largest of them, before the next one begins. Blocks that all
+    lie within the limit of each other are taken to lie in one region, as they do where the arena is taken in one piece.
     """
     total = first.in_use_bytes + first.free_bytes
     largest_free = int(first.free_bytes * (1 - first.fragmentation)) // _ROUND_BYTES * _ROUND_BYTES
@@ -227,14 +256,16 @@ def _regions(held: dict[int, int], touched: dict[int, int], first: Event) -> lis
         else:
             extents.append([address, address + taken])
     used = [(start, end) for start, end in extents if any(start <= address < end for address in touched)]
-    main = max(used, key=lambda extent: extent[1] - extent[0])
-    regions = [(start, end - start) for start, end in used if (start, end) != main]
-    start, end = main
-    behind = max((address + taken for address, taken in held.items() if start <= address < end), default=start)
+    if used[-1][1] - used[0][0] <= total:
+        used = [(used[0][0], used[-1][1])]
+    start, end = main = max(used, key=lambda extent: extent[1] - extent[0])
+    regions = [(other, behind - other) for other, behind in used if (other, behind) != main]
     most = total - sum(taken for _, taken in regions)
-    regions.append((start, min(max(end, behind + largest_free) - start, most)))
+    following = min((other for other, _ in regions if other > start), default=start + most)
+    behind = max((address + taken for address, taken in held.items() if start <= address < end), default=start)
+    regions.append((start, min(max(end, behind + largest_free) - start, most, following - start)))
     rest = most - regions[-1][1]
-    if rest > largest_free:
+    if rest > largest_free or (rest >= _ROUND_BYTES and behind + largest_free > following):
         regions.append((max(s + taken for s, taken in regions) + _ROUND_BYTES, rest))  # not taken from the device yet
     return sorted(regions)
 
@@ -288,67 +319,8 @@ def _addresses(variables: Iterable[Any]) -> dict[int, int]:
     return found
 
 
-def _read(folder: Path, device: str) -> list[Event]:
-    reader = _reader()
-    files = sorted(folder.rglob("*.xplane.pb"))
-    if reader is None or not files or files[0].stat().st_size > _MOST_BYTES:
-        return []
-    space = reader.XSpace()
-    space.ParseFromString(files[0].read_bytes())
-    timed: list[tuple[int, Event]] = []
-    for plane in space.planes:
-        kinds = {number: named.name for number, named in plane.event_metadata.items()}
-        names = {number: named.name for number, named in plane.stat_metadata.items()}
-        for line in plane.lines:
-            for event in line.events:
-                kind = kinds[event.metadata_id]
-                if kind in (_ALLOCATED, _FREED) and (found := _event(kind, event.stats, names, device)) is not None:
-                    timed.append((line.timestamp_ns * 1000 + event.offset_ps, found))
-    timed.sort(key=lambda each: each[0])
-    return [event for _, event in timed]
-
-
-def _event(kind: str, stats: Iterable[Any], names: dict[int, str], device: str) -> Event | None:
-    figures: dict[str, Any] = {}
-    for stat in stats:
-        field_name = stat.WhichOneof("value")
-        value = getattr(stat, field_name)
-        figures[names[stat.metadata_id]] = names[value] if field_name == "ref_value" else value
-    if not _is_allocator_of(device, str(figures.get("allocator_name", ""))):
-        return None
-    try:
-        return Event(
-            allocated=kind == _ALLOCATED,
-            address=int(figures["addr"]),
-            requested_bytes=int(figures["requested_bytes"]),
-            chunk_bytes=int(figures["allocation_bytes"]),
-            shape=str(figures.get("shape", "")),
-            operation=str(figures.get("tf_op", "")),
-            is_output=figures.get("region_type") != "temp",
-            in_use_bytes=int(figures["bytes_allocated"]),
-            free_bytes=int(figures["bytes_available"]),
-            fragmentation=float(figures["fragmentation"]),
-        )
-    except KeyError:
-        return None
-
-
 def _tells(device: str) -> bool:
     """Whether the allocator of ``device`` is BFC, as the environment says: others tell nothing of use."""
     if device.startswith("GPU"):
         return os.environ.get("TF_GPU_ALLOCATOR", "").strip().lower() != "cuda_malloc_async"
     return arena.arena_limit_bytes(device) is not None
-
-
-def _is_allocator_of(device: str, name: str) -> bool:
-    kind, _, index = device.partition(":")
-    return name == f"GPU_{index}_bfc" if kind == "GPU" else name == "bfc_cpu_allocator_for_gpu"
-
-
-def _reader() -> Any:
-    for name in _READERS:
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    return None

@@ -5,6 +5,7 @@ Knows neither TensorFlow nor time: trials and clock are given to it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from autobatch.search.memory_model import fit_memory_model
 from autobatch.search.planning import candidate_sizes, require_objective
 from autobatch.search.proposals import propose, wants_estimate
 from autobatch.search.steps import Run, Stop, Terms
+
+logger = logging.getLogger(__name__)
 
 FURTHEST = 2**20
 """The largest size tried where neither a target nor ``max_micro_batch`` is given."""
@@ -203,7 +206,24 @@ def _replayed(
     at_most: int,
     estimate: SampleEstimate | None,
 ) -> int | None:
-    """The largest size that fits where the newest trace, ``trial``'s, is replayed; None where that is not believed."""
+    """The largest size that fits where the newest trace, ``trial``'s, is replayed; None where that is not believed.
+
+    A replay is a hint: one that cannot be carried out is not believed either.
+    """
+    try:
+        return _believed_replay(traces, trial, budget_bytes, at_most, estimate)
+    except Exception as error:  # noqa: BLE001 - a trace may be wrong in ways nobody thought of, and no hint ends a search
+        logger.info("a replay could not be carried out: %r", error)
+        return None
+
+
+def _believed_replay(
+    traces: Sequence[AllocationTrace],
+    trial: TrialResult,
+    budget_bytes: int,
+    at_most: int,
+    estimate: SampleEstimate | None,
+) -> int | None:
     if not trial.fits:
         return None
     trace = traces[-1] if len(traces) == 1 else replay.between(traces[-2], traces[-1])

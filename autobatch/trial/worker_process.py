@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import selectors
 import signal
@@ -22,6 +23,8 @@ from typing import Any
 
 from autobatch.errors import WorkerError
 from autobatch.records import AllocationTrace, Environment, Outcome, TrialResult
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -60,9 +63,18 @@ def pack_result(result: TrialResult) -> dict[str, object]:
 
 
 def unpack_result(fields: Message) -> TrialResult:
-    trace = fields["allocations"]
-    allocations = None if trace is None else AllocationTrace(**{name: _tuples(value) for name, value in trace.items()})
-    return TrialResult(**{**fields, "outcome": Outcome(fields["outcome"]), "allocations": allocations})
+    return TrialResult(
+        **{**fields, "outcome": Outcome(fields["outcome"]), "allocations": _unpack_trace(fields["allocations"])}
+    )
+
+
+def _unpack_trace(trace: Any) -> AllocationTrace | None:
+    """A trial's allocations; None where it tells none, or what cannot be: they are a hint, and the result stands."""
+    try:
+        return None if trace is None else AllocationTrace(**{name: _tuples(value) for name, value in trace.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        logger.info("allocations that a worker recorded are not believed: %r", error)
+        return None
 
 
 def _tuples(value: Any) -> Any:

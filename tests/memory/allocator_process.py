@@ -1,6 +1,6 @@
 """Run by the tests, in a process of its own: what TensorFlow's allocator does, and what the model of it does.
 
-``python allocator_process.py random|busy|step``
+``python allocator_process.py random|busy|broken|step``
 """
 
 from __future__ import annotations
@@ -97,6 +97,50 @@ def beside_another_profile():
     }
 
 
+def broken():
+    """A profile that was cut off or garbled on its way, and a profiler that will not start or end."""
+    import tensorflow as tf
+
+    from autobatch.memory import allocations, profile_reader
+
+    rng = random.Random(0)
+    read = profile_reader.read
+    told = []
+
+    def damage(folder, device):
+        (file,) = folder.rglob("*.xplane.pb")
+        content = bytearray(file.read_bytes())
+        if len(told) % 2:
+            del content[rng.randrange(len(content)) :]
+        else:
+            for _ in range(20):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+        file.write_bytes(content)
+        return read(folder, device)
+
+    profile_reader.read = damage
+    for _ in range(12):
+        with allocations.recording("CPU:0", []) as seen:
+            empty(1000)
+        trace = allocations.trace_of(seen, 1, ())
+        told.append(None if trace is None else len(trace.order))
+    profile_reader.read = read
+
+    def refuse(*_, **__):
+        raise PermissionError("CUPTI: not for you")
+
+    start, stop = tf.profiler.experimental.start, tf.profiler.experimental.stop
+    tf.profiler.experimental.start = refuse
+    with allocations.recording("CPU:0", []) as unstarted:
+        empty(1000)
+    tf.profiler.experimental.start, tf.profiler.experimental.stop = start, refuse
+    with allocations.recording("CPU:0", []) as unended:
+        empty(1000)
+    tf.profiler.experimental.stop = stop
+    stop(save=False)
+    return {"told": told, "unstarted": len(unstarted.events), "unended": len(unended.events)}
+
+
 def step():
     """A trial's trace, replayed at the size of another, against what that one measured."""
     import keras
@@ -135,4 +179,6 @@ def step():
 
 if __name__ == "__main__":
     autobatch.limit_memory(LIMIT)
-    print(json.dumps({"random": compared, "busy": beside_another_profile, "step": step}[sys.argv[1]]()))
+    print(
+        json.dumps({"random": compared, "busy": beside_another_profile, "broken": broken, "step": step}[sys.argv[1]]())
+    )

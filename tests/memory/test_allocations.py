@@ -46,6 +46,13 @@ def test_where_another_profile_is_taken_or_the_block_fails_nothing_is_recorded_a
     assert seen["switched_off"] == 0
 
 
+def test_a_broken_profile_costs_the_hint_and_nothing_else():
+    seen = run("broken")
+    assert len(seen["told"]) == 12
+    assert seen["told"].count(None) >= 3, "a file that was cut off is not believed"
+    assert seen["unstarted"] == seen["unended"] == 0
+
+
 @pytest.mark.slow
 def test_a_trial_of_13_samples_tells_what_the_largest_size_will_do():
     seen = run("step")
@@ -89,8 +96,8 @@ def test_what_was_held_lies_where_it_lay_and_what_is_unknown_in_the_smallest_hol
         held={start + 1024: 300, 77: 4000},  # the second is in none of the allocator's regions
         events=[
             event(True, start + 8192, 4000, shape="[10,100]", in_use=512 + 256 + 256 + 4096, free=60_000),
-            event(False, start + 4096, 256, in_use=0),
-            event(False, start + 8192, 4000, in_use=0),
+            event(False, start + 4096, 256, in_use=512 + 256 + 4096, free=60_256),
+            event(False, start + 8192, 4000, in_use=512 + 256, free=64_352),
         ],
     )
     told = trace_of(seen, 10, ())

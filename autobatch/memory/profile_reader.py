@@ -1,0 +1,99 @@
+"""Reads the allocations out of the files that TensorFlow's profiler writes.
+
+What is not a documented interface of TensorFlow and touched here: the names of the profiler's events
+(``MemoryAllocation``, ``MemoryDeallocation``) and of their figures, and the place of the module that reads its files,
+seen in 2.21. What a damaged file raises, the caller keeps to itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_READERS = ("tensorflow.tsl.profiler.protobuf.xplane_pb2", "tensorflow.core.profiler.protobuf.xplane_pb2")
+_ALLOCATED, _FREED = "MemoryAllocation", "MemoryDeallocation"
+
+_MOST_BYTES = 64 * 2**20
+"""A profile larger than this is not read: it would take longer than the trial that it might save."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One allocation (``shape`` as the profiler writes it, "[37,64]") or one release, with the figures after it.
+
+    ``is_output`` tells a tensor that ``operation`` returns from one that it works with.
+    """
+
+    allocated: bool
+    address: int
+    requested_bytes: int
+    chunk_bytes: int
+    shape: str
+    operation: str
+    is_output: bool
+    in_use_bytes: int
+    free_bytes: int
+    fragmentation: float
+
+
+def read(folder: Path, device: str) -> list[Event]:
+    """The allocations and releases on ``device`` that a profile's folder holds, in order; none if there is no file."""
+    reader = _reader()
+    files = sorted(folder.rglob("*.xplane.pb"))
+    if reader is None or not files or files[0].stat().st_size > _MOST_BYTES:
+        return []
+    space = reader.XSpace()
+    space.ParseFromString(files[0].read_bytes())
+    timed: list[tuple[int, Event]] = []
+    for plane in space.planes:
+        kinds = {number: named.name for number, named in plane.event_metadata.items()}
+        names = {number: named.name for number, named in plane.stat_metadata.items()}
+        for line in plane.lines:
+            for event in line.events:
+                kind = kinds[event.metadata_id]
+                if kind in (_ALLOCATED, _FREED) and (found := _event(kind, event.stats, names, device)) is not None:
+                    timed.append((line.timestamp_ns * 1000 + event.offset_ps, found))
+    timed.sort(key=lambda each: each[0])
+    return [event for _, event in timed]
+
+
+def _event(kind: str, stats: Iterable[Any], names: dict[int, str], device: str) -> Event | None:
+    figures: dict[str, Any] = {}
+    for stat in stats:
+        field_name = stat.WhichOneof("value")
+        value = getattr(stat, field_name)
+        figures[names[stat.metadata_id]] = names[value] if field_name == "ref_value" else value
+    if not _is_allocator_of(device, str(figures.get("allocator_name", ""))):
+        return None
+    try:
+        return Event(
+            allocated=kind == _ALLOCATED,
+            address=int(figures["addr"]),
+            requested_bytes=int(figures["requested_bytes"]),
+            chunk_bytes=int(figures["allocation_bytes"]),
+            shape=str(figures.get("shape", "")),
+            operation=str(figures.get("tf_op", "")),
+            is_output=figures.get("region_type") != "temp",
+            in_use_bytes=int(figures["bytes_allocated"]),
+            free_bytes=int(figures["bytes_available"]),
+            fragmentation=float(figures["fragmentation"]),
+        )
+    except KeyError:
+        return None
+
+
+def _is_allocator_of(device: str, name: str) -> bool:
+    kind, _, index = device.partition(":")
+    return name == f"GPU_{index}_bfc" if kind == "GPU" else name == "bfc_cpu_allocator_for_gpu"
+
+
+def _reader() -> Any:
+    for name in _READERS:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
