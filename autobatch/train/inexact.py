@@ -6,6 +6,7 @@ can change that. The list is made of what is found in the model, not of what mig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ _LINEAR = ("SGD",)
 
 _COMPARING = ("circle",)
 """Keras's losses whose value for a sample depends on the others in the batch."""
+
+
+_TAKEN_FOR_A_MEAN = "It is taken for a mean over the samples of a batch, and a sum is weighed as one."
 
 
 def differences(
@@ -90,28 +94,54 @@ def differences(
             f"The loss compares samples with each other, in {traced.comparing}; it sees those of one micro-batch at a "
             "time."
         )
+    found += _mixing(layers, traced)
     own = _own_loss_code(model)
-    if own and not traced.is_keras_alone:
+    because = f" (in {traced.untold})" if traced.untold else ""
+    if own and not traced.is_told:
+        found.append(f"{own}: how its loss is made of the samples is not known{because}. " + _TAKEN_FOR_A_MEAN)
+    elif traced.adding_layers and not traced.is_told:
         found.append(
-            f"{own}: what of its loss is no keras.losses.Loss is taken for a mean over the samples of a batch, and a "
-            "sum is weighed as one."
+            f"How what {_named(traced.adding_layers)} adds by add_loss is made of the samples is not known{because}. "
+            + _TAKEN_FOR_A_MEAN
         )
-    if traced.adding_layers:
-        found.append(
-            f"What {_named(traced.adding_layers)} adds by add_loss is taken for a mean over the samples of a batch, "
-            "and a sum is weighed as one; what compares samples sees those of one micro-batch at a time."
-        )
-    if traced.scalar_losses:
-        found.append(
-            f"The loss {', '.join(traced.scalar_losses)} returns one number for a batch; it is averaged over the "
-            "micro-batches by their samples, which is not the same where it compares samples with each other."
-        )
+    elif traced.untold:
+        found.append(f"How the loss is made of the samples is not known{because}. " + _TAKEN_FOR_A_MEAN)
     if traced.scalar_metrics:
         found.append(
             f"The metric {', '.join(traced.scalar_metrics)} makes one number of a batch; it is averaged over the "
             "micro-batches by their samples, which is the full batch's only where it is a mean over samples."
         )
     return tuple(found)
+
+
+def _mixing(layers: list[Any], traced: Traced) -> list[str]:
+    """Sentences on what makes a sample depend on the others of its batch, batch normalisation apart."""
+    by_name = {layer.name: layer for layer in layers[1:]}
+    found: dict[int, Any] = {}
+    elsewhere: list[str] = []
+    for name in sorted(traced.mixed):
+        scopes = [each for scope in reversed(name.split("/")[:-1]) for each in (scope, _without_number(scope))]
+        layer = next((by_name[scope] for scope in scopes if scope in by_name), None)
+        if layer is None:
+            elsewhere.append(name)
+        elif not isinstance(layer, keras.layers.BatchNormalization):
+            found[id(layer)] = layer
+    sentences = []
+    if found:
+        sentences.append(
+            f"In {_named(list(found.values()))} a sample depends on the others of its batch: it sees those of its "
+            "micro-batch."
+        )
+    if elsewhere and not found:
+        sentences.append(
+            f"In {elsewhere[0]} a sample comes to depend on the others of its batch: it sees those of its micro-batch."
+        )
+    return sentences
+
+
+def _without_number(scope: str) -> str:
+    """A layer's name without what TensorFlow puts behind it where it is called again."""
+    return re.sub(r"_\d+$", "", scope)
 
 
 def _draws(layer: Any) -> bool:
@@ -141,6 +171,19 @@ def _own_loss_code(model: Any) -> str:
         if getattr(type(model), name) is not getattr(keras.Model, name):
             return f"{type(model).__name__}.{name}"
     return ""
+
+
+def has_code_of_its_own(model: Any) -> bool:
+    """Whether anything of the user's may reduce a batch on the way to the loss: a step, a loss or a layer."""
+    if _own_loss_code(model):
+        return True
+    losses = [loss for loss in tf.nest.flatten(getattr(model, "loss", None)) if not isinstance(loss, (str, type(None)))]
+    own = [loss for loss in losses if not _is_keras(loss if hasattr(loss, "__name__") else type(loss))]
+    return bool(own) or any(not _is_keras(type(layer)) for layer in keras_seams.layers_of(model)[1:])
+
+
+def _is_keras(what: Any) -> bool:
+    return str(getattr(what, "__module__", "")).partition(".")[0] == "keras"
 
 
 def _changed_by_the_step(model: Any, layers: list[Any], optimizers: Sequence[Any], written: Sequence[Any]) -> list[str]:

@@ -37,10 +37,10 @@ __all__ = [
     "apply_of",
     "build_on",
     "capture_apply",
-    "compute_symbolic_loss",
     "data_adapter_for",
     "discarding_assignments",
     "global_seed_variables",
+    "gradients_weighed",
     "intercept_reductions",
     "is_array_adapter",
     "is_built",
@@ -123,9 +123,11 @@ def intercept_reductions(handler: ReductionHandler) -> Iterator[None]:
 def discarding_assignments(model: Any) -> Any:
     """A context in which assignments to Keras variables go nowhere, so that a forward pass has no effect.
 
-    The model's variables are given to it with their values: weight regularizers read them from there.
+    The model's variables are given to it with their values: weight regularizers read them from there. What layers add
+    to the loss is collected, as outside of it.
     """
-    return _backend.StatelessScope([(variable, variable.value) for variable in model.variables])
+    values = [(variable, variable.value) for variable in model.variables]
+    return _backend.StatelessScope(values, collect_losses=True)
 
 
 def global_seed_variables() -> list[Any]:
@@ -166,19 +168,6 @@ def _symbolic_batch(element_spec: Any) -> tuple[Any, Any, Any]:
     return batch
 
 
-def compute_symbolic_loss(model: Any, element_spec: Any) -> None:
-    """Run a built functional or sequential model and its ``compute_loss`` on symbolic inputs, as Keras does to build.
-
-    Nothing is computed or changed; a model that cannot be run so is left alone.
-    """
-    if not isinstance(model, (keras.Sequential, _Functional)) or not is_built(model):
-        return
-    with contextlib.suppress(*_NOT_SYMBOLIC):
-        x, y, sample_weight = _symbolic_batch(element_spec)
-        outputs = _backend.compute_output_spec(model, x, training=False)
-        _backend.compute_output_spec(model._compute_loss, x, y, outputs, sample_weight=sample_weight, training=False)
-
-
 @contextlib.contextmanager
 def _gradient_replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """While this lasts, ``GradientTape.gradient`` is what ``make`` makes of it."""
@@ -191,24 +180,17 @@ def _gradient_replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]])
             tf.GradientTape.gradient = original
 
 
-def vectors_differentiated(
-    factor_of: Callable[[Any], Any], note: Callable[[Any, Any], None]
+def gradients_weighed(
+    weigh: Callable[..., Any], note: Callable[[Any, Any], None]
 ) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, ``GradientTape.gradient`` of a target is multiplied by what ``factor_of`` it says, if not None.
+    """While this lasts, ``GradientTape.gradient`` is ``weigh(original, tape, target, sources, ...)``.
 
-    Keras's ``train_step`` differentiates a loss without a reduction as it is, which sums it. ``note`` is told every
-    target and its gradients.
+    ``note`` is told every target and its gradients.
     """
 
     def weighed(original: Callable[..., Any]) -> Callable[..., Any]:
-        def gradient(
-            self: Any, target: Any, sources: Any, output_gradients: Any = None, *rest: Any, **named: Any
-        ) -> Any:
-            factor = factor_of(target)
-            if factor is not None:
-                upstream = tf.ones_like(target) if output_gradients is None else output_gradients
-                output_gradients = upstream * factor
-            gradients = original(self, target, sources, output_gradients, *rest, **named)
+        def gradient(self: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
+            gradients = weigh(original, self, target, sources, *rest, **named)
             note(target, gradients)
             return gradients
 
@@ -241,16 +223,25 @@ def added_losses_noted(note: Callable[[Any, Any], None]) -> Iterator[None]:
             keras.layers.Layer.add_loss = original
 
 
-def without_gradients() -> contextlib.AbstractContextManager[None]:
-    """While this lasts, ``GradientTape.gradient`` returns zeros, so that a forward pass alone is traced."""
+def without_gradients(weigh: Callable[..., Any]) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, ``GradientTape.gradient`` is zero for variables, so that a forward pass alone is traced.
 
-    def gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
-        return tf.nest.map_structure(
-            lambda source: tf.zeros_like(source) if tf.is_tensor(source) else tf.zeros(source.shape, source.dtype),
-            sources,
-        )
+    ``weigh`` is called as under :func:`gradients_weighed`, with what makes zeros as the original. The gradients of
+    other tensors, which a loss may be made of, are what they are.
+    """
 
-    return _gradient_replaced(lambda original: gradient)
+    def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+        def zeros(tape: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
+            if any(isinstance(source, tf.Tensor) for source in tf.nest.flatten(sources)):
+                return original(tape, target, sources, *rest, **named)
+            return tf.nest.map_structure(lambda source: tf.zeros(source.shape, source.dtype), sources)
+
+        def gradient(self: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
+            return weigh(zeros, self, target, sources, *rest, **named)
+
+        return gradient
+
+    return _gradient_replaced(replacement)
 
 
 def is_built(model: Any) -> bool:

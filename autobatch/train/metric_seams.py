@@ -51,12 +51,15 @@ def _kinds(kind: Any) -> set[Any]:
 
 
 @contextlib.contextmanager
-def single_numbers_weighed(fraction: Any, note: Callable[[str], None]) -> Iterator[None]:
+def single_numbers_weighed(
+    fraction: Any, note: Callable[[str], None], weigh: Callable[[Any], Any] = lambda values: values
+) -> Iterator[None]:
     """While this lasts, a mean that is updated with one number and no weight counts it as ``fraction`` of an update.
 
     Keras counts such a number as one, whatever the batch; so each micro-batch must count as its share of one. ``note``
     is told the name of a metric of which that is not known to be exact: its number is what a function of the user's
-    made of a whole batch, or is weighed by what each sample weighs.
+    made of a whole batch, or is weighed by what each sample weighs. ``weigh`` makes of a number what adds up, times its
+    fraction, to the effective batch's.
     """
 
     def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
@@ -65,6 +68,7 @@ def single_numbers_weighed(fraction: Any, note: Callable[[str], None]) -> Iterat
             function = getattr(self, "_fn", None)
             if per_sample or (function is not None and not isinstance(function, keras.losses.Loss)):
                 note(self.name)
+            values = weigh(values)
             sample_weight = fraction if sample_weight is None else sample_weight
         return original(self, values, sample_weight=sample_weight)
 
@@ -88,3 +92,23 @@ def called_graph(operation: Any) -> Any:
         return None
     function = operation.graph._get_function(operation.get_attr("f").name)
     return getattr(function, "graph", None)
+
+
+def branch_graphs(operation: Any) -> list[Any]:
+    """The traced graphs of the branches of an operation that runs one of several; empty where they are not known."""
+    names = (
+        [operation.get_attr("then_branch").name, operation.get_attr("else_branch").name]
+        if operation.type in ("If", "StatelessIf")
+        else [branch.name for branch in operation.get_attr("branches")]
+    )
+    graphs = [_graph_named(operation, name) for name in names]
+    return [] if None in graphs else graphs
+
+
+def body_graph(operation: Any) -> Any:
+    """The traced graph of a loop's body; None where it is not known."""
+    return _graph_named(operation, operation.get_attr("body").name)
+
+
+def _graph_named(operation: Any, name: str) -> Any:
+    return getattr(operation.graph._get_function(name), "graph", None)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import keras
 import tensorflow as tf
 
-from autobatch.train import keras_seams, metric_seams
+from autobatch.train import inexact, keras_seams, metric_seams
+from autobatch.train.attributes import attributes_kept
+from autobatch.train.eager_terms import EagerTerms
 from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
-from autobatch.train.normalizer import Mode, Normalizer
-from autobatch.train.structure import cut
+from autobatch.train.loss_terms import LossTerms, Mode, Totals
+from autobatch.train.normalizer import Normalizer
+from autobatch.train.sample_flow import SampleFlow
+from autobatch.train.structure import cut, sample_count
 from autobatch.train.traced import Traced
 from autobatch.trial.snapshot import CopiesBeside
 
 if TYPE_CHECKING:
     from autobatch.train.step import AccumulatedStep
+
+logger = logging.getLogger(__name__)
 
 Logs = Any
 """What a step returns: a nest of tensors, mostly a dictionary of scalars."""
@@ -34,8 +40,12 @@ class MicroStep:
         self._compiled: Callable[..., Logs] = self._run
         self._count_compiled: Callable[..., Any] = self._run_counting
         self._second_references: CopiesBeside | None = None
+        self._told: tuple[tuple[str, Any], ...] = ()
+        self._learnt: Traced | None = None
+        """What a trace has shown of a step that runs eagerly; None where it was not traced, or is."""
         self._logs: Logs = None
         self._averaged: list[bool] = []
+        self._joined: list[bool] = []
         self._latest: list[Any] = []  # of the last micro-batch, where steps run eagerly
         self.returned_by: list[tuple[Any, int] | None] = []
         """For each part of the logs, the metric whose result it is and its place there; known once a step was run."""
@@ -47,6 +57,11 @@ class MicroStep:
     def averaged(self) -> list[bool]:
         """Which parts of the logs are averaged over the micro-batches; known once a step was traced."""
         return self._averaged
+
+    @property
+    def joined(self) -> list[bool]:
+        """Which parts of the logs have a number for each sample, and are put one behind the other."""
+        return self._joined
 
     @property
     def count_length(self) -> int | None:
@@ -89,26 +104,63 @@ class MicroStep:
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
 
     def look_at_losses(self) -> None:
-        """Learn which losses reduce the batch themselves where the step is not traced, without running it."""
+        """Learn from a trace that is never run what the losses are made of, where the step runs eagerly.
+
+        What the user's code keeps of it in the model's attributes is put back. Code that cannot be traced tells
+        nothing.
+        """
         owner = self._owner
-        if self._training and getattr(type(owner.model), "train_step", None) is keras.Model.train_step:
-            normalizer = Normalizer(Mode.COUNT, 1.0, None)
-            with keras_seams.intercept_reductions(normalizer):
-                keras_seams.compute_symbolic_loss(owner.model, owner.structure.pack(owner.structure.specs))
-            owner.traced.scalar_losses = normalizer.scalar_loss_names
+        if not inexact.has_code_of_its_own(owner.model) or not keras_seams.is_built(owner.model):
+            return  # what is made in a trace that fails would stay without a value
+        traced = Traced()
+
+        def look(leaves: list[Any], fraction: Any, totals: Any) -> Any:
+            normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
+            results = Results()
+            with (
+                keras_seams.capture_apply(owner.optimizers, lambda *_: None),
+                keras_seams.intercept_reductions(normalizer),
+                metric_seams.single_numbers_weighed(fraction, lambda name: None, terms.weighed),
+                metric_seams.noting_results(results.note),
+                keras_seams.gradients_weighed(terms.gradient, traced.note_differentiated),
+                keras_seams.added_losses_noted(traced.note_added_loss),
+            ):
+                logs = self._step(owner.structure.pack(leaves))
+            batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
+            parts = _named_parts(logs)
+            averaged = [_is_scalar(part) and not results.holds(name, part, batch) for name, part in parts]
+            terms.weighed_logs(logs, averaged)
+            assert isinstance(terms, LossTerms)
+            self._told = tuple(terms.told)
+            return leaves[0]
+
+        signature = [owner.structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
+        try:
+            with attributes_kept(owner.model):
+                tf.function(look, autograph=False, input_signature=signature).get_concrete_function()
+        except Exception as error:  # noqa: BLE001 - it was written to run eagerly, and may need to
+            logger.info("the step runs eagerly and cannot be traced: %r", error)
+            return
+        traced.forget_tensors()
+        if any(kind == "gradient" and None in told[0] for kind, told in self._told) and not traced.untold:
+            traced.untold = "a step that runs eagerly"
+            traced.is_told = False
+        self._learnt = traced
+        if self._training:
+            owner.traced = traced
 
     def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
         owner = self._owner
         traced = Traced()
-        normalizer = Normalizer(Mode.TRAIN, fraction, totals, traced.note_loss)
+        normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
         results = Results()
         scalar_metrics: list[str] = []
         with (
             self._capturing(fraction, traced),
             keras_seams.intercept_reductions(normalizer),
-            metric_seams.single_numbers_weighed(fraction, scalar_metrics.append),
+            metric_seams.single_numbers_weighed(fraction, scalar_metrics.append, terms.weighed),
             metric_seams.noting_results(results.note),
-            keras_seams.vectors_differentiated(normalizer.gradient_factor, traced.note_differentiated),
+            keras_seams.gradients_weighed(terms.gradient, traced.note_differentiated),
             keras_seams.added_losses_noted(traced.note_added_loss),
         ):
             logs = self._step(owner.structure.pack(leaves))
@@ -119,12 +171,10 @@ class MicroStep:
                 "instance must be model.optimizer or an attribute of the model. "
                 f"Received: {type(owner.model).__name__}"
             )
-        self._count_length = len(normalizer.counts)
         if self._training:
             traced.forget_tensors()
-            # Where it is not traced, a loss has no name but the one that it had on symbolic inputs.
-            named = owner.traced.scalar_losses if tf.executing_eagerly() else ()
-            traced.scalar_losses = named or normalizer.scalar_loss_names
+            if self._learnt is not None:
+                traced.take_over(self._learnt)
             traced.scalar_metrics = tuple(dict.fromkeys(scalar_metrics))
             owner.traced = traced
             owner.on_traced()
@@ -134,9 +184,30 @@ class MicroStep:
         if self._averaged and tf.executing_eagerly():
             # What was no result once is none, though its value was a result's before.
             averaged = [now or before for now, before in zip(averaged, self._averaged, strict=True)]
-        self._averaged = averaged
+        joined = [
+            terms.is_for_each_sample(part) and not results.holds(name, part, batch) for name, part in _named_parts(logs)
+        ]
+        if self._joined and tf.executing_eagerly():  # one as long as a micro-batch by chance is not as long as all
+            joined = [now and before for now, before in zip(joined, self._joined, strict=True)]
+        self._averaged, self._joined = averaged, joined
+        logs = terms.weighed_logs(logs, averaged)
+        self._count_length = normalizer.totals.length
         self._logs = logs
         return logs
+
+    def _weighing(
+        self, mode: Mode, leaves: list[Any], fraction: Any, totals: Any, traced: Traced | None = None
+    ) -> tuple[Normalizer, LossTerms | EagerTerms]:
+        """What weighs the losses of one trace, or of one run where nothing is traced."""
+        needed = Totals(mode, totals)
+        if tf.executing_eagerly():
+            normalizer = Normalizer(fraction, needed)
+            eager = EagerTerms(self._told, fraction, int(sample_count(leaves)), normalizer.gradient_factor)
+            normalizer.terms = eager
+            return normalizer, eager
+        note = (lambda found: None) if traced is None else traced.note_dependence
+        terms = LossTerms(needed, fraction, sample_count(leaves), SampleFlow.of_leaves(leaves, ()), note)
+        return Normalizer(fraction, needed, terms), terms
 
     def _capturing(self, fraction: Any, traced: Traced) -> contextlib.AbstractContextManager[None]:
         if not self._training:
@@ -152,16 +223,22 @@ class MicroStep:
 
     def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
         owner = self._owner
-        normalizer = Normalizer(Mode.COUNT, fraction, totals)
+        normalizer, terms = self._weighing(Mode.COUNT, leaves, fraction, totals)
+        results = Results()
         with (
             keras_seams.capture_apply(owner.optimizers, lambda *_: None),
             keras_seams.intercept_reductions(normalizer),
             keras_seams.discarding_assignments(owner.model),
-            keras_seams.without_gradients(),
+            metric_seams.single_numbers_weighed(fraction, lambda name: None, terms.weighed),
+            metric_seams.noting_results(results.note),
+            keras_seams.without_gradients(terms.gradient),
         ):
-            self._step(owner.structure.pack(leaves))
-        self._count_length = len(normalizer.counts)
-        return tf.stack(normalizer.counts) if normalizer.counts else tf.zeros([0], tf.float64)
+            logs = self._step(owner.structure.pack(leaves))
+        if not tf.executing_eagerly():
+            terms.weighed_logs(logs, self._averaged)
+        counted = normalizer.totals.counted
+        self._count_length = normalizer.totals.length
+        return tf.concat(counted, 0) if counted else tf.zeros([0], tf.float64)
 
     def count_over(self, leaves: list[Any], samples: Any, micro_batch: Any) -> Any:
         """The denominators of the effective batch: a float64 vector, empty where none depends on the data."""
@@ -183,7 +260,7 @@ class MicroStep:
     def empty_logs(self) -> list[Any]:
         """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""
         if tf.executing_eagerly():
-            self._averaged = []
+            self._averaged, self._joined = [], []
         if self._logs is None or tf.executing_eagerly():
             return []
         return [
@@ -193,23 +270,40 @@ class MicroStep:
         ]
 
     def merge_logs(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
-        """Results of metrics stand for all micro-batches so far; what is no result is averaged, weighted."""
+        """The logs so far with those of one more micro-batch.
+
+        Results of metrics stand for all micro-batches so far. What is no result is averaged, weighted, or has a number
+        for each sample, and is joined to those before.
+        """
         parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
-        carried = carried or [tf.zeros_like(part) for part in parts]
-        summed = self._averaged
-        if tf.executing_eagerly():  # it is the last micro-batch that shows which are results
-            summed = [_is_scalar(part) for part in parts]
+        summed, joined = self._averaged, self._joined
+        if tf.executing_eagerly():  # it is the last micro-batch that shows which are results, and which are joined
+            carried = carried or [(tf.zeros_like(part), part[:0] if part.shape.rank else part) for part in parts]
             self._latest = parts
-        return [
-            before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype) if is_summed else part
-            for before, part, is_summed in zip(carried, parts, summed, strict=True)
-        ]
+            return [
+                (
+                    total + part * tf.cast(fraction, part.dtype) if _is_scalar(part) else total,
+                    tf.concat([before, part], 0) if part.shape.rank and before.shape[1:] == part.shape[1:] else part,
+                )
+                for (total, before), part in zip(carried, parts, strict=True)
+            ]
+        carried = carried or [tf.zeros_like(part) for part in parts]
+        merged = []
+        for before, part, is_summed, is_joined in zip(carried, parts, summed, joined, strict=True):
+            if is_summed:
+                merged.append(before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype))
+            else:
+                merged.append(tf.concat([before, part], 0) if is_joined else part)
+        return merged
 
     def pack_logs(self, parts: list[Any]) -> Logs:
         """The logs in the structure in which the step returned them."""
         if self._latest:
-            both = zip(parts, self._latest, self._averaged, strict=True)
-            parts = [total if averaged else latest for total, latest, averaged in both]
+            all_of_them = zip(parts, self._latest, self._averaged, self._joined, strict=True)
+            parts = [
+                total if averaged else joined if is_joined else latest
+                for (total, joined), latest, averaged, is_joined in all_of_them
+            ]
             self._latest = []
         remaining = iter(parts)
         flat = [None if part is None else next(remaining) for part in tf.nest.flatten(self._logs)]

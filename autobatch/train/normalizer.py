@@ -17,9 +17,8 @@ the same, with a mask       elements that the mask lets pass   needs a count
 The fraction stands outside, so that everything that is not known to be otherwise is a mean over samples, and so that
 Keras's loss tracker, which weighs a micro-batch's loss by ``n_k``, ends with the loss of the effective batch.
 
-Under ``None`` the whole loss is a vector of one value for each sample, to each of which Keras adds the other outputs'
-losses. It reports their mean and differentiates their sum, so that the factor ``n / n_k`` is the gradient's alone, and
-that of the whole loss (:func:`keras_seams.vectors_differentiated`).
+Under ``None``, and where the user's own code reduces a loss, nothing is done here: what is differentiated then is
+weighed by :mod:`autobatch.train.loss_terms`.
 
 "Needs a count" means that ``D`` depends on the data: :data:`Mode.COUNT` traces the same losses once more, keeping only
 the counts; TensorFlow prunes what they do not need.
@@ -27,45 +26,33 @@ the counts; TensorFlow prunes what they do not need.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from autobatch.train import keras_seams
-
-
-class Mode(enum.Enum):
-    """What a trace is for: training with known totals, or counting them."""
-
-    TRAIN = "train"
-    COUNT = "count"
+from autobatch.train.eager_terms import EagerTerms
+from autobatch.train.loss_terms import LossTerms, Mode, Totals
 
 
 class Normalizer:
     """Handles each loss reduction of one trace; see :func:`keras_seams.intercept_reductions`.
 
-    ``fraction`` is the scalar float64 tensor ``n_k / n``; ``totals`` a float64 vector of the effective batch's
-    denominators, one for each reduction that needs a count, in the order of the calls. ``note_loss`` is told every
-    loss that is weighed exactly. After a trace ``counts`` holds this micro-batch's own.
+    ``fraction`` is the scalar float64 tensor ``n_k / n``; ``totals`` are the effective batch's denominators, one for
+    each reduction that needs a count. ``terms`` weigh what is reduced by the user's own code, wherever that is
+    differentiated or reported.
     """
 
     def __init__(
-        self, mode: Mode, fraction: Any, totals: Any, note_loss: Callable[[Any], None] = lambda loss: None
+        self,
+        fraction: Any,
+        totals: Totals,
+        terms: LossTerms | None = None,
     ) -> None:
-        self.mode = mode
         self.fraction = fraction
         self.totals = totals
-        self._note_loss = note_loss
-        self.counts: list[Any] = []
-        self.scalar_losses: list[str] = []
+        self.terms: LossTerms | EagerTerms | None = terms
         self.leaves_a_vector = False
-
-    @property
-    def scalar_loss_names(self) -> tuple[str, ...]:
-        """The losses that had reduced the batch themselves, each once."""
-        return tuple(dict.fromkeys(self.scalar_losses))
 
     def __call__(
         self,
@@ -78,35 +65,32 @@ class Normalizer:
         dtype: Any,
     ) -> Any:
         """Reduce ``values`` as Keras would, times the factor of the table above."""
-        if len(values.shape) == 0:
-            name = "" if tf.executing_eagerly() else values.name
-            self.scalar_losses.append(name.rsplit("/", 2)[-2] if "/" in name else "without a name")
         loss = reduce(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
+        if self.terms is not None and not self.terms.is_one_for_each_sample(values):
+            return loss  # the user's code has reduced it, in a way that the graph tells
         kind = keras_seams.standardize_reduction(reduction)
         if kind in (None, "none"):
-            if not of_compile:
-                return loss  # the user's train_step reduces it, by a mean for all we can know
-            self.leaves_a_vector = True
-        else:
-            loss = self._weighed(loss, kind, values, sample_weight, mask, dtype)
-        self._note_loss(loss)
+            self.leaves_a_vector = self.leaves_a_vector or of_compile
+            return loss
+        loss = self._weighed(loss, kind, values, sample_weight, mask, dtype)
+        if self.terms is not None:
+            self.terms.note_exact(loss)
         return loss
 
     def _weighed(self, loss: Any, kind: str, values: Any, sample_weight: Any, mask: Any, dtype: Any) -> Any:
         if kind == "sum":
-            return loss * tf.cast(1.0 / self.fraction, loss.dtype)
+            return loss if self.totals.mode is Mode.COUNT else loss * tf.cast(1.0 / self.fraction, loss.dtype)
         if not self._needs_count(kind, values, sample_weight, mask):
             return loss
         count = tf.cast(self._count(kind, values, sample_weight, mask, dtype), tf.float64)
-        position = len(self.counts)
-        self.counts.append(count)
-        if self.mode is Mode.COUNT:
+        total = self.totals.of(count)
+        if self.totals.mode is Mode.COUNT:
             return loss
-        share = tf.math.divide_no_nan(count, self.totals[position])
+        share = tf.math.divide_no_nan(count, total)
         return loss * tf.cast(share / self.fraction, loss.dtype)
 
     def gradient_factor(self, target: Any) -> Any:
-        """What the gradient of ``target`` is to be multiplied by; None for what is no vector left by a loss."""
+        """What the gradient of ``target`` is to be multiplied by where no graph tells; None if by nothing."""
         if not self.leaves_a_vector or not tf.is_tensor(target) or not target.shape.rank:
             return None
         return tf.cast(1.0 / self.fraction, target.dtype)

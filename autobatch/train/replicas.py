@@ -248,7 +248,9 @@ class ReplicatedStep(AccumulatedStep):
 
             with strategy_seams.losses_unscaled():
                 means, others, seconds = self.strategy.run(on_replica)
-            first = [self.strategy.experimental_local_results(part)[0] for part in others]
+            flags = [joined for joined, mean in zip(micro.joined, micro.averaged, strict=True) if not mean]
+            local = [self.strategy.experimental_local_results(part) for part in others]
+            first = [tf.concat(parts, 0) if joined else parts[0] for parts, joined in zip(local, flags, strict=True)]
             taken = tf.stack(self.strategy.experimental_local_results(seconds))
             return tf.stack(self.strategy.experimental_local_results(means)), first, taken
 

@@ -1,8 +1,8 @@
 """What the trace of a micro-step shows of a model's own code: what of it cannot be told to be exact.
 
-A loss is known to be exact where what is differentiated is made of the results of Keras's losses, of what does not
-depend on the data, and of nothing else; a gradient, where nothing but linear operations lies between the tape and the
-optimizer. The sentences on what is not are in :mod:`autobatch.train.inexact`.
+A loss is exact where the graph tells how it is made of the samples (:mod:`autobatch.train.loss_terms`) and no sample
+depends on the others; a gradient, where nothing but linear operations lies between the tape and the optimizer. The
+sentences on what is not are in :mod:`autobatch.train.inexact`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.train import graphs
+from autobatch.train.dependence import Dependence
 
 
 class Traced:
     """Filled while one micro-step is traced; where it runs eagerly, with what is known without a graph."""
 
     def __init__(self) -> None:
-        self.scalar_losses: tuple[str, ...] = ()
-        """The names of losses that were seen to reduce the batch themselves."""
         self.scalar_metrics: tuple[str, ...] = ()
         """The names of metrics that make one number of a batch, of which that is not known to be a mean."""
         self.applied: list[Any] = []
@@ -30,20 +29,22 @@ class Traced:
         """The optimizers whose gradients were changed, other than linearly, between the tape and ``apply``."""
         self.comparing = ""
         """The name of an operation that puts samples of a batch together on the way to what is differentiated."""
-        self._losses: list[Any] = []
-        self._is_keras_alone: bool | None = None
+        self.mixed: frozenset[str] = frozenset()
+        """The names of operations through which a sample came to depend on the others of its batch."""
+        self.untold = ""
+        """The name of an operation because of which it is not known how a loss is made of the samples."""
+        self.is_told = False
+        """Whether the graph tells how all that is differentiated is made of the samples."""
         self._gradients: list[Any] = []
         self._on_arguments: dict[Any, bool] = {}
 
-    @property
-    def is_keras_alone(self) -> bool:
-        """Whether all that is differentiated is known to be made of Keras's losses; False where nothing is known."""
-        return bool(self._is_keras_alone)
-
-    def note_loss(self, loss: Any) -> None:
-        """Note a result of a Keras loss whose share of the effective batch's is exact."""
-        if _is_symbolic(loss):
-            self._losses.append(loss)
+    def note_dependence(self, found: Dependence) -> None:
+        """Note what a loss, or what a step differentiates or reports, depends on."""
+        self.mixed |= found.mixed
+        if found.unknown and not found.compares and not self.untold:
+            self.untold = found.unknown
+        if found.compares and not self.comparing:
+            self.comparing = found.unknown.partition(" ")[0]
 
     def note_added_loss(self, layer: Any, losses: Any) -> None:
         """Note that a layer calls ``add_loss``."""
@@ -56,13 +57,10 @@ class Traced:
         """Note what a tape differentiated and what it returned."""
         parts = [part for part in tf.nest.flatten(target) if tf.is_tensor(part)]
         if all(_is_symbolic(part) for part in parts):
-            alone = all(
-                graphs.not_linear_in(part, self._losses, lambda each: not self._depends_on_data(each)) is None
-                for part in parts
-            )
-            self._is_keras_alone = alone and self._is_keras_alone is not False
-            operations = (graphs.comparing_operation(part) for part in parts if not self.comparing)
-            self.comparing = next((each.name for each in operations if each is not None), self.comparing)
+            self.is_told = not self.untold
+            if self.untold and not self.comparing:
+                operations = map(graphs.comparing_operation, parts)
+                self.comparing = next((each.name for each in operations if each is not None), "")
         self._gradients += [part for part in _dense_parts(gradients) if _is_symbolic(part)]
 
     def note_applied(self, optimizer: Any, gradients: list[Any]) -> None:
@@ -82,9 +80,14 @@ class Traced:
     def _depends_on_data(self, tensor: Any) -> bool:
         return graphs.depends_on_arguments(tensor, self._on_arguments)
 
+    def take_over(self, other: Traced) -> None:
+        """Take what a trace of the same code has shown of its losses."""
+        self.mixed, self.untold, self.is_told = other.mixed, other.untold, other.is_told
+        self.comparing, self.adding_layers = other.comparing, other.adding_layers
+
     def forget_tensors(self) -> None:
         """Let go of the graph; what was found stays."""
-        self._losses, self._gradients, self._on_arguments = [], [], {}
+        self._gradients, self._on_arguments = [], {}
 
 
 def _dense_parts(gradients: Any) -> list[Any]:

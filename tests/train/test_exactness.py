@@ -432,9 +432,12 @@ def test_one_micro_batch_is_kerass_own_step_to_the_bit():
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=["graph", "XLA"])
 @pytest.mark.parametrize("name", sorted(ACROSS_THE_BATCH))
-def test_a_loss_across_the_whole_batch_is_named(name):
+def test_a_loss_across_the_whole_batch(name, options):
     x, y = arrays()
-    model = classifier("sgd", getattr(keras.losses, name)(), metrics=())
-    with pytest.warns(autobatch.AutobatchWarning, match=f"The loss {name.lower()} returns one number for a batch"):
-        autobatch.fit(model, x, np.eye(10, dtype="float32")[y], target_batch=SAMPLES, micro_batch=13, verbose=0)
+
+    def build():
+        return classifier("sgd", getattr(keras.losses, name)(), metrics=(), **options)
+
+    compare(build, x, np.eye(10, dtype="float32")[y])

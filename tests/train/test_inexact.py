@@ -14,7 +14,7 @@ from models import SAMPLES, Subclassed, arrays, classifier, recorded_gradients
 
 import autobatch
 
-OWN_LOSS = "what of its loss is no keras.losses.Loss is taken for a mean"
+NOT_KNOWN = "how its loss is made of the samples is not known"
 
 
 def cross_entropy(**options):
@@ -113,6 +113,17 @@ class Summing(Updating):
         return tf.reduce_sum(keras.losses.sparse_categorical_crossentropy(y, self(x), from_logits=True))
 
 
+class OneByOne(Updating):
+    def loss_of(self, x, y):
+        values = keras.losses.sparse_categorical_crossentropy(y, self(x), from_logits=True)
+        return tf.reduce_mean(tf.map_fn(tf.sqrt, values))
+
+
+class Largest(Updating):
+    def loss_of(self, x, y):
+        return tf.reduce_max(keras.losses.sparse_categorical_crossentropy(y, self(x), from_logits=True))
+
+
 class MaskedMean(Layered):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         mask = tf.cast(y % 3 == 0, tf.float32)
@@ -158,6 +169,23 @@ class Contrastive(Updating):
     def loss_of(self, x, y):
         scores = similarities(self(x, training=True))
         return cross_entropy()(tf.range(tf.shape(scores)[0]), scores)
+
+
+def mean_square(y, predicted):
+    return ops.mean(predicted**2)
+
+
+class Spread(layers.Layer):
+    """StyleGAN's minibatch standard deviation."""
+
+    def call(self, inputs):
+        spread = ops.mean(ops.std(inputs, axis=0))
+        return ops.concatenate([inputs, ops.ones_like(inputs[:, :1]) * spread], -1)
+
+
+class Centre(layers.Layer):
+    def call(self, inputs):
+        return inputs - ops.mean(inputs, axis=0, keepdims=True)
 
 
 class AddsSum(layers.Layer):
@@ -214,6 +242,7 @@ def embedding(optimizer):
     return model
 
 
+DEPENDS = "a sample depends on the others of its batch"
 COMPARES = r"The loss compares samples with each other, in \S*"
 SUMMED = r"of a row of Embedding \(table\) that occurs several times are summed before descent "
 
@@ -239,16 +268,17 @@ NAMED = {
     ),
     "clip_by_global_norm": (lambda: ClippedByNorm.compiled(), "The gradients are changed before descent gets them"),
     "clip": (lambda: ClippedByValue.compiled(), "The gradients are changed before descent gets them"),
-    "summed by itself": (lambda: Summing.compiled(), f"Summing.train_step: {OWN_LOSS}"),
-    "compute_loss": (lambda: MaskedMean.compiled(), f"MaskedMean.compute_loss: {OWN_LOSS}"),
-    "add_loss": (lambda: Layered.compiled(AddsSum(name="adder")), r"What AddsSum \(adder\) adds by add_loss is taken"),
+    "sample by sample": (lambda: OneByOne.compiled(), rf"OneByOne.train_step: {NOT_KNOWN} \(in \S*map"),
+    "largest": (lambda: Largest.compiled(), rf"Largest.train_step: {NOT_KNOWN} \(in \S*Max"),
+    "deviation of the batch": (lambda: Layered.compiled(Spread(name="spread")), rf"In Spread \(spread\) {DEPENDS}"),
+    "centred": (lambda: Layered.compiled(Centre(name="centre")), rf"In Centre \(centre\) {DEPENDS}"),
+    "centred, eager": (
+        lambda: Layered.compiled(Centre(name="centre"), run_eagerly=True),
+        rf"In Centre \(centre\) {DEPENDS}",
+    ),
     "custom noise": (lambda: Layered.compiled(Noisy(name="noisy")), r"Noisy \(noisy\) draws other random numbers"),
     "LSTM": (lambda: Layered.compiled(*recurrent(layers.LSTM, recurrent_dropout=0.2)), "LSTMCell .* draws other"),
     "attention": (lambda: Layered.compiled(attention(0.3)), "Dropout .* draws other random numbers"),
-    "scalar, eager": (
-        lambda: classifier(loss=lambda y, predicted: ops.mean(ops.square(predicted)), run_eagerly=True),
-        r"in this: The loss \S+ returns one number for a batch",
-    ),
 }
 
 
@@ -286,6 +316,13 @@ EXACT = {
         extra=[layers.Dense(8, kernel_regularizer="l2", activity_regularizer="l2"), layers.ActivityRegularization(0.01)]
     ),
     "summed": lambda: classifier(loss=cross_entropy(reduction="sum")),
+    "summed by itself": lambda: Summing.compiled(),
+    "masked mean": lambda: MaskedMean.compiled(),
+    "mean of a function's own, eager": lambda: classifier(
+        loss=lambda y, predicted: ops.mean(predicted**2), run_eagerly=True
+    ),
+    "summed by itself, eager": lambda: Summing.compiled(run_eagerly=True),
+    "sum by add_loss": lambda: Layered.compiled(AddsSum()),
     "several outputs' weights": lambda: classifier(loss=[cross_entropy()], loss_weights=[0.3]),
     "weight loss by add_loss": lambda: Layered.compiled(AddsOfWeights()),
     "train_step": lambda: Updating.compiled(),
@@ -357,10 +394,14 @@ def averaged(y, predicted):
     return tf.nn.compute_average_loss(values, global_batch_size=SAMPLES)
 
 
+def largest(y, predicted):
+    return tf.reduce_max(cross_entropy(reduction="none")(y, predicted))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"loss_of": averaged}, f"The train_step of this loop: {OWN_LOSS}"),
+        ({"loss_of": largest}, f"The train_step of this loop: {NOT_KNOWN}"),
         ({"changed": lambda gradients: tf.clip_by_global_norm(gradients, 0.1)[0]}, "are changed before descent gets"),
         (
             {"after": lambda model: model.layers[0].bias.assign(ops.zeros(32))},
@@ -368,23 +409,29 @@ def averaged(y, predicted):
         ),
         ({"extra": [Noisy(name="noisy")]}, r"Noisy \(noisy\) draws other random numbers"),
     ],
-    ids=["average loss", "clipped gradients", "changed weights", "noise"],
+    ids=["largest", "clipped gradients", "changed weights", "noise"],
 )
 def test_what_differs_in_a_loop_is_named(options, words):
     (said,) = in_a_loop(**{"loss_of": cross_entropy(), **options})
     assert re.search(words, said)
 
 
-@pytest.mark.parametrize("loss_of", [cross_entropy(), cross_entropy(reduction="sum")], ids=["mean", "sum"])
+@pytest.mark.parametrize(
+    "loss_of", [cross_entropy(), cross_entropy(reduction="sum"), averaged], ids=["mean", "sum", "average"]
+)
 def test_nothing_is_said_of_a_loop_with_a_loss_of_keras_and_a_metric(loss_of):
     assert in_a_loop(loss_of) == []
 
 
+def largest_error(y, predicted):
+    return ops.max(predicted)
+
+
 def test_what_an_eager_models_first_micro_batch_shows_is_said_then():
     model = Subclassed()
-    model.compile("sgd", lambda y, predicted: ops.mean(ops.square(predicted)), run_eagerly=True)
+    model.compile("sgd", cross_entropy(), metrics=[largest_error], run_eagerly=True)
     (said,) = said_in_fit(model)
-    assert re.match("The first micro-batch shows what else will differ.*returns one number for a batch", said)
+    assert re.match("The first micro-batch shows what else will differ.*makes one number of a batch", said)
 
 
 def test_the_variables_that_micro_steps_write_are_known():

@@ -129,24 +129,6 @@ def test_losses_that_layers_add_are_told_apart_from_activity_regularizers():
     assert len(adding.losses) == 2
 
 
-def test_a_loss_is_computed_on_symbolic_inputs_without_a_trace_of_it():
-    kinds = []
-
-    def loss(y_true, y_pred):
-        kinds.append(tf.executing_eagerly())
-        return tf.reduce_mean(tf.square(y_pred))
-
-    model = classifier(loss=loss)
-    x, y = arrays()
-    model.evaluate(x, y, verbose=0)
-    before = [variable.numpy() for metric in model.metrics for variable in metric.variables]
-    kinds.clear()
-    keras_seams.compute_symbolic_loss(model, (tf.TensorSpec([None, 16]), tf.TensorSpec([None], tf.int64)))
-    assert kinds == [False]
-    after = [variable.numpy() for metric in model.metrics for variable in metric.variables]
-    assert all((left == right).all() for left, right in zip(before, after, strict=True))
-
-
 def test_fit_takes_a_data_adapter_and_a_train_function_that_is_there_already():
     x, y = arrays()
     model = classifier(metrics=())

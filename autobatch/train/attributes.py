@@ -1,0 +1,59 @@
+"""Puts back what user's code keeps in a model's attributes while it is traced and not run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from autobatch.train import keras_seams
+
+_NUMBERS = (int, float, str, bytes, type(None))
+
+
+@contextlib.contextmanager
+def attributes_kept(model: Any) -> Iterator[None]:
+    """Put back the numbers, lists, dictionaries and sets that a model and its layers hold, when this ends.
+
+    A trace leaves tensors in them that have no value.
+    """
+    holders = [model, *keras_seams.layers_of(model), *getattr(model, "metrics", ())]
+    before = [(holder, dict(vars(holder))) for holder in {id(each): each for each in holders}.values()]
+    contents = {
+        id(value): (value, value.copy())
+        for _, attributes in before
+        for value in attributes.values()
+        if isinstance(value, (list, dict, set))
+    }
+    try:
+        yield
+    finally:
+        for holder, attributes in before:
+            for name, value in attributes.items():
+                if isinstance(value, _NUMBERS):
+                    vars(holder)[name] = value
+        for value, content in contents.values():
+            if _is_same(value, content):
+                continue
+            if isinstance(value, list):
+                value[:] = content
+            else:
+                value.clear()
+                value.update(content)
+
+
+def _is_same(value: Any, content: Any) -> bool:
+    """Whether a list, dictionary or set still holds the very objects that were in it."""
+    if isinstance(value, dict):
+        value, content = value.items(), content.items()
+    if len(value) != len(content):
+        return False
+    if isinstance(content, set):
+        return bool(value == content)
+    return all(_is_one(one, other) for one, other in zip(value, content, strict=True))
+
+
+def _is_one(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return one is other

@@ -1,0 +1,384 @@
+"""Weighs what a step differentiates and reports, so that micro-batches add up to the effective batch.
+
+The gradient of an effective batch of ``n`` samples is the sum, over its micro-batches of ``n_k``, of ``n_k / n`` (the
+*fraction*) times the micro-batch's own gradient, if the loss is a mean over samples. What grows with another power of
+the number of samples, its *degree* (:mod:`autobatch.train.dependence`), is multiplied by ``(n / n_k)`` to that power
+beforehand: a sum by ``n / n_k``.
+
+Any other number of a batch is a function ``f`` of such sums, as a masked mean is a quotient of two. Its gradient is
+``sum_j df/dS_j * dS_j``, where ``df/dS_j`` is taken at the sums of the *effective* batch. So the tape is asked for the
+gradients of the sums, with ``df/dS_j`` as what comes from above. Which sums ``df/dS_j`` itself depends on is read from
+the graph; these are counted beforehand, in a pass over the micro-batches that computes nothing else. A mask's sum is
+counted from the data alone; the mean prediction of a batch takes a forward pass.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.train.dependence import Dependence, unknown
+from autobatch.train.graph_copies import copied, gradients_of, sources_of
+from autobatch.train.sample_flow import SampleFlow
+
+
+class Mode(enum.Enum):
+    """What a trace is for: training with known totals, or counting them."""
+
+    TRAIN = "train"
+    COUNT = "count"
+
+
+class Totals:
+    """Sums over the effective batch that one trace needs beforehand, in the order in which it asks for them.
+
+    ``vector`` holds them, as float64. While they are counted, :attr:`counted` collects this micro-batch's parts.
+    """
+
+    def __init__(self, mode: Mode, vector: Any) -> None:
+        self.mode = mode
+        self._vector = vector
+        self._at: Any = 0
+        self.counted: list[Any] = []
+
+    def of(self, part: Any) -> Any:
+        """The total, over all micro-batches, of what ``part`` is in this one; ``part`` itself while counting."""
+        flat = tf.reshape(tf.cast(part, tf.float64), [-1])
+        self.counted.append(flat)
+        if self.mode is Mode.COUNT:
+            return tf.cast(part, tf.float64)
+        size = part.shape.num_elements()
+        total = tf.reshape(self._vector[self._at : self._at + size], part.shape)
+        self._at += size
+        return total
+
+    @property
+    def length(self) -> int:
+        """How many numbers are counted."""
+        return sum(part.shape.num_elements() for part in self.counted)
+
+
+@dataclass(slots=True)
+class _Sum:
+    """One of the sums that a number of the batch is a function of."""
+
+    tensor: Any
+    dependence: Dependence
+    count: Any = None
+    """For a mean over samples picked by their data, how many were picked here; None for a sum of known degree."""
+
+    @property
+    def trained(self) -> bool:
+        return self.dependence.weights and bool(self.tensor.dtype.is_floating)
+
+
+@dataclass(slots=True)
+class _Terms:
+    """How a tensor is made: of one ``degree``, or else as a function of ``sums``."""
+
+    degree: Any = None
+    sums: list[_Sum] = field(default_factory=list)
+
+
+class LossTerms:
+    """Weighs the losses, gradients and logs of one trace on one micro-batch.
+
+    ``fraction`` is the scalar float64 tensor ``n_k / n``, ``samples`` the scalar int64 ``n_k``. ``note`` is told what
+    each target that was looked at depends on.
+    """
+
+    def __init__(
+        self,
+        totals: Totals,
+        fraction: Any,
+        samples: Any,
+        flow: SampleFlow,
+        note: Callable[[Dependence], None] = lambda found: None,
+    ) -> None:
+        self._totals = totals
+        self._fraction = fraction
+        self._samples = tf.cast(samples, tf.float64)
+        self.flow = flow
+        self._note = note
+        self.told: list[tuple[str, Any]] = []
+        """What was asked for in turn, and of which degree it was: see :mod:`autobatch.train.eager_terms`."""
+        self._total_of: dict[str, Any] = {}
+        self._picked_total: dict[str, Any] = {}
+
+    # -- what is asked for ------------------------------------------------------------------------------------------
+
+    def note_exact(self, loss: Any) -> None:
+        """Note that ``loss`` is weighed already: it counts like a mean over samples."""
+        if _is_symbolic(loss) and loss.shape.rank == 0:
+            self.flow.define(loss, Dependence(data=True, weights=True))
+
+    def is_one_for_each_sample(self, values: Any) -> bool:
+        """Whether values count once for each sample, so that the micro-batch's size is all that their mean depends on.
+
+        Also where that is not known. What samples became of by being mixed with others is noted.
+        """
+        found = self._is_one_for_each_sample(values)
+        self.told.append(("reduction", found))
+        return found
+
+    def _is_one_for_each_sample(self, values: Any) -> bool:
+        if not _is_symbolic(values):
+            return True
+        found = self.flow.of(values)
+        if found.unknown:
+            self._note(unknown_within_keras(found))
+            return len(values.shape) > 0
+        if found.axis is None:
+            return False
+        self._note(found)
+        return found.degree in (0, None)
+
+    def gradient(
+        self,
+        original: Callable[..., Any],
+        tape: Any,
+        target: Any,
+        sources: Any,
+        output_gradients: Any = None,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        """``tape.gradient(target, sources)``, weighed: times its fraction it adds up to the effective batch's."""
+        targets = tf.nest.flatten(target)
+        if not targets or not all(_is_symbolic(each) and each.dtype.is_floating for each in targets):
+            return original(tape, target, sources, output_gradients, *rest, **named)
+        above = [None] * len(targets) if output_gradients is None else tf.nest.flatten(output_gradients)
+        if len(above) != len(targets):
+            return original(tape, target, sources, output_gradients, *rest, **named)
+        terms = [self._terms(each) for each in targets]
+        flat_sources = tf.nest.flatten(sources)
+        of_samples = [self._is_of_samples(source) for source in flat_sources]
+        self.told.append(("gradient", ([None if each is None else each.degree for each in terms], of_samples)))
+        if all(each is not None and each.degree == 1 for each in terms) and flat_sources and all(of_samples):
+            gradients = original(tape, target, sources, output_gradients, *rest, **named)  # each sample's own
+            self._define_gradients(flat_sources, gradients, of_samples)
+            return gradients
+        pieces: list[tuple[Any, Any]] = []
+        for each, term, upstream in zip(targets, terms, above, strict=True):
+            pieces += self._weighed_pieces(each, term, upstream)
+        unchanged = len(pieces) == len(targets) and all(
+            piece is each and upstream is given
+            for (piece, upstream), each, given in zip(pieces, targets, above, strict=True)
+        )
+        if unchanged:
+            gradients = original(tape, target, sources, output_gradients, *rest, **named)
+        else:
+            upstreams = [tf.ones_like(piece) if upstream is None else upstream for piece, upstream in pieces]
+            gradients = original(tape, [piece for piece, _ in pieces], sources, upstreams, *rest, **named)
+        if any(of_samples):
+            gradients = self._of_samples(gradients, of_samples)
+        self._define_gradients(flat_sources, gradients, of_samples)
+        return gradients
+
+    def weighed(self, value: Any) -> Any:
+        """A number of this micro-batch, weighed: times its fraction it adds up to the effective batch's."""
+        if not _is_symbolic(value) or not value.dtype.is_floating or self.flow.of(value).axis is not None:
+            return value
+        terms = self._terms(value, silently=True)
+        self.told.append(("number", None if terms is None else terms.degree))
+        if terms is None:
+            return value
+        if terms.degree is not None:
+            return value if terms.degree == 0 else value * tf.cast(self._power(terms.degree), value.dtype)
+        fresh = [tf.identity(each.tensor) for each in terms.sums]
+        again = copied(value, [each.tensor for each in terms.sums], fresh)
+        of_data = [place for place, each in enumerate(terms.sums) if each.dependence.data]
+        slopes = gradients_of(again, [fresh[place] for place in of_data], None)
+        curved = sources_of(slopes, fresh)
+        values = []
+        for place, each in enumerate(terms.sums):
+            if place in of_data and place not in curved:
+                values.append(tf.zeros_like(each.tensor))
+            else:
+                values.append(self._at_total(each))
+        result = copied(value, [each.tensor for each in terms.sums], values)
+        straight = [place for place in of_data if place not in curved]
+        slopes = gradients_of(result, [values[place] for place in straight], None)
+        for place, slope in zip(straight, slopes, strict=True):
+            if slope is not None:
+                part = terms.sums[place]
+                share = tf.cast(self._weight(part), part.tensor.dtype)
+                here = tf.math.multiply_no_nan(part.tensor, share)  # the mean of no samples is no number
+                result = result + tf.cast(tf.reduce_sum(slope * here), value.dtype)
+        return result
+
+    def is_for_each_sample(self, part: Any) -> bool:
+        """Whether a part of the logs has a number, or a row, for each sample in turn."""
+        if not _is_symbolic(part) or not part.shape.rank:
+            return False
+        found = self.flow.of(part)
+        return found.axis == 0 and found.data and not found.unknown
+
+    def weighed_logs(self, logs: Any, averaged: Sequence[bool]) -> Any:
+        """What a step returned, with those parts weighed that are averaged over the micro-batches."""
+        flags = iter(averaged)
+        # tf.nest sorts a dict by its keys, as :class:`MicroStep` does.
+        flat = [part if part is None or not next(flags) else self.weighed(part) for part in tf.nest.flatten(logs)]
+        return tf.nest.pack_sequence_as(logs, flat)
+
+    # -- how a tensor is made ---------------------------------------------------------------------------------------
+
+    def _terms(self, target: Any, *, silently: bool = False) -> _Terms | None:
+        """How ``target`` is made; None where that cannot be told. It is noted, but ``silently``."""
+        note = self._note
+        if silently:
+            self._note = lambda found: None
+        try:
+            return self._noted_terms(target)
+        finally:
+            self._note = note
+
+    def _noted_terms(self, target: Any) -> _Terms | None:
+        found = self.flow.of(target)
+        if found.unknown:
+            self._note(found)
+            return None
+        if found.axis is not None:  # differentiated, a vector is a sum
+            if found.degree is None or not found.linear:
+                self._note(unknown(target.op.name))
+                return None
+            self._note(found)
+            return _Terms(degree=found.degree + 1)
+        if found.degree is not None and (found.linear or not found.data):
+            self._note(found)
+            return _Terms(degree=found.degree)
+        sums, lost = self._sums_of(target)
+        self._note(unknown(lost) if lost else found)
+        return None if lost else _Terms(sums=sums)
+
+    def _sums_of(self, target: Any) -> tuple[list[_Sum], str]:
+        """The sums that ``target`` is a function of; or the name of an operation of which that is not known."""
+        sums: list[_Sum] = []
+        pending: list[tuple[Any, str]] = [(target, target.op.name)]
+        seen: set[str] = set()
+        while pending:
+            tensor, used_by = pending.pop()
+            if tensor.name in seen:
+                continue
+            seen.add(tensor.name)
+            found = self.flow.of(tensor)
+            if found.unknown:
+                return [], found.unknown
+            if found.axis is not None:
+                return [], used_by
+            if not found.data and found.degree == 0 and not found.weights:
+                continue
+            if found.is_plain_sum:
+                if tensor.shape.num_elements() is None:
+                    return [], tensor.op.name
+                sums.append(_Sum(tensor, found))
+                continue
+            inputs = list(tensor.op.inputs)
+            if tensor.op.type == "Mean" and self.flow.of(inputs[0]).selected:
+                if tensor.shape.num_elements() is None:
+                    return [], tensor.op.name
+                picked = tf.cast(tf.size(inputs[0]), tf.float64) / max(tensor.shape.num_elements(), 1)
+                sums.append(_Sum(tensor, Dependence(data=True, weights=found.weights), picked))
+                continue
+            if not inputs or any(each.dtype == tf.resource for each in inputs):
+                return [], tensor.op.name
+            pending += [(each, tensor.op.name) for each in inputs]
+        return sums, ""
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def _power(self, degree: Any) -> Any:
+        return (1.0 / self._fraction) ** float(degree)
+
+    def _weight(self, part: _Sum) -> Any:
+        """What the part is multiplied by, so that times the fraction it adds up."""
+        if part.count is None:
+            return self._power(part.dependence.degree)
+        return tf.math.divide_no_nan(part.count, self._picked(part)) / self._fraction
+
+    def _picked(self, part: _Sum) -> Any:
+        name = part.tensor.name
+        if name not in self._picked_total:
+            self._picked_total[name] = self._totals.of(part.count)
+        return self._picked_total[name]
+
+    def _at_total(self, part: _Sum) -> Any:
+        """What the part is in the effective batch."""
+        tensor = part.tensor
+        if not part.dependence.data:
+            return tensor * tf.cast(self._power(part.dependence.degree), tensor.dtype)
+        if tensor.name not in self._total_of:
+            value = tf.cast(tensor, tf.float64)
+            if part.count is not None:
+                picked = self._picked(part)
+                total = tf.math.divide_no_nan(self._totals.of(tf.math.multiply_no_nan(value, part.count)), picked)
+            else:
+                power = 1.0 - float(part.dependence.degree or 0)
+                whole = self._samples if self._totals.mode is Mode.COUNT else self._samples / self._fraction
+                total = self._totals.of(value * self._samples**power) / whole**power
+            self._total_of[tensor.name] = tf.cast(total, tensor.dtype)
+        return self._total_of[tensor.name]
+
+    def _weighed_pieces(self, target: Any, terms: _Terms | None, above: Any) -> list[tuple[Any, Any]]:
+        """What to differentiate in place of ``target``, each with what comes from above."""
+        if terms is None or terms.degree == 0:
+            return [(target, above)]
+        if terms.degree is not None:
+            upstream = tf.ones_like(target) if above is None else tf.convert_to_tensor(above)
+            return [(target, upstream * tf.cast(self._power(terms.degree), upstream.dtype))]
+        trained = [place for place, each in enumerate(terms.sums) if each.trained]
+        if not trained:
+            return [(target, above)]
+        tensors = [each.tensor for each in terms.sums]
+        fresh = [tf.identity(tensor) for tensor in tensors]
+        slopes = gradients_of(copied(target, tensors, fresh), [fresh[place] for place in trained], above)
+        needed = sources_of(slopes, fresh)
+        values = [
+            self._at_total(each) if place in needed or not each.dependence.data else tf.identity(each.tensor)
+            for place, each in enumerate(terms.sums)
+        ]
+        values = [tf.identity(value) for value in values]
+        slopes = gradients_of(copied(target, tensors, values), [values[place] for place in trained], above)
+        pieces = []
+        for place, slope in zip(trained, slopes, strict=True):
+            if slope is not None:
+                part = terms.sums[place]
+                pieces.append((part.tensor, slope * tf.cast(self._weight(part), slope.dtype)))
+        return pieces or [(target, above)]
+
+    # -- gradients of the samples themselves --------------------------------------------------------------------------
+
+    def _is_of_samples(self, source: Any) -> bool:
+        return _is_symbolic(source) and source.dtype != tf.resource and self.flow.of(source).axis is not None
+
+    def _of_samples(self, gradients: Any, of_samples: Sequence[bool]) -> Any:
+        """The gradients, with each sample's own as in the effective batch: the fraction was for what adds up."""
+        flat = tf.nest.flatten(gradients)
+        shares = [
+            gradient * tf.cast(self._fraction, gradient.dtype) if own and tf.is_tensor(gradient) else gradient
+            for gradient, own in zip(flat, of_samples, strict=True)
+        ]
+        return tf.nest.pack_sequence_as(gradients, shares)
+
+    def _define_gradients(self, sources: Sequence[Any], gradients: Any, of_samples: Sequence[bool]) -> None:
+        for source, gradient, own in zip(sources, tf.nest.flatten(gradients), of_samples, strict=True):
+            if not _is_symbolic(gradient):
+                continue
+            if own:
+                found = self.flow.of(source)
+                self.flow.define(gradient, Dependence(axis=found.axis, data=True, weights=True, parts=found.parts))
+            else:
+                self.flow.define(gradient, unknown(f"{gradient.op.name} (a gradient)"))
+
+
+def unknown_within_keras(found: Dependence) -> Dependence:
+    """What is not known of a Keras loss's values; it matters only where samples were set against each other."""
+    return found if found.compares else Dependence(data=True)
+
+
+def _is_symbolic(tensor: Any) -> bool:
+    return isinstance(tensor, tf.Tensor) and hasattr(tensor, "graph")
