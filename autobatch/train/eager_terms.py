@@ -41,6 +41,11 @@ class EagerTerms:
         known = self._next("reduction")
         return len(values.shape) > 0 if known is None else bool(known)
 
+    def weighed_loss(self, loss: Any) -> Any:
+        """As :meth:`LossTerms.weighed_loss`."""
+        degree = self._next("loss")
+        return loss * self._power(degree, loss) if degree else loss
+
     def note_exact(self, loss: Any) -> None:
         """Nothing: the trace has taken it into account."""
 

@@ -106,6 +106,8 @@ class LossTerms:
         self._note = note
         self.told: list[tuple[str, Any]] = []
         """What was asked for in turn, and of which degree it was: see :mod:`autobatch.train.eager_terms`."""
+        self.counted = 0
+        """How many numbers are counted beforehand for what is asked for here."""
         self._total_of: dict[str, Any] = {}
         self._picked_total: dict[str, Any] = {}
 
@@ -124,6 +126,18 @@ class LossTerms:
         found = self._is_one_for_each_sample(values)
         self.told.append(("reduction", found))
         return found
+
+    def weighed_loss(self, loss: Any) -> Any:
+        """A loss that the user's code has reduced, weighed where it is of one degree; else as it is, to be followed."""
+        found = self.flow.of(loss) if _is_symbolic(loss) and loss.shape.rank == 0 else unknown("no number")
+        degree = found.degree if found.is_plain_sum else None
+        self.told.append(("loss", degree))
+        if degree is None:
+            return loss
+        if degree != 0 and self._totals.mode is Mode.TRAIN:
+            loss = loss * tf.cast(self._power(degree), loss.dtype)
+        self.note_exact(loss)
+        return loss
 
     def _is_one_for_each_sample(self, values: Any) -> bool:
         if not _is_symbolic(values):
@@ -300,10 +314,14 @@ class LossTerms:
             return self._power(part.dependence.degree)
         return tf.math.divide_no_nan(part.count, self._picked(part)) / self._fraction
 
+    def _counted_total(self, part: Any) -> Any:
+        self.counted += part.shape.num_elements()
+        return self._totals.of(part)
+
     def _picked(self, part: _Sum) -> Any:
         name = part.tensor.name
         if name not in self._picked_total:
-            self._picked_total[name] = self._totals.of(part.count)
+            self._picked_total[name] = self._counted_total(part.count)
         return self._picked_total[name]
 
     def _at_total(self, part: _Sum) -> Any:
@@ -315,11 +333,11 @@ class LossTerms:
             value = tf.cast(tensor, tf.float64)
             if part.count is not None:
                 picked = self._picked(part)
-                total = tf.math.divide_no_nan(self._totals.of(tf.math.multiply_no_nan(value, part.count)), picked)
+                total = tf.math.divide_no_nan(self._counted_total(tf.math.multiply_no_nan(value, part.count)), picked)
             else:
                 power = 1.0 - float(part.dependence.degree or 0)
                 whole = self._samples if self._totals.mode is Mode.COUNT else self._samples / self._fraction
-                total = self._totals.of(value * self._samples**power) / whole**power
+                total = self._counted_total(value * self._samples**power) / whole**power
             self._total_of[tensor.name] = tf.cast(total, tensor.dtype)
         return self._total_of[tensor.name]
 

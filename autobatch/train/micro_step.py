@@ -102,6 +102,16 @@ class MicroStep:
             written = written_variables(concrete.graph, [*owner.variables, *owner.accumulators])
             self._second_references = CopiesBeside(written)
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
+        if self._count_length:
+            expected = self._count_length
+            self._count_compiled.get_concrete_function()  # type: ignore[attr-defined]
+            if self._count_length != expected:
+                raise ValueError(
+                    f"{type(owner.model).__name__} does not compute the same losses each time that it is traced, so "
+                    "that their denominators cannot be counted beforehand. Let what it computes depend on its inputs "
+                    f"alone, not on what earlier calls have left behind. Received: {expected} denominators, then "
+                    f"{self._count_length}"
+                )
 
     def look_at_losses(self) -> None:
         """Learn from a trace that is never run what the losses are made of, where the step runs eagerly.
@@ -132,6 +142,7 @@ class MicroStep:
             terms.weighed_logs(logs, averaged)
             assert isinstance(terms, LossTerms)
             self._told = tuple(terms.told)
+            self._count_length = normalizer.totals.length - terms.counted
             return leaves[0]
 
         signature = [owner.structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]

@@ -67,7 +67,7 @@ class Normalizer:
         """Reduce ``values`` as Keras would, times the factor of the table above."""
         loss = reduce(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
         if self.terms is not None and not self.terms.is_one_for_each_sample(values):
-            return loss  # the user's code has reduced it, in a way that the graph tells
+            return self.terms.weighed_loss(loss)  # the user's code has reduced it, in a way that the graph tells
         kind = keras_seams.standardize_reduction(reduction)
         if kind in (None, "none"):
             self.leaves_a_vector = self.leaves_a_vector or of_compile

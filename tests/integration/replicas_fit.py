@@ -396,6 +396,27 @@ def refusals():
     return found
 
 
+def losses_of_ones_own():
+    """Sums, vectors and quotients of the user's own, in a train_step and given to compile: weights and losses apart."""
+    from train import test_loss_degrees as own
+
+    found = {}
+    for place in ("train_step", "compile"):
+        for name in ("vector", "sum", "sum and mean", "masked mean", "dice of the batch"):
+            reference, plain, _ = own.trained(place, own.LOSSES[name], None)
+            with STRATEGY.scope():
+                model = own.build(place, own.LOSSES[name])
+            before = model.get_weights()
+            history = autobatch.fit(
+                model, *own.data(), target_batch=own.TARGET, micro_batch=3, epochs=2, shuffle=False, verbose=0
+            ).history
+            moved = [(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)]
+            alike = [np.shape(value) for value in history["loss"]] == [np.shape(value) for value in plain["loss"]]
+            losses = [own.apart(one, other) for one, other in zip(history["loss"], plain["loss"], strict=True)]
+            found[f"{place}, {name}"] = [own.apart(np.concatenate(moved), reference), max(losses), alike]
+    return found
+
+
 def main():
     global STRATEGY
     replicas = int(sys.argv[1])

@@ -16,6 +16,7 @@ CASES = {
     2: (
         "weighted",
         "masked_losses",
+        "losses_of_ones_own",
         "searched",
         "reduced_once",
         "a_smaller_device_decides",
@@ -71,6 +72,15 @@ def test_a_tail_with_fewer_samples_than_replicas():
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
 def test_masked_losses_have_the_denominator_of_all_replicas(reduction):
     assert_as_on_one_device(of("masked_losses")[reduction])
+
+
+def test_losses_of_ones_own_add_up_over_all_replicas():
+    found = of("losses_of_ones_own")
+    assert len(found) == 10
+    for case, (weights, losses, alike) in found.items():
+        assert alike, case
+        assert weights < 1e-5, case
+        assert losses < 1e-4, case
 
 
 def test_the_search_runs_on_all_replicas():

@@ -1,0 +1,197 @@
+"""The losses of ``test_loss_degrees`` where they are harder to follow: loops, replicas, eager code, penalties."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from train.test_loss_degrees import LOSSES, TARGET, apart, build, data, require_exact, squares, trained
+
+import autobatch
+
+
+def looped(loss_of, micro_batch, returned=lambda loss, p: loss, decorate=lambda step: step):
+    """A loop of one's own over three batches, the last one smaller: the weights' changes, and what it returned."""
+    model = build("compile", "mse")
+    optimizer = keras.optimizers.SGD(0.01)
+    before = model.get_weights()
+
+    def train_step(batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            p = model(x, training=True)
+            loss = loss_of(y, p)
+        variables = model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        return returned(loss, p)
+
+    step = decorate(train_step)
+    if micro_batch is not None:
+        step = autobatch.wrap_step(step, model=model, optimizer=optimizer, target_batch=TARGET, micro_batch=micro_batch)
+    x, y = data()
+    results = [step((x[at : at + TARGET], y[at : at + TARGET])) for at in range(0, len(x), TARGET)]
+    moved = [(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)]
+    return np.concatenate(moved), results
+
+
+@pytest.mark.parametrize("name", ["vector", "matrix", "sum", "masked mean", "keras mean and own sum"])
+def test_a_loop_returns_what_the_whole_batch_returns(name):
+    reference, expected = looped(LOSSES[name], None)
+    for micro_batch in (8, 5):
+        moved, results = looped(LOSSES[name], micro_batch)
+        assert apart(moved, reference) < 1e-5
+        for result, whole in zip(results, expected, strict=True):
+            assert result.shape == whole.shape
+            np.testing.assert_allclose(result, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loop_returns_each_samples_own_results():
+    def returned(loss, p):
+        return {"loss": loss, "predicted": p, "best": tf.argmax(p, -1), "size": tf.shape(p)[1]}
+
+    reference, expected = looped(LOSSES["sum"], None, returned)
+    moved, results = looped(LOSSES["sum"], 5, returned)
+    assert apart(moved, reference) < 1e-5
+    for result, whole in zip(results, expected, strict=True):
+        for name, value in whole.items():
+            np.testing.assert_allclose(result[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vector", "sum", "masked mean"])
+def test_a_decorated_loop(name):
+    reference, _ = looped(LOSSES[name], None)
+    moved, _ = looped(LOSSES[name], 5, decorate=tf.function)
+    assert apart(moved, reference) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["vector", "matrix", "sum", "sum over its shape", "mean", "sum of columns", "l2_loss"])
+@pytest.mark.parametrize("place", ["train_step", "compile"])
+def test_run_eagerly(place, name):
+    require_exact(place, LOSSES[name], micro_batches=(5,), run_eagerly=True)
+
+
+def test_what_cannot_be_weighed_eagerly_is_said():
+    _, _, said = trained("train_step", LOSSES["masked mean"], 5, run_eagerly=True)
+    assert len(said) == 1
+    assert "is not known" in said[0]
+
+
+def test_eager_code_that_keeps_what_it_has_seen_keeps_no_trace_of_it():
+    class Keeping(keras.Model):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.seen, self.by_name, self.steps = [], {}, 0
+
+        def train_step(self, batch):
+            x, y = batch
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum((self(x) - y) ** 2)
+            variables = self.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, variables), variables)
+            self.steps += 1
+            self.seen.append(loss)
+            self.by_name["loss"] = loss
+            return {"loss": loss}
+
+    inputs = keras.Input((6,))
+    model = Keeping(inputs, keras.layers.Dense(3)(inputs))
+    model.compile(keras.optimizers.SGD(0.01), run_eagerly=True)
+    x, y = data(samples=TARGET)
+    autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=4, verbose=0)
+    assert model.steps == 4
+    assert len([float(loss) for loss in model.seen]) == 4
+    assert float(model.by_name["loss"]) > 0
+
+
+class Penalised(keras.Model):
+    """A gradient penalty, as in WGAN-GP: each sample's gradient by itself, within the loss."""
+
+    penalty_of = staticmethod(tf.reduce_mean)
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                score = tf.reduce_sum(self(x, training=True) ** 2, -1)
+            slopes = inner.gradient(score, x)
+            penalty = (tf.norm(slopes, axis=-1) - 1.0) ** 2
+            loss = type(self).penalty_of(penalty) + tf.reduce_mean(squares(y, self(x)))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+class SummedPenalty(Penalised):
+    penalty_of = staticmethod(tf.reduce_sum)
+
+
+class Adversarial(keras.Model):
+    """Trains on samples moved along the gradient of a mean: each sample's is divided by how many there are."""
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_mean(squares(y, self(x, training=True)))
+        moved = x + 3.0 * tape.gradient(loss, x)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(squares(y, self(moved, training=True)))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def penalised(kind, micro_batch, **options):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    model = kind(inputs, keras.layers.Dense(3)(keras.layers.Dense(5, activation="tanh")(inputs)))
+    model.compile(keras.optimizers.SGD(0.01), **options)
+    before = model.get_weights()
+    x, y = data()
+    if micro_batch is None:
+        history = model.fit(x, y, batch_size=TARGET, epochs=2, shuffle=False, verbose=0)
+    else:
+        history = autobatch.fit(
+            model, x, y, target_batch=TARGET, micro_batch=micro_batch, epochs=2, shuffle=False, verbose=0
+        )
+    moved = [(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)]
+    return np.concatenate(moved), history.history["loss"]
+
+
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize("kind", [Penalised, SummedPenalty, Adversarial])
+def test_gradients_of_the_samples_themselves(kind, options):
+    if kind is SummedPenalty and options.get("run_eagerly"):
+        pytest.skip("a sum and a mean together are not weighed where no graph tells them apart")
+    reference, expected = penalised(kind, None, **options)
+    moved, losses = penalised(kind, 5, **options)
+    assert apart(moved, reference) < 1e-5
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sum", "vector", "masked mean", "dice of the batch", "root of the mean"])
+def test_validation(name):
+    def evaluated(micro_batch):
+        model = build("compile", LOSSES[name])
+        x, y = data()
+        options = {"validation_data": (x[:21], y[:21]), "validation_batch_size": TARGET, "shuffle": False, "verbose": 0}
+        if micro_batch is None:
+            return model.fit(x, y, batch_size=TARGET, **options).history["val_loss"]
+        return autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=micro_batch, **options).history["val_loss"]
+
+    np.testing.assert_allclose(evaluated(5), evaluated(None), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sum", "vector", "masked mean", "sum and mean"])
+def test_mixed_precision(name):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        loss_of = LOSSES[name]
+        reference, _, _ = trained("compile", lambda y, p: loss_of(y, tf.cast(p, tf.float32)), None)
+        moved, _, said = trained("compile", lambda y, p: loss_of(y, tf.cast(p, tf.float32)), 5)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert apart(moved, reference) < 2e-2  # 8 bits
+    assert not said
