@@ -21,9 +21,9 @@ from keras.src.trainers import data_adapters as _data_adapters
 from keras.src.trainers.compile_utils import CompileLoss as _CompileLoss
 from keras.src.trainers.data_adapters import array_slicing as _array_slicing
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
-from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
 
 from autobatch.train import strategy_seams
+from autobatch.train.function_seams import converted
 from autobatch.train.optimizer_seams import ApplyHandler, apply_of, capture_apply, optimizers_of
 from autobatch.train.patching import PATCHING as _PATCHING
 from autobatch.train.patching import on_this_thread
@@ -75,12 +75,7 @@ def untraced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     if function is None:
         return step
 
-    def call(data: Any) -> Any:  # AutoGraph converts what a function calls, but not a method that it is given
-        return function(data)
-
-    enabled = _ag_ctx.ControlStatusCtx(status=_ag_ctx.Status.ENABLED)
-    converted: Callable[[Any], Any] = tf.__internal__.autograph.tf_convert(call, enabled)
-    return converted
+    return converted(function)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from autobatch.train import inexact, keras_seams, metric_seams
+from autobatch.train import function_seams, inexact, keras_seams, metric_seams
 from autobatch.train.attributes import attributes_kept
 from autobatch.train.eager_terms import EagerTerms
 from autobatch.train.graphs import written_variables
@@ -128,6 +128,7 @@ class MicroStep:
             normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
             results = Results()
             with (
+                function_seams.functions_inlined(),
                 keras_seams.capture_apply(owner.optimizers, lambda *_: None),
                 keras_seams.intercept_reductions(normalizer),
                 metric_seams.single_numbers_weighed(fraction, lambda name: None, terms.weighed),
@@ -167,6 +168,7 @@ class MicroStep:
         results = Results()
         scalar_metrics: list[str] = []
         with (
+            function_seams.functions_inlined(),
             self._capturing(fraction, traced),
             keras_seams.intercept_reductions(normalizer),
             metric_seams.single_numbers_weighed(fraction, scalar_metrics.append, terms.weighed),
@@ -237,6 +239,7 @@ class MicroStep:
         normalizer, terms = self._weighing(Mode.COUNT, leaves, fraction, totals)
         results = Results()
         with (
+            function_seams.functions_inlined(),
             keras_seams.capture_apply(owner.optimizers, lambda *_: None),
             keras_seams.intercept_reductions(normalizer),
             keras_seams.discarding_assignments(owner.model),

@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.train import keras_seams
+from autobatch.train.function_seams import functions_inlined
 from autobatch.train.graphs import written_variables
 from autobatch.train.micro_step import Logs, MicroStep, loop
 from autobatch.train.sparse import RowBuffer, tables_of
@@ -194,7 +195,7 @@ class AccumulatedStep:
         train_step = keras_seams.untraced(self.model.train_step)
 
         def step(leaves: list[Any]) -> Logs:
-            with keras_seams.capture_apply(self.optimizers, update):
+            with functions_inlined(), keras_seams.capture_apply(self.optimizers, update):
                 return train_step(self.structure.pack(leaves))
 
         if self.model.run_eagerly:
