@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from autobatch.train import keras_seams, metric_seams
+from autobatch.train import draws, keras_seams, metric_seams
 from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
 from autobatch.train.normalizer import Mode, Normalizer
@@ -110,6 +110,7 @@ class MicroStep:
             metric_seams.noting_results(results.note),
             keras_seams.vectors_differentiated(normalizer.gradient_factor, traced.note_differentiated),
             keras_seams.added_losses_noted(traced.note_added_loss),
+            self._noting_draws(traced),
         ):
             logs = self._step(owner.structure.pack(leaves))
         if self._training and owner.model.trainable_variables and not traced.applied:
@@ -121,6 +122,7 @@ class MicroStep:
             )
         self._count_length = len(normalizer.counts)
         if self._training:
+            traced.note_end(logs)
             traced.forget_tensors()
             # Where it is not traced, a loss has no name but the one that it had on symbolic inputs.
             named = owner.traced.scalar_losses if tf.executing_eagerly() else ()
@@ -144,11 +146,20 @@ class MicroStep:
         add = self._owner.capture_into_accumulators(fraction)
 
         def take(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
-            traced.note_applied(optimizer, gradients)
+            traced.note_applied(optimizer, gradients, variables)
             self._owner.update_room.note_gradients(gradients, variables)
             add(optimizer, gradients, variables)
 
         return keras_seams.capture_apply(self._owner.optimizers, take)
+
+    def _noting_draws(self, traced: Traced) -> contextlib.AbstractContextManager[None]:
+        """Note what draws random numbers: in a trace, and in the first micro-batch that runs eagerly."""
+        if not self._training:
+            return contextlib.nullcontext()
+        if not tf.executing_eagerly():
+            return draws.marked()
+        traced.draws = self._owner.traced.draws
+        return draws.noted_eagerly(traced) if traced.draws is None else contextlib.nullcontext()
 
     def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
         owner = self._owner

@@ -215,7 +215,7 @@ def embedding(optimizer):
 
 
 COMPARES = r"The loss compares samples with each other, in \S*"
-SUMMED = r"of a row of Embedding \(table\) that occurs several times are summed before descent "
+SUMMED = r"of a row of Embedding \(table\) that occurs several times are summed before the optimizer "
 
 NAMED = {
     "contrastive": (lambda: Layered.compiled(loss=contrastive), f"{COMPARES}MatMul"),
@@ -237,17 +237,20 @@ NAMED = {
         lambda: Layered.compiled(layers.SpectralNormalization(layers.Dense(8), name="spectral")),
         r"SpectralNormalization \(spectral\) changes its kernel once for each micro-batch",
     ),
-    "clip_by_global_norm": (lambda: ClippedByNorm.compiled(), "The gradients are changed before descent gets them"),
-    "clip": (lambda: ClippedByValue.compiled(), "The gradients are changed before descent gets them"),
+    "clip_by_global_norm": (
+        lambda: ClippedByNorm.compiled(),
+        "The gradients are changed before the optimizer gets them",
+    ),
+    "clip": (lambda: ClippedByValue.compiled(), "The gradients are changed before the optimizer gets them"),
     "summed by itself": (lambda: Summing.compiled(), f"Summing.train_step: {OWN_LOSS}"),
     "compute_loss": (lambda: MaskedMean.compiled(), f"MaskedMean.compute_loss: {OWN_LOSS}"),
     "add_loss": (lambda: Layered.compiled(AddsSum(name="adder")), r"What AddsSum \(adder\) adds by add_loss is taken"),
-    "custom noise": (lambda: Layered.compiled(Noisy(name="noisy")), r"Noisy \(noisy\) draws other random numbers"),
-    "LSTM": (lambda: Layered.compiled(*recurrent(layers.LSTM, recurrent_dropout=0.2)), "LSTMCell .* draws other"),
-    "attention": (lambda: Layered.compiled(attention(0.3)), "Dropout .* draws other random numbers"),
+    "custom noise": (lambda: Layered.compiled(Noisy(name="noisy")), r"Noisy \(noisy\) draws new random numbers"),
+    "LSTM": (lambda: Layered.compiled(*recurrent(layers.LSTM, recurrent_dropout=0.2)), r"LSTM \(lstm\S*\) draws new"),
+    "attention": (lambda: Layered.compiled(attention(0.3)), "Dropout .* draws new random numbers"),
     "scalar, eager": (
         lambda: classifier(loss=lambda y, predicted: ops.mean(ops.square(predicted)), run_eagerly=True),
-        r"in this: The loss \S+ returns one number for a batch",
+        r"one batch of \d+: The loss \S+ returns one number for a batch",
     ),
 }
 
@@ -263,7 +266,7 @@ def test_what_differs_is_named(case):
 def test_random_flips_are_named():
     x, y = arrays()
     model = Layered.compiled(layers.Reshape((4, 4, 1)), layers.RandomFlip(seed=3, name="flip"), layers.Flatten())
-    assert "RandomFlip (flip) draws other random numbers" in said_in_fit(model, x, y)[0]
+    assert "RandomFlip (flip) draws new random numbers" in said_in_fit(model, x, y)[0]
 
 
 def masked_by_lengths(x):
@@ -366,7 +369,7 @@ def averaged(y, predicted):
             {"after": lambda model: model.layers[0].bias.assign(ops.zeros(32))},
             r"train_step changes \S*dense\S*/bias itself",
         ),
-        ({"extra": [Noisy(name="noisy")]}, r"Noisy \(noisy\) draws other random numbers"),
+        ({"extra": [Noisy(name="noisy")]}, r"Noisy \(noisy\) draws new random numbers"),
     ],
     ids=["average loss", "clipped gradients", "changed weights", "noise"],
 )
@@ -384,7 +387,7 @@ def test_what_an_eager_models_first_micro_batch_shows_is_said_then():
     model = Subclassed()
     model.compile("sgd", lambda y, predicted: ops.mean(ops.square(predicted)), run_eagerly=True)
     (said,) = said_in_fit(model)
-    assert re.match("The first micro-batch shows what else will differ.*returns one number for a batch", said)
+    assert re.match("The first micro-batch shows what else differs.*returns one number for a batch", said)
 
 
 def test_the_variables_that_micro_steps_write_are_known():
