@@ -122,9 +122,9 @@ class _Body:
     def draws(self, mark: str) -> Iterator[Draw]:
         """Yield the draws whose numbers are used; ``mark`` is that of the call, for what has none of its own."""
         sinks = [*self._results, *(node.name for node in self._nodes.values() if self.is_writing(node))]
-        for name in self._behind(sinks):
-            node = self._nodes.get(name)
-            if node is None:
+        used = set(self._behind(sinks))
+        for name, node in self._nodes.items():
+            if name not in used:
                 continue
             own = node.attr[draw_seams.OWNER].s.decode() if draw_seams.OWNER in node.attr else ""
             if _CALLING.fullmatch(node.op):

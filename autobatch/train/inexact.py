@@ -7,7 +7,6 @@ where neither shows it, the sentence says "may". ``docs/exactness-and-limits.md`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,25 +75,27 @@ def _drawing(subject: _Subject) -> Iterator[str]:
     draws = subject.traced.draws or ()
     is_traced = subject.traced.draws is not None and not subject.model.run_eagerly
     holding = [] if is_traced else [layer for layer in subject.layers if _holds_generator(layer)]
-    known = {_pair(layer) for layer in holding}
-
-    def drawers(kind: Kind, held: list[Any]) -> str:
-        """Return in words the layers, and the step itself, whose draws are of a kind."""
+    # Of an eager model these are said before its first micro-batch, which shows the others.
+    yield from _said_of_draws(Kind.NEW, [_pair(layer) for layer in holding if _keras_rates(layer)])
+    yield from _said_of_draws(Kind.UNKNOWN, [_pair(layer) for layer in holding if not _keras_rates(layer)])
+    said = {_pair(layer) for layer in holding}
+    for kind in Kind:
         of_kind = [draw.layer for draw in draws if draw.kind is kind]
-        pairs = [_pair(layer) for layer in held] + [pair for pair in of_kind if pair and pair not in known]
-        parts = [*([named_pairs(pairs)] if pairs else []), *([_step_of(subject.model)] if None in of_kind else [])]
-        return listed(parts)
+        own = _step_of(subject.model) if None in of_kind else ""
+        yield from _said_of_draws(kind, [pair for pair in of_kind if pair and pair not in said], own)
 
-    new = drawers(Kind.NEW, [layer for layer in holding if _keras_rates(layer)])
-    if new:
-        verb = "draw" if " and " in re.sub(r"\(.*?\)", "", new) else "draws"
-        yield _sentence(f"{new} {verb} new random numbers in each micro-batch.")
-    may = drawers(Kind.UNKNOWN, [layer for layer in holding if not _keras_rates(layer)])
-    if may:
-        yield _sentence(f"{may} may draw new random numbers in each micro-batch.")
-    repeated = drawers(Kind.REPEATED, [])
-    if repeated:
-        yield f"The seed of {repeated} does not change: each micro-batch gets the same random numbers."
+
+def _said_of_draws(kind: Kind, layers: list[tuple[str, str]], own: str = "") -> Iterator[str]:
+    """Yield a sentence on layers, by class and name, and on the step's ``own`` code, whose draws are of a kind."""
+    who = listed([part for part in (named_pairs(layers), own) if part])
+    is_one = len({class_name for class_name, _ in layers}) + bool(own) == 1
+    if not who:
+        return
+    if kind is Kind.REPEATED:
+        yield f"The seed of {who} does not change: each micro-batch gets the same random numbers."
+        return
+    verb = "may draw" if kind is Kind.UNKNOWN else "draws" if is_one else "draw"
+    yield f"{who if layers else who[0].upper() + who[1:]} {verb} new random numbers in each micro-batch."
 
 
 def _several_optimizers(subject: _Subject) -> Iterator[str]:
@@ -258,11 +259,6 @@ def _keras_rates(layer: Any) -> list[float]:
         return []
     found = [getattr(layer, name, None) for name in _RATES]
     return [rate for rate in found if isinstance(rate, (int, float))]
-
-
-def _sentence(words: str) -> str:
-    """Return words with a capital where they begin with an article; names of classes stay as they are."""
-    return f"T{words[1:]}" if words.startswith("the ") else words
 
 
 def _pair(layer: Any) -> tuple[str, str]:

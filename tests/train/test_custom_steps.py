@@ -166,8 +166,8 @@ def test_what_differs_is_said_once_by_name():
     loss = lambda y_true, y_pred: ops.mean(  # noqa: E731 - a loss without a name, as users write them
         keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
     )
+    model = classifier(loss=loss, extra=extra)
     with pytest.warns(autobatch.AutobatchWarning) as caught:
-        model = classifier(loss=loss, extra=extra)
         history = autobatch.fit(model, *arrays(), target_batch=48, micro_batch=12, verbose=0)
     said = [str(warning.message) for warning in caught if warning.category is autobatch.AutobatchWarning]
     assert said == [
