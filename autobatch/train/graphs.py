@@ -30,8 +30,11 @@ _LINEAR = frozenset(
 _EMPTY_OF_DATA = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike", "Range"])
 """Operations whose result holds nothing of what is in their inputs; a range may be as long as a batch's longest."""
 
-_SAME_INDICES = {"Identity": 0, "Cast": 0, "Reshape": 0, "ExpandDims": 0, "Squeeze": 0, "SelectV2": 2}
-"""Operations that leave indices as they are, and which of their inputs those are."""
+_SAME_INDICES = {
+    **dict.fromkeys(["Identity", "Cast", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Slice", "StridedSlice"], 0),
+    "SelectV2": 2,
+}
+"""Operations whose elements are among those of one input, none of them twice, and which of their inputs that is."""
 
 _PRODUCTS = frozenset(["Mul", "MatMul", "BatchMatMulV2", "MulNoNan"])
 _QUOTIENTS = frozenset(["RealDiv", "Div", "DivNoNan"])

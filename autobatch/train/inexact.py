@@ -101,13 +101,13 @@ def _said_of_draws(kind: Kind, layers: list[tuple[str, str]], own: str = "") -> 
 def _several_optimizers(subject: _Subject) -> Iterator[str]:
     if len(subject.optimizers) < 2 or subject.traced.sees_updates is False:
         return
-    names = listed([optimizer_name(subject.model, optimizer) for optimizer in subject.optimizers])
     if subject.traced.sees_updates:
+        names = listed([optimizer_name(subject.model, optimizer) for optimizer in subject.optimizers])
         yield f"The optimizers {names} update once each, at the end: none sees what another has just changed."
     else:
         yield (
-            f"The optimizers {names} update once each, at the end: training may differ where a gradient is taken after "
-            "another optimizer's update."
+            "The optimizers update once each, at the end: training may differ where a gradient is taken after another "
+            "optimizer's update."
         )
 
 
