@@ -61,7 +61,7 @@ def differences(
     """
     layers = keras_seams.layers_of(model)
     subject = _Subject(model, layers, optimizers, traced or Traced(), tables_kept_as_rows, written)
-    return tuple(Difference(sentence, anchor) for anchor, find in _KINDS for sentence in find(subject))
+    return tuple(Difference(sentence, anchor) for anchor, find in KINDS for sentence in find(subject))
 
 
 def _normalising(subject: _Subject) -> Iterator[str]:
@@ -228,7 +228,7 @@ def _scalar_metrics(subject: _Subject) -> Iterator[str]:
         )
 
 
-_KINDS = (
+KINDS = (
     ("batch-statistics", _normalising),
     ("random-draws", _drawing),
     ("several-optimizers", _several_optimizers),

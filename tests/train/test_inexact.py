@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -440,3 +441,26 @@ def test_nothing_is_said_of_a_model_that_its_train_step_builds():
     model = BuiltLater()
     model.compile("sgd")
     assert said_in_fit(model) == []
+
+
+def test_every_kind_of_difference_has_a_place_on_the_page():
+    from autobatch.train import inexact
+    from autobatch.trial import differences
+
+    page = (Path(__file__).parents[2] / differences.PAGE).read_text(encoding="utf-8")
+    headings = [line[3:].lower().replace(" ", "-") for line in page.splitlines() if line.startswith("## ")]
+    assert headings == list(dict.fromkeys(anchor for anchor, _ in inexact.KINDS))
+
+
+def test_a_warning_says_what_is_sure_before_what_may_be():
+    from autobatch.trial import differences
+
+    may = differences.Difference("The teacher may follow. What to do.", "losses")
+    sure = differences.Difference("Dropout (a) draws. More of it.", "random-draws")
+    words = {"sure": "Differs", "unsure": "May differ", "listed_in": "report.warnings"}
+    page = differences.PAGE
+    assert differences.in_short([may], **words) == f"May differ: The teacher may follow. See {page}#losses."
+    assert differences.in_short([may, sure], **words) == (
+        f"Differs: Dropout (a) draws; and 1 more difference. See report.warnings and {page}#random-draws."
+    )
+    assert differences.in_short(["From a file."], **words) == f"Differs: From a file. See {page}."
