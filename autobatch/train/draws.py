@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -45,7 +45,7 @@ class Kind(Enum):
 
     NEW = "new numbers in each micro-batch"
     REPEATED = "the same numbers in each micro-batch"
-    UNKNOWN = "unknown: the seed is given to the function that draws"
+    UNKNOWN = "not known: the seed is given to the operation, or made of the data"
 
 
 @dataclass(frozen=True)
@@ -98,53 +98,62 @@ def draws_of(graph: Any, results: Iterable[Any]) -> tuple[Draw, ...]:
     if not any(_CALLING.fullmatch(each.type) or is_drawing(each.type) for each in graph.get_operations()):
         return ()
     definition = graph.as_graph_def(add_shapes=True)
-    library = {function.signature.name: function for function in definition.library.function}
+    functions: dict[str, _Body] = {}
+    functions.update((each.signature.name, _Body.of_function(each, functions)) for each in definition.library.function)
     constants = {inner.op.name for outer, inner in graph.captures if not hasattr(outer, "graph")}
-    results = [part.op.name for part in results if isinstance(part, tf.Tensor) and hasattr(part, "graph")]
-    body = _Body({node.name: node for node in definition.node}, results, constants, library)
-    return tuple(dict.fromkeys(body.draws("")))
+    given = [node.name for node in definition.node if node.op == "Placeholder" and node.name not in constants]
+    ends = [part.op.name for part in results if isinstance(part, tf.Tensor) and hasattr(part, "graph")]
+    body = _Body({node.name: node for node in definition.node}, given, ends, functions)
+    return tuple(dict.fromkeys(body.draws("", None)))
 
 
 class _Body:
-    """The nodes of a graph, or of a function of it."""
+    """The nodes of a graph, or of a function of it; ``given`` are the names of its arguments."""
 
-    def __init__(self, nodes: dict[str, Any], results: list[str], constants: set[str] | None, library: Any) -> None:
+    def __init__(self, nodes: dict[str, Any], given: list[str], results: list[str], functions: Any) -> None:
         self._nodes = nodes
+        self._given = {name: place for place, name in enumerate(given)}
         self._results = results
-        self._constants = constants  # None within a function, of whose arguments nothing is known
-        self._library = library
+        self._functions = functions
 
     @classmethod
-    def of_function(cls, function: Any, library: Any) -> _Body:
-        results = [_node_of(each) for each in function.ret.values()]
-        return cls({node.name: node for node in function.node_def}, results, None, library)
+    def of_function(cls, function: Any, functions: Any) -> _Body:
+        """Make the body of a function of the graph's library."""
+        signature = function.signature
+        results = [_node_of(function.ret[each.name]) for each in signature.output_arg]
+        given = [each.name for each in signature.input_arg]
+        return cls({node.name: node for node in function.node_def}, given, results, functions)
 
-    def draws(self, mark: str) -> Iterator[Draw]:
+    def draws(self, mark: str, call: _Call | None) -> Iterator[Draw]:
         """Yield the draws whose numbers are used; ``mark`` is that of the call, for what has none of its own."""
-        sinks = [*self._results, *(node.name for node in self._nodes.values() if self.is_writing(node))]
+        sinks = [*self._results, *(node.name for node in self._nodes.values() if self._is_writing(node))]
         used = set(self._behind(sinks))
         for name, node in self._nodes.items():
             if name not in used:
                 continue
             own = node.attr[draw_seams.OWNER].s.decode() if draw_seams.OWNER in node.attr else ""
-            if _CALLING.fullmatch(node.op):
-                for inner in self._called_by(node):
-                    yield from inner.draws(own or mark)
-            elif is_drawing(node.op) and not (name.startswith("gradient_tape/") and not own):
-                kind = self._kind_of(node)
+            for inner in self._called_by(node):
+                yield from inner.draws(own or mark, _Call(self, node, call))
+            if is_drawing(node.op) and not (name.startswith("gradient_tape/") and not own):
+                kind = self._kind_of(node, call)
                 if kind is not None:
                     yield Draw(_layer_of(own or mark), kind)
 
-    def is_writing(self, node: Any) -> bool:
-        """Return True if the node changes a variable, in a function that it calls as well."""
-        if _WRITING.fullmatch(node.op):
-            return True
-        if not _CALLING.fullmatch(node.op):
-            return False
-        return any(inner.is_writing(each) for inner in self._called_by(node) for each in inner._nodes.values())
+    def _is_writing(self, node: Any) -> bool:
+        return self._holds(node, lambda each: bool(_WRITING.fullmatch(each.op)))
+
+    def _is_state(self, node: Any) -> bool:
+        return self._holds(node, lambda each: bool(_READING_STATE.fullmatch(each.op)) or is_drawing(each.op))
+
+    def _holds(self, node: Any, is_it: Callable[[Any], bool]) -> bool:
+        """Return True if a node is of a kind, or one in a function that it calls."""
+        inside = (inner._holds(each, is_it) for inner in self._called_by(node) for each in inner._nodes.values())
+        return is_it(node) or any(inside)
 
     def _called_by(self, node: Any) -> list[_Body]:
         """Return the functions that a node may run."""
+        if not _CALLING.fullmatch(node.op):
+            return []
         named = {key: [value.func.name] for key, value in node.attr.items() if value.HasField("func")}
         named["branches"] = [each.name for value in node.attr.values() for each in value.list.func]
         if "then_branch" in named:
@@ -153,8 +162,7 @@ class _Body:
                 return []  # a variable's first value, which is drawn once in its life
             if asked is not None and asked.op == "Const":
                 named.pop("else_branch" if tf.make_ndarray(asked.attr["value"].tensor) else "then_branch")
-        names = [name for each in named.values() for name in each if name in self._library]
-        return [_Body.of_function(self._library[name], self._library) for name in names]
+        return [self._functions[name] for each in named.values() for name in each if name in self._functions]
 
     def _behind(self, names: Iterable[str]) -> list[str]:
         """Return the nodes, and arguments, that these depend on, themselves included."""
@@ -167,26 +175,57 @@ class _Body:
                 pending += [] if node is None else [_node_of(each) for each in node.input if not each.startswith("^")]
         return list(found)
 
-    def _kind_of(self, node: Any) -> Kind | None:
+    def _kind_of(self, node: Any, call: _Call | None) -> Kind | None:
         """Return what differs in a draw; None where every micro-batch has the very numbers of the batch."""
         if not node.op.startswith("Stateless"):
             return Kind.NEW
-        behind = self._behind([_node_of(node.input[_SEED_AT.get(node.op, 1)])])
-        if any(self._is_state(self._nodes[name]) for name in behind if name in self._nodes):
+        seed_of = self._origin([_node_of(node.input[_SEED_AT.get(node.op, 1)])], call)
+        if seed_of is _Origin.STATE:
             return Kind.NEW
-        if self._depend_on_arguments(behind):
-            return Kind.UNKNOWN
         shape = tf.TensorShape(node.attr["_output_shapes"].list.shape[0]) if "_output_shapes" in node.attr else None
-        if shape is not None and shape.is_fully_defined():
+        is_of_one_size = shape is not None and shape.is_fully_defined()
+        if seed_of is _Origin.DATA:
+            # In a function it is called for each sample, as by tf.map_fn, with a seed that the sample has.
+            return None if is_of_one_size and call is not None else Kind.UNKNOWN
+        if is_of_one_size or self._origin([_node_of(node.input[0])], call) is _Origin.CONSTANT:
             return None
-        return Kind.REPEATED if self._depend_on_arguments(self._behind([_node_of(node.input[0])])) else None
+        return Kind.REPEATED
 
-    def _is_state(self, node: Any) -> bool:
-        return bool(_READING_STATE.fullmatch(node.op) or _CALLING.fullmatch(node.op) or is_drawing(node.op))
+    def _origin(self, names: list[str], call: _Call | None) -> _Origin:
+        """Return what these depend on, inside of the function and, through its arguments, outside."""
+        behind = self._behind(names)
+        places = {self._given[name] for name in behind if name in self._given}
+        if call is not None and call.node.op.endswith("While"):
+            # What a loop carries comes from the run before.
+            carried = [self._results[place] for place in places if place < len(self._results)]
+            behind += self._behind(carried)
+            places = {self._given[name] for name in behind if name in self._given}
+        if any(self._is_state(self._nodes[name]) for name in behind if name in self._nodes):
+            return _Origin.STATE
+        if not places:
+            return _Origin.CONSTANT
+        if call is None:
+            return _Origin.DATA
+        first = 0 if call.node.op.endswith(("Call", "While")) else 1  # a condition's or a case's is the choice
+        outside = [_node_of(call.node.input[first + place]) for place in places]
+        return call.outer._origin(outside, call.outer_call)
 
-    def _depend_on_arguments(self, names: list[str]) -> bool:
-        given = (name for name in names if name not in self._nodes or self._nodes[name].op == "Placeholder")
-        return any(self._constants is None or name not in self._constants for name in given)
+
+class _Origin(Enum):
+    """What a tensor depends on: a state that moves before anything else, then what the step is given."""
+
+    CONSTANT = "neither"
+    DATA = "what the step is given"
+    STATE = "a variable, or another draw"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a function: the graph that it stands in, its node there, and the call of that graph's own function."""
+
+    outer: _Body
+    node: Any
+    outer_call: _Call | None
 
 
 def _node_of(reference: str) -> str:

@@ -72,12 +72,27 @@ def of_fixed_seed(x):
     return x + keras.random.normal(ops.shape(x), seed=3)
 
 
-def rows_of_their_own(x):
-    """Numbers that depend on each sample alone: the same, however the batch is cut."""
-    seeds = tf.cast(tf.round(x[:, :2] * 1000), tf.int32)
-    return x + tf.map_fn(
+def for_each_sample(seeds):
+    return tf.map_fn(
         lambda seed: tf.random.stateless_normal([16], seed), seeds, fn_output_signature=tf.TensorSpec([16], tf.float32)
     )
+
+
+def of_the_samples(x):
+    """Numbers that depend on each sample alone: the same, however the batch is cut."""
+    return x + for_each_sample(tf.cast(tf.round(x[:, :2] * 1000), tf.int32))
+
+
+def of_seeds_from_a_generator(x):
+    return x + for_each_sample(tf.transpose(GENERATOR.make_seeds(SAMPLES))[: tf.shape(x)[0]])
+
+
+def of_the_whole_batch(x):
+    return x + tf.random.stateless_normal(tf.shape(x), tf.cast(x[0, :2] * 1000, tf.int32))
+
+
+def of_a_seed_in_a_branch(x):
+    return tf.cond(tf.reduce_sum(x) > 0, lambda: of_fixed_seed(x), lambda: x)
 
 
 class Wasteful(layers.Layer):
@@ -142,7 +157,9 @@ DRAWN = {
     "train_step": (lambda: compiled(cls=NoisyStep), r"of \d+: NoisyStep.train_step draws new random numbers"),
     "compute_loss": (lambda: compiled(cls=NoisyLoss), r"of \d+: NoisyLoss.compute_loss draws new random numbers"),
     "fixed seed": (layer(of_fixed_seed), r"The seed of Does \(own\) does not change: each micro-batch gets the same"),
-    "seed of a loop": (layer(rows_of_their_own), r"may not be identical.*Does \(own\) may draw new random numbers"),
+    "fixed seed in a branch": (layer(of_a_seed_in_a_branch), r"The seed of Does \(own\) does not change"),
+    "seeds from a generator": (layer(of_seeds_from_a_generator), OWN),
+    "seed of the data": (layer(of_the_whole_batch), r"may not be identical.*Does \(own\) may draw new random numbers"),
 }
 
 
@@ -163,6 +180,7 @@ def test_a_loss_that_draws_is_named():
 NOT_DRAWN = {
     "rates of zero": lambda: compiled(layers.Dropout(0.0), layers.GaussianNoise(0.0)),
     "an idle generator": lambda: compiled(WithAnIdleGenerator(0.0)),
+    "seeds of the samples": layer(of_the_samples),
     "unused": lambda: compiled(Wasteful()),
     "a constant of a fixed seed": layer(lambda x: x + keras.random.normal((16,), seed=3)),
     "a branch that is never taken": layer(
