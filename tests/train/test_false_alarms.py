@@ -254,6 +254,29 @@ def test_rows_that_each_sample_looks_up_are_named():
     assert "a row of Embedding (positions) that occurs several times are summed before the optimizer squares" in said
 
 
+class Tied(keras.Model):
+    """Looks rows up and multiplies by the same table, whose gradient is dense in plain Keras too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = layers.Embedding(10, 4)
+
+    def call(self, x):
+        rows = ops.mean(self.table(ops.cast(ops.abs(x) * 5.0, "int32") % 10), axis=1)
+        return ops.matmul(rows, ops.transpose(self.table.embeddings))
+
+
+def test_the_rows_of_a_tied_table_are_exact_and_not_named():
+    def build():
+        keras.utils.set_random_seed(1)
+        model = Tied()
+        model.build((None, 16))
+        model.compile(keras.optimizers.Adam(0.01, epsilon=1e-3), cross_entropy())
+        return model
+
+    assert assert_as_plain(build, *arrays(), tolerance=5e-6) == []
+
+
 def by_dot(weights, values):
     return ops.dot(weights, values) / ops.sum(weights)
 
