@@ -110,7 +110,7 @@ def fit(
         why = "no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup"
         given = min(chosen or (known.planned if known else 1), -(-effective // trials.replicas))
         report = unsearched(trials, given, effective, why)
-    say_what_differs(report)
+    say_what_differs(report, listed_in="history.report.warnings")
     return session.train(
         model,
         batches,
@@ -327,7 +327,7 @@ def wrap_step(
                 trials.close()
         else:
             report = unsearched(trials, min(chosen, target), target)
-        say_what_differs(report)
+        say_what_differs(report, listed_in="the wrapped step's report.warnings")
         assert report.plan is not None
         plan, memory_model = report.plan, report.memory_model
 

@@ -17,6 +17,7 @@ from autobatch.memory.pressure import explain_pressure
 from autobatch.records import Plan, Report, SearchResult, TrialRequest, TrialResult
 from autobatch.remembering import Remembering, without_repeats
 from autobatch.search import planning
+from autobatch.trial import differences
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
@@ -120,16 +121,20 @@ def _plan(micro_batch: int, effective_batch: int, replicas: int) -> Plan:
     return Plan(micro_batch, -(-effective_batch // (micro_batch * replicas)), effective_batch, replicas)
 
 
-def say_what_differs(report: Report) -> None:
+def say_what_differs(report: Report, *, listed_in: str) -> None:
+    """Warn in short that the plan's updates are not those of one batch; ``listed_in`` is where all differences are."""
     plan = report.plan
     if plan is None or not report.warnings:
         return
-    pieces = f"{plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batch}"
-    warnings.warn(
-        f"{pieces} will differ from one batch of {plan.effective_batch} in this: {' '.join(report.warnings)}",
-        AutobatchWarning,
-        stacklevel=3,
+    micro_batches = f"Training with {plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batch}"
+    one_batch = f"one batch of {plan.effective_batch}"
+    message = differences.in_short(
+        report.warnings,
+        sure=f"{micro_batches} is not identical to {one_batch}",
+        unsure=f"{micro_batches} may not be identical to {one_batch}",
+        listed_in=listed_in,
     )
+    warnings.warn(message, AutobatchWarning, stacklevel=3)
 
 
 def unsearched(
@@ -167,17 +172,36 @@ def _nothing_fits(trials: Trials, result: SearchResult) -> NoFeasibleBatchError:
             needed_bytes=needed,
             limit_bytes=environment.limit_bytes,
         )
-    needs = "more than there is" if needed is None else f"at least {format_bytes(needed)}"
-    limit = (
-        "unknown"
-        if environment.limit_bytes is None
-        else f"{format_bytes(environment.limit_bytes)} ({environment.limit_source})"
-    )
     return NoFeasibleBatchError(
-        f"Not even a micro-batch of {smallest.micro_batch} fits on {environment.device}: it needs {needs}, and the "
-        f"limit is {limit}{f', of which {environment.headroom:.0%} is headroom' if environment.headroom else ''}. "
+        f"Not even a micro-batch of {smallest.micro_batch} fits on {environment.device}: "
+        f"{_what_it_needs(trials, smallest, needed)} "
         "Free memory, raise the limit, use smaller samples, a smaller model or an optimizer with fewer slots."
         + "".join(f" {cause}" for cause in explain_pressure(environment.device)),
         needed_bytes=needed,
         limit_bytes=environment.limit_bytes,
+    )
+
+
+def _what_it_needs(trials: Trials, smallest: TrialResult, needed: int | None) -> str:
+    """Return in words what the smallest trial needed and what there is.
+
+    ``needed`` is a lower bound, unless the trial's peak is known: where the limit is above it, only what is known of it
+    is said.
+    """
+    environment = trials.environment
+    limit, budget = environment.limit_bytes, environment.budget_bytes
+    share = f", of which {environment.headroom:.0%} is headroom" if environment.headroom else ""
+    there_is = "unknown" if limit is None else f"{format_bytes(limit)} ({environment.limit_source}){share}"
+    if needed is None:
+        return f"it needs more than there is, and the limit is {there_is}."
+    if smallest.peak_bytes is not None or limit is None or needed > (limit if budget is None else budget):
+        return f"it needs at least {format_bytes(needed)}, and the limit is {there_is}."
+    known = []
+    if trials.fixed_bytes_hint is not None:
+        known.append(f"weights, optimizer and what else is held take at least {format_bytes(trials.fixed_bytes_hint)}")
+    if smallest.requested_bytes is not None:
+        known.append(f"the allocation that failed asked for {format_bytes(smallest.requested_bytes)} more")
+    return (
+        f"it ran out of memory, and the limit is {there_is}. Of that {', and '.join(known)}; the rest is other "
+        "tensors, or free in pieces too small."
     )

@@ -44,6 +44,20 @@ def test_what_else_takes_the_memory_is_named():
     assert (raised.value.needed_bytes, raised.value.limit_bytes) == (9 * GIB, 8 * GIB)
 
 
+def test_what_is_held_and_asked_for_is_said_where_it_is_less_than_the_limit():
+    trials = FullCard()
+    trials.fixed_bytes_hint = 2 * GIB
+    with pytest.raises(NoFeasibleBatchError) as raised:
+        searching.search_with(trials, target_batch=64)
+    message = str(raised.value)
+    assert (
+        "fits on GPU:0: it ran out of memory, and the limit is 8 GiB (all memory of a card), of which 5% is headroom. "
+        "Of that weights, optimizer and what else is held take at least 2 GiB, and the allocation that failed asked "
+        "for 3 GiB more; the rest is other tensors, or free in pieces too small. Free memory, raise the limit"
+    ) in message
+    assert "needs at least" not in message
+
+
 def test_a_search_that_was_stopped_too_early_does_not_say_that_nothing_fits():
     trials = FullCard()
     trials.run = lambda request: TrialResult(

@@ -14,7 +14,7 @@ from tensorflow.python.framework import op_def_registry as _op_def_registry
 
 from autobatch.trial.snapshot import components
 
-_READING = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp"])
+READING = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp"])
 """Operations that take a variable's handle and leave its value alone."""
 
 _LINEAR = frozenset(
@@ -30,6 +30,12 @@ _LINEAR = frozenset(
 _EMPTY_OF_DATA = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike", "Range"])
 """Operations whose result holds nothing of what is in their inputs; a range may be as long as a batch's longest."""
 
+_SAME_INDICES = {
+    **dict.fromkeys(["Identity", "Cast", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Slice", "StridedSlice"], 0),
+    "SelectV2": 2,
+}
+"""Operations whose elements are among those of one input, none of them twice, and which of their inputs that is."""
+
 _PRODUCTS = frozenset(["Mul", "MatMul", "BatchMatMulV2", "MulNoNan"])
 _QUOTIENTS = frozenset(["RealDiv", "Div", "DivNoNan"])
 
@@ -40,16 +46,17 @@ def written_variables(graph: Any, candidates: Iterable[Any]) -> list[Any]:
     return [
         variable
         for variable in components(candidates)
-        if id(variable.handle) in handles and _is_written(handles[id(variable.handle)])
+        if id(variable.handle) in handles and is_written(handles[id(variable.handle)])
     ]
 
 
-def _is_written(handle: Any) -> bool:
+def is_written(handle: Any) -> bool:
+    """Whether an operation of its graph, or of a function that the graph calls, changes the variable of a handle."""
     for operation in handle.consumers():
         if operation.type == "Identity":
-            if _is_written(operation.outputs[0]):
+            if is_written(operation.outputs[0]):
                 return True
-        elif operation.type not in _READING and not _makes(operation, handle):
+        elif operation.type not in READING and not _makes(operation, handle):
             # Of a call, a condition or a loop TensorFlow notes which resources the functions behind it only read.
             only_read = operation.node_def.attr["_read_only_resource_inputs"].list.i
             if any(taken is handle and place not in only_read for place, taken in enumerate(operation.inputs)):
@@ -130,12 +137,51 @@ def comparing_operation(result: Any) -> Any:
 
 def _puts_samples_together(operation: Any, one: Any, other: Any) -> bool:
     if operation.type == "MatMul":
-        return True
+        return not _is_a_weighted_sum(operation, one, other)
     if operation.type == "Einsum":
         terms = operation.get_attr("equation").decode().split("->")[0].split(",")
         return "." not in "".join(terms) and (terms[0][:1] not in terms[1] or terms[1][:1] not in terms[0])
     shapes = [each.shape.as_list()[:2] if each.shape.rank is not None else [] for each in (one, other)]
     return sorted(shapes, key=repr) == [[1, None], [None, 1]] and one.shape.rank == other.shape.rank
+
+
+def _is_a_weighted_sum(operation: Any, one: Any, other: Any) -> bool:
+    """Whether a product of matrices is a sum over samples, each weighted, as a masked mean's is by ``tf.tensordot``."""
+    rows, inner = _shape_of(one, operation.get_attr("transpose_a"))
+    inner_too, columns = _shape_of(other, operation.get_attr("transpose_b"))
+    if inner is None and inner_too is None and 1 in (rows, columns):
+        return rows is not None and columns is not None
+    vectors = [each for each in (_unshaped(one), _unshaped(other)) if each.shape.as_list() == [None]]
+    ranks = sorted(_unshaped(each).shape.rank for each in (one, other))
+    results = [each.outputs[0].shape.rank for each in operation.outputs[0].consumers() if each.type == "Reshape"]
+    return bool(vectors) and bool(results) and all(rank == ranks[1] - 1 for rank in results)
+
+
+def _shape_of(matrix: Any, is_transposed: bool) -> tuple[int | None, int | None]:
+    rows, columns = matrix.shape.as_list()
+    return (columns, rows) if is_transposed else (rows, columns)
+
+
+def _unshaped(tensor: Any) -> Any:
+    """What a tensor was before it was reshaped and transposed, as far as its rank was known."""
+    while tensor.op.type in ("Reshape", "Transpose") and tensor.op.inputs[0].shape.rank is not None:
+        tensor = tensor.op.inputs[0]
+    return tensor
+
+
+def are_distinct(indices: Any) -> bool:
+    """Whether no index occurs twice in a tensor of them, as far as it can be told: they are a range, or constants."""
+    while indices.op.type in _SAME_INDICES:
+        at = _SAME_INDICES[indices.op.type]
+        # Keras takes a negative index to be counted from the end.
+        if indices.op.type == "SelectV2" and indices.op.inputs[0].op.type != "Less":
+            return False
+        indices = indices.op.inputs[at]
+    if indices.op.type == "Range":
+        start, _, delta = map(tf.get_static_value, indices.op.inputs)
+        return start is not None and delta is not None and bool(start >= 0 and delta > 0)
+    value = tf.get_static_value(indices)
+    return value is not None and bool((value >= 0).all()) and len(set(value.flat)) == value.size
 
 
 def depends_on_arguments(tensor: Any, known: dict[Any, bool]) -> bool:

@@ -14,7 +14,6 @@ counted from the data alone; the mean prediction of a batch takes a forward pass
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,42 +23,7 @@ import tensorflow as tf
 from autobatch.train.dependence import Dependence, unknown
 from autobatch.train.graph_copies import copied, gradients_of, sources_of
 from autobatch.train.sample_flow import SampleFlow
-
-
-class Mode(enum.Enum):
-    """What a trace is for: training with known totals, or counting them."""
-
-    TRAIN = "train"
-    COUNT = "count"
-
-
-class Totals:
-    """Sums over the effective batch that one trace needs beforehand, in the order in which it asks for them.
-
-    ``vector`` holds them, as float64. While they are counted, :attr:`counted` collects this micro-batch's parts.
-    """
-
-    def __init__(self, mode: Mode, vector: Any) -> None:
-        self.mode = mode
-        self._vector = vector
-        self._at: Any = 0
-        self.counted: list[Any] = []
-
-    def of(self, part: Any) -> Any:
-        """The total, over all micro-batches, of what ``part`` is in this one; ``part`` itself while counting."""
-        flat = tf.reshape(tf.cast(part, tf.float64), [-1])
-        self.counted.append(flat)
-        if self.mode is Mode.COUNT:
-            return tf.cast(part, tf.float64)
-        size = part.shape.num_elements()
-        total = tf.reshape(self._vector[self._at : self._at + size], part.shape)
-        self._at += size
-        return total
-
-    @property
-    def length(self) -> int:
-        """How many numbers are counted."""
-        return sum(part.shape.num_elements() for part in self.counted)
+from autobatch.train.totals import Mode, Totals
 
 
 @dataclass(slots=True)

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from autobatch.train import function_seams, inexact, keras_seams, metric_seams
+from autobatch.train import draws, function_seams, inexact, keras_seams, metric_seams
 from autobatch.train.attributes import attributes_kept
 from autobatch.train.eager_terms import EagerTerms
 from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
-from autobatch.train.loss_terms import LossTerms, Mode, Totals
+from autobatch.train.loss_terms import LossTerms
 from autobatch.train.normalizer import Normalizer
 from autobatch.train.sample_flow import SampleFlow
 from autobatch.train.structure import cut, sample_count
+from autobatch.train.totals import Mode, Totals
 from autobatch.train.traced import Traced
 from autobatch.trial.snapshot import CopiesBeside
 
@@ -175,6 +176,7 @@ class MicroStep:
             metric_seams.noting_results(results.note),
             keras_seams.gradients_weighed(terms.gradient, traced.note_differentiated),
             keras_seams.added_losses_noted(traced.note_added_loss),
+            self._noting_draws(traced),
         ):
             logs = self._step(owner.structure.pack(leaves))
         if self._training and owner.model.trainable_variables and not traced.applied:
@@ -185,6 +187,7 @@ class MicroStep:
                 f"Received: {type(owner.model).__name__}"
             )
         if self._training:
+            traced.note_end(logs)
             traced.forget_tensors()
             if self._learnt is not None:
                 traced.take_over(self._learnt)
@@ -228,11 +231,20 @@ class MicroStep:
         add = self._owner.capture_into_accumulators(fraction)
 
         def take(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
-            traced.note_applied(optimizer, gradients)
+            traced.note_applied(optimizer, gradients, variables)
             self._owner.update_room.note_gradients(gradients, variables)
             add(optimizer, gradients, variables)
 
         return keras_seams.capture_apply(self._owner.optimizers, take)
+
+    def _noting_draws(self, traced: Traced) -> contextlib.AbstractContextManager[None]:
+        """Note what draws random numbers: in a trace, and in the first micro-batch that runs eagerly."""
+        if not self._training:
+            return contextlib.nullcontext()
+        if not tf.executing_eagerly():
+            return draws.marked()
+        traced.draws = self._owner.traced.draws
+        return draws.noted_eagerly(traced) if traced.draws is None else contextlib.nullcontext()
 
     def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
         owner = self._owner

@@ -32,7 +32,8 @@ import tensorflow as tf
 
 from autobatch.train import keras_seams
 from autobatch.train.eager_terms import EagerTerms
-from autobatch.train.loss_terms import LossTerms, Mode, Totals
+from autobatch.train.loss_terms import LossTerms
+from autobatch.train.totals import Mode, Totals
 
 
 class Normalizer:

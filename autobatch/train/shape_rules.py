@@ -159,7 +159,8 @@ def _reshape(node: Node) -> Dependence:
         return node.lost("of unknown rank")
     if value.axis and before[: value.axis].is_fully_defined() and before[: value.axis] == after[: value.axis]:
         return replace(value, entries=None)
-    leading = next((axis for axis, size in enumerate(after) if size != 1), None)
+    told = _axis_in(_entries_of(node.inputs[1], node.op.inputs[1]))
+    leading = told if told not in (None, -1) else next((axis for axis, size in enumerate(after) if size != 1), None)
     start = next((axis for axis, size in enumerate(before) if size != 1), 0)
     if value.axis != start:
         merged_axes = leading is not None and after[leading] is None

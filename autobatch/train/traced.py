@@ -11,8 +11,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from autobatch.train import graphs
+from autobatch.train import draws, graphs, writes
 from autobatch.train.dependence import Dependence
+from autobatch.trial.snapshot import components
 
 
 class Traced:
@@ -35,6 +36,16 @@ class Traced:
         """The name of an operation because of which it is not known how a loss is made of the samples."""
         self.is_told = False
         """Whether the graph tells how all that is differentiated is made of the samples."""
+        self.draws: tuple[draws.Draw, ...] | None = None
+        """The random draws that a trace or an eager micro-batch has shown; None before."""
+        self.settled: list[Any] = []
+        """The handles of the variables whose assignments make no difference from the second micro-batch on."""
+        self.sees_updates: bool | None = None
+        """Whether what follows an optimizer's ``apply`` reads what that changes; None where it is not known."""
+        self.repeated_rows: list[Any] | None = None
+        """The tables whose gradients have a row for each look-up, of which some may be the same; None if not known."""
+        self._applied_at: list[tuple[Any, int, list[Any]]] = []
+        self._takes_gradients_after_an_update = False
         self._gradients: list[Any] = []
         self._on_arguments: dict[Any, bool] = {}
 
@@ -55,6 +66,7 @@ class Traced:
 
     def note_differentiated(self, target: Any, gradients: Any) -> None:
         """Note what a tape differentiated and what it returned."""
+        self._takes_gradients_after_an_update |= bool(self.applied)
         parts = [part for part in tf.nest.flatten(target) if tf.is_tensor(part)]
         if all(_is_symbolic(part) for part in parts):
             self.is_told = not self.untold
@@ -63,9 +75,11 @@ class Traced:
                 self.comparing = next((each.name for each in operations if each is not None), "")
         self._gradients += [part for part in _dense_parts(gradients) if _is_symbolic(part)]
 
-    def note_applied(self, optimizer: Any, gradients: list[Any]) -> None:
-        """Note the gradients that an optimizer is given."""
+    def note_applied(self, optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+        """Note the gradients that an optimizer is given, and their variables."""
         self.applied.append(optimizer)
+        if not tf.executing_eagerly():
+            self._note_place(gradients, variables)
         given = [part for part in _dense_parts(gradients) if _is_symbolic(part)]
         if not self._gradients or not given:
             return
@@ -77,6 +91,32 @@ class Traced:
                 self.changed_for.append(optimizer)
                 return
 
+    def _note_place(self, gradients: list[Any], variables: list[Any]) -> None:
+        graph = tf.compat.v1.get_default_graph()
+        self._applied_at.append((graph, len(graph.get_operations()), variables))
+        rows = [
+            variable
+            for gradient, variable in zip(gradients, variables, strict=True)
+            if isinstance(gradient, tf.IndexedSlices) and not graphs.are_distinct(gradient.indices)
+        ]
+        self.repeated_rows = [*(self.repeated_rows or []), *components(rows)]
+
+    def note_end(self, logs: Any) -> None:
+        """Note what shows once the step has ended, and has returned these logs."""
+        if tf.executing_eagerly():
+            self.sees_updates = None if self._takes_gradients_after_an_update else False
+            return
+        graph = tf.compat.v1.get_default_graph()
+        self.draws = draws.draws_of(graph, tf.nest.flatten(logs, expand_composites=True))
+        if any(each is not graph for each, _, _ in self._applied_at):
+            return  # applied in a function of the user's: what comes before and after is not known
+        self.sees_updates = any(
+            writes.is_read_after(graph, variables, position) for _, position, variables in self._applied_at[:-1]
+        )
+        updated = [variable for _, _, variables in self._applied_at for variable in variables]
+        applied_at = min((position for _, position, _ in self._applied_at), default=0)
+        self.settled = writes.settled(graph, updated, applied_at)
+
     def _depends_on_data(self, tensor: Any) -> bool:
         return graphs.depends_on_arguments(tensor, self._on_arguments)
 
@@ -87,7 +127,7 @@ class Traced:
 
     def forget_tensors(self) -> None:
         """Let go of the graph; what was found stays."""
-        self._gradients, self._on_arguments = [], {}
+        self._gradients, self._on_arguments, self._applied_at = [], {}, []
 
 
 def _dense_parts(gradients: Any) -> list[Any]:

@@ -39,7 +39,7 @@ from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import CAUGHT
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import Structure
-from autobatch.trial import estimate, intruders
+from autobatch.trial import differences, estimate, intruders
 from autobatch.trial.content import content_digest, surroundings_of
 from autobatch.trial.sample import Data, Sample, StandIn
 from autobatch.trial.snapshot import Snapshot, bytes_of
@@ -164,8 +164,11 @@ class LiveTrials:
         self.step.on_traced = lambda: None
         found = [sentence for sentence in self.warnings if sentence not in known]
         if found:
+            # No report holds these, so all of them are said.
+            clauses = "; ".join(differences.clause_of(sentence) for sentence in found)
             warnings.warn(
-                f"The first micro-batch shows what else will differ from the full batch: {' '.join(found)}",
+                f"The first micro-batch shows what else differs from the full batch: {clauses}. "
+                f"See {differences.page_of(found[0])}.",
                 AutobatchWarning,
                 stacklevel=2,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -244,7 +245,7 @@ def embedding(optimizer):
 
 DEPENDS = "a sample depends on the others of its batch"
 COMPARES = r"The loss compares samples with each other, in \S*"
-SUMMED = r"of a row of Embedding \(table\) that occurs several times are summed before descent "
+SUMMED = r"of a row of Embedding \(table\) that occurs several times are summed before the optimizer "
 
 NAMED = {
     "contrastive": (lambda: Layered.compiled(loss=contrastive), f"{COMPARES}MatMul"),
@@ -266,8 +267,11 @@ NAMED = {
         lambda: Layered.compiled(layers.SpectralNormalization(layers.Dense(8), name="spectral")),
         r"SpectralNormalization \(spectral\) changes its kernel once for each micro-batch",
     ),
-    "clip_by_global_norm": (lambda: ClippedByNorm.compiled(), "The gradients are changed before descent gets them"),
-    "clip": (lambda: ClippedByValue.compiled(), "The gradients are changed before descent gets them"),
+    "clip_by_global_norm": (
+        lambda: ClippedByNorm.compiled(),
+        "The gradients are changed before the optimizer gets them",
+    ),
+    "clip": (lambda: ClippedByValue.compiled(), "The gradients are changed before the optimizer gets them"),
     "sample by sample": (lambda: OneByOne.compiled(), rf"OneByOne.train_step: {NOT_KNOWN} \(in \S*map"),
     "largest": (lambda: Largest.compiled(), rf"Largest.train_step: {NOT_KNOWN} \(in \S*Max"),
     "deviation of the batch": (lambda: Layered.compiled(Spread(name="spread")), rf"In Spread \(spread\) {DEPENDS}"),
@@ -276,9 +280,9 @@ NAMED = {
         lambda: Layered.compiled(Centre(name="centre"), run_eagerly=True),
         rf"In Centre \(centre\) {DEPENDS}",
     ),
-    "custom noise": (lambda: Layered.compiled(Noisy(name="noisy")), r"Noisy \(noisy\) draws other random numbers"),
-    "LSTM": (lambda: Layered.compiled(*recurrent(layers.LSTM, recurrent_dropout=0.2)), "LSTMCell .* draws other"),
-    "attention": (lambda: Layered.compiled(attention(0.3)), "Dropout .* draws other random numbers"),
+    "custom noise": (lambda: Layered.compiled(Noisy(name="noisy")), r"Noisy \(noisy\) draws new random numbers"),
+    "LSTM": (lambda: Layered.compiled(*recurrent(layers.LSTM, recurrent_dropout=0.2)), r"LSTM \(lstm\S*\) draws new"),
+    "attention": (lambda: Layered.compiled(attention(0.3)), "Dropout .* draws new random numbers"),
 }
 
 
@@ -293,7 +297,7 @@ def test_what_differs_is_named(case):
 def test_random_flips_are_named():
     x, y = arrays()
     model = Layered.compiled(layers.Reshape((4, 4, 1)), layers.RandomFlip(seed=3, name="flip"), layers.Flatten())
-    assert "RandomFlip (flip) draws other random numbers" in said_in_fit(model, x, y)[0]
+    assert "RandomFlip (flip) draws new random numbers" in said_in_fit(model, x, y)[0]
 
 
 def masked_by_lengths(x):
@@ -407,7 +411,7 @@ def largest(y, predicted):
             {"after": lambda model: model.layers[0].bias.assign(ops.zeros(32))},
             r"train_step changes \S*dense\S*/bias itself",
         ),
-        ({"extra": [Noisy(name="noisy")]}, r"Noisy \(noisy\) draws other random numbers"),
+        ({"extra": [Noisy(name="noisy")]}, r"Noisy \(noisy\) draws new random numbers"),
     ],
     ids=["largest", "clipped gradients", "changed weights", "noise"],
 )
@@ -431,7 +435,7 @@ def test_what_an_eager_models_first_micro_batch_shows_is_said_then():
     model = Subclassed()
     model.compile("sgd", cross_entropy(), metrics=[largest_error], run_eagerly=True)
     (said,) = said_in_fit(model)
-    assert re.match("The first micro-batch shows what else will differ.*makes one number of a batch", said)
+    assert re.match("The first micro-batch shows what else differs.*makes one number of a batch", said)
 
 
 def test_the_variables_that_micro_steps_write_are_known():
@@ -484,3 +488,26 @@ def test_nothing_is_said_of_a_model_that_its_train_step_builds():
     model = BuiltLater()
     model.compile("sgd")
     assert said_in_fit(model) == []
+
+
+def test_every_kind_of_difference_has_a_place_on_the_page():
+    from autobatch.train import inexact
+    from autobatch.trial import differences
+
+    page = (Path(__file__).parents[2] / differences.PAGE).read_text(encoding="utf-8")
+    headings = [line[3:].lower().replace(" ", "-") for line in page.splitlines() if line.startswith("## ")]
+    assert headings == list(dict.fromkeys(anchor for anchor, _ in inexact.KINDS))
+
+
+def test_a_warning_says_what_is_sure_before_what_may_be():
+    from autobatch.trial import differences
+
+    may = differences.Difference("The teacher may follow. What to do.", "losses")
+    sure = differences.Difference("Dropout (a) draws. More of it.", "random-draws")
+    words = {"sure": "Differs", "unsure": "May differ", "listed_in": "report.warnings"}
+    page = differences.PAGE
+    assert differences.in_short([may], **words) == f"May differ: The teacher may follow. See {page}#losses."
+    assert differences.in_short([may, sure], **words) == (
+        f"Differs: Dropout (a) draws; and 1 more difference. See report.warnings and {page}#random-draws."
+    )
+    assert differences.in_short(["From a file."], **words) == f"Differs: From a file. See {page}."
