@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from autobatch.train import keras_seams, metric_seams
+from autobatch.train.division import Division
 from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
 from autobatch.train.normalizer import Mode, Normalizer
@@ -163,11 +164,10 @@ class MicroStep:
         self._count_length = len(normalizer.counts)
         return tf.stack(normalizer.counts) if normalizer.counts else tf.zeros([0], tf.float64)
 
-    def count_over(self, leaves: list[Any], samples: Any, micro_batch: Any) -> Any:
+    def count_over(self, leaves: list[Any], samples: Any, division: Division) -> Any:
         """The denominators of the effective batch: a float64 vector, empty where none depends on the data."""
         if self._count_length is None:  # an eager step has no trace to learn it from: count the first micro-batch
-            stop = tf.minimum(micro_batch, samples)
-            part = [cut(leaf, tf.constant(0, tf.int64), stop) for leaf in leaves]
+            part = [cut(leaf, tf.constant(0, tf.int64), division.larger) for leaf in leaves]
             self._run_counting(part, tf.constant(1.0, tf.float64), tf.zeros([0], tf.float64))
         counts = tf.zeros([self._count_length], tf.float64)
         if not self._count_length:
@@ -175,7 +175,7 @@ class MicroStep:
         return loop(
             leaves,
             samples,
-            micro_batch,
+            division,
             counts,
             lambda part, fraction, carried: carried + self._count_compiled(part, fraction, tf.zeros_like(counts)),
         )
@@ -229,18 +229,19 @@ def _is_scalar(part: Any) -> bool:
     return bool(tensor.dtype.is_floating and tensor.shape.rank == 0)
 
 
-def loop(leaves: list[Any], samples: Any, micro_batch: Any, carried: Any, body: Callable[..., Any]) -> Any:
+def loop(leaves: list[Any], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:
     """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn."""
+    with tf.device("CPU:0"):
+        start = tf.constant(0, tf.int64)
+        whole = tf.cast(samples, tf.float64)
 
     def step(start: Any, carried: Any) -> tuple[Any, Any]:
         with tf.device("CPU:0"):
-            stop = tf.minimum(start + micro_batch, samples)
-            fraction = tf.cast(stop - start, tf.float64) / tf.cast(samples, tf.float64)
+            taken = tf.where(start < division.larger_samples, division.larger, division.smaller)
+            stop = start + taken
+            fraction = tf.cast(taken, tf.float64) / whole
             part = [cut(leaf, start, stop) for leaf in leaves]
         return stop, body(part, fraction, carried)
-
-    with tf.device("CPU:0"):
-        start = tf.constant(0, tf.int64)
 
     def more(start: Any, _: Any) -> Any:
         with tf.device("CPU:0"):  # a comparison on the device would wait for it at every micro-batch
