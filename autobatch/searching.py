@@ -124,7 +124,7 @@ def say_what_differs(report: Report) -> None:
     plan = report.plan
     if plan is None or not report.warnings:
         return
-    pieces = f"{plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batch}"
+    pieces = f"{plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batches[0]}"
     warnings.warn(
         f"{pieces} will differ from one batch of {plan.effective_batch} in this: {' '.join(report.warnings)}",
         AutobatchWarning,
