@@ -231,17 +231,19 @@ def _is_scalar(part: Any) -> bool:
 
 def loop(leaves: list[Any], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:
     """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn."""
-    with tf.device("CPU:0"):
-        start = tf.constant(0, tf.int64)
-        whole = tf.cast(samples, tf.float64)
 
     def step(start: Any, carried: Any) -> tuple[Any, Any]:
         with tf.device("CPU:0"):
-            taken = tf.where(start < division.larger_samples, division.larger, division.smaller)
+            is_larger = start < division.larger_samples
+            # tf.where would look for shapes to broadcast, in every micro-batch.
+            taken = tf.raw_ops.Select(condition=is_larger, x=division.larger, y=division.smaller)
             stop = start + taken
-            fraction = tf.cast(taken, tf.float64) / whole
+            fraction = tf.cast(taken, tf.float64) / tf.cast(samples, tf.float64)
             part = [cut(leaf, start, stop) for leaf in leaves]
         return stop, body(part, fraction, carried)
+
+    with tf.device("CPU:0"):
+        start = tf.constant(0, tf.int64)
 
     def more(start: Any, _: Any) -> Any:
         with tf.device("CPU:0"):  # a comparison on the device would wait for it at every micro-batch
