@@ -56,7 +56,7 @@ def fit(
         y: The targets, where ``dataset`` holds the inputs alone.
         target_batch: Samples that one optimizer update averages over.
         micro_batch: Samples on the device at a time: "auto" searches for the fastest that fits; a number skips the
-            search and starts there.
+            search and is the most at a time. Micro-batches are of even sizes: at 5, 16 samples are 4 times 4.
         memory_limit: At most so much, in bytes or as "512MiB"; None uses what the device has.
         headroom: The share of the limit that is left alone.
         memory_watch: Warn when memory grows from epoch to epoch, with the likely cause, two epochs after the growth

@@ -205,7 +205,8 @@ class SearchResult:
 class Plan:
     """How one optimizer update is made up: ``accumulation_steps`` micro-batches of at most ``micro_batch`` samples.
 
-    On several replicas each of them runs so many; ``effective_batch`` counts the samples of all ``replicas``.
+    They are of even sizes (:attr:`micro_batches`). On several replicas each of them runs so many; ``effective_batch``
+    counts the samples of all ``replicas``.
     """
 
     micro_batch: int
@@ -223,6 +224,16 @@ class Plan:
             "accumulation_steps must be ceil(effective_batch / micro_batch). "
             f"Received: {self.micro_batch=}, {self.accumulation_steps=}, {self.effective_batch=}, {self.replicas=}",
         )
+
+    @property
+    def micro_batches(self) -> tuple[int, ...]:
+        """The micro-batches of an update in turn, on a replica with the largest share: sizes that differ by 1 at most.
+
+        A search plans with ``micro_batch`` as the first of them. A ``micro_batch`` that was given may be larger: at 5,
+        16 samples are (4, 4, 4, 4).
+        """
+        smaller, larger_ones = divmod(-(-self.effective_batch // self.replicas), self.accumulation_steps)
+        return (smaller + 1,) * larger_ones + (smaller,) * (self.accumulation_steps - larger_ones)
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def say_what_differs(report: Report, *, listed_in: str) -> None:
     plan = report.plan
     if plan is None or not report.warnings:
         return
-    micro_batches = f"Training with {plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batch}"
+    micro_batches = f"Training with {plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batches[0]}"
     one_batch = f"one batch of {plan.effective_batch}"
     message = differences.in_short(
         report.warnings,

@@ -113,15 +113,20 @@ def plan(report: Report) -> str:
 
 def plan_alone(made: Plan) -> str:
     """The plan in a line, by itself."""
+    largest, smallest = made.micro_batches[0], made.micro_batches[-1]
     if made.replicas > 1:
-        each = f"{made.accumulation_steps:,} {TIMES} micro-batch {made.micro_batch:,}"
+        each = f"{made.accumulation_steps:,} {TIMES} micro-batch {largest:,}"
         return f"effective batch {made.effective_batch:,} = {made.replicas:,} replicas {TIMES} {each}"
     if made.accumulation_steps == 1:
         return f"effective batch {made.effective_batch:,} in one micro-batch, nothing to accumulate"
-    product = f"{made.accumulation_steps:,} {TIMES} micro-batch {made.micro_batch:,}"
+    notes = []
+    if smallest < largest:
+        notes.append(f"{made.micro_batches.count(smallest):,} of them with {samples(smallest)}")
+    if largest < made.micro_batch:
+        notes.append(f"{made.micro_batch:,} were allowed")
+    product = f"{made.accumulation_steps:,} {TIMES} micro-batch {largest:,}"
     text = f"effective batch {made.effective_batch:,} = {product}"
-    ragged = made.effective_batch - (made.accumulation_steps - 1) * made.micro_batch
-    return text if ragged == made.micro_batch else f"{text} (the last one {samples(ragged)})"
+    return f"{text} ({'; '.join(notes)})" if notes else text
 
 
 def update_seconds(report: Report) -> float | None:

@@ -48,7 +48,7 @@ def candidate_sizes(target_batch: int, max_micro_batch: int | None = None) -> tu
 def update_seconds(trial: TrialResult, target_batch: int) -> float | None:
     """Seconds of one whole update of ``target_batch`` samples, None where the trial was not timed.
 
-    The last, ragged micro-batch counts at the fraction of samples it holds.
+    A micro-batch that is smaller than the trial's counts at the fraction of samples it holds.
     """
     if trial.step_seconds is None:
         return None

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from autobatch.train import draws, function_seams, inexact, keras_seams, metric_seams
 from autobatch.train.attributes import attributes_kept
+from autobatch.train.division import Division
 from autobatch.train.eager_terms import EagerTerms
 from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
@@ -266,11 +267,10 @@ class MicroStep:
         self._count_length = normalizer.totals.length
         return tf.concat(counted, 0) if counted else tf.zeros([0], tf.float64)
 
-    def count_over(self, leaves: list[Any], samples: Any, micro_batch: Any) -> Any:
+    def count_over(self, leaves: list[Any], samples: Any, division: Division) -> Any:
         """The denominators of the effective batch: a float64 vector, empty where none depends on the data."""
         if self._count_length is None:  # an eager step has no trace to learn it from: count the first micro-batch
-            stop = tf.minimum(micro_batch, samples)
-            part = [cut(leaf, tf.constant(0, tf.int64), stop) for leaf in leaves]
+            part = [cut(leaf, tf.constant(0, tf.int64), division.larger) for leaf in leaves]
             self._run_counting(part, tf.constant(1.0, tf.float64), tf.zeros([0], tf.float64))
         counts = tf.zeros([self._count_length], tf.float64)
         if not self._count_length:
@@ -278,7 +278,7 @@ class MicroStep:
         return loop(
             leaves,
             samples,
-            micro_batch,
+            division,
             counts,
             lambda part, fraction, carried: carried + self._count_compiled(part, fraction, tf.zeros_like(counts)),
         )
@@ -349,13 +349,16 @@ def _is_scalar(part: Any) -> bool:
     return bool(tensor.dtype.is_floating and tensor.shape.rank == 0)
 
 
-def loop(leaves: list[Any], samples: Any, micro_batch: Any, carried: Any, body: Callable[..., Any]) -> Any:
+def loop(leaves: list[Any], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:
     """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn."""
 
     def step(start: Any, carried: Any) -> tuple[Any, Any]:
         with tf.device("CPU:0"):
-            stop = tf.minimum(start + micro_batch, samples)
-            fraction = tf.cast(stop - start, tf.float64) / tf.cast(samples, tf.float64)
+            is_larger = start < division.larger_samples
+            # tf.where would look for shapes to broadcast, in every micro-batch.
+            taken = tf.raw_ops.Select(condition=is_larger, x=division.larger, y=division.smaller)
+            stop = start + taken
+            fraction = tf.cast(taken, tf.float64) / tf.cast(samples, tf.float64)
             part = [cut(leaf, start, stop) for leaf in leaves]
         return stop, body(part, fraction, carried)
 

@@ -202,7 +202,7 @@ class Transaction:
             )
         self._roll_back(() if kept is None else (kept,))
         raise _RolledBackError(
-            min(samples, micro_batch),
+            step.train_divider.division(samples, micro_batch).larger,
             samples,
             diagnosis,
             length_ratio=ratio,
@@ -210,7 +210,7 @@ class Transaction:
         )
 
     def _evaluate_once(self, step: AccumulatedStep, data: Any, samples: int) -> Logs:
-        micro_batch = min(samples, self._validation_policy.micro_batch)
+        micro_batch = self._validation_policy.micro_batch
         kept: list[Kept] = []
         try:
             if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
@@ -220,7 +220,7 @@ class Transaction:
         except CAUGHT as error:
             diagnosis = self._diagnose(error)
         self._roll_back(kept)
-        raise _RolledBackError(micro_batch, samples, diagnosis)
+        raise _RolledBackError(step.test_divider.division(samples, micro_batch).larger, samples, diagnosis)
 
     @staticmethod
     def _diagnose(error: BaseException) -> oom.Diagnosis:

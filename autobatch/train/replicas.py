@@ -20,6 +20,7 @@ import keras
 import tensorflow as tf
 
 from autobatch.train import keras_seams, strategy_seams
+from autobatch.train.division import Division, evenly
 from autobatch.train.micro_step import Logs, MicroStep, loop
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import cut, sample_count
@@ -205,17 +206,18 @@ class ReplicatedStep(AccumulatedStep):
         return micro
 
     def _trace_loops(self, micro: MicroStep, *, training: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        def part_of(leaves: list[Any]) -> tuple[list[Any], Any]:
+        def part_of(leaves: list[Any], micro_batch: Any) -> tuple[list[Any], Any, Division]:
             replica, replicas = strategy_seams.replica_here(), len(self.devices)
             with tf.device("CPU:0"):
                 samples = sample_count(leaves)
                 start, stop = samples * replica // replicas, samples * (replica + 1) // replicas
-                return [cut(leaf, start, stop) for leaf in leaves], stop - start
+                division = evenly(tf.maximum(stop - start, 1), micro_batch)  # a replica may have no sample at all
+                return [cut(leaf, start, stop) for leaf in leaves], stop - start, division
 
         def count(leaves: list[Any], micro_batch: Any) -> Any:
             def on_replica() -> Any:
-                part, samples = part_of(leaves)
-                return tf.identity(micro.count_over(part, samples, micro_batch))
+                part, samples, division = part_of(leaves, micro_batch)
+                return tf.identity(micro.count_over(part, samples, division))
 
             with strategy_seams.losses_unscaled():
                 return tf.add_n(self.strategy.experimental_local_results(self.strategy.run(on_replica)))
@@ -227,7 +229,7 @@ class ReplicatedStep(AccumulatedStep):
                     zero = tf.cast(micro_batch < 0, tf.float32)
                     for accumulator in self._by_replica[strategy_seams.replica_here()].values():
                         accumulator.assign(tf.fill(accumulator.shape, tf.cast(zero, accumulator.dtype)))
-                part, samples = part_of(leaves)
+                part, samples, division = part_of(leaves, micro_batch)
                 with tf.device("CPU:0"):
                     share = tf.cast(samples, tf.float64) / total
                     with tf.control_dependencies([share]):
@@ -239,7 +241,7 @@ class ReplicatedStep(AccumulatedStep):
                     return micro.merge_logs(carried, micro(piece, fraction, totals), fraction)
 
                 with tf.control_dependencies([begun]):
-                    logs = loop(part, samples, micro_batch, micro.empty_logs(), body)
+                    logs = loop(part, samples, division, micro.empty_logs(), body)
                 with tf.device("CPU:0"), tf.control_dependencies([tf.identity(log) for log in logs]):
                     seconds = tf.timestamp() - begun  # what was copied to the host has been computed
                 means = [tf.cast(log, tf.float64) for log, mean in zip(logs, micro.averaged, strict=True) if mean]

@@ -21,6 +21,7 @@ from autobatch.memory import limits, oom
 from autobatch.train.agreement import Alone
 from autobatch.train.keeping import Keeper, Kept, Place
 from autobatch.train.micro_step import Logs
+from autobatch.train.policy import evened
 from autobatch.train.recovery import CAUGHT, Transaction, _RolledBackError
 from autobatch.train.replicas import ReplicatedStep
 from autobatch.train.structure import cut
@@ -137,6 +138,10 @@ class ReplicatedTransaction(Transaction):
             "number of updates": float(self._updates),
         }
 
+        # Evened for the largest share, so that a share of a sample less takes as many micro-batches, none larger.
+        largest = self._samples_here(samples)
+        micro_batch = evened(micro_batch, largest)
+
         def count() -> list[float]:
             begin()
             return list(step.count(part, micro_batch)) if step.counts_needed else []
@@ -149,7 +154,6 @@ class ReplicatedTransaction(Transaction):
             begin()
             return work([])
 
-        largest = self._samples_here(samples)
         try:
             if id(step) in self._without_counts:
                 self._together(all_of_it, moment, head)
@@ -160,8 +164,8 @@ class ReplicatedTransaction(Transaction):
                 self._together(lambda: work(totals), moment, head)
         except _RolledBackError as failure:
             self._roll_back(kept)
-            raise _RolledBackError(min(largest, micro_batch), largest, failure.diagnosis) from None
-        return min(largest, micro_batch)
+            raise _RolledBackError(micro_batch, largest, failure.diagnosis) from None
+        return micro_batch
 
     def _update(self, kept: list[Kept], local: int, samples: int) -> Logs:
         try:

@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.train import keras_seams
+from autobatch.train.division import Divider, Division
 from autobatch.train.function_seams import functions_inlined
 from autobatch.train.graphs import written_variables
 from autobatch.train.micro_step import Logs, MicroStep, loop
@@ -41,7 +42,7 @@ class AccumulatedStep:
         self._touched = Touched(model)
         self._accumulators: dict[int, Any] = {}
         self._row_buffers: dict[int, RowBuffer] = {}
-        # Of two evened micro-batches, of which a trial runs both in full, one may have a sample more.
+        # A trial runs two full micro-batches; rounding can add one sample to the target.
         self._most_samples = None if effective_batch is None else effective_batch + 1
         self._captured: list[tuple[Any, list[Any], list[bool]]] = []
         self._micro: MicroStep | None = None
@@ -55,6 +56,7 @@ class AccumulatedStep:
         self.on_traced: Callable[[], None] = lambda: None
         self.on_optimizer_found: Callable[[], None] = lambda: None  # and built, before it has updated anything
         self.update_room = UpdateRoom()
+        self.train_divider, self.test_divider = Divider(model, effective_batch), Divider(model)
 
     def for_data(self, element_spec: Any) -> AccumulatedStep:
         """The steps of the same model on other data."""
@@ -229,7 +231,8 @@ class AccumulatedStep:
             self._most_samples = None
         self.prepare(whole=False)
         assert self._accumulate is not None
-        return self._accumulate(self.structure.leaves(data), tf.constant(micro_batch, tf.int64))
+        division = self.train_divider.tensor(count_samples(data), micro_batch)
+        return self._accumulate(self.structure.leaves(data), division)
 
     def apply(self) -> Logs:
         """Update the weights once with what :meth:`accumulate` summed; on several replicas, return the logs of all."""
@@ -240,7 +243,6 @@ class AccumulatedStep:
 
     def _trace_apply(self) -> Callable[[], None]:
         def apply() -> None:
-            # In one update of all, so that the room is there for the last optimizer when the first one begins.
             with self.update_room.update_of([variable for _, variables, _ in self._captured for variable in variables]):
                 for optimizer, variables, present in self._captured:
                     gradients = [
@@ -266,32 +268,32 @@ class AccumulatedStep:
         """Run ``model.test_step`` over a batch, ``micro_batch`` samples at a time, with the metrics of the whole."""
         self.prepare_evaluation()
         assert self._evaluate is not None
-        return self._evaluate(self.structure.leaves(data), tf.constant(micro_batch, tf.int64))
+        return self._evaluate(self.structure.leaves(data), self.test_divider.tensor(count_samples(data), micro_batch))
 
     def _trace_loop(self, micro: MicroStep, *, zero_first: bool) -> Callable[..., Logs]:
-        def run(leaves: list[Any], micro_batch: Any) -> Logs:
+        def run(leaves: list[Any], vector: Any) -> Logs:
             with tf.device("CPU:0"):
-                samples = sample_count(leaves)
+                samples, division = sample_count(leaves), Division(*tf.unstack(vector))
             if zero_first:
                 # A zero that is not known beforehand: of a constant one TensorFlow keeps a copy of each shape.
-                zero = tf.cast(micro_batch < 0, tf.float32)
+                zero = tf.cast(division.larger < 0, tf.float32)
                 for accumulator in self._accumulators.values():
                     accumulator.assign(tf.fill(tf.shape(accumulator), tf.cast(zero, accumulator.dtype)))
                 for buffer in self._row_buffers.values():
                     buffer.clear()
-            totals = micro.count_over(leaves, samples, micro_batch)
+            totals = micro.count_over(leaves, samples, division)
 
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
                 return micro.merge_logs(carried, micro(part, fraction, totals), fraction)
 
-            return micro.pack_logs(loop(leaves, samples, micro_batch, micro.empty_logs(), body))
+            return micro.pack_logs(loop(leaves, samples, division, micro.empty_logs(), body))
 
         if self.model.run_eagerly:
             micro.look_at_losses()
             return run
         micro.trace()
         compiled = tf.function(
-            run, autograph=False, input_signature=[self.structure.specs, tf.TensorSpec([], tf.int64)]
+            run, autograph=False, input_signature=[self.structure.specs, tf.TensorSpec([3], tf.int64)]
         )
         self.watch(compiled.get_concrete_function())
         return called_directly(compiled)

@@ -102,7 +102,7 @@ def test_the_report_is_the_one_of_the_command():
 
 def test_the_small_ones():
     assert formats.plan_html(Plan(32, 8, 250)) == (
-        "<div><b>Plan</b>: effective batch 250 = 8 \u00d7 micro-batch 32 (the last one 26 samples)</div>"
+        "<div><b>Plan</b>: effective batch 250 = 8 \u00d7 micro-batch 32 (6 of them with 31 samples)</div>"
     )
     assert "1 MiB fixed" in formats.memory_model_html(MemoryModel(2**20, 2**22))
     assert "4 MiB a sample" in formats.memory_model_html(MemoryModel(2**20, 2**22))

@@ -14,7 +14,7 @@ from models import arrays, classifier, relative_error
 import autobatch
 from autobatch.train import session
 
-SAMPLES, TARGET, MICRO = 44, 16, 5  # three updates an epoch, the last of 12 samples; micro-batches of 5, 5, 5, 1
+SAMPLES, TARGET, MICRO = 44, 16, 6  # three updates an epoch, of 6 + 5 + 5 samples, the last of 6 + 6
 X, Y = arrays(samples=SAMPLES)
 W = np.random.default_rng(5).uniform(0.5, 2, SAMPLES).astype("float32")
 

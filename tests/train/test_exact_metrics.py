@@ -10,7 +10,7 @@ from models import arrays
 
 import autobatch
 
-SAMPLES, TARGET, MICRO_BATCH = 100, 40, 13  # updates of 40, 40 and 20 samples, each in micro-batches with a tail
+SAMPLES, TARGET, MICRO_BATCH = 100, 40, 14  # updates of 14 + 13 + 13 samples, twice, and of 10 + 10
 
 
 def binary():
