@@ -64,7 +64,12 @@ def differences(
             f"The gradients are changed before {names} gets them, by clipping say: that acts on those of each "
             "micro-batch. What the optimizer does itself (clipnorm, global_clipnorm, clipvalue) acts on the update's."
         )
-    found += _changed_by_the_step(model, layers, optimizers, written)
+    found += _changed_by_the_step(model, layers, optimizers, written, traced)
+    if traced.averaged_apart:
+        found.append(
+            f"The statistics that {_listed(traced.averaged_apart)} follows are those of each micro-batch where "
+            "train_step computes with them."
+        )
     embeddings = [
         layer
         for layer in layers
@@ -143,13 +148,17 @@ def _own_loss_code(model: Any) -> str:
     return ""
 
 
-def _changed_by_the_step(model: Any, layers: list[Any], optimizers: Sequence[Any], written: Sequence[Any]) -> list[str]:
+def _changed_by_the_step(
+    model: Any, layers: list[Any], optimizers: Sequence[Any], written: Sequence[Any], traced: Traced
+) -> list[str]:
     """Sentences on the variables that the user's own code changes in each micro-step."""
-    named = [variable for metric in model.metrics for variable in metric.variables]
+    # What a plain step was seen to write may be what micro-steps leave to the update.
+    named = [*traced.once_an_update]
+    named += [variable for metric in model.metrics for variable in metric.variables]
     named += [variable for optimizer in optimizers for variable in optimizer.variables]
     spectral = []
     for layer in layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
+        if isinstance(layer, keras.layers.BatchNormalization) and not traced.applied:
             named += layer.non_trainable_variables
         if isinstance(layer, keras.layers.SpectralNormalization):
             spectral.append(layer)
@@ -172,12 +181,15 @@ def _changed_by_the_step(model: Any, layers: list[Any], optimizers: Sequence[Any
             if remaining.pop(id(part), "")
         ]
         names = list(dict.fromkeys([*own, *remaining.values()]))
-        more = len(names) - _MOST_VARIABLES
         found.append(
-            f"train_step changes {', '.join(names[:_MOST_VARIABLES])}{f' and {more} more' if more > 0 else ''} itself: "
-            "once for each micro-batch, not once for each update."
+            f"train_step changes {_listed(names)} itself: once for each micro-batch, not once for each update."
         )
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_VARIABLES
+    return f"{', '.join(names[:_MOST_VARIABLES])}{f' and {more} more' if more > 0 else ''}"
 
 
 def _is_seed(variable: Any) -> bool:

@@ -13,6 +13,7 @@ from autobatch.train import keras_seams, metric_seams
 from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
 from autobatch.train.normalizer import Mode, Normalizer
+from autobatch.train.running_averages import RunningAverages
 from autobatch.train.structure import cut
 from autobatch.train.traced import Traced
 from autobatch.trial.snapshot import CopiesBeside
@@ -31,7 +32,9 @@ class MicroStep:
         self._owner = owner
         self._step = keras_seams.untraced(step)
         self._training = training
-        self._compiled: Callable[..., Logs] = self._run
+        self.averages = RunningAverages(owner)
+        """What is assigned once an update; nothing in an evaluation."""
+        self._compiled: Callable[..., tuple[Logs, Any]] = self._run_averaging
         self._count_compiled: Callable[..., Any] = self._run_counting
         self._second_references: CopiesBeside | None = None
         self._logs: Logs = None
@@ -53,7 +56,8 @@ class MicroStep:
         """How many denominators depend on the data; known once a step was traced."""
         return self._count_length
 
-    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
+    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, Any]:
+        """The logs of a micro-batch, and its statistics."""
         if self._second_references is None:
             return self._compiled(leaves, fraction, totals)
         with tf.control_dependencies([self._second_references.keep()]):
@@ -63,6 +67,7 @@ class MicroStep:
         """Let go of what is held between micro-batches."""
         if self._second_references is not None:
             self._second_references.drop()
+        self.averages.release()
 
     def trace(self) -> None:
         """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
@@ -74,10 +79,10 @@ class MicroStep:
                 owner.accumulator_for(variable)
         signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
         self._compiled = tf.function(
-            self._run, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
+            self._run_averaging, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
         )
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
-        self._logs = concrete.structured_outputs
+        self._logs, _ = concrete.structured_outputs
         self.graph = concrete.graph
         owner.watch(concrete, micro_step=True)
         owner.drop_unused_accumulators(self._training)
@@ -97,6 +102,10 @@ class MicroStep:
                 keras_seams.compute_symbolic_loss(owner.model, owner.structure.pack(owner.structure.specs))
             owner.traced.scalar_losses = normalizer.scalar_loss_names
 
+    def _run_averaging(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, Any]:
+        logs = self._run(leaves, fraction, totals)
+        return logs, self.averages.statistics()
+
     def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
         owner = self._owner
         traced = Traced()
@@ -110,6 +119,7 @@ class MicroStep:
             metric_seams.noting_results(results.note),
             keras_seams.vectors_differentiated(normalizer.gradient_factor, traced.note_differentiated),
             keras_seams.added_losses_noted(traced.note_added_loss),
+            self.averages.deferring(fraction, totals) if self._training else contextlib.nullcontext(),
         ):
             logs = self._step(owner.structure.pack(leaves))
         if self._training and owner.model.trainable_variables and not traced.applied:
@@ -121,6 +131,8 @@ class MicroStep:
             )
         self._count_length = len(normalizer.counts)
         if self._training:
+            traced.averaged_apart = self.averages.named_in(traced.differentiated)
+            traced.once_an_update = self.averages.variables
             traced.forget_tensors()
             # Where it is not traced, a loss has no name but the one that it had on symbolic inputs.
             named = owner.traced.scalar_losses if tf.executing_eagerly() else ()
@@ -145,6 +157,7 @@ class MicroStep:
 
         def take(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
             traced.note_applied(optimizer, gradients)
+            self.averages.note_applied()
             self._owner.update_room.note_gradients(gradients, variables)
             add(optimizer, gradients, variables)
 
@@ -179,6 +192,15 @@ class MicroStep:
             counts,
             lambda part, fraction, carried: carried + self._count_compiled(part, fraction, tf.zeros_like(counts)),
         )
+
+    def empty(self) -> list[Any]:
+        """What to carry through the loop: logs, and statistics of running averages, of no samples."""
+        return [self.empty_logs(), self.averages.empty()]
+
+    def merge(self, carried: list[Any], results: tuple[Logs, Any], fraction: Any) -> list[Any]:
+        """What is carried, with the results of one more micro-batch."""
+        logs, statistics = results
+        return [self.merge_logs(carried[0], logs, fraction), self.averages.merged(carried[1], statistics)]
 
     def empty_logs(self) -> list[Any]:
         """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""

@@ -72,7 +72,7 @@ class AccumulatedStep:
             self._make_row_buffers()
             self._micro = MicroStep(self, self.model.train_step, training=True)
             self._accumulate = self._trace_loop(self._micro, zero_first=True)
-            self._apply = self._trace_apply()
+            self._apply = self._trace_apply(self._micro)
         return missing
 
     def prepare_evaluation(self) -> bool:
@@ -237,7 +237,7 @@ class AccumulatedStep:
         self._apply()
         return None
 
-    def _trace_apply(self) -> Callable[[], None]:
+    def _trace_apply(self, micro: MicroStep) -> Callable[[], None]:
         def apply() -> None:
             # In one update of all, so that the room is there for the last optimizer when the first one begins.
             with self.update_room.update_of([variable for _, variables, _ in self._captured for variable in variables]):
@@ -247,6 +247,7 @@ class AccumulatedStep:
                         for variable, is_present in zip(variables, present, strict=True)
                     ]
                     optimizer.apply(gradients, variables)
+            micro.averages.assign_after_update()
 
         if self.model.run_eagerly:
             return apply
@@ -281,9 +282,11 @@ class AccumulatedStep:
             totals = micro.count_over(leaves, samples, micro_batch)
 
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
-                return micro.merge_logs(carried, micro(part, fraction, totals), fraction)
+                return micro.merge(carried, micro(part, fraction, totals), fraction)
 
-            return micro.pack_logs(loop(leaves, samples, micro_batch, micro.empty_logs(), body))
+            logs, statistics = loop(leaves, samples, micro_batch, micro.empty(), body)
+            micro.averages.assign(statistics)
+            return micro.pack_logs(logs)
 
         if self.model.run_eagerly:
             micro.look_at_losses()

@@ -105,6 +105,14 @@ def replica_here() -> int:
     return number % len(context.strategy.extended.worker_devices)
 
 
+def in_own_row(tensor: Any) -> Any:
+    """A tensor with a row for each replica of the strategy, all zero but this one's: their sum has all of them."""
+    context = tf.distribute.get_replica_context()
+    row = int(tf.get_static_value(context.replica_id_in_sync_group))
+    padding = [[row, context.num_replicas_in_sync - 1 - row], *[[0, 0]] * tensor.shape.rank]
+    return tf.pad(tensor[None], padding)
+
+
 @contextlib.contextmanager
 def losses_unscaled() -> Iterator[None]:
     """While this lasts, a Keras loss is that of its samples, not divided by the number of replicas."""

@@ -30,6 +30,12 @@ class Traced:
         """The optimizers whose gradients were changed, other than linearly, between the tape and ``apply``."""
         self.comparing = ""
         """The name of an operation that puts samples of a batch together on the way to what is differentiated."""
+        self.once_an_update: list[Any] = []
+        """The Keras variables that are assigned once, behind the last micro-batch (:mod:`running_averages`)."""
+        self.averaged_apart: tuple[str, ...] = ()
+        """The paths of those whose statistics the step computes with itself."""
+        self.differentiated: list[Any] = []
+        """What tapes have differentiated, while the graph is there."""
         self._losses: list[Any] = []
         self._is_keras_alone: bool | None = None
         self._gradients: list[Any] = []
@@ -55,6 +61,7 @@ class Traced:
     def note_differentiated(self, target: Any, gradients: Any) -> None:
         """Note what a tape differentiated and what it returned."""
         parts = [part for part in tf.nest.flatten(target) if tf.is_tensor(part)]
+        self.differentiated += [part for part in parts if _is_symbolic(part)]
         if all(_is_symbolic(part) for part in parts):
             alone = all(
                 graphs.not_linear_in(part, self._losses, lambda each: not self._depends_on_data(each)) is None
@@ -84,7 +91,7 @@ class Traced:
 
     def forget_tensors(self) -> None:
         """Let go of the graph; what was found stays."""
-        self._losses, self._gradients, self._on_arguments = [], [], {}
+        self._losses, self._gradients, self._on_arguments, self.differentiated = [], [], {}, []
 
 
 def _dense_parts(gradients: Any) -> list[Any]:
