@@ -65,28 +65,40 @@ def layout_of(statistics: Sequence[Statistic]) -> Layout:
 
 def packed(statistics: Sequence[Statistic]) -> list[Any]:
     """The statistics of one micro-batch, one tensor for each group."""
-    by_group: dict[tuple[Kind, Any], list[Any]] = {}
+    by_group: dict[tuple[Kind, Any], list[Statistic]] = {}
     for statistic in statistics:
-        _, dtype = statistic.group
-        if statistic.kind is Kind.MOMENTS:
-            rows = tf.reshape(moments(statistic.weight, *statistic.parts, dtype=dtype), [3, statistic.length])
-        else:
-            rows = tf.reshape(tf.cast(statistic.parts[0], dtype), [statistic.length])
-        by_group.setdefault(statistic.group, []).append(rows)
-    return [rows[0] if len(rows) == 1 else tf.concat(rows, axis=-1) for rows in by_group.values()]
+        by_group.setdefault(statistic.group, []).append(statistic)
+    return [
+        _moments_of(members, dtype)
+        if kind is Kind.MOMENTS
+        else _side_by_side([_row(one.parts[0], one, dtype) for one in members])
+        for (kind, dtype), members in by_group.items()
+    ]
 
 
-def moments(weight: Any, mean: Any, variance: Any = None, *, dtype: Any) -> Any:
+def _moments_of(statistics: Sequence[Statistic], dtype: Any) -> Any:
+    weights = [_row(one.weight, one, dtype) for one in statistics]
+    means = [_row(one.parts[0], one, dtype) for one in statistics]
+    variances = [_row(one.parts[1] if one.parts[1:] else tf.zeros([], dtype), one, dtype) for one in statistics]
+    return moments(*(_side_by_side(each) for each in (weights, means, variances)))
+
+
+def _row(part: Any, statistic: Statistic, dtype: Any) -> Any:
+    """The numbers of a part, or its one number for all of them."""
+    part = tf.cast(part, dtype)
+    if part.shape.num_elements() == 1:
+        return tf.fill([statistic.length], tf.reshape(part, []))
+    return part if part.shape.rank == 1 else tf.reshape(part, [statistic.length])
+
+
+def _side_by_side(rows: list[Any]) -> Any:
+    return rows[0] if len(rows) == 1 else tf.concat(rows, axis=0)
+
+
+def moments(weight: Any, mean: Any, variance: Any) -> Any:
     """Weight, mean, and weighted variance of one micro-batch in one tensor; zeros where the weight is zero."""
-    mean = tf.cast(mean, dtype)
-    weight = tf.broadcast_to(_fitting(tf.cast(weight, dtype), mean), tf.shape(mean))
-    variance = tf.zeros_like(mean) if variance is None else _fitting(tf.cast(variance, dtype), mean)
-    some = weight > 0  # the mean of nothing is no number
-    return tf.where(some, tf.stack([weight, mean, weight * variance]), tf.zeros([], dtype))
-
-
-def _fitting(part: Any, mean: Any) -> Any:
-    return part if part.shape.rank in (0, mean.shape.rank) else tf.reshape(part, tf.shape(mean))
+    # The mean of nothing is no number.
+    return tf.where(weight > 0, tf.stack([weight, mean, weight * variance]), tf.zeros([], mean.dtype))
 
 
 def mean_and_variance(state: Any) -> tuple[Any, Any]:

@@ -135,8 +135,7 @@ def _is_of_one_size(source: Any) -> bool:
 
 
 def _moments(tensor: Any, source: Any) -> Statistic:
-    shape = tf.cast(tf.shape(source), tf.float32)
-    weight = tf.reduce_prod(shape) / max(1, tensor.shape.num_elements())
+    weight = tf.cast(tf.size(source, tf.int64), tf.float32) / max(1, tensor.shape.num_elements())
     found = _deviations(tensor.op)
     if found is None:
         return Statistic(Kind.MOMENTS, (tensor,), weight, (source,))

@@ -289,8 +289,8 @@ class _Run:
         if not variable_seams.has_own_call(layer):
             self._deferred.update(id(variable) for variable in variable_seams.statistics_of(layer))
             key = id(layer), sum(known == id(layer) for known, _ in self._states)
-            dtype = tf.float32 if mean.dtype.size < 4 else mean.dtype
-            self._states[key] = layer, inputs.shape, batch_statistics.moments(weight, mean, variance, dtype=dtype)
+            statistic = Statistic(Kind.MOMENTS, (mean, variance), weight)
+            self._states[key] = layer, inputs.shape, batch_statistics.packed([statistic])[0]
         return mean, variance
 
     def take(self, variable: Any, value: Any) -> bool:

@@ -63,7 +63,7 @@ def moments_handled(handler: MomentsHandler) -> Iterator[None]:
     def moments(self: Any, inputs: Any, mask: Any) -> Any:
         def compute() -> tuple[Any, Any, Any]:
             mean, variance = original(self, inputs, mask)
-            return _weight(inputs, mask, self._reduction_axes), mean, variance
+            return _weight(inputs, mask, self._reduction_axes, mean), mean, variance
 
         return handler(self, inputs, compute)
 
@@ -76,11 +76,10 @@ def moments_handled(handler: MomentsHandler) -> Iterator[None]:
             keras.layers.BatchNormalization._moments = original
 
 
-def _weight(inputs: Any, mask: Any, axes: list[int]) -> Any:
-    shape = tf.shape(inputs)
+def _weight(inputs: Any, mask: Any, axes: list[int], mean: Any) -> Any:
     if mask is None:
-        return tf.reduce_prod(tf.cast(tf.gather(shape, axes), tf.float32))
-    counted = tf.broadcast_to(tf.cast(tf.expand_dims(mask, -1), tf.float32), shape)
+        return tf.cast(tf.size(inputs, tf.int64), tf.float32) / mean.shape.num_elements()
+    counted = tf.broadcast_to(tf.cast(tf.expand_dims(mask, -1), tf.float32), tf.shape(inputs))
     return tf.reduce_sum(counted, axes)
 
 
