@@ -59,8 +59,8 @@ def require_supported(model: Any) -> None:
     if synchronized:
         raise ValueError(
             "A layer that talks to the other replicas in every micro-batch would leave them waiting when one runs out "
-            "of memory. Use BatchNormalization without synchronized=True: its statistics are averaged over the "
-            f"replicas with each update. Received: {', '.join(synchronized)}"
+            "of memory. Use BatchNormalization without synchronized=True: its moving statistics are those of all "
+            f"replicas' samples all the same. Received: {', '.join(synchronized)}"
         )
 
 

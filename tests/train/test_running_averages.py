@@ -255,8 +255,11 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=["graph", "XLA"])
-@pytest.mark.parametrize("layer", OWN)
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [*((layer, {}) for layer in OWN), ("observing", {"jit_compile": True})],
+    ids=[*OWN, "observing, compiled by XLA"],
+)
 def test_running_averages_of_layers_of_ones_own(layer, options):
     found = []
     said = said_of(lambda: found.extend(trained(lambda: stacked(OWN[layer](name="own"), **options), data(), 20, 6)))
