@@ -6,6 +6,7 @@ Seen with TensorFlow 2.20 and 2.21.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,7 +47,7 @@ def functions_inlined() -> Iterator[None]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         function = self.python_function
-        if str(getattr(function, "__module__", "")).partition(".")[0] == "keras":
+        if inspect.isroutine(function) and str(function.__module__).partition(".")[0] == "keras":
             return original(self, *args, **kwargs)
         signature = self.input_signature
         if signature is not None and not kwargs and len(signature) == len(args):

@@ -50,6 +50,22 @@ def written_variables(graph: Any, candidates: Iterable[Any]) -> list[Any]:
     ]
 
 
+def written_handles(graph: Any) -> set[int]:
+    """The ids of the handles of all variables that a function's graph writes by now."""
+    resources = [(outer, inner) for outer, inner in graph.captures if inner.dtype == tf.resource]
+    return {id(given(outer)) for outer, inner in resources if is_written(inner)}
+
+
+def given(tensor: Any) -> Any:
+    """What stands, outside of all graphs, for a tensor that a graph captures; None if the graph is called with it."""
+    while hasattr(tensor, "graph"):
+        outer = next((outer for outer, inner in tensor.graph.captures if inner is tensor), None)
+        if outer is None:
+            return None
+        tensor = outer
+    return tensor
+
+
 def is_written(handle: Any) -> bool:
     """Whether an operation of its graph, or of a function that the graph calls, changes the variable of a handle."""
     for operation in handle.consumers():

@@ -150,10 +150,14 @@ def _changed_by_the_step(subject: _Subject) -> Iterator[str]:
             if remaining.pop(id(part), "")
         ]
         names = list(dict.fromkeys([*own, *remaining.values()]))
-        more = len(names) - _MOST_VARIABLES
+        yield f"train_step changes {_some_of(names)} itself: once for each micro-batch, not once for each update."
+
+
+def _averaged_apart(subject: _Subject) -> Iterator[str]:
+    if subject.traced.averaged_apart:
         yield (
-            f"train_step changes {', '.join(names[:_MOST_VARIABLES])}{f' and {more} more' if more > 0 else ''} itself: "
-            "once for each micro-batch, not once for each update."
+            f"The statistics that {_some_of(subject.traced.averaged_apart)} follows are those of each micro-batch "
+            "where train_step computes with them."
         )
 
 
@@ -249,6 +253,7 @@ KINDS = (
     ("changed-gradients", _changed_gradients),
     ("assignments", _spectral),
     ("assignments", _changed_by_the_step),
+    ("assignments", _averaged_apart),
     ("repeated-rows", _repeated_rows),
     ("losses", _comparing),
     ("batch-statistics", _mixing),
@@ -317,14 +322,21 @@ def _is_keras(what: Any) -> bool:
 
 def _told_apart(subject: _Subject) -> set[int]:
     """Return the ids of variables that other sentences are about, or none: metrics', optimizers', statistics."""
-    known = [variable for metric in subject.model.metrics for variable in metric.variables]
+    # What a plain step was seen to write may be what micro-steps leave to the update.
+    known = [*subject.traced.once_an_update]
+    known += [variable for metric in subject.model.metrics for variable in metric.variables]
     known += [variable for optimizer in subject.optimizers for variable in optimizer.variables]
     for layer in subject.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
+        if isinstance(layer, keras.layers.BatchNormalization) and not subject.traced.applied:
             known += layer.non_trainable_variables
         if isinstance(layer, keras.layers.SpectralNormalization):
             known += layer.variables
     return {id(variable) for variable in components(known)}
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_VARIABLES
+    return f"{', '.join(names[:_MOST_VARIABLES])}{f' and {more} more' if more > 0 else ''}"
 
 
 def _is_seed(variable: Any) -> bool:

@@ -17,6 +17,7 @@ from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
 from autobatch.train.loss_terms import LossTerms
 from autobatch.train.normalizer import Normalizer
+from autobatch.train.running_averages import RunningAverages
 from autobatch.train.sample_flow import SampleFlow
 from autobatch.train.structure import cut, sample_count
 from autobatch.train.totals import Mode, Totals
@@ -39,7 +40,9 @@ class MicroStep:
         self._owner = owner
         self._step = keras_seams.untraced(step)
         self._training = training
-        self._compiled: Callable[..., Logs] = self._run
+        self.averages = RunningAverages(owner)
+        """What is assigned once an update; nothing in an evaluation."""
+        self._compiled: Callable[..., tuple[Logs, Any]] = self._run_averaging
         self._count_compiled: Callable[..., Any] = self._run_counting
         self._second_references: CopiesBeside | None = None
         self._told: tuple[tuple[str, Any], ...] = ()
@@ -70,7 +73,8 @@ class MicroStep:
         """How many denominators depend on the data; known once a step was traced."""
         return self._count_length
 
-    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
+    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, Any]:
+        """The logs of a micro-batch, and its statistics."""
         if self._second_references is None:
             return self._compiled(leaves, fraction, totals)
         with tf.control_dependencies([self._second_references.keep()]):
@@ -80,6 +84,7 @@ class MicroStep:
         """Let go of what is held between micro-batches."""
         if self._second_references is not None:
             self._second_references.drop()
+        self.averages.release()
 
     def trace(self) -> None:
         """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
@@ -91,10 +96,10 @@ class MicroStep:
                 owner.accumulator_for(variable)
         signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
         self._compiled = tf.function(
-            self._run, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
+            self._run_averaging, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
         )
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
-        self._logs = concrete.structured_outputs
+        self._logs, _ = concrete.structured_outputs
         self.graph = concrete.graph
         owner.watch(concrete, micro_step=True)
         owner.drop_unused_accumulators(self._training)
@@ -163,6 +168,10 @@ class MicroStep:
         if self._training:
             owner.traced = traced
 
+    def _run_averaging(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, Any]:
+        logs = self._run(leaves, fraction, totals)
+        return logs, self.averages.statistics()
+
     def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
         owner = self._owner
         traced = Traced()
@@ -178,6 +187,7 @@ class MicroStep:
             keras_seams.gradients_weighed(terms.gradient, traced.note_differentiated),
             keras_seams.added_losses_noted(traced.note_added_loss),
             self._noting_draws(traced),
+            self.averages.deferring(fraction, totals) if self._training else contextlib.nullcontext(),
         ):
             logs = self._step(owner.structure.pack(leaves))
         if self._training and owner.model.trainable_variables and not traced.applied:
@@ -188,6 +198,8 @@ class MicroStep:
                 f"Received: {type(owner.model).__name__}"
             )
         if self._training:
+            traced.averaged_apart = self.averages.named_in(traced.differentiated)
+            traced.once_an_update = self.averages.variables
             traced.note_end(logs)
             traced.forget_tensors()
             if self._learnt is not None:
@@ -233,6 +245,7 @@ class MicroStep:
 
         def take(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
             traced.note_applied(optimizer, gradients, variables)
+            self.averages.note_applied()
             self._owner.update_room.note_gradients(gradients, variables)
             add(optimizer, gradients, variables)
 
@@ -282,6 +295,15 @@ class MicroStep:
             counts,
             lambda part, fraction, carried: carried + self._count_compiled(part, fraction, tf.zeros_like(counts)),
         )
+
+    def empty(self) -> list[Any]:
+        """What to carry through the loop: logs, and statistics of running averages, of no samples."""
+        return [self.empty_logs(), self.averages.empty()]
+
+    def merge(self, carried: list[Any], results: tuple[Logs, Any], fraction: Any) -> list[Any]:
+        """What is carried, with the results of one more micro-batch."""
+        logs, statistics = results
+        return [self.merge_logs(carried[0], logs, fraction), self.averages.merged(carried[1], statistics)]
 
     def empty_logs(self) -> list[Any]:
         """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""

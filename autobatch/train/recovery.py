@@ -2,7 +2,7 @@
 
 What a step touches falls in two parts:
 
-* BatchNormalization's statistics, seeds, metrics and the like change with every micro-batch. They are small; their
+* Seeds, metrics and the like change with every micro-batch, running averages behind the last. They are small; their
   values are kept on the device before each step (by the step itself, where one micro-batch is the whole effective
   batch) and put back when it fails. The accumulators need nothing: each step begins by clearing them.
 * The weights and the optimizer's variables change in the update alone, which begins when the last gradient is there.

@@ -7,8 +7,9 @@ single device; they are added up once, before the optimizer sees them, so that c
 clip.
 
 Under ``tf.distribute`` the weights are mirrored: a variable on each device, changed alike. The accumulators are plain
-variables, one on each device. BatchNormalization's statistics, of which each replica keeps its own, are averaged over
-the replicas with every update, so that all of them evaluate and save the same model.
+variables, one on each device. Running averages, BatchNormalization's statistics among them, advance once an update by
+the statistics of the whole effective batch, put together from those of all replicas in the same all-reduce. Where they
+cannot, BatchNormalization's are averaged over the replicas, so that all of them evaluate and save the same model.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class ReplicatedStep(AccumulatedStep):
         self._read_metrics: Callable[..., Any] | None = None
         self.metric_logs: dict[str, Any] | None = None
         self._pending: list[Any] = []
+        self._statistics: list[Any] = []  # of running averages: for each of their states, what each replica here has
         self.replica_seconds: Any = None
         """The seconds that each replica here took for its last micro-batches: a float64 tensor; None before them."""
 
@@ -141,6 +143,8 @@ class ReplicatedStep(AccumulatedStep):
         sizes = [
             accumulator.shape.num_elements() * accumulator.dtype.size for accumulator in self._by_replica[0].values()
         ]
+        replicas = self.strategy.num_replicas_in_sync
+        sizes += [replicas * parts[0].shape.num_elements() * parts[0].dtype.size for parts in self._statistics]
         kibibytes = -(-(2 * sum(sizes) + 2 * max(sizes, default=0)) // 2**10)
         for device in self.devices:
             with tf.device(device):
@@ -161,7 +165,8 @@ class ReplicatedStep(AccumulatedStep):
             totals = self.count(data, micro_batch) * self.workers if self.counts_needed else []
         with tf.device("CPU:0"):
             size, whole = tf.constant(micro_batch, tf.int64), tf.constant(total, tf.float64)
-            means, others, self.replica_seconds = function(leaves, size, whole, tf.constant(totals, tf.float64))
+            results = function(leaves, size, whole, tf.constant(totals, tf.float64))
+        means, others, self.replica_seconds, self._statistics = results
         return means, others
 
     def apply(self) -> Logs:
@@ -169,7 +174,7 @@ class ReplicatedStep(AccumulatedStep):
         self.prepare(whole=False)
         assert self._update is not None
         averaged, others = self._pending
-        return self._finished(others, *self._update(averaged))
+        return self._finished(others, *self._update(averaged, self._statistics))
 
     def evaluation_logs(self) -> Logs:
         """The logs of all replicas after :meth:`evaluate`: a collective."""
@@ -238,23 +243,24 @@ class ReplicatedStep(AccumulatedStep):
                 def body(piece: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
                     with tf.device("CPU:0"):
                         fraction = fraction * share
-                    return micro.merge_logs(carried, micro(piece, fraction, totals), fraction)
+                    return micro.merge(carried, micro(piece, fraction, totals), fraction)
 
                 with tf.control_dependencies([begun]):
-                    logs = loop(part, samples, division, micro.empty_logs(), body)
+                    logs, statistics = loop(part, samples, division, micro.empty(), body)
                 with tf.device("CPU:0"), tf.control_dependencies([tf.identity(log) for log in logs]):
                     seconds = tf.timestamp() - begun  # what was copied to the host has been computed
                 means = [tf.cast(log, tf.float64) for log, mean in zip(logs, micro.averaged, strict=True) if mean]
                 others = [log for log, mean in zip(logs, micro.averaged, strict=True) if not mean]
-                return tf.stack(means) if means else tf.zeros([0], tf.float64), others, seconds
+                return tf.stack(means) if means else tf.zeros([0], tf.float64), others, seconds, statistics
 
             with strategy_seams.losses_unscaled():
-                means, others, seconds = self.strategy.run(on_replica)
+                means, others, seconds, statistics = self.strategy.run(on_replica)
             flags = [joined for joined, mean in zip(micro.joined, micro.averaged, strict=True) if not mean]
             local = [self.strategy.experimental_local_results(part) for part in others]
             first = [tf.concat(parts, 0) if joined else parts[0] for parts, joined in zip(local, flags, strict=True)]
             taken = tf.stack(self.strategy.experimental_local_results(seconds))
-            return tf.stack(self.strategy.experimental_local_results(means)), first, taken
+            each = [self.strategy.experimental_local_results(state) for state in statistics]
+            return tf.stack(self.strategy.experimental_local_results(means)), first, taken, each
 
         specs = self.structure.specs
         size = tf.TensorSpec([], tf.int64)
@@ -265,14 +271,21 @@ class ReplicatedStep(AccumulatedStep):
         return counting, running
 
     def _trace_update(self) -> Callable[..., Any]:
-        def on_replica(averaged: Any) -> Any:
-            sums = self._by_replica[strategy_seams.replica_here()]
-            statistics = _moving_statistics(self.model)
+        assert self._micro is not None
+        averages = self._micro.averages
+
+        def on_replica(averaged: Any, states: list[Any]) -> Any:
+            replica, replicas = strategy_seams.replica_here(), self.strategy.num_replicas_in_sync
+            sums = self._by_replica[replica]
+            once = {id(variable) for variable in averages.variables}
+            statistics = [variable for variable in _moving_statistics(self.model) if id(variable) not in once]
             local = [
                 *(sums[key].read_value() for key in sums),
-                *(tf.cast(variable.value, tf.float32) / self.strategy.num_replicas_in_sync for variable in statistics),
+                *(tf.cast(variable.value, tf.float32) / replicas for variable in statistics),
             ]
-            reduced, *logs = self._reduce(local, averaged)
+            own = [strategy_seams.in_own_row(state[replica]) for state in states]
+            reduced, *logs = self._reduce([*local, *own], averaged)
+            averages.assign(averages.merged_rows(reduced[len(local) :], replicas))
             gradient_of = dict(zip(sums, reduced, strict=False))
             for optimizer, variables, present in self._captured:
                 gradients = [
@@ -280,19 +293,21 @@ class ReplicatedStep(AccumulatedStep):
                     for variable, there in zip(variables, present, strict=True)
                 ]
                 optimizer.apply(gradients, variables)
-            for variable, mean in zip(statistics, reduced[len(sums) :], strict=True):
+            for variable, mean in zip(statistics, reduced[len(sums) : len(local)], strict=True):
                 variable.assign(mean)
+            averages.assign_after_update()
             return logs
 
-        def update(averaged: Any) -> Any:
+        def update(averaged: Any, states: list[Any]) -> Any:
             begun = self.update_room.note_begun(True)
             # Replicas take turns while they are traced, so that this must not be theirs to undo.
             optimizers = [optimizer for optimizer, _, _ in self._captured]
             with tf.control_dependencies([begun]), strategy_seams.gradients_already_reduced(optimizers):
-                return self._first(self.strategy.run(on_replica, args=(averaged,)))
+                return self._first(self.strategy.run(on_replica, args=(averaged, states)))
 
         compiled = tf.function(update, autograph=False)
-        self.watch(compiled.get_concrete_function(self._averaged_spec()))
+        states = [(spec,) * len(self.devices) for spec in averages.specs]
+        self.watch(compiled.get_concrete_function(self._averaged_spec(), states))
         return compiled  # type: ignore[no-any-return]
 
     def _averaged_spec(self) -> Any:

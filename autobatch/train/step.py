@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.train import keras_seams
+from autobatch.train.adding import Shares, add_to
 from autobatch.train.division import Divider, Division
 from autobatch.train.function_seams import functions_inlined
 from autobatch.train.graphs import written_variables
@@ -75,7 +76,7 @@ class AccumulatedStep:
             self._make_row_buffers()
             self._micro = MicroStep(self, self.model.train_step, training=True)
             self._accumulate = self._trace_loop(self._micro, zero_first=True)
-            self._apply = self._trace_apply()
+            self._apply = self._trace_apply(self._micro)
         return missing
 
     def prepare_evaluation(self) -> bool:
@@ -241,7 +242,7 @@ class AccumulatedStep:
         self._apply()
         return None
 
-    def _trace_apply(self) -> Callable[[], None]:
+    def _trace_apply(self, micro: MicroStep) -> Callable[[], None]:
         def apply() -> None:
             with self.update_room.update_of([variable for _, variables, _ in self._captured for variable in variables]):
                 for optimizer, variables, present in self._captured:
@@ -250,6 +251,7 @@ class AccumulatedStep:
                         for variable, is_present in zip(variables, present, strict=True)
                     ]
                     optimizer.apply(gradients, variables)
+            micro.averages.assign_after_update()
 
         if self.model.run_eagerly:
             return apply
@@ -284,9 +286,11 @@ class AccumulatedStep:
             totals = micro.count_over(leaves, samples, division)
 
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
-                return micro.merge_logs(carried, micro(part, fraction, totals), fraction)
+                return micro.merge(carried, micro(part, fraction, totals), fraction)
 
-            return micro.pack_logs(loop(leaves, samples, division, micro.empty_logs(), body))
+            logs, statistics = loop(leaves, samples, division, micro.empty(), body)
+            micro.averages.assign(statistics)
+            return micro.pack_logs(logs)
 
         if self.model.run_eagerly:
             micro.look_at_losses()
@@ -359,28 +363,17 @@ class AccumulatedStep:
                     f"variables. Received: {optimizer.name!r}"
                 )
             self.note_update(optimizer, variables)
-            scales: dict[Any, tuple[Any, Any]] = {}
+            shares = Shares(fraction)
             captured.append((optimizer, variables, [gradient is not None for gradient in gradients]))
             for variable, gradient in zip(variables, gradients, strict=True):
                 if gradient is None:
                     continue
                 accumulator = self.accumulator_for(variable)
-                if accumulator.dtype not in scales:
-                    with tf.device("CPU:0"):
-                        share = tf.cast(fraction, accumulator.dtype)
-                        scales[accumulator.dtype] = share, -share
-                scale, negative = scales[accumulator.dtype]
                 buffer = self._row_buffers.get(id(distinct([variable])[0]))
                 if buffer is not None and self._keeps_rows(buffer, gradient):
-                    buffer.add(gradient, scale)
-                elif isinstance(gradient, tf.IndexedSlices):
-                    scaled = tf.cast(gradient.values, accumulator.dtype) * scale
-                    accumulator.scatter_add(tf.IndexedSlices(scaled, gradient.indices))
+                    buffer.add(gradient, shares.of(accumulator.dtype)[0])
                 else:
-                    # One operation that adds a multiple; beside the gradient it holds no product.
-                    tf.raw_ops.ResourceApplyGradientDescent(
-                        var=accumulator.handle, alpha=negative, delta=tf.cast(gradient, accumulator.dtype)
-                    )
+                    add_to(accumulator, gradient, shares)
 
         return add
 

@@ -59,8 +59,8 @@ def require_supported(model: Any) -> None:
     if synchronized:
         raise ValueError(
             "A layer that talks to the other replicas in every micro-batch would leave them waiting when one runs out "
-            "of memory. Use BatchNormalization without synchronized=True: its statistics are averaged over the "
-            f"replicas with each update. Received: {', '.join(synchronized)}"
+            "of memory. Use BatchNormalization without synchronized=True: its moving statistics are those of all "
+            f"replicas' samples all the same. Received: {', '.join(synchronized)}"
         )
 
 
@@ -103,6 +103,14 @@ def replica_here() -> int:
     context = tf.distribute.get_replica_context()
     number = int(tf.get_static_value(context.replica_id_in_sync_group))
     return number % len(context.strategy.extended.worker_devices)
+
+
+def in_own_row(tensor: Any) -> Any:
+    """A tensor with a row for each replica of the strategy, all zero but this one's: their sum has all of them."""
+    context = tf.distribute.get_replica_context()
+    row = int(tf.get_static_value(context.replica_id_in_sync_group))
+    padding = [[row, context.num_replicas_in_sync - 1 - row], *[[0, 0]] * tensor.shape.rank]
+    return tf.pad(tensor[None], padding)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,12 @@ class Traced:
         """The tables whose gradients have a row for each look-up, of which some may be the same; None if not known."""
         self._applied_at: list[tuple[Any, int, list[Any]]] = []
         self._takes_gradients_after_an_update = False
+        self.once_an_update: list[Any] = []
+        """The Keras variables that are assigned once, behind the last micro-batch (:mod:`running_averages`)."""
+        self.averaged_apart: tuple[str, ...] = ()
+        """The paths of those whose statistics the step computes with itself."""
+        self.differentiated: list[Any] = []
+        """What tapes have differentiated, while the graph is there."""
         self._gradients: list[Any] = []
         self._on_arguments: dict[Any, bool] = {}
 
@@ -68,6 +74,7 @@ class Traced:
         """Note what a tape differentiated and what it returned."""
         self._takes_gradients_after_an_update |= bool(self.applied)
         parts = [part for part in tf.nest.flatten(target) if tf.is_tensor(part)]
+        self.differentiated += [part for part in parts if _is_symbolic(part)]
         if all(_is_symbolic(part) for part in parts):
             self.is_told = not self.untold
             if self.untold and not self.comparing:
@@ -127,7 +134,7 @@ class Traced:
 
     def forget_tensors(self) -> None:
         """Let go of the graph; what was found stays."""
-        self._gradients, self._on_arguments, self._applied_at = [], {}, []
+        self._gradients, self._on_arguments, self._applied_at, self.differentiated = [], {}, [], []
 
 
 def _dense_parts(gradients: Any) -> list[Any]:

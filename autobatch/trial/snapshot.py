@@ -13,10 +13,13 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.train import variable_seams
+
 
 def unwrap(variable: Any) -> Any:
     """The ``tf.Variable`` behind a Keras variable, or the ``tf.Variable`` itself."""
-    return variable.value if hasattr(variable, "regularizer") and not isinstance(variable, tf.Variable) else variable
+    is_keras = hasattr(variable, "regularizer") and not isinstance(variable, tf.Variable)
+    return variable_seams.inner_of(variable) if is_keras else variable
 
 
 def distinct(variables: Iterable[Any]) -> list[Any]:

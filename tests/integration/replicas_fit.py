@@ -15,7 +15,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import layers
+from keras import layers, ops
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -262,6 +262,48 @@ def rolled_back_bit_for_bit():
         "values": len(same),
         "message": message,
         "iterations": int(model.optimizer.iterations.numpy()),
+    }
+
+
+class Observing(layers.Layer):
+    """Running averages of one's own: a mean, a count of updates and the largest value."""
+
+    def build(self, shape):
+        self.updates = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False)
+        self.center = self.add_weight(shape=shape[1:], initializer="zeros", trainable=False)
+        self.largest = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, inputs):
+        self.updates.assign_add(1)
+        self.center.assign(0.9 * self.center + 0.1 * ops.mean(inputs, axis=0))
+        self.largest.assign(0.5 * self.largest + 0.5 * ops.max(inputs))
+        return inputs
+
+
+def running_averages():
+    """Those of the first layers, which see what plain Keras sees."""
+
+    def build():
+        keras.utils.set_random_seed(1)
+        norm = layers.BatchNormalization(momentum=0.5)
+        model = keras.Sequential([keras.Input((16,)), Observing(), norm, layers.Dense(3)])
+        model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    x, y = arrays()[:2]
+    with STRATEGY.scope():
+        model = build()
+    plain = build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", autobatch.AutobatchWarning)
+        autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=3, shuffle=False, verbose=0)
+    plain.fit(x, y, batch_size=TARGET, shuffle=False, verbose=0)
+    ours = [[part.numpy() for part in variable.value.values] for variable in model.non_trainable_variables]
+    expected = [variable.numpy() for variable in plain.non_trainable_variables]
+    return {
+        "names": [variable.name for variable in plain.non_trainable_variables],
+        "errors": [float(np.abs(parts[0] - own).max()) for parts, own in zip(ours, expected, strict=True)],
+        "alike": all(np.array_equal(parts[0], part) for parts in ours for part in parts),
     }
 
 

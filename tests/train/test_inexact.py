@@ -260,7 +260,6 @@ NAMED = {
         f"{SUMMED}clips them",
     ),
     "values clipped": (lambda: embedding(keras.optimizers.SGD(clipvalue=0.1, name="descent")), f"{SUMMED}clips them"),
-    "teacher": (lambda: Teacher.compiled(), r"train_step changes \S*teacher itself: once for each micro-batch"),
     "clipped weights": (lambda: ClippedWeights.compiled(), r"train_step changes \S*last/kernel, \S*last/bias itself"),
     "counting layer": (lambda: Layered.compiled(Counting()), r"train_step changes \S*count itself"),
     "spectral": (
@@ -332,6 +331,7 @@ EXACT = {
     "train_step": lambda: Updating.compiled(),
     "train_step with regularizers": lambda: WithTheRegularizers.compiled(layers.Dense(8, kernel_regularizer="l2")),
     "linear in the gradients": lambda: Scaled.compiled(),
+    "teacher": lambda: Teacher.compiled(),
     "compute_loss": lambda: OnlyCalling.compiled(),
     "LSTM": lambda: Layered.compiled(*recurrent(layers.LSTM)),
     "GRU": lambda: Layered.compiled(*recurrent(layers.GRU)),
@@ -449,7 +449,12 @@ def test_the_variables_that_micro_steps_write_are_known():
         step.prepare(whole=whole)
         written = {id(variable) for variable in step.variables_written_by_micro_steps}
         names = {variable.path.split("/", 1)[-1] for variable in model.variables if id(variable.value) in written}
-        assert {"moving_mean", "moving_variance", "vector_u", "kernel"} <= {name.split("/")[-1] for name in names}
+        names = {name.split("/")[-1] for name in names}
+        assert {"vector_u", "kernel"} <= names
+        # Of several micro-batches none writes a running average: it is assigned behind the last one.
+        assert {"moving_mean", "moving_variance"} & names == ({"moving_mean", "moving_variance"} if whole else set())
+        kept = {id(variable) for variable in step.changed_before_update}
+        assert {id(variable.value) for variable in model.layers[1].non_trainable_variables} <= kept
         assert not written & {id(variable.value) for variable in model.optimizer.variables}
         assert id(model.layers[0].kernel.value) not in written
         step.release_accumulators()
@@ -480,7 +485,7 @@ def test_the_first_values_of_variables_made_in_the_trace_are_no_changes(whole):
     step = AccumulatedStep(model, (tf.TensorSpec((None, 16), tf.float32), tf.TensorSpec((None,), tf.int64)))
     step.prepare(whole=whole)
     names = {variable.name.partition(":")[0].split("/")[-1] for variable in step.variables_written_by_micro_steps}
-    assert names == {"moving_mean", "moving_variance"}
+    assert names == ({"moving_mean", "moving_variance"} if whole else set())
     assert not {"kernel", "bias"} & {variable.name.split("/")[-1] for variable in step.changed_before_update}
 
 

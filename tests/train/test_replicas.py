@@ -24,12 +24,13 @@ CASES = {
         "out_of_memory_on_one_replica",
         "out_of_memory_in_the_update",
         "rolled_back_bit_for_bit",
+        "running_averages",
         "other_data",
         "a_step_of_its_own",
         "an_optimizer_out_of_sight",
         "refusals",
     ),
-    4: ("weighted", "fewer_samples_than_replicas", "out_of_memory_on_one_replica"),
+    4: ("weighted", "fewer_samples_than_replicas", "out_of_memory_on_one_replica", "running_averages"),
 }
 
 
@@ -63,6 +64,14 @@ def test_weighted_losses_clipping_and_a_tail_that_does_not_divide(replicas):
     assert_as_on_one_device(result)
     assert result["plan"][2] == replicas
     assert result["recoveries"] == []
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_running_averages_follow_the_samples_of_all_replicas(replicas):
+    result = of("running_averages", replicas)
+    assert result["names"][-2:] == ["moving_mean", "moving_variance"]
+    assert max(result["errors"]) < 1e-5
+    assert result["alike"], "the replicas' averages differ"
 
 
 def test_a_tail_with_fewer_samples_than_replicas():

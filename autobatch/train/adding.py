@@ -1,0 +1,36 @@
+"""Adds a micro-batch's gradients, each times its share of the effective batch, to what was summed before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+
+class Shares:
+    """A micro-batch's share of the effective batch, in each dtype that gradients are summed in; on the host."""
+
+    def __init__(self, fraction: Any) -> None:
+        self._fraction = fraction
+        self._by_dtype: dict[Any, tuple[Any, Any]] = {}
+
+    def of(self, dtype: Any) -> tuple[Any, Any]:
+        """The share, and its negative."""
+        if dtype not in self._by_dtype:
+            with tf.device("CPU:0"):
+                share = tf.cast(self._fraction, dtype)
+                self._by_dtype[dtype] = share, -share
+        return self._by_dtype[dtype]
+
+
+def add_to(accumulator: Any, gradient: Any, shares: Shares) -> None:
+    """Add a dense gradient, or rows of one, to a variable that sums them."""
+    scale, negative = shares.of(accumulator.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        scaled = tf.cast(gradient.values, accumulator.dtype) * scale
+        accumulator.scatter_add(tf.IndexedSlices(scaled, gradient.indices))
+    else:
+        # One operation that adds a multiple; beside the gradient it holds no product.
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=accumulator.handle, alpha=negative, delta=tf.cast(gradient, accumulator.dtype)
+        )
