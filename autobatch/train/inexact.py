@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from autobatch.train import keras_seams
+from autobatch.train import keras_seams, whole_batch_metrics
 from autobatch.train.traced import Traced
 from autobatch.trial.snapshot import components, distinct
 
@@ -111,6 +111,7 @@ def differences(
             f"The metric {', '.join(traced.scalar_metrics)} makes one number of a batch; it is averaged over the "
             "micro-batches by their samples, which is the full batch's only where it is a mean over samples."
         )
+    found += whole_batch_metrics.sentences(traced.updated_in_parts)
     return tuple(found)
 
 

@@ -10,11 +10,14 @@ import keras
 import tensorflow as tf
 
 from autobatch.train import keras_seams, metric_seams
+from autobatch.train.derived_logs import Derived
+from autobatch.train.eager_updates import EagerUpdates
 from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
 from autobatch.train.normalizer import Mode, Normalizer
 from autobatch.train.structure import cut
 from autobatch.train.traced import Traced
+from autobatch.train.whole_batch_metrics import HeldUpdates
 from autobatch.trial.snapshot import CopiesBeside
 
 if TYPE_CHECKING:
@@ -27,18 +30,27 @@ Logs = Any
 class MicroStep:
     """``train_step`` or ``test_step`` on one micro-batch; and how its logs become those of the effective batch."""
 
-    def __init__(self, owner: AccumulatedStep, step: Callable[[Any], Logs], *, training: bool) -> None:
+    def __init__(
+        self,
+        owner: AccumulatedStep,
+        step: Callable[[Any], Logs],
+        *,
+        training: bool,
+        most_samples: int | None = None,
+    ) -> None:
         self._owner = owner
         self._step = keras_seams.untraced(step)
         self._training = training
-        self._compiled: Callable[..., Logs] = self._run
+        self._compiled: Callable[..., tuple[Logs, list[Any]]] = self._run
         self._count_compiled: Callable[..., Any] = self._run_counting
         self._second_references: CopiesBeside | None = None
         self._logs: Logs = None
         self._averaged: list[bool] = []
         self._latest: list[Any] = []  # of the last micro-batch, where steps run eagerly
+        self._derived: list[Derived | None] = []
         self.returned_by: list[tuple[Any, int] | None] = []
         """For each part of the logs, the metric whose result it is and its place there; known once a step was run."""
+        self._held = EagerUpdates() if owner.model.run_eagerly else HeldUpdates(most_samples)
         self._count_length: int | None = None
         self.graph: tf.Graph | None = None
         """What was traced; None before, and where the step runs eagerly."""
@@ -53,7 +65,8 @@ class MicroStep:
         """How many denominators depend on the data; known once a step was traced."""
         return self._count_length
 
-    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
+    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any]]:
+        """Run one micro-batch; return its logs, and what metrics that are to see the whole batch are given in it."""
         if self._second_references is None:
             return self._compiled(leaves, fraction, totals)
         with tf.control_dependencies([self._second_references.keep()]):
@@ -77,7 +90,7 @@ class MicroStep:
             self._run, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
         )
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
-        self._logs = concrete.structured_outputs
+        self._logs = concrete.structured_outputs[0]
         self.graph = concrete.graph
         owner.watch(concrete, micro_step=True)
         owner.drop_unused_accumulators(self._training)
@@ -97,7 +110,7 @@ class MicroStep:
                 keras_seams.compute_symbolic_loss(owner.model, owner.structure.pack(owner.structure.specs))
             owner.traced.scalar_losses = normalizer.scalar_loss_names
 
-    def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
+    def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any]]:
         owner = self._owner
         traced = Traced()
         normalizer = Normalizer(Mode.TRAIN, fraction, totals, traced.note_loss)
@@ -107,6 +120,7 @@ class MicroStep:
             self._capturing(fraction, traced),
             keras_seams.intercept_reductions(normalizer),
             metric_seams.single_numbers_weighed(fraction, scalar_metrics.append),
+            self._held.holding(leaves, fraction) as held,
             metric_seams.noting_results(results.note),
             keras_seams.vectors_differentiated(normalizer.gradient_factor, traced.note_differentiated),
             keras_seams.added_losses_noted(traced.note_added_loss),
@@ -125,10 +139,14 @@ class MicroStep:
             # Where it is not traced, a loss has no name but the one that it had on symbolic inputs.
             named = owner.traced.scalar_losses if tf.executing_eagerly() else ()
             traced.scalar_losses = named or normalizer.scalar_loss_names
-            traced.scalar_metrics = tuple(dict.fromkeys(scalar_metrics))
+            traced.updated_in_parts = dict(self._held.updated_in_parts)
+            traced.scalar_metrics = tuple(
+                name for name in dict.fromkeys(scalar_metrics) if name not in traced.updated_in_parts
+            )
             owner.traced = traced
             owner.on_traced()
         batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
+        self._derived = [results.derived(part) for _, part in _named_parts(logs)] if held else []
         self.returned_by = [results.returned_by(part) for _, part in _named_parts(logs)]
         averaged = [_is_scalar(part) and not results.holds(name, part, batch) for name, part in _named_parts(logs)]
         if self._averaged and tf.executing_eagerly():
@@ -136,7 +154,7 @@ class MicroStep:
             averaged = [now or before for now, before in zip(averaged, self._averaged, strict=True)]
         self._averaged = averaged
         self._logs = logs
-        return logs
+        return logs, held
 
     def _capturing(self, fraction: Any, traced: Traced) -> contextlib.AbstractContextManager[None]:
         if not self._training:
@@ -158,6 +176,7 @@ class MicroStep:
             keras_seams.intercept_reductions(normalizer),
             keras_seams.discarding_assignments(owner.model),
             keras_seams.without_gradients(),
+            self._held.holding(leaves, fraction, discard=True),
         ):
             self._step(owner.structure.pack(leaves))
         self._count_length = len(normalizer.counts)
@@ -182,27 +201,52 @@ class MicroStep:
 
     def empty_logs(self) -> list[Any]:
         """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""
+        held = self._held.empty()
         if tf.executing_eagerly():
             self._averaged = []
         if self._logs is None or tf.executing_eagerly():
             return []
-        return [
+        zeros = [
             tf.zeros([0 if size is None else size for size in part.shape], part.dtype)
             for part in tf.nest.flatten(self._logs)
             if part is not None
         ]
+        return [*zeros, *held]
 
-    def merge_logs(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
+    def merge_logs(self, carried: list[Any], returned: tuple[Logs, list[Any]], fraction: Any) -> list[Any]:
         """Results of metrics stand for all micro-batches so far; what is no result is averaged, weighted."""
+        logs, given = returned
         parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
+        held = self._held.push(carried[len(parts) :], given)
+        carried = carried[: len(parts)]
         carried = carried or [tf.zeros_like(part) for part in parts]
         summed = self._averaged
         if tf.executing_eagerly():  # it is the last micro-batch that shows which are results
             summed = [_is_scalar(part) for part in parts]
             self._latest = parts
-        return [
+        merged = [
             before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype) if is_summed else part
             for before, part, is_summed in zip(carried, parts, summed, strict=True)
+        ]
+        return [*merged, *held]
+
+    def finish(self, carried: list[Any]) -> list[Any]:
+        """Update the metrics that were held back, with the whole batch; return the logs, with their results of now."""
+        parts = [part for part in tf.nest.flatten(self._logs) if part is not None]
+        parts, held = carried[: len(parts)], carried[len(parts) :]
+        if not self._held.finish(held):
+            return parts
+
+        def result_of(metric: Any, place: int) -> Any:
+            return tf.nest.flatten(metric.result())[place]
+
+        values = [result_of(*by) if by is not None else None for by in self.returned_by]
+        values = [
+            derived.now(result_of) if derived is not None and not averaged else value
+            for derived, averaged, value in zip(self._derived, self._averaged, values, strict=True)
+        ]
+        return [
+            part if value is None else tf.cast(value, part.dtype) for part, value in zip(parts, values, strict=True)
         ]
 
     def pack_logs(self, parts: list[Any]) -> Logs:

@@ -239,7 +239,7 @@ class ReplicatedStep(AccumulatedStep):
                     return micro.merge_logs(carried, micro(piece, fraction, totals), fraction)
 
                 with tf.control_dependencies([begun]):
-                    logs = loop(part, samples, micro_batch, micro.empty_logs(), body)
+                    logs = micro.finish(loop(part, samples, micro_batch, micro.empty_logs(), body))
                 with tf.device("CPU:0"), tf.control_dependencies([tf.identity(log) for log in logs]):
                     seconds = tf.timestamp() - begun  # what was copied to the host has been computed
                 means = [tf.cast(log, tf.float64) for log, mean in zip(logs, micro.averaged, strict=True) if mean]

@@ -57,7 +57,7 @@ class AccumulatedStep:
 
     def for_data(self, element_spec: Any) -> AccumulatedStep:
         """The steps of the same model on other data."""
-        return AccumulatedStep(self.model, element_spec)
+        return AccumulatedStep(self.model, element_spec, effective_batch=self._most_samples)
 
     def prepare(self, *, whole: bool) -> bool:
         """Trace what :meth:`plain` (``whole``) or :meth:`accumulate` and :meth:`apply` need; tell if anything was.
@@ -70,7 +70,7 @@ class AccumulatedStep:
             self._plain = self._trace_plain()
         elif missing:
             self._make_row_buffers()
-            self._micro = MicroStep(self, self.model.train_step, training=True)
+            self._micro = MicroStep(self, self.model.train_step, training=True, most_samples=self._most_samples)
             self._accumulate = self._trace_loop(self._micro, zero_first=True)
             self._apply = self._trace_apply()
         return missing
@@ -79,7 +79,8 @@ class AccumulatedStep:
         """Trace what :meth:`evaluate` needs; tell if anything was."""
         if self._evaluate is not None:
             return False
-        self._evaluate = self._trace_loop(MicroStep(self, self.model.test_step, training=False), zero_first=False)
+        micro = MicroStep(self, self.model.test_step, training=False, most_samples=self._most_samples)
+        self._evaluate = self._trace_loop(micro, zero_first=False)
         return True
 
     def update_has_begun(self) -> bool:
@@ -283,7 +284,7 @@ class AccumulatedStep:
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
                 return micro.merge_logs(carried, micro(part, fraction, totals), fraction)
 
-            return micro.pack_logs(loop(leaves, samples, micro_batch, micro.empty_logs(), body))
+            return micro.pack_logs(micro.finish(loop(leaves, samples, micro_batch, micro.empty_logs(), body)))
 
         if self.model.run_eagerly:
             micro.look_at_losses()

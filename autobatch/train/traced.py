@@ -22,6 +22,8 @@ class Traced:
         """The names of losses that were seen to reduce the batch themselves."""
         self.scalar_metrics: tuple[str, ...] = ()
         """The names of metrics that make one number of a batch, of which that is not known to be a mean."""
+        self.updated_in_parts: dict[str, str] = {}
+        """By their names, why metrics that may be no sums over samples are updated with each micro-batch."""
         self.applied: list[Any] = []
         """The optimizers that were applied, in order."""
         self.adding_layers: list[Any] = []

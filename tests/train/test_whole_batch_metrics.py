@@ -1,0 +1,411 @@
+"""Metrics that are no sums over samples: `autobatch.fit` against `Model.fit`, batch by batch and epoch by epoch."""
+
+from __future__ import annotations
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from models import AtCall, MemoryHog, arrays
+
+import autobatch
+
+SAMPLES, TARGET = 100, 40  # updates of 40, 40 and 20 samples
+
+
+def numbers(metric, *names):
+    for name in names:
+        setattr(metric, name, metric.add_weight(shape=(), initializer="zeros", name=name))
+
+
+def dice_of(y_true, y_pred):
+    return 2 * ops.sum(y_true * y_pred) / (ops.sum(y_true) + ops.sum(y_pred))
+
+
+class MeanOverBatches(keras.metrics.Metric):
+    """With weights, if there are any."""
+
+    def __init__(self, name="dice"):
+        super().__init__(name=name)
+        numbers(self, "total", "count")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        if sample_weight is not None:
+            y_true = y_true * ops.reshape(sample_weight, (-1, 1))
+        self.total.assign_add(dice_of(y_true, y_pred))
+        self.count.assign_add(1.0)
+
+    def result(self):
+        return self.total / self.count
+
+
+class LastValue(keras.metrics.Metric):
+    def __init__(self, name="last"):
+        super().__init__(name=name)
+        numbers(self, "value")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign(ops.max(y_pred) - ops.mean(y_pred))
+
+    def result(self):
+        return self.value
+
+
+class Calls(keras.metrics.Metric):
+    def __init__(self, name="calls"):
+        super().__init__(name=name)
+        numbers(self, "count")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.count.assign_add(1.0)
+
+    def result(self):
+        return self.count + 0
+
+
+class Extremes(keras.metrics.Metric):
+    """Returns two results."""
+
+    def __init__(self, name="extremes"):
+        super().__init__(name=name)
+        numbers(self, "least", "most")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.least.assign(ops.minimum(self.least, ops.mean(y_pred - y_true)))
+        self.most.assign(ops.maximum(self.most, ops.mean(y_pred)))
+
+    def result(self):
+        return {"least": self.least, "most": self.most}
+
+
+class Random(keras.metrics.Metric):
+    """Draws once for each batch."""
+
+    def __init__(self, name="random"):
+        super().__init__(name=name)
+        numbers(self, "total")
+        self.draws = keras.random.SeedGenerator(3)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.total.assign_add(keras.random.uniform((), seed=self.draws) * ops.mean(y_pred))
+
+    def result(self):
+        return self.total
+
+
+class MadeAtFirstUpdate(keras.metrics.Metric):
+    def __init__(self, name="made"):
+        super().__init__(name=name)
+        self.is_made = False
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        if not self.is_made:
+            numbers(self, "value")
+            self.is_made = True
+        self.value.assign_add(ops.max(y_pred))
+
+    def result(self):
+        return self.value
+
+
+class OfAnother(keras.metrics.Metric):
+    """Keeps its number in another metric."""
+
+    def __init__(self, name="of_another"):
+        super().__init__(name=name)
+        self.mean = keras.metrics.Mean()
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.mean.update_state(dice_of(y_true, y_pred))
+
+    def result(self):
+        return self.mean.result()
+
+
+class Subclassed(keras.metrics.Mean):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        super().update_state(dice_of(y_true, y_pred))
+
+
+def each_output(y_true, y_pred):
+    return ops.max(ops.abs(y_true - y_pred), axis=0)
+
+
+def against_the_largest(y_true, y_pred):
+    return ops.mean(ops.abs(y_true - y_pred), axis=-1) / ops.max(y_pred)
+
+
+def kinds():
+    return [
+        *(MeanOverBatches(), LastValue(), Calls(), Extremes(), MadeAtFirstUpdate(), OfAnother()),
+        *(Subclassed(name="subclassed"), dice_of, each_output, against_the_largest),
+        *(keras.metrics.CosineSimilarity(axis=0), keras.losses.Dice(name="of_a_loss"), "mae"),
+    ]
+
+
+def binary(samples=SAMPLES):
+    x, labels = arrays(samples=samples)
+    return x, np.stack([labels % 2, labels % 3 == 0], axis=-1).astype("float32")
+
+
+def build(metrics=kinds, weighted=lambda: None, **options):
+    keras.backend.clear_session()  # names are given anew
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((16,)), layers.Dense(2, "sigmoid")])
+    model.compile(
+        keras.optimizers.SGD(0.1), "binary_crossentropy", metrics=metrics(), weighted_metrics=weighted(), **options
+    )
+    return model
+
+
+class Batches(keras.callbacks.Callback):
+    """Keeps what the progress bar is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.logs = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.logs.append({name: float(value) for name, value in logs.items()})
+
+
+def assert_same(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(actual[name], values, err_msg=name, **{"rtol": 1e-6, "atol": 1e-6} | tolerance)
+
+
+def said_of(caught):
+    return " ".join(str(warning.message) for warning in caught if warning.category is autobatch.AutobatchWarning)
+
+
+def fit_both(build, x, y, micro_batch, **arguments):
+    """Histories and what each batch showed, and what was said."""
+    common = {"epochs": 2, "shuffle": False, "verbose": 0} | arguments
+    plain, ours = Batches(), Batches()
+    expected = build().fit(x, y, batch_size=TARGET, callbacks=[plain], **common)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        actual = autobatch.fit(build(), x, y, target_batch=TARGET, micro_batch=micro_batch, callbacks=[ours], **common)
+    assert_same(actual.history, expected.history)
+    for here, there in zip(ours.logs, plain.logs, strict=True):
+        assert_same(here, there)
+    return actual.history, said_of(caught)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "options"),
+    [(20, {}), (10, {"jit_compile": True}), (13, {}), (8, {"run_eagerly": True})],
+    ids=str,
+)
+def test_every_kind_in_training_and_validation(micro_batch, options):
+    x, y = binary()
+    # XLA draws other random numbers than TensorFlow does elsewhere, for the same seed.
+    drawing = () if options.get("jit_compile") else (Random,)
+    weight = np.random.default_rng(3).uniform(0.5, 2, SAMPLES).astype("float32")
+    history, said = fit_both(
+        lambda: build(
+            lambda: [*kinds(), *(kind() for kind in drawing)],
+            lambda: [MeanOverBatches("weighed"), Calls("weighed_calls")],
+            **options,
+        ),
+        *(x, y, micro_batch),
+        sample_weight=weight,
+        validation_data=(x[:50], y[:50], weight[:50]),
+        validation_batch_size=30,
+    )
+    assert history["calls"] == [3.0, 3.0]
+    assert history["val_calls"] == [2.0, 2.0]
+    assert "metric" not in said
+
+
+def test_several_outputs_with_metrics_and_weights_of_their_own():
+    x, y = binary()
+    weights = {"a": np.linspace(0.5, 2, SAMPLES).astype("float32"), "b": np.ones(SAMPLES, "float32")}
+
+    def two():
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((16,))
+        outputs = {"a": layers.Dense(2, "sigmoid", name="a")(inputs), "b": layers.Dense(2, name="b")(inputs)}
+        model = keras.Model(inputs, outputs)
+        kinds = {"a": [MeanOverBatches(), "accuracy"], "b": [LastValue(), each_output]}
+        weighed = {"a": [MeanOverBatches("weighed")], "b": [Calls()]}
+        losses = {"a": "binary_crossentropy", "b": "mse"}
+        model.compile(keras.optimizers.SGD(0.1), losses, metrics=kinds, weighted_metrics=weighed)
+        return model
+
+    history, said = fit_both(two, x, {"a": y, "b": y}, 8, sample_weight=weights)
+    assert "a_weighed" in history
+    assert "metric" not in said
+
+
+def test_class_weights():
+    x, y = binary()
+    y = y[:, :1]
+
+    def one():
+        model = build(lambda: None, lambda: [MeanOverBatches(), "mae"])
+        model = keras.Sequential([keras.Input((16,)), layers.Dense(1, "sigmoid", kernel_initializer="ones")])
+        model.compile("sgd", "binary_crossentropy", weighted_metrics=[MeanOverBatches(), "mae"])
+        return model
+
+    fit_both(one, x, y, 10, class_weight={0: 1.0, 1: 3.0})
+
+
+class Masked(keras.metrics.Metric):
+    """Reads the mask that the layers left on the outputs."""
+
+    def __init__(self, name="masked"):
+        super().__init__(name=name)
+        numbers(self, "total")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        mask = ops.cast(y_pred._keras_mask, "float32")
+        self.total.assign_add(ops.sum(mask * ops.abs(y_true - y_pred)[..., 0]) / ops.sum(mask))
+
+    def result(self):
+        return self.total
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+def test_masks_are_held_back_too(options):
+    tokens = np.random.default_rng(0).integers(0, 5, (SAMPLES, 6))
+
+    def masked():
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(1)
+        stack = [keras.Input((6,)), layers.Embedding(5, 4, mask_zero=True), layers.LSTM(4, return_sequences=True)]
+        model = keras.Sequential([*stack, layers.TimeDistributed(layers.Dense(1))])
+        model.compile("sgd", "mse", metrics=[Masked()], **options)
+        return model
+
+    fit_both(masked, tokens, tokens.astype("float32")[..., None], 13, epochs=1)
+
+
+class OwnStep(keras.Model):
+    """Updates metrics itself, calls one, and reports what it makes of the results further."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2, "sigmoid")
+        self.dice, self.calls = MeanOverBatches(), Calls()
+        self.loss_of = keras.losses.BinaryCrossentropy()
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+    def logs(self, y, outputs, loss):
+        self.dice.update_state(y, outputs)
+        calls = self.calls(y, outputs)
+        return {"dice": self.dice.result(), "calls": calls, "loss": loss}
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            outputs = self(x, training=True)
+            loss = self.loss_of(y, outputs)
+        self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+        return self.logs(y, outputs, loss)
+
+    def test_step(self, data):
+        x, y = data
+        outputs = self(x)
+        return self.logs(y, outputs, self.loss_of(y, outputs))
+
+
+class FurtherStep(OwnStep):
+    def logs(self, y, outputs, loss):
+        results = super().logs(y, outputs, loss)
+        return {**results, "distance": 1 - results["dice"], "calls_squared": results["calls"] ** 2}
+
+
+class WithinFunction(OwnStep):
+    """As it is traced once more for the step, this one is no obstacle."""
+
+    @tf.function
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("kind", [OwnStep, FurtherStep, WithinFunction])
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=str)
+def test_a_train_step_that_updates_metrics_itself(kind, options):
+    if kind is not OwnStep and "run_eagerly" in options:
+        pytest.skip("run eagerly, what is made of a result is not known to be")
+    x, y = binary()
+
+    def own():
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(1)
+        model = kind()
+        model.compile(keras.optimizers.SGD(0.1), **options)
+        return model
+
+    fit_both(own, x, y, 13, validation_data=(x[:50], y[:50]), validation_batch_size=30)
+
+
+def test_out_of_memory_in_the_middle_leaves_nothing_of_a_batch():
+    x, y = binary()
+
+    def make(asked):
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((16,)), MemoryHog(asked), layers.Dense(2, "sigmoid")])
+        model.compile(keras.optimizers.SGD(0.1), "binary_crossentropy", metrics=kinds())
+        return model
+
+    common = {"epochs": 2, "shuffle": False, "verbose": 0}
+    expected = make(lambda samples: False).fit(x, y, batch_size=TARGET, **common)
+    actual = autobatch.fit(make(AtCall(6)), x, y, target_batch=TARGET, micro_batch=13, **common)
+    assert len(actual.recoveries) == 1
+    assert_same(actual.history, expected.history)
+
+
+class Large(MeanOverBatches):
+    pass
+
+
+class Confusion(keras.metrics.Metric):
+    """A sum over samples: what of it is large need not be held back, and nothing is said of it."""
+
+    def __init__(self, name="confusion"):
+        super().__init__(name=name)
+        numbers(self, "right", "all")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        right = ops.cast(ops.equal(y_true > 0.5, y_pred > 0.5), "float32")
+        self.right.assign_add(ops.sum(ops.mean(right, axis=-1)))
+        self.all.assign_add(ops.cast(ops.shape(y_true)[0], "float32"))
+
+    def result(self):
+        return self.right / self.all
+
+
+class IoU(keras.metrics.MeanIoU):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(y_true[:, 0], ops.argmax(y_pred, axis=-1))
+
+
+def correct(y_true, y_pred):
+    return ops.mean(ops.cast(ops.equal(y_true > 0.5, y_pred > 0.5), "float32"), axis=-1)
+
+
+def test_a_large_output_is_not_held_back_and_said_to_be(monkeypatch):
+    monkeypatch.setattr("autobatch.train.whole_batch_metrics.MOST_BYTES", 100)
+    x, y = binary()
+    sums = [Confusion(), IoU(2), correct, keras.metrics.AUC()]
+    model = build(lambda: [Large("large"), *sums])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        actual = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=10, epochs=2, shuffle=False, verbose=0)
+    said = said_of(caught)
+    assert "The metric large is updated with each micro-batch" in said
+    assert said.count("metric") == 1
+    expected = build(lambda: [Confusion(), IoU(2), correct, keras.metrics.AUC()]).fit(
+        x, y, batch_size=TARGET, epochs=2, shuffle=False, verbose=0
+    )
+    assert_same({name: actual.history[name] for name in expected.history}, expected.history)
