@@ -22,6 +22,7 @@ _ELEMENTWISE = frozenset(
         *("Abs", "Neg", "Sign", "Square", "Sqrt", "Rsqrt", "Exp", "Expm1", "Log", "Log1p", "Sigmoid", "Tanh", "Relu"),
         *("Relu6", "Elu", "Softplus", "Erf", "Reciprocal", "Inv", "Round", "Rint", "Floor", "Ceil", "LogicalNot"),
         *("IsNan", "IsInf", "IsFinite", "ZerosLike", "OnesLike", "Sin", "Cos", "Cosh", "ClipByValue"),
+        *("Bitcast", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Invert"),
         *("Add", "AddV2", "Sub", "Mul", "MulNoNan", "RealDiv", "Div", "DivNoNan", "FloorDiv", "FloorMod", "Mod"),
         *("Pow", "Maximum", "Minimum", "SquaredDifference", "Xlogy", "Xdivy", "SelectV2", "Select"),
         *("Equal", "NotEqual", "Less", "LessEqual", "Greater", "GreaterEqual", "LogicalAnd", "LogicalOr"),
@@ -147,7 +148,8 @@ class Kinds:
             return ROWS
         if kind in _ELEMENTWISE:
             frees = [each.shape for each, its_kind in zip(inputs, kinds, strict=True) if its_kind == FREE]
-            return ROWS if len(ranks) == 1 and all(_spreads_over_rows(shape, rank) for shape in frees) else UNKNOWN
+            of_rows = ranks == {operation.outputs[0].shape.rank}
+            return ROWS if of_rows and all(_spreads_over_rows(shape, rank) for shape in frees) else UNKNOWN
         if kind == "Shape":
             return SHAPE
         if kind == "Size":
@@ -181,9 +183,10 @@ def _axes(tensor: Any, rank: int) -> list[int] | None:
 def _of_product(operation: Any, kinds: list[str]) -> str:
     if operation.type != "MatMul":
         return UNKNOWN
-    if kinds == [ROWS, FREE] and not operation.get_attr("transpose_a"):
+    transposed = operation.get_attr("transpose_a"), operation.get_attr("transpose_b")
+    if kinds == [ROWS, FREE] and not transposed[0]:
         return ROWS
-    return SUM if kinds == [ROWS, ROWS] and operation.get_attr("transpose_a") else UNKNOWN
+    return SUM if kinds == [ROWS, ROWS] and transposed == (True, False) else UNKNOWN
 
 
 def _keeps_rows(operation: Any, first_is_rows: bool, rank: int) -> bool:
