@@ -14,9 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from autobatch.train import metric_seams, patching
+from autobatch.train import metric_seams, patching, whole_batch_metrics
 from autobatch.train.structure import sample_count
-from autobatch.train.whole_batch_metrics import REASONS
 
 
 class EagerUpdates:
@@ -30,6 +29,7 @@ class EagerUpdates:
         self._pieces: dict[tuple[int, int], _Pieces] = {}
         self._seen = 0
         self.updated_in_parts: dict[str, str] = {}
+        self.sample_bytes = 0  # not known: an eager step is not traced
 
     @contextlib.contextmanager
     def holding(self, leaves: Sequence[Any], fraction: Any, *, discard: bool = False) -> Iterator[list[Any]]:
@@ -37,16 +37,17 @@ class EagerUpdates:
         samples = int(sample_count(list(leaves)))
         if not discard:
             self._seen += samples
-        is_last = self._seen >= round(samples / float(fraction))
+        whole = round(samples / float(fraction))
+        is_last = self._seen >= whole
         calls: dict[int, int] = {}
 
         def offer(metric: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
             key = id(metric), calls.get(id(metric), 0)
             calls[id(metric)] = key[1] + 1
             arguments = tf.nest.flatten((args, kwargs))
-            pieces = self._pieces.get(key) or _Pieces(metric, run, (args, kwargs), arguments, samples)
+            pieces = self._pieces.get(key) or _Pieces(metric, run, (args, kwargs), arguments, samples, whole)
             if pieces.reason or discard:
-                if pieces.reason in REASONS:
+                if pieces.reason in whole_batch_metrics.REASONS:
                     self.updated_in_parts.setdefault(metric.name, pieces.reason)
                 return not pieces.reason
             self._pieces[key] = pieces
@@ -91,18 +92,27 @@ class _Pieces:
     """What one update of a metric is given in each micro-batch."""
 
     def __init__(
-        self, metric: Any, run: Callable[..., Any], structure: Any, arguments: Sequence[Any], samples: int
+        self,
+        metric: Any,
+        run: Callable[..., Any],
+        structure: Any,
+        arguments: Sequence[Any],
+        samples: int,
+        whole: int,
     ) -> None:
         self._run = run
         self._structure = structure
         self._is_held = [_is_array(each) for each in arguments]
         self._pieces: list[list[Any]] = []
-        self.reason = self._why_not(metric, [each for each in arguments if _is_array(each)], samples)
+        self.reason = self._why_not(metric, [each for each in arguments if _is_array(each)], samples, whole)
 
     @staticmethod
-    def _why_not(metric: Any, arrays: Sequence[Any], samples: int) -> str:
+    def _why_not(metric: Any, arrays: Sequence[Any], samples: int, whole: int) -> str:
         if arrays and all(_has_rows(each, samples) for each in arrays):
-            return ""
+            bytes_here = sum(
+                np.size(each) * (each.dtype.size if tf.is_tensor(each) else each.itemsize) for each in arrays
+            )
+            return "bytes" if bytes_here * whole > whole_batch_metrics.MOST_BYTES * samples else ""
         scalars = all(np.ndim(each) == 0 for each in arrays if isinstance(each, (tf.Tensor, np.ndarray)))
         return "mean" if scalars and isinstance(metric, keras.metrics.Mean) else "inputs"
 

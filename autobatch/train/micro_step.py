@@ -140,6 +140,7 @@ class MicroStep:
             named = owner.traced.scalar_losses if tf.executing_eagerly() else ()
             traced.scalar_losses = named or normalizer.scalar_loss_names
             traced.updated_in_parts = dict(self._held.updated_in_parts)
+            traced.held_sample_bytes = self._held.sample_bytes
             traced.scalar_metrics = tuple(
                 name for name in dict.fromkeys(scalar_metrics) if name not in traced.updated_in_parts
             )

@@ -103,6 +103,11 @@ class HeldUpdates:
         self.updated_in_parts: dict[str, str] = {}
         """By their names, why metrics are updated with each micro-batch that are not known to be sums over samples."""
 
+    @property
+    def sample_bytes(self) -> int:
+        """What is held of one sample."""
+        return sum(_sample_bytes(spec) for spec, _ in self._specs)
+
     @contextlib.contextmanager
     def holding(self, leaves: Sequence[Any], fraction: Any, *, discard: bool = False) -> Iterator[list[Any]]:
         """While a micro-step is traced, hold back updates; fills the list of tensors that the step is to return.

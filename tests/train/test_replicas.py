@@ -16,6 +16,7 @@ CASES = {
     2: (
         "weighted",
         "masked_losses",
+        "metrics_of_batches",
         "searched",
         "reduced_once",
         "a_smaller_device_decides",
@@ -71,6 +72,14 @@ def test_a_tail_with_fewer_samples_than_replicas():
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
 def test_masked_losses_have_the_denominator_of_all_replicas(reduction):
     assert_as_on_one_device(of("masked_losses")[reduction])
+
+
+def test_a_metric_is_given_a_replicas_whole_share():
+    result = of("metrics_of_batches")
+    assert result["history"].keys() == result["expected"].keys()
+    for name, values in result["expected"].items():
+        assert result["history"][name] == pytest.approx(values, rel=1e-6, abs=1e-6), name
+    assert result["said"] == []
 
 
 def test_the_search_runs_on_all_replicas():

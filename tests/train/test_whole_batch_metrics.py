@@ -51,7 +51,7 @@ class LastValue(keras.metrics.Metric):
         self.value.assign(ops.max(y_pred) - ops.mean(y_pred))
 
     def result(self):
-        return self.value
+        return self.value + 0
 
 
 class Calls(keras.metrics.Metric):
@@ -78,7 +78,7 @@ class Extremes(keras.metrics.Metric):
         self.most.assign(ops.maximum(self.most, ops.mean(y_pred)))
 
     def result(self):
-        return {"least": self.least, "most": self.most}
+        return {"least": self.least + 0, "most": self.most + 0}
 
 
 class Random(keras.metrics.Metric):
@@ -108,7 +108,7 @@ class MadeAtFirstUpdate(keras.metrics.Metric):
         self.value.assign_add(ops.max(y_pred))
 
     def result(self):
-        return self.value
+        return self.value + 0
 
 
 class OfAnother(keras.metrics.Metric):
@@ -256,6 +256,17 @@ def test_class_weights():
     fit_both(one, x, y, 10, class_weight={0: 1.0, 1: 3.0})
 
 
+class VariableItself(Calls):
+    def result(self):
+        return self.count
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+def test_a_result_that_is_the_variable_itself(options):
+    history, _ = fit_both(lambda: build(lambda: [VariableItself()], **options), *binary(), 10)
+    assert history["calls"] == [3.0, 3.0]
+
+
 class Masked(keras.metrics.Metric):
     """Reads the mask that the layers left on the outputs."""
 
@@ -365,10 +376,6 @@ def test_out_of_memory_in_the_middle_leaves_nothing_of_a_batch():
     assert_same(actual.history, expected.history)
 
 
-class Large(MeanOverBatches):
-    pass
-
-
 class Confusion(keras.metrics.Metric):
     """A sum over samples: what of it is large need not be held back, and nothing is said of it."""
 
@@ -398,7 +405,7 @@ def test_a_large_output_is_not_held_back_and_said_to_be(monkeypatch):
     monkeypatch.setattr("autobatch.train.whole_batch_metrics.MOST_BYTES", 100)
     x, y = binary()
     sums = [Confusion(), IoU(2), correct, keras.metrics.AUC()]
-    model = build(lambda: [Large("large"), *sums])
+    model = build(lambda: [MeanOverBatches("large"), *sums])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         actual = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=10, epochs=2, shuffle=False, verbose=0)
@@ -409,3 +416,105 @@ def test_a_large_output_is_not_held_back_and_said_to_be(monkeypatch):
         x, y, batch_size=TARGET, epochs=2, shuffle=False, verbose=0
     )
     assert_same({name: actual.history[name] for name in expected.history}, expected.history)
+
+
+class Norm(keras.metrics.Metric):
+    """Given one number for a batch."""
+
+    def __init__(self, name="norm"):
+        super().__init__(name=name)
+        numbers(self, "value")
+
+    def update_state(self, value):
+        self.value.assign(value)
+
+    def result(self):
+        return self.value + 0
+
+
+class ByModel(keras.metrics.Metric):
+    """Looks at the outputs by a model of its own."""
+
+    def __init__(self, name="by_model"):
+        super().__init__(name=name)
+        numbers(self, "value")
+        self.judge = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign_add(ops.max(self.judge(y_pred)))
+
+    def result(self):
+        return self.value + 0
+
+
+class Refused(OwnStep):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.by_model = Norm(), ByModel()
+        self.in_function = Calls("in_function")
+
+    def logs(self, y, outputs, loss):
+        @tf.function
+        def within(y, outputs):
+            self.in_function.update_state(y, outputs)
+
+        within(y, outputs)
+        self.norm.update_state(tf.linalg.global_norm(self.trainable_weights) * loss)
+        self.by_model.update_state(y, outputs)
+        return super().logs(y, outputs, loss)
+
+
+def test_what_cannot_be_held_back_is_named_with_its_reason():
+    x, y = binary()
+    model = Refused()
+    model.compile(keras.optimizers.SGD(0.1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=10, verbose=0)
+    said = said_of(caught)
+    assert "The metric in_function is updated with each micro-batch" in said
+    assert "it is updated within a tf.function" in said
+    assert "The metric norm is updated with each micro-batch" in said
+    assert "The metric by_model is updated with each micro-batch" in said
+    assert "variables that are not its own" in said
+    assert "dice" not in said
+
+
+@pytest.mark.parametrize("decorate", [lambda step: step, tf.function], ids=["function", "tf.function"])
+def test_a_loop_that_updates_metrics_itself(decorate):
+    """What AutoGraph converts in a metric of a ``tf.function`` it converts where the metric is updated later, too."""
+    x, y = binary(60)
+
+    class Branching(Calls):
+        def update_state(self, y_true, y_pred, sample_weight=None):
+            if tf.executing_eagerly() or ops.max(y_pred) > 2:
+                self.count.assign_add(1.0)
+            else:
+                self.count.assign_add(10.0)
+
+    def make():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((16,)), layers.Dense(2, "sigmoid")])
+        optimizer = keras.optimizers.SGD(0.1)
+        optimizer.build(model.trainable_variables)
+        loss_of = keras.losses.BinaryCrossentropy()
+        dice, calls = MeanOverBatches(), Branching() if decorate is tf.function else Calls()
+
+        @decorate
+        def step(batch):
+            with tf.GradientTape() as tape:
+                outputs = model(batch[0], training=True)
+                loss = loss_of(batch[1], outputs)
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+            dice.update_state(batch[1], outputs)
+            calls.update_state(batch[1], outputs)
+            return {"dice": dice.result(), "calls": calls.result(), "loss": loss}
+
+        return model, optimizer, step
+
+    batches = [(x[:TARGET], y[:TARGET]), (x[TARGET:], y[TARGET:])]
+    _, _, plain = make()
+    model, optimizer, step = make()
+    ours = autobatch.wrap_step(step, model=model, optimizer=optimizer, target_batch=TARGET, micro_batch=13)
+    for batch in batches:
+        assert_same(tf.nest.map_structure(float, ours(batch)), tf.nest.map_structure(float, plain(batch)))
