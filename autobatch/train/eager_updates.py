@@ -27,6 +27,7 @@ class EagerUpdates:
     def __init__(self) -> None:
         self._met: dict[int, Any] = {}
         self._pieces: dict[tuple[int, int], _Pieces] = {}
+        self._not_before: dict[int, Any] = {}
         self._seen = 0
         self.updated_in_parts: dict[str, str] = {}
         self.sample_bytes = 0  # not known: an eager step is not traced
@@ -46,6 +47,8 @@ class EagerUpdates:
             calls[id(metric)] = key[1] + 1
             arguments = tf.nest.flatten((args, kwargs))
             pieces = self._pieces.get(key) or _Pieces(metric, run, (args, kwargs), arguments, samples, whole)
+            if id(metric) in self._not_before:
+                pieces.reason = "result"
             if pieces.reason or discard:
                 if pieces.reason in whole_batch_metrics.REASONS:
                     self.updated_in_parts.setdefault(metric.name, pieces.reason)
@@ -58,8 +61,21 @@ class EagerUpdates:
                 pieces.update()
             return True
 
-        with metric_seams.updates_offered(offer, lambda values: _has_rows(values, samples)):
+        with (
+            metric_seams.updates_offered(offer, lambda values: _has_rows(values, samples)),
+            metric_seams.failing_results_replaced(_nothing if discard else self._result_after_update),
+        ):
             yield []
+
+    def _result_after_update(self, metric: Any, result: Callable[[], Any]) -> Any:
+        """Update a metric with what was held back, as its result cannot be read without; from now on hold nothing."""
+        held = [key for key in self._pieces if key[0] == id(metric)]
+        for key in held:
+            self._pieces.pop(key).update()
+        if held:
+            self._not_before[id(metric)] = metric
+            self.updated_in_parts[metric.name] = "result"
+        return result()
 
     def _build(self, metric: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Let a metric make the variables that it makes at its first update: its result is read before it."""
@@ -129,6 +145,10 @@ class _Pieces:
         args, kwargs = tf.nest.pack_sequence_as(self._structure, joined)
         with patching.suspended():
             self._run(*args, **kwargs)
+
+
+def _nothing(metric: Any, result: Callable[[], Any]) -> Any:
+    return 0.0
 
 
 def _is_array(argument: Any) -> bool:

@@ -40,15 +40,38 @@ def noting_results(note: Callable[[Any, Any], None]) -> Iterator[None]:
 
         return on_this_thread(original, result)
 
+    with _results_replaced(noted):
+        yield
+
+
+@contextlib.contextmanager
+def _results_replaced(make: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]) -> Iterator[None]:
     with _PATCHING:
         originals = {kind: vars(kind)["result"] for kind in _kinds(keras.metrics.Metric) if "result" in vars(kind)}
         for kind, original in originals.items():
-            kind.result = noted(original)
+            kind.result = make(original)
         try:
             yield
         finally:
             for kind, original in originals.items():
                 kind.result = original
+
+
+@contextlib.contextmanager
+def failing_results_replaced(instead: Callable[[Any, Callable[[], Any]], Any]) -> Iterator[None]:
+    """While this lasts, a ``result`` that raises returns what ``instead(metric, result)`` returns, or raises anew."""
+
+    def guarded(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def result(self: Any) -> Any:
+            try:
+                return original(self)
+            except Exception:  # noqa: BLE001 - whatever it is: the metric has not been updated yet
+                return instead(self, functools.partial(original, self))
+
+        return on_this_thread(original, result)
+
+    with _results_replaced(guarded):
+        yield
 
 
 def _kinds(kind: Any) -> set[Any]:

@@ -40,6 +40,8 @@ REASONS = {
     "bytes": f"what a full batch gives it takes more than {MOST_BYTES >> 20} MiB",
     "inputs": "not all that it is given is a dense tensor whose first dimension counts samples",
     "graph": "it is updated within a tf.function, a loop or a branch of the step",
+    "result": "its result cannot be read before its first update",
+    "trace": "its update cannot be traced by itself",
     "model": "it uses variables that are not its own, those of a model say",
 }
 """Why an update is not held back."""
@@ -198,7 +200,8 @@ class _TracedStep:
         if reason:
             return False
         given = tuple(self._hold(each) if _is_tensor(each) else each for each in arguments)
-        self.updates.append(_Update(run, (args, kwargs), given))
+        structure = tf.nest.pack_sequence_as((args, kwargs), [None] * len(given))
+        self.updates.append(_Update(run, structure, given))
         return True
 
     def _why_not(self, metric: Any, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:
@@ -213,11 +216,9 @@ class _TracedStep:
         if not changing or any(not _is_per_sample(each) for each in changing):
             scalars = all(each.shape.rank == 0 for each in changing)
             return "mean" if scalars and isinstance(metric, keras.metrics.Mean) else "inputs"
-        is_sum, variables = _look_into(metric, run, structure, arguments)
-        if is_sum:
-            return "sum"
-        if variables:
-            return "model"
+        reason = _look_into(metric, run, structure, arguments)
+        if reason:
+            return reason
         new = {id(each): each for each in (*tensors, *masks) if id(each) not in self._places}
         held = [spec for spec, _ in self.specs] + [tf.TensorSpec(each.shape, each.dtype) for each in new.values()]
         return "bytes" if sum(map(_sample_bytes, held)) * self._samples > MOST_BYTES else ""
@@ -251,8 +252,8 @@ def _sample_bytes(spec: tf.TensorSpec) -> int:
     return math.prod(_OPEN_DIMENSION if size is None else size for size in spec.shape[1:]) * (spec.dtype.size or 8)
 
 
-def _look_into(metric: Any, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> tuple[bool, bool]:
-    """Tell whether an update is a sum over samples, and whether it uses variables of others; trace it on its own.
+def _look_into(metric: Any, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:
+    """Trace an update by itself; return why it is not to be held back, "sum" if it is a sum, nothing if it is to be.
 
     This makes the variables that a metric makes at its first update, so that its result can be read before it.
     """
@@ -284,16 +285,17 @@ def _look_into(metric: Any, run: Callable[..., Any], structure: Any, arguments: 
     try:
         with patching.suspended(), metric_seams.additive_updates_noted(note):
             graph = tf.function(update, autograph=False).get_concrete_function(*specs).graph
-    except Exception:  # noqa: BLE001 - what is wrong with it, the update itself will raise from the user's own code
-        return False, False
+    except Exception:  # noqa: BLE001 - what is wrong with it, the update itself raises in the user's own code
+        return "trace"
     kinds = row_sums.Kinds(graph, rows)
     writes = [*trusted, *(each for each in graph.get_operations() if each.type.startswith("Assign"))]
-    is_sum = bool(writes) and kinds.adds_sums_alone() and all(_sums_rows(kinds, given) for _, given in trusted)
+    if bool(writes) and kinds.adds_sums_alone() and all(_sums_rows(kinds, given) for _, given in trusted):
+        return "sum"
     own = {
         id(variable) for each in (metric, *(inner for inner, _ in trusted)) for variable in components(each.variables)
     }
     others = [variable for variable in components(graph.variables) if id(variable) not in own]
-    return is_sum, any(not _is_state(variable) for variable in others)
+    return "model" if any(not _is_state(variable) for variable in others) else ""
 
 
 def _is_state(variable: Any) -> bool:

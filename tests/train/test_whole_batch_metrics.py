@@ -289,7 +289,7 @@ def test_masks_are_held_back_too(options):
     def masked():
         keras.backend.clear_session()
         keras.utils.set_random_seed(1)
-        stack = [keras.Input((6,)), layers.Embedding(5, 4, mask_zero=True), layers.LSTM(4, return_sequences=True)]
+        stack = [keras.Input((None,)), layers.Embedding(5, 4, mask_zero=True), layers.LSTM(4, return_sequences=True)]
         model = keras.Sequential([*stack, layers.TimeDistributed(layers.Dense(1))])
         model.compile("sgd", "mse", metrics=[Masked()], **options)
         return model
@@ -478,6 +478,41 @@ def test_what_cannot_be_held_back_is_named_with_its_reason():
     assert "The metric by_model is updated with each micro-batch" in said
     assert "variables that are not its own" in said
     assert "dice" not in said
+
+
+class InPython(keras.metrics.Metric):
+    """Keeps its state in Python, and has no result before the first update."""
+
+    def __init__(self, name="in_python"):
+        super().__init__(name=name)
+        self.values = []
+
+    def reset_state(self):
+        self.values = []
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.values.append(np.abs(np.asarray(y_true) - np.asarray(y_pred)))
+
+    def result(self):
+        return {"mean_in_python": float(np.mean(np.concatenate(self.values)))}
+
+
+class CallsInPython(InPython):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.values.append(1)
+
+    def result(self):
+        return float(len(self.values))
+
+
+def test_metrics_that_keep_their_state_in_python():
+    history, said = fit_both(
+        lambda: build(lambda: [InPython(), CallsInPython("calls")], run_eagerly=True), *binary(), 10
+    )
+    assert history["calls"] == [3.0, 3.0]
+    assert "in_python is updated with each micro-batch" in said
+    assert "its result cannot be read before its first update" in said
+    assert "calls" not in said
 
 
 @pytest.mark.parametrize("decorate", [lambda step: step, tf.function], ids=["function", "tf.function"])
