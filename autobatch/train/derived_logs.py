@@ -11,6 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.trial.snapshot import components
+
 
 class Derived:
     """The operations between the results of metrics and a tensor of the logs, apart from their graph."""
@@ -31,16 +33,16 @@ class Derived:
         return value
 
 
-def derived_from(tensor: Any, noted: Sequence[tuple[Any, int, Any]]) -> Derived | None:
+def derived_from(tensor: Any, noted: Sequence[tuple[Any, int, Any]], readable: Sequence[Any]) -> Derived | None:
     """How ``tensor`` of a graph is made of results of metrics; None if of none, or of anything else but variables.
 
-    ``noted`` are metrics, places in their results, and what stood there.
+    ``noted`` are metrics, places in their results, and what stood there; ``readable`` are variables that may be read.
     """
     graph = tensor.graph
     result_of = {part.name: (metric, place) for metric, place, part in noted if getattr(part, "graph", None) is graph}
     handles = {inner.name: outer for outer, inner in graph.captures if inner.dtype == tf.resource}
-    by_handle = {id(variable.handle): variable for variable in graph.variables}
-    of_metrics = {id(variable) for metric, _, _ in noted for variable in _variables_of(metric)}
+    of_metrics = {id(variable): variable for metric, _, _ in noted for variable in components(metric.variables)}
+    by_handle = {id(variable.handle): variable for variable in (*readable, *of_metrics.values())}
     results: dict[str, tuple[Any, int]] = {}
     variables: dict[str, Any] = {}
     operations: dict[str, Any] = {}
@@ -58,7 +60,7 @@ def derived_from(tensor: Any, noted: Sequence[tuple[Any, int, Any]]) -> Derived 
             operations[operation.name] = operation
             pending += operation.inputs
     reads_metrics = any(id(variable) in of_metrics for variable in variables.values())
-    if None in variables.values() or not (results or reads_metrics):
+    if any(variable is None for variable in variables.values()) or not (results or reads_metrics):
         return None
     graph_def = tf.compat.v1.GraphDef()
     for operation in operations.values():
@@ -71,7 +73,3 @@ def derived_from(tensor: Any, noted: Sequence[tuple[Any, int, Any]]) -> Derived 
             del node.attr["_class"]
     graph_def.versions.CopyFrom(graph.as_graph_def().versions)
     return Derived(graph_def, tensor.name, results, variables)
-
-
-def _variables_of(metric: Any) -> list[Any]:
-    return [getattr(variable, "value", variable) for variable in metric.variables]

@@ -36,10 +36,10 @@ class Results:
         """The metric that returned ``part`` itself, and the place in its result."""
         return next(((metric, place) for metric, place, noted in self._noted if noted is part), None)
 
-    def derived(self, part: Any) -> Derived | None:
-        """How ``part`` of a graph is made of results; None if it is one itself, or is made of anything else."""
+    def derived(self, part: Any, variables: Sequence[Any]) -> Derived | None:
+        """How ``part`` of a graph is made of results and variables; None if it is one itself, or of anything else."""
         is_symbolic = tf.is_tensor(part) and hasattr(part, "graph")
-        return derived_from(part, self._noted) if is_symbolic and self.returned_by(part) is None else None
+        return derived_from(part, self._noted, variables) if is_symbolic and self.returned_by(part) is None else None
 
     def holds(self, name: str, part: Any, batch: Sequence[Any]) -> bool:
         """Whether ``part``, under ``name`` in the logs, stands for all micro-batches so far.

@@ -18,7 +18,7 @@ from autobatch.train.normalizer import Mode, Normalizer
 from autobatch.train.structure import cut
 from autobatch.train.traced import Traced
 from autobatch.train.whole_batch_metrics import HeldUpdates
-from autobatch.trial.snapshot import CopiesBeside
+from autobatch.trial.snapshot import CopiesBeside, components
 
 if TYPE_CHECKING:
     from autobatch.train.step import AccumulatedStep
@@ -147,7 +147,8 @@ class MicroStep:
             owner.traced = traced
             owner.on_traced()
         batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
-        self._derived = [results.derived(part) for _, part in _named_parts(logs)] if held else []
+        variables = components(owner.variables) if held else []
+        self._derived = [results.derived(part, variables) for _, part in _named_parts(logs)] if held else []
         self.returned_by = [results.returned_by(part) for _, part in _named_parts(logs)]
         averaged = [_is_scalar(part) and not results.holds(name, part, batch) for name, part in _named_parts(logs)]
         if self._averaged and tf.executing_eagerly():

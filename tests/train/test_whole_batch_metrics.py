@@ -331,7 +331,11 @@ class OwnStep(keras.Model):
 class FurtherStep(OwnStep):
     def logs(self, y, outputs, loss):
         results = super().logs(y, outputs, loss)
-        return {**results, "distance": 1 - results["dice"], "calls_squared": results["calls"] ** 2}
+        return {
+            **results,
+            "by_rate": self.optimizer.learning_rate * results["dice"],
+            "calls_squared": results["calls"] ** 2,
+        }
 
 
 class WithinFunction(OwnStep):
