@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from autobatch.train import keras_seams
+from autobatch.train import keras_seams, whole_batch_metrics
 from autobatch.train.draws import Kind
 from autobatch.train.naming import listed, named, named_pairs, optimizer_name, the_optimizer
 from autobatch.train.traced import Traced
@@ -246,6 +246,10 @@ def _scalar_metrics(subject: _Subject) -> Iterator[str]:
         )
 
 
+def _updated_in_parts(subject: _Subject) -> Iterator[str]:
+    yield from whole_batch_metrics.sentences(subject.traced.updated_in_parts)
+
+
 KINDS = (
     ("batch-statistics", _normalising),
     ("random-draws", _drawing),
@@ -259,6 +263,7 @@ KINDS = (
     ("batch-statistics", _mixing),
     ("losses", _not_followed),
     ("metrics", _scalar_metrics),
+    ("metrics", _updated_in_parts),
 )
 """The kinds of differences: where the page explains them, and what finds them."""
 

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from autobatch.train import metric_seams
+from autobatch.train.derived_logs import Derived, derived_from
 
 
 class Results:
@@ -34,6 +35,11 @@ class Results:
     def returned_by(self, part: Any) -> tuple[Any, int] | None:
         """The metric that returned ``part`` itself, and the place in its result."""
         return next(((metric, place) for metric, place, noted in self._noted if noted is part), None)
+
+    def derived(self, part: Any, variables: Sequence[Any]) -> Derived | None:
+        """How ``part`` of a graph is made of results and variables; None if it is one itself, or of anything else."""
+        is_symbolic = tf.is_tensor(part) and hasattr(part, "graph")
+        return derived_from(part, self._noted, variables) if is_symbolic and self.returned_by(part) is None else None
 
     def holds(self, name: str, part: Any, batch: Sequence[Any]) -> bool:
         """Whether ``part``, under ``name`` in the logs, stands for all micro-batches so far.
@@ -77,7 +83,7 @@ def _computed_from(tensor: Any, sources: Sequence[Any], results: Sequence[Any]) 
     What was computed on the way to a result does not count.
     """
     place_of = {source.name: place for place, source in enumerate(sources)}
-    here = {result.name for result in results if result.graph is tensor.graph}
+    here = {result.name for result in results if getattr(result, "graph", None) is tensor.graph}
     found: set[int] = set()
     seen: set[str] = set()
     pending = [tensor]

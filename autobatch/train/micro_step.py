@@ -13,68 +13,61 @@ from autobatch.train import draws, function_seams, inexact, keras_seams, metric_
 from autobatch.train.attributes import attributes_kept
 from autobatch.train.division import Division
 from autobatch.train.eager_terms import EagerTerms
+from autobatch.train.eager_updates import EagerUpdates
 from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
 from autobatch.train.loss_terms import LossTerms
+from autobatch.train.merged_logs import Logs, MergedLogs, averaged_parts
 from autobatch.train.normalizer import Normalizer
 from autobatch.train.running_averages import RunningAverages
 from autobatch.train.sample_flow import SampleFlow
 from autobatch.train.structure import cut, sample_count
 from autobatch.train.totals import Mode, Totals
 from autobatch.train.traced import Traced
-from autobatch.trial.snapshot import CopiesBeside
+from autobatch.train.whole_batch_metrics import HeldUpdates
+from autobatch.trial.snapshot import CopiesBeside, components
 
 if TYPE_CHECKING:
     from autobatch.train.step import AccumulatedStep
 
 logger = logging.getLogger(__name__)
 
-Logs = Any
-"""What a step returns: a nest of tensors, mostly a dictionary of scalars."""
-
 
 class MicroStep:
     """``train_step`` or ``test_step`` on one micro-batch; and how its logs become those of the effective batch."""
 
-    def __init__(self, owner: AccumulatedStep, step: Callable[[Any], Logs], *, training: bool) -> None:
+    def __init__(
+        self,
+        owner: AccumulatedStep,
+        step: Callable[[Any], Logs],
+        *,
+        training: bool,
+        most_samples: int | None = None,
+    ) -> None:
         self._owner = owner
         self._step = keras_seams.untraced(step)
         self._training = training
         self.averages = RunningAverages(owner)
         """What is assigned once an update; nothing in an evaluation."""
-        self._compiled: Callable[..., tuple[Logs, Any]] = self._run_averaging
+        self._compiled: Callable[..., tuple[Logs, list[Any], Any]] = self._run_averaging
         self._count_compiled: Callable[..., Any] = self._run_counting
         self._second_references: CopiesBeside | None = None
         self._told: tuple[tuple[str, Any], ...] = ()
         self._learnt: Traced | None = None
         """What a trace has shown of a step that runs eagerly; None where it was not traced, or is."""
-        self._logs: Logs = None
-        self._averaged: list[bool] = []
-        self._joined: list[bool] = []
-        self._latest: list[Any] = []  # of the last micro-batch, where steps run eagerly
-        self.returned_by: list[tuple[Any, int] | None] = []
-        """For each part of the logs, the metric whose result it is and its place there; known once a step was run."""
+        self.logs = MergedLogs()
+        self._held = EagerUpdates() if owner.model.run_eagerly else HeldUpdates(most_samples)
         self._count_length: int | None = None
         self.graph: tf.Graph | None = None
         """What was traced; None before, and where the step runs eagerly."""
-
-    @property
-    def averaged(self) -> list[bool]:
-        """Which parts of the logs are averaged over the micro-batches; known once a step was traced."""
-        return self._averaged
-
-    @property
-    def joined(self) -> list[bool]:
-        """Which parts of the logs have a number for each sample, and are put one behind the other."""
-        return self._joined
 
     @property
     def count_length(self) -> int | None:
         """How many denominators depend on the data; known once a step was traced."""
         return self._count_length
 
-    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, Any]:
-        """The logs of a micro-batch, and its statistics."""
+    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any], Any]:
+        """Run one micro-batch: its logs, what metrics that are to see the whole batch are given, its statistics."""
         if self._second_references is None:
             return self._compiled(leaves, fraction, totals)
         with tf.control_dependencies([self._second_references.keep()]):
@@ -99,7 +92,7 @@ class MicroStep:
             self._run_averaging, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
         )
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
-        self._logs, _ = concrete.structured_outputs
+        self.logs.note_structure(concrete.structured_outputs[0])
         self.graph = concrete.graph
         owner.watch(concrete, micro_step=True)
         owner.drop_unused_accumulators(self._training)
@@ -145,9 +138,7 @@ class MicroStep:
             ):
                 logs = self._step(owner.structure.pack(leaves))
             batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
-            parts = _named_parts(logs)
-            averaged = [_is_scalar(part) and not results.holds(name, part, batch) for name, part in parts]
-            terms.weighed_logs(logs, averaged)
+            terms.weighed_logs(logs, averaged_parts(logs, results, batch))
             assert isinstance(terms, LossTerms)
             self._told = tuple(terms.told)
             self._count_length = normalizer.totals.length - terms.counted
@@ -168,11 +159,11 @@ class MicroStep:
         if self._training:
             owner.traced = traced
 
-    def _run_averaging(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, Any]:
-        logs = self._run(leaves, fraction, totals)
-        return logs, self.averages.statistics()
+    def _run_averaging(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any], Any]:
+        logs, held = self._run(leaves, fraction, totals)
+        return logs, held, self.averages.statistics()
 
-    def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> Logs:
+    def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any]]:
         owner = self._owner
         traced = Traced()
         normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
@@ -183,6 +174,7 @@ class MicroStep:
             self._capturing(fraction, traced),
             keras_seams.intercept_reductions(normalizer),
             metric_seams.single_numbers_weighed(fraction, scalar_metrics.append, terms.weighed),
+            self._held.holding(leaves, fraction) as held,
             metric_seams.noting_results(results.note),
             keras_seams.gradients_weighed(terms.gradient, traced.note_differentiated),
             keras_seams.added_losses_noted(traced.note_added_loss),
@@ -204,25 +196,17 @@ class MicroStep:
             traced.forget_tensors()
             if self._learnt is not None:
                 traced.take_over(self._learnt)
-            traced.scalar_metrics = tuple(dict.fromkeys(scalar_metrics))
+            traced.updated_in_parts = dict(self._held.updated_in_parts)
+            traced.held_sample_bytes = self._held.sample_bytes
+            traced.scalar_metrics = tuple(
+                name for name in dict.fromkeys(scalar_metrics) if name not in traced.updated_in_parts
+            )
             owner.traced = traced
             owner.on_traced()
         batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
-        self.returned_by = [results.returned_by(part) for _, part in _named_parts(logs)]
-        averaged = [_is_scalar(part) and not results.holds(name, part, batch) for name, part in _named_parts(logs)]
-        if self._averaged and tf.executing_eagerly():
-            # What was no result once is none, though its value was a result's before.
-            averaged = [now or before for now, before in zip(averaged, self._averaged, strict=True)]
-        joined = [
-            terms.is_for_each_sample(part) and not results.holds(name, part, batch) for name, part in _named_parts(logs)
-        ]
-        if self._joined and tf.executing_eagerly():  # one as long as a micro-batch by chance is not as long as all
-            joined = [now and before for now, before in zip(joined, self._joined, strict=True)]
-        self._averaged, self._joined = averaged, joined
-        logs = terms.weighed_logs(logs, averaged)
+        logs = self.logs.note(logs, results, batch, terms, components(owner.variables) if held else None)
         self._count_length = normalizer.totals.length
-        self._logs = logs
-        return logs
+        return logs, held
 
     def _weighing(
         self, mode: Mode, leaves: list[Any], fraction: Any, totals: Any, traced: Traced | None = None
@@ -272,10 +256,11 @@ class MicroStep:
             metric_seams.single_numbers_weighed(fraction, lambda name: None, terms.weighed),
             metric_seams.noting_results(results.note),
             keras_seams.without_gradients(terms.gradient),
+            self._held.holding(leaves, fraction, discard=True),
         ):
             logs = self._step(owner.structure.pack(leaves))
         if not tf.executing_eagerly():
-            terms.weighed_logs(logs, self._averaged)
+            terms.weighed_logs(logs, self.logs.averaged)
         counted = normalizer.totals.counted
         self._count_length = normalizer.totals.length
         return tf.concat(counted, 0) if counted else tf.zeros([0], tf.float64)
@@ -297,78 +282,23 @@ class MicroStep:
         )
 
     def empty(self) -> list[Any]:
-        """What to carry through the loop: logs, and statistics of running averages, of no samples."""
-        return [self.empty_logs(), self.averages.empty()]
+        """What to carry through the loop, of no samples: logs, what metrics are given, statistics."""
+        held = self._held.empty()
+        return [self.logs.empty(), [] if tf.executing_eagerly() else held, self.averages.empty()]
 
-    def merge(self, carried: list[Any], results: tuple[Logs, Any], fraction: Any) -> list[Any]:
+    def merge(self, carried: list[Any], results: tuple[Logs, list[Any], Any], fraction: Any) -> list[Any]:
         """What is carried, with the results of one more micro-batch."""
-        logs, statistics = results
-        return [self.merge_logs(carried[0], logs, fraction), self.averages.merged(carried[1], statistics)]
-
-    def empty_logs(self) -> list[Any]:
-        """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""
-        if tf.executing_eagerly():
-            self._averaged, self._joined = [], []
-        if self._logs is None or tf.executing_eagerly():
-            return []
+        logs, given, statistics = results
         return [
-            tf.zeros([0 if size is None else size for size in part.shape], part.dtype)
-            for part in tf.nest.flatten(self._logs)
-            if part is not None
+            self.logs.merged(carried[0], logs, fraction),
+            self._held.push(carried[1], given),
+            self.averages.merged(carried[2], statistics),
         ]
 
-    def merge_logs(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
-        """The logs so far with those of one more micro-batch.
-
-        Results of metrics stand for all micro-batches so far. What is no result is averaged, weighted, or has a number
-        for each sample, and is joined to those before.
-        """
-        parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
-        summed, joined = self._averaged, self._joined
-        if tf.executing_eagerly():  # it is the last micro-batch that shows which are results, and which are joined
-            carried = carried or [(tf.zeros_like(part), part[:0] if part.shape.rank else part) for part in parts]
-            self._latest = parts
-            return [
-                (
-                    total + part * tf.cast(fraction, part.dtype) if _is_scalar(part) else total,
-                    tf.concat([before, part], 0) if part.shape.rank and before.shape[1:] == part.shape[1:] else part,
-                )
-                for (total, before), part in zip(carried, parts, strict=True)
-            ]
-        carried = carried or [tf.zeros_like(part) for part in parts]
-        merged = []
-        for before, part, is_summed, is_joined in zip(carried, parts, summed, joined, strict=True):
-            if is_summed:
-                merged.append(before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype))
-            else:
-                merged.append(tf.concat([before, part], 0) if is_joined else part)
-        return merged
-
-    def pack_logs(self, parts: list[Any]) -> Logs:
-        """The logs in the structure in which the step returned them."""
-        if self._latest:
-            all_of_them = zip(parts, self._latest, self._averaged, self._joined, strict=True)
-            parts = [
-                total if averaged else joined if is_joined else latest
-                for (total, joined), latest, averaged, is_joined in all_of_them
-            ]
-            self._latest = []
-        remaining = iter(parts)
-        flat = [None if part is None else next(remaining) for part in tf.nest.flatten(self._logs)]
-        return tf.nest.pack_sequence_as(self._logs, flat)
-
-
-def _named_parts(logs: Logs) -> list[tuple[str, Any]]:
-    """What is in the logs, each under the key of the dictionary that it is in."""
-    if not isinstance(logs, dict):
-        return [("", part) for part in tf.nest.flatten(logs) if part is not None]
-    # tf.nest sorts a dict by its keys; so must this.
-    return [(key, part) for key in sorted(logs) for part in tf.nest.flatten(logs[key]) if part is not None]
-
-
-def _is_scalar(part: Any) -> bool:
-    tensor = tf.convert_to_tensor(part)
-    return bool(tensor.dtype.is_floating and tensor.shape.rank == 0)
+    def finish(self, carried: list[Any]) -> tuple[list[Any], Any]:
+        """Update the metrics that were held back, with the whole batch; return the logs as of now, and statistics."""
+        parts, held, statistics = carried
+        return (self.logs.as_of_now(parts) if self._held.finish(held) else parts), statistics
 
 
 def loop(leaves: list[Any], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:

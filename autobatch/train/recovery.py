@@ -33,7 +33,7 @@ from autobatch.memory.pressure import explain_pressure
 from autobatch.records import MemoryModel, Recovery
 from autobatch.train.keeping import PROVEN_UPDATES, Keeper, Kept, Place
 from autobatch.train.lengths import LengthRule
-from autobatch.train.micro_step import Logs
+from autobatch.train.merged_logs import Logs
 from autobatch.train.policy import MicroBatchPolicy
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import count_samples

@@ -22,7 +22,8 @@ import tensorflow as tf
 
 from autobatch.train import keras_seams, strategy_seams
 from autobatch.train.division import Division, evenly
-from autobatch.train.micro_step import Logs, MicroStep, loop
+from autobatch.train.merged_logs import Logs
+from autobatch.train.micro_step import MicroStep, loop
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import cut, sample_count
 from autobatch.trial.snapshot import components, distinct
@@ -188,10 +189,10 @@ class ReplicatedStep(AccumulatedStep):
         self.metric_logs = dict(metric_logs)
         sums, rest, whole = iter(tf.unstack(reduced)), iter(others), iter(results)
         parts = []
-        for averaged, returned_by in zip(self._micro.averaged, self._micro.returned_by, strict=True):
+        for averaged, returned_by in zip(self._micro.logs.averaged, self._micro.logs.returned_by, strict=True):
             here = next(sums) if averaged else next(rest)
             parts.append(here if returned_by is None else next(whole))
-        return self._micro.pack_logs(parts)
+        return self._micro.logs.pack(parts)
 
     # -- tracing ------------------------------------------------------------------------------------------------------
 
@@ -246,16 +247,16 @@ class ReplicatedStep(AccumulatedStep):
                     return micro.merge(carried, micro(piece, fraction, totals), fraction)
 
                 with tf.control_dependencies([begun]):
-                    logs, statistics = loop(part, samples, division, micro.empty(), body)
+                    logs, statistics = micro.finish(loop(part, samples, division, micro.empty(), body))
                 with tf.device("CPU:0"), tf.control_dependencies([tf.identity(log) for log in logs]):
                     seconds = tf.timestamp() - begun  # what was copied to the host has been computed
-                means = [tf.cast(log, tf.float64) for log, mean in zip(logs, micro.averaged, strict=True) if mean]
-                others = [log for log, mean in zip(logs, micro.averaged, strict=True) if not mean]
+                means = [tf.cast(log, tf.float64) for log, mean in zip(logs, micro.logs.averaged, strict=True) if mean]
+                others = [log for log, mean in zip(logs, micro.logs.averaged, strict=True) if not mean]
                 return tf.stack(means) if means else tf.zeros([0], tf.float64), others, seconds, statistics
 
             with strategy_seams.losses_unscaled():
                 means, others, seconds, statistics = self.strategy.run(on_replica)
-            flags = [joined for joined, mean in zip(micro.joined, micro.averaged, strict=True) if not mean]
+            flags = [joined for joined, mean in zip(micro.logs.joined, micro.logs.averaged, strict=True) if not mean]
             local = [self.strategy.experimental_local_results(part) for part in others]
             first = [tf.concat(parts, 0) if joined else parts[0] for parts, joined in zip(local, flags, strict=True)]
             taken = tf.stack(self.strategy.experimental_local_results(seconds))
@@ -312,7 +313,7 @@ class ReplicatedStep(AccumulatedStep):
 
     def _averaged_spec(self) -> Any:
         assert self._micro is not None
-        return tf.TensorSpec([len(self.devices), sum(self._micro.averaged)], tf.float64)
+        return tf.TensorSpec([len(self.devices), sum(self._micro.logs.averaged)], tf.float64)
 
     def _reduce_logs(self, averaged: Any) -> Any:
         return self._first(self.strategy.run(lambda: self._reduce([], averaged)[1:]))
@@ -328,7 +329,7 @@ class ReplicatedStep(AccumulatedStep):
         """
         assert self._micro is not None
         replica = strategy_seams.replica_here()
-        returned_by = [one for one in self._micro.returned_by if one is not None]
+        returned_by = [one for one in self._micro.logs.returned_by if one is not None]
         metrics = [*self.model.metrics, *(metric for metric, _ in returned_by)]
         variables = _distinct_keras(variable for metric in metrics for variable in metric.variables)
         summed = [variable for variable in variables if variable.aggregation == "sum"]

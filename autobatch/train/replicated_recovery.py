@@ -20,7 +20,7 @@ from autobatch.errors import UpdateInterruptedError, WorkerLostError
 from autobatch.memory import limits, oom
 from autobatch.train.agreement import Alone
 from autobatch.train.keeping import Keeper, Kept, Place
-from autobatch.train.micro_step import Logs
+from autobatch.train.merged_logs import Logs
 from autobatch.train.policy import evened
 from autobatch.train.recovery import CAUGHT, Transaction, _RolledBackError
 from autobatch.train.replicas import ReplicatedStep

@@ -21,7 +21,8 @@ from autobatch.train.adding import Shares, add_to
 from autobatch.train.division import Divider, Division
 from autobatch.train.function_seams import functions_inlined
 from autobatch.train.graphs import written_variables
-from autobatch.train.micro_step import Logs, MicroStep, loop
+from autobatch.train.merged_logs import Logs
+from autobatch.train.micro_step import MicroStep, loop
 from autobatch.train.sparse import RowBuffer, tables_of
 from autobatch.train.structure import Structure, called_directly, count_samples, sample_count
 from autobatch.train.touched import Touched
@@ -61,7 +62,7 @@ class AccumulatedStep:
 
     def for_data(self, element_spec: Any) -> AccumulatedStep:
         """The steps of the same model on other data."""
-        return AccumulatedStep(self.model, element_spec)
+        return AccumulatedStep(self.model, element_spec, effective_batch=self._most_samples)
 
     def prepare(self, *, whole: bool) -> bool:
         """Trace what :meth:`plain` (``whole``) or :meth:`accumulate` and :meth:`apply` need; tell if anything was.
@@ -74,7 +75,7 @@ class AccumulatedStep:
             self._plain = self._trace_plain()
         elif missing:
             self._make_row_buffers()
-            self._micro = MicroStep(self, self.model.train_step, training=True)
+            self._micro = MicroStep(self, self.model.train_step, training=True, most_samples=self._most_samples)
             self._accumulate = self._trace_loop(self._micro, zero_first=True)
             self._apply = self._trace_apply(self._micro)
         return missing
@@ -83,7 +84,8 @@ class AccumulatedStep:
         """Trace what :meth:`evaluate` needs; tell if anything was."""
         if self._evaluate is not None:
             return False
-        self._evaluate = self._trace_loop(MicroStep(self, self.model.test_step, training=False), zero_first=False)
+        micro = MicroStep(self, self.model.test_step, training=False, most_samples=self._most_samples)
+        self._evaluate = self._trace_loop(micro, zero_first=False)
         return True
 
     def update_has_begun(self) -> bool:
@@ -288,9 +290,9 @@ class AccumulatedStep:
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
                 return micro.merge(carried, micro(part, fraction, totals), fraction)
 
-            logs, statistics = loop(leaves, samples, division, micro.empty(), body)
+            logs, statistics = micro.finish(loop(leaves, samples, division, micro.empty(), body))
             micro.averages.assign(statistics)
-            return micro.pack_logs(logs)
+            return micro.logs.pack(logs)
 
         if self.model.run_eagerly:
             micro.look_at_losses()

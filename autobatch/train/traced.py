@@ -22,6 +22,10 @@ class Traced:
     def __init__(self) -> None:
         self.scalar_metrics: tuple[str, ...] = ()
         """The names of metrics that make one number of a batch, of which that is not known to be a mean."""
+        self.updated_in_parts: dict[str, str] = {}
+        """By their names, why metrics that may be no sums over samples are updated with each micro-batch."""
+        self.held_sample_bytes = 0
+        """What is kept of a sample until the effective batch is through, for metrics that are to see it whole."""
         self.applied: list[Any] = []
         """The optimizers that were applied, in order."""
         self.adding_layers: list[Any] = []

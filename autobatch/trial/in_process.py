@@ -248,7 +248,8 @@ class LiveTrials:
         if self.step.prepare(whole=whole):
             self.keeper.forget()
         self._save()
-        self._pipeline.hold(request.micro_batch * (1 if whole else 2))
+        for_metrics = 0 if whole else self.step.traced.held_sample_bytes
+        self._pipeline.hold(request.micro_batch * (1 if whole else 2), for_metrics)
         limits.reset_peak(self.device)
         held = limits.bytes_in_use(self.device)
         timed = self._time_plain(request) if whole else self._time_accumulated(request)

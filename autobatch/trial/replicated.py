@@ -132,7 +132,7 @@ class ReplicatedTrials(LiveTrials):
         def first_two() -> float:
             self.step.prepare(whole=False)
             self._save()
-            self._pipeline.hold(2 * micro_batch * here)
+            self._pipeline.hold(2 * micro_batch * here, self.step.traced.held_sample_bytes)
             for device in self._devices:
                 limits.reset_peak(device)
             # Two micro-batches each, so that the second is added to accumulators that hold the first one's gradients.

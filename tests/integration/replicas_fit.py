@@ -145,6 +145,48 @@ def masked_losses():
     return found
 
 
+class MeanOverBatches(keras.metrics.Metric):
+    def __init__(self):
+        super().__init__(name="mean_over_batches")
+        self.total = self.add_weight(shape=(), initializer="zeros", name="total")
+        self.count = self.add_weight(shape=(), initializer="zeros", name="count")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.total.assign_add(keras.ops.max(y_pred))
+        self.count.assign_add(1.0)
+
+    def result(self):
+        return self.total / self.count
+
+
+def least_output(y_true, y_pred):
+    return keras.ops.min(y_pred)
+
+
+def metrics_of_batches():
+    """A replica's share is a batch, as in Keras; nothing is learned, so that one device can go through the shares."""
+
+    def build():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((16,)), layers.Dense(3)])
+        kinds = [MeanOverBatches(), least_output, keras.metrics.CosineSimilarity(axis=0)]
+        model.compile(keras.optimizers.SGD(0.0), "mse", metrics=kinds)
+        return model
+
+    x, _, _ = arrays(40)
+    fit = {"shuffle": False, "verbose": 0, "validation_data": (x[:20], x[:20, :3])}
+    expected = build().fit(x, x[:, :3], batch_size=10, validation_batch_size=10, **fit).history
+    with STRATEGY.scope():
+        model = build()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", autobatch.AutobatchWarning)
+        history = autobatch.fit(
+            model, x, x[:, :3], target_batch=20, micro_batch=3, validation_batch_size=20, **fit
+        ).history
+    said = [str(warning.message) for warning in caught if warning.category is autobatch.AutobatchWarning]
+    return {"expected": expected, "history": history, "said": said}
+
+
 def searched():
     return compared(dense, (*arrays()[:2], None), micro_batch="auto", epochs=1)
 

@@ -17,6 +17,7 @@ CASES = {
         "weighted",
         "masked_losses",
         "losses_of_ones_own",
+        "metrics_of_batches",
         "searched",
         "reduced_once",
         "a_smaller_device_decides",
@@ -90,6 +91,14 @@ def test_losses_of_ones_own_add_up_over_all_replicas():
         assert alike, case
         assert weights < 1e-5, case
         assert losses < 1e-4, case
+
+
+def test_a_metric_is_given_a_replicas_whole_share():
+    result = of("metrics_of_batches")
+    assert result["history"].keys() == result["expected"].keys()
+    for name, values in result["expected"].items():
+        assert result["history"][name] == pytest.approx(values, rel=1e-6, abs=1e-6), name
+    assert result["said"] == []
 
 
 def test_the_search_runs_on_all_replicas():
