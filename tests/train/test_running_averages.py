@@ -325,6 +325,24 @@ def test_an_average_of_gradients_cannot_be_told_and_is_named():
     assert "norm itself: once for each micro-batch" in said
 
 
+def test_a_loop_of_ones_own():
+    x, y = data(20)
+    model, plain = stacked(layers.BatchNormalization(momentum=0.5)), stacked(layers.BatchNormalization(momentum=0.5))
+
+    def train_step(batch):
+        inputs, labels = batch
+        with tf.GradientTape() as tape:
+            loss = keras.losses.BinaryCrossentropy(from_logits=True)(labels, model(inputs, training=True))
+        model.optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    step = autobatch.wrap_step(train_step, model=model, optimizer=model.optimizer, target_batch=20, micro_batch=6)
+    step((x, y))
+    plain.fit(x, y, batch_size=20, verbose=0, shuffle=False)
+    for one, other in zip(model.non_trainable_variables, plain.non_trainable_variables, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 class InAFunction(layers.Layer):
     """Calls its layer in a tf.function of its own, whose assignments are not looked into."""
 
