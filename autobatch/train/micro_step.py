@@ -202,6 +202,12 @@ class MicroStep:
         logs, statistics = results
         return [self.merge_logs(carried[0], logs, fraction), self.averages.merged(carried[1], statistics)]
 
+    def finished(self, carried: list[Any]) -> Logs:
+        """The logs of the effective batch, whose running averages are assigned."""
+        logs, statistics = carried
+        self.averages.assign(statistics)
+        return self.pack_logs(logs)
+
     def empty_logs(self) -> list[Any]:
         """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""
         if tf.executing_eagerly():

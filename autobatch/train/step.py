@@ -48,7 +48,7 @@ class AccumulatedStep:
         self._ran_whole = False
         self.copies: CopiesBeside | None = None  # of what the plain step changes before its update
         self._accumulate: Callable[..., Logs] | None = None
-        self._apply: Callable[[], None] | None = None
+        self._apply: Callable[[], Logs] | None = None
         self._evaluate: Callable[..., Logs] | None = None
         self.traced = Traced()  # of the micro-step that was traced last
         self.on_traced: Callable[[], None] = lambda: None
@@ -234,10 +234,9 @@ class AccumulatedStep:
         """Update the weights once with what :meth:`accumulate` summed; on several replicas, return the logs of all."""
         self.prepare(whole=False)
         assert self._apply is not None
-        self._apply()
-        return None
+        return self._apply()
 
-    def _trace_apply(self, micro: MicroStep) -> Callable[[], None]:
+    def _trace_apply(self, micro: MicroStep) -> Callable[[], Logs]:
         def apply() -> None:
             # In one update of all, so that the room is there for the last optimizer when the first one begins.
             with self.update_room.update_of([variable for _, variables, _ in self._captured for variable in variables]):
@@ -284,9 +283,7 @@ class AccumulatedStep:
             def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
                 return micro.merge(carried, micro(part, fraction, totals), fraction)
 
-            logs, statistics = loop(leaves, samples, micro_batch, micro.empty(), body)
-            micro.averages.assign(statistics)
-            return micro.pack_logs(logs)
+            return micro.finished(loop(leaves, samples, micro_batch, micro.empty(), body))
 
         if self.model.run_eagerly:
             micro.look_at_losses()
