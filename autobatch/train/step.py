@@ -52,7 +52,7 @@ class AccumulatedStep:
         self._ran_whole = False
         self.copies: CopiesBeside | None = None  # of what the plain step changes before its update
         self._accumulate: Callable[..., Logs] | None = None
-        self._apply: Callable[[], None] | None = None
+        self._apply: Callable[[], Logs] | None = None
         self._evaluate: Callable[..., Logs] | None = None
         self.traced = Traced()  # of the micro-step that was traced last
         self.on_traced: Callable[[], None] = lambda: None
@@ -241,10 +241,9 @@ class AccumulatedStep:
         """Update the weights once with what :meth:`accumulate` summed; on several replicas, return the logs of all."""
         self.prepare(whole=False)
         assert self._apply is not None
-        self._apply()
-        return None
+        return self._apply()
 
-    def _trace_apply(self, micro: MicroStep) -> Callable[[], None]:
+    def _trace_apply(self, micro: MicroStep) -> Callable[[], Logs]:
         def apply() -> None:
             with self.update_room.update_of([variable for _, variables, _ in self._captured for variable in variables]):
                 for optimizer, variables, present in self._captured:

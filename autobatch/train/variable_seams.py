@@ -86,7 +86,8 @@ def _weight(inputs: Any, mask: Any, axes: list[int], mean: Any) -> Any:
 def has_own_call(layer: Any) -> bool:
     """Whether a subclass of BatchNormalization changes how its statistics are updated."""
     own = keras.layers.BatchNormalization
-    return any(getattr(type(layer), name) is not getattr(own, name) for name in ("call", "_update_renorm_statistics"))
+    names = ("call", "_update_renorm_statistics")
+    return any(getattr(type(layer), name, None) is not getattr(own, name, None) for name in names)
 
 
 def statistics_of(layer: Any) -> list[Any]:

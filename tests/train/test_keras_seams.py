@@ -13,7 +13,7 @@ from keras.src.losses import loss as loss_module
 from keras.src.trainers.compile_utils import CompileLoss
 from models import arrays, classifier
 
-from autobatch.train import keras_seams, metric_seams, strategy_seams
+from autobatch.train import keras_seams, metric_seams, strategy_seams, variable_seams
 from autobatch.train.normalizer import Mode, Normalizer
 
 
@@ -143,6 +143,35 @@ def test_fit_takes_a_data_adapter_and_a_train_function_that_is_there_already():
     assert keras_seams.is_array_adapter(adapter)
     model.fit(adapter, verbose=0)
     assert len(taken) == 3
+
+
+def test_assignments_are_taken_and_read_instead():
+    held = {}
+    layer = keras.layers.BatchNormalization()
+    layer.build((None, 4))
+    means = []
+
+    def take(variable, value):
+        held[id(variable)] = value
+        return variable is layer.moving_mean
+
+    def handle(normalising, inputs, compute):
+        weight, mean, variance = compute()
+        means.append((normalising, float(weight)))
+        return mean, variance
+
+    with (
+        variable_seams.assignments_taken(take, lambda variable: held.get(id(variable))),
+        variable_seams.moments_handled(handle),
+    ):
+        layer(np.ones((6, 4), "float32"), training=True)
+        np.testing.assert_allclose(layer.moving_mean, 0.01, rtol=1e-5)
+        assert variable_seams.inner_of(layer.moving_mean) is layer.moving_mean._value
+    assert means == [(layer, 6.0)]
+    np.testing.assert_array_equal(layer.moving_mean, 0.0)
+    np.testing.assert_allclose(layer.moving_variance, 0.99, rtol=1e-5)
+    assert not variable_seams.has_own_call(layer)
+    assert len(variable_seams.statistics_of(layer)) == 2
 
 
 def test_assignments_are_discarded():

@@ -325,6 +325,24 @@ def test_an_average_of_gradients_cannot_be_told_and_is_named():
     assert "norm itself: once for each micro-batch" in said
 
 
+def test_a_loop_of_ones_own():
+    x, y = data(20)
+    model, plain = stacked(layers.BatchNormalization(momentum=0.5)), stacked(layers.BatchNormalization(momentum=0.5))
+
+    def train_step(batch):
+        inputs, labels = batch
+        with tf.GradientTape() as tape:
+            loss = keras.losses.BinaryCrossentropy(from_logits=True)(labels, model(inputs, training=True))
+        model.optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    step = autobatch.wrap_step(train_step, model=model, optimizer=model.optimizer, target_batch=20, micro_batch=6)
+    step((x, y))
+    plain.fit(x, y, batch_size=20, verbose=0, shuffle=False)
+    for one, other in zip(model.non_trainable_variables, plain.non_trainable_variables, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 class InABranch(layers.Layer):
     """Calls its layer in a branch, whose assignments are not looked into."""
 
@@ -345,13 +363,12 @@ class InAFunction(layers.Layer):
     def __init__(self):
         super().__init__()
         self.norm = layers.BatchNormalization(name="norm")
-        self.function = tf.function(self.norm)
 
     def build(self, shape):
         self.norm.build(shape)
 
     def call(self, inputs, training=False):
-        return self.function(inputs, training=training)
+        return tf.cond(tf.shape(inputs)[0] > 0, lambda: self.norm(inputs, training=training), lambda: inputs)
 
 
 def test_statistics_that_cannot_be_deferred_are_named():
