@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -502,6 +503,36 @@ def test_what_other_trainings_leave_to_be_freed_is_not_counted(keras):
     gc.collect()
     watch.on_epoch_end(1)
     assert [sample.traces for sample in watch.samples] == [1, 0]
+
+
+def test_a_new_tensor_with_the_id_of_one_that_is_gone_is_new(keras):
+    import tensorflow as tf
+
+    from autobatch.train import alive
+
+    gone = tf.ones([2**16])
+    known, remembered = alive.remember_tensors(), weakref.ref(gone)
+    assert known[id(gone)]() is gone
+    del gone
+    log = [{"loss": 0.5, "outputs": tf.ones([2**16])} for _ in range(8)]
+    known.update((id(each["outputs"]), remembered) for each in log)
+    assert alive.where_kept(known) == ", in a list"
+
+
+def test_what_holds_is_told_by_what_is_in_it_not_by_its_length(keras):
+    """Four tensors, as of one epoch, each in a dictionary of its own that is as long as the list of all."""
+    import tensorflow as tf
+
+    from autobatch.train import alive
+
+    class Logged:
+        def __init__(self):
+            self.log = []
+
+    known, logged = alive.remember_tensors(), Logged()
+    for _ in range(4):
+        logged.log.append({"loss": 0.5, "accuracy": 0.5, "rate": 0.1, "outputs": tf.ones([2**16])})
+    assert alive.where_kept(known) == ", in a list, attribute 'log' of Logged"
 
 
 def test_an_epoch_costs_next_to_nothing(keras):
