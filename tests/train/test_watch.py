@@ -233,16 +233,23 @@ def fit_foreign():
 
 
 def run_cases(*groups):
-    """Run cases of this file, each group in a process of its own, and return what each of them found."""
+    """Run cases of this file, each group in a process of its own, and return what each of them found.
+
+    However long that takes: on a busy machine it is minutes.
+    """
     running = [
         subprocess.Popen([sys.executable, __file__, *names], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for names in groups
     ]
     told = {}
-    for process in running:
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-4000:]
-        told.update(json.loads(output.splitlines()[-1]))
+    try:
+        for process in running:
+            output, errors = process.communicate()
+            assert process.returncode == 0, errors[-4000:]
+            told.update(json.loads(output.splitlines()[-1]))
+    finally:
+        for process in running:
+            process.kill()  # those that still run, where another has failed
     return told
 
 
@@ -536,7 +543,10 @@ def test_what_holds_is_told_by_what_is_in_it_not_by_its_length(keras):
 
 
 def test_an_epoch_costs_next_to_nothing(keras):
-    """Measured on 2 cores: 0.3 ms an epoch. A census, once or twice a leak, is 0.1 to 0.2 s."""
+    """Measured on 2 cores: 0.3 ms an epoch. A census, once or twice a leak, is 0.1 to 0.2 s.
+
+    It is the thread's own time: on a busy machine that of the others would count as well.
+    """
     from autobatch.train.watch import MemoryWatch
 
     watch = MemoryWatch()
@@ -544,9 +554,9 @@ def test_an_epoch_costs_next_to_nothing(keras):
     watch.on_train_begin()
     seconds = []
     for epoch in range(50):
-        begun = time.perf_counter()
+        begun = time.thread_time()
         watch.on_epoch_end(epoch)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.thread_time() - begun)
     assert sorted(seconds)[25] < 0.01
 
 
