@@ -13,7 +13,8 @@ import collections
 import gc
 import re
 import types
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import keras
@@ -128,9 +129,18 @@ def _arrays_in(container: Any, kind: Any) -> Collection[Any]:
     return [item for item in items if type(item) is np.ndarray]
 
 
-def where_kept(known: Collection[int]) -> str:
-    """Say what holds the largest new tensors: ", in a list, attribute 'kept' of Watched"; "" if it cannot be told."""
-    tensors = sorted((tensor for tensor in live_tensors() if id(tensor) not in known), key=_tensor_bytes)
+def remember_tensors() -> dict[int, weakref.ref[Any]]:
+    """Note which eager tensors there are, by their ids; a new tensor may get the id of one that is gone by then."""
+    return {id(tensor): weakref.ref(tensor) for tensor in live_tensors()}
+
+
+def where_kept(known: Mapping[int, weakref.ref[Any]]) -> str:
+    """Say what holds the largest tensors that were not remembered: ", in a list, attribute 'kept' of Watched".
+
+    Returns "" if it cannot be told.
+    """
+    new = (tensor for tensor in live_tensors() if id(tensor) not in known or known[id(tensor)]() is not tensor)
+    tensors = sorted(new, key=_tensor_bytes)
     tensors = [tensor for tensor in tensors[-_FEW:] if 2 * _tensor_bytes(tensor) >= _tensor_bytes(tensors[-1])]
     own = [tensors]
     held: list[Any] = tensors
@@ -142,9 +152,12 @@ def where_kept(known: Collection[int]) -> str:
         ]
         if not containers:
             return ""
-        longest = max(containers, key=_length)
-        if _length(longest) >= max(len(tensors) // 2, 2):
-            return f", in a {_container_kind(longest).__name__}{_owner(longest)}"
+        # Counted, not told by their lengths: a dictionary of one tensor and three numbers holds one of them.
+        ids = set(map(id, held))
+        holding = [len(ids.intersection(map(id, gc.get_referents(container)))) for container in containers]
+        if max(holding) >= max(len(tensors) // 2, 2):
+            fullest = containers[holding.index(max(holding))]
+            return f", in a {_container_kind(fullest).__name__}{_owner(fullest)}"
         # Pairs or dictionaries of a few tensors each: what holds those?
         own.append(containers)
         held = containers
@@ -154,10 +167,6 @@ def where_kept(known: Collection[int]) -> str:
 def _container_kind(found: Any) -> Any:
     bases = type(found).__mro__
     return next((kind for kind in _CONTAINERS if kind in bases), None)
-
-
-def _length(container: Any) -> int:
-    return int(_container_kind(container).__len__(container))
 
 
 def _owner(container: Any) -> str:

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import warnings
+import weakref
 from typing import Any
 
 import keras
@@ -223,12 +224,12 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
     def _no_evidence(self) -> dict[str, Evidence]:
         return {where: Evidence(marks_late=self._marks_late) for where in ("device", "host")}
 
-    def _mark(self) -> tuple[Census, frozenset[str], frozenset[int]]:
-        """What is alive, the functions' names and the tensors' ids, to tell which ones are new later on."""
+    def _mark(self) -> tuple[Census, frozenset[str], dict[int, weakref.ref[Any]]]:
+        """What is alive, the functions' names and the tensors, to tell which ones are new later on."""
         if self._marks_late:
             gc.collect()  # old garbage is no part of what grows from here
-        tensors = map(id, alive.live_tensors()) if self._look_for_objects else ()
-        return self._census(), frozenset(alive.live_functions() or ()), frozenset(tensors)
+        tensors = alive.remember_tensors() if self._look_for_objects else {}
+        return self._census(), frozenset(alive.live_functions() or ()), tensors
 
     def _census(self) -> Census:
         if self._look_for_objects:

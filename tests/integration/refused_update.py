@@ -15,6 +15,10 @@ LIMIT_BYTES = 96 * 2**20
 UNITS = 1024
 """One weight takes 4 MiB; what Adam's update of it needs beside it is twice as much, and samples take next to none."""
 
+WEIGHT_BYTES = 4 * UNITS**2
+LEFT_BYTES = 3 * 2**19
+"""What is left beside the blocks of a weight's size, for samples and the like: in pieces, where that happens to be."""
+
 
 def build():
     import keras
@@ -26,17 +30,47 @@ def build():
     return model
 
 
+def take_region():
+    """Make the arena one region of memory: several cannot be joined, and depend on where the process's memory lies."""
+    import tensorflow as tf
+
+    tf.zeros([LIMIT_BYTES - 2 * WEIGHT_BYTES], tf.uint8)  # a region that grows doubles, up to the limit
+
+
+def fill_all_but(blocks):
+    """Fill the arena until only these blocks, each of a weight's size, and ``LEFT_BYTES`` are free; return what fills.
+
+    That so many bytes are free would not be enough: they might be in pieces that a gradient does not fit into.
+    """
+    import tensorflow as tf
+
+    from autobatch.memory import limits
+
+    def free():
+        return LIMIT_BYTES - limits.bytes_in_use("CPU:0")
+
+    kept_free, filling = [], []
+    while len(kept_free) < blocks:
+        before = free()
+        taken = tf.zeros([WEIGHT_BYTES], tf.uint8)
+        # The allocator gives the whole of a gap that is not much larger.
+        (kept_free if before - free() == WEIGHT_BYTES else filling).append(taken)
+    while free() > LEFT_BYTES:
+        filling.append(tf.zeros([2**14], tf.uint8))
+    return filling
+
+
 def main():
     mode = sys.argv[1]
     autobatch.limit_memory(LIMIT_BYTES)
     import numpy as np
     import tensorflow as tf
 
-    from autobatch.memory import limits
     from autobatch.train.recovery import Transaction
     from autobatch.train.step import AccumulatedStep
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
+    take_region()
     # One sample at a time, so that there is no smaller size to go on with.
     target = 1 if mode == "whole" else 2
     random = np.random.default_rng(0)
@@ -57,12 +91,10 @@ def main():
     for batch in batches[:6]:
         transaction.train(batch)
     before, told = state(model), {"room": step.update_room.bytes}
-    filling = []
     gc.collect()  # what a roll-back would find to free
-    # Enough for the gradient before the update, not for the update's room (beside the gradient, where nothing sums it).
-    left = told["room"] - 3 * 2**20 + (4 * UNITS**2 if mode == "whole" else 0)
-    while LIMIT_BYTES - limits.bytes_in_use("CPU:0") - left >= 2**20:
-        filling.append(tf.fill([2**18], float(len(filling))))
+    # One block is for the gradient (or for the zeros that take the place of what was summed), and nothing sums it where
+    # it is whole: then another is for the first half of the update's room. For the other half there is none.
+    filling = fill_all_but(2 if mode == "whole" else 1)
     try:
         transaction.train(batches[6])
         told["ended"] = "trained"
