@@ -193,6 +193,8 @@ def _comparing(subject: _Subject) -> Iterator[str]:
             f"The loss {', '.join(dict.fromkeys(comparing))} compares samples with each other; it sees those of one "
             "micro-batch at a time."
         )
+    elif (layer := _layer_of(subject, subject.traced.comparing)) is not None:
+        yield f"In {named([layer])} a sample depends on the others of its batch: it sees those of its micro-batch."
     elif subject.traced.comparing:
         yield (
             f"The loss compares samples with each other, in {subject.traced.comparing}; it sees those of one "
@@ -202,12 +204,10 @@ def _comparing(subject: _Subject) -> Iterator[str]:
 
 def _mixing(subject: _Subject) -> Iterator[str]:
     """Yield a sentence on what makes a sample depend on the others of its batch, batch normalisation apart."""
-    by_name = {layer.name: layer for layer in subject.layers[1:]}
     layers: dict[int, Any] = {}
     elsewhere: list[str] = []
     for name in sorted(subject.traced.mixed):
-        scopes = [each for scope in reversed(name.split("/")[:-1]) for each in (scope, _without_number(scope))]
-        layer = next((by_name[scope] for scope in scopes if scope in by_name), None)
+        layer = _layer_of(subject, name)
         if layer is None:
             elsewhere.append(name)
         elif not isinstance(layer, keras.layers.BatchNormalization):
@@ -215,6 +215,13 @@ def _mixing(subject: _Subject) -> Iterator[str]:
     if layers or elsewhere:
         where = named(list(layers.values())) if layers else elsewhere[0]
         yield f"In {where} a sample depends on the others of its batch: it sees those of its micro-batch."
+
+
+def _layer_of(subject: _Subject, operation: str) -> Any:
+    """Return the innermost layer in whose scope an operation's name stands; None if there is none."""
+    by_name = {layer.name: layer for layer in subject.layers[1:]}
+    scopes = [each for scope in reversed(operation.split("/")[:-1]) for each in (scope, _without_number(scope))]
+    return next((by_name[scope] for scope in scopes if scope in by_name), None)
 
 
 def _without_number(scope: str) -> str:

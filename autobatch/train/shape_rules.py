@@ -167,6 +167,8 @@ def _reshape(node: Node) -> Dependence:
         if merged_axes and not value.selected:
             return replace(value, axis=leading, parts=None, scattered=True, entries=None, positions=False)
         return node.lost("it moves samples about")
+    if leading is not None and before.rank > 1 and any(size != 1 for size in after[:leading]):
+        return node.lost("it sets samples against each other")  # the first dimensions change places, not their numbers
     if leading is None or after[leading] is not None or value.scattered:
         return node.lost("it cuts the batch")
     inside, outside = _known_size(before[value.axis + 1 :]), _known_size(after[leading + 1 :])
