@@ -5,6 +5,7 @@ Knows neither TensorFlow nor time: trials and clock are given to it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -180,7 +181,9 @@ def search(
         if isinstance(proposal, Run):
             bracket = bracket.observe(trial.micro_batch, fits=trial.fits)
         if len(traces) > known and budget_bytes is not None:
-            told = _replayed(traces, trial, budget_bytes, bracket.candidates[-1], terms.estimate)
+            told = _as_a_hint(
+                functools.partial(_replayed, traces, trial, budget_bytes, bracket.candidates[-1], terms.estimate)
+            )
             if told is not None:
                 terms = replace(terms, replayed=told)
 
@@ -199,6 +202,15 @@ def search(
     )
 
 
+def _as_a_hint(replayed: Callable[[], int | None]) -> int | None:
+    """What a replay tells; None where it could not be carried out, which is the same as one that is not believed."""
+    try:
+        return replayed()
+    except Exception as error:  # noqa: BLE001 - a trace may be wrong in ways nobody thought of, and no hint ends a search
+        logger.info("a replay could not be carried out: %r", error)
+        return None
+
+
 def _replayed(
     traces: Sequence[AllocationTrace],
     trial: TrialResult,
@@ -206,24 +218,7 @@ def _replayed(
     at_most: int,
     estimate: SampleEstimate | None,
 ) -> int | None:
-    """The largest size that fits where the newest trace, ``trial``'s, is replayed; None where that is not believed.
-
-    A replay is a hint: one that cannot be carried out is not believed either.
-    """
-    try:
-        return _believed_replay(traces, trial, budget_bytes, at_most, estimate)
-    except Exception as error:  # noqa: BLE001 - a trace may be wrong in ways nobody thought of, and no hint ends a search
-        logger.info("a replay could not be carried out: %r", error)
-        return None
-
-
-def _believed_replay(
-    traces: Sequence[AllocationTrace],
-    trial: TrialResult,
-    budget_bytes: int,
-    at_most: int,
-    estimate: SampleEstimate | None,
-) -> int | None:
+    """The largest size that fits where the newest trace, ``trial``'s, is replayed; None where that is not believed."""
     if not trial.fits:
         return None
     trace = traces[-1] if len(traces) == 1 else replay.between(traces[-2], traces[-1])

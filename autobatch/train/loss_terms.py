@@ -25,6 +25,9 @@ from autobatch.train.graph_copies import copied, gradients_of, sources_of
 from autobatch.train.sample_flow import SampleFlow
 from autobatch.train.totals import Mode, Totals
 
+MOST_NUMBERS = 2**20
+"""A sum of more numbers than this, as of a matrix of all features by all, is not counted beforehand."""
+
 
 @dataclass(slots=True)
 class _Sum:
@@ -251,13 +254,13 @@ class LossTerms:
             if not found.data and found.degree == 0 and not found.weights:
                 continue
             if found.is_plain_sum:
-                if tensor.shape.num_elements() is None:
+                if not _can_be_counted(tensor):
                     return [], tensor.op.name
                 sums.append(_Sum(tensor, found))
                 continue
             inputs = list(tensor.op.inputs)
             if tensor.op.type == "Mean" and self.flow.of(inputs[0]).selected:
-                if tensor.shape.num_elements() is None:
+                if not _can_be_counted(tensor):
                     return [], tensor.op.name
                 picked = tf.cast(tf.size(inputs[0]), tf.float64) / max(tensor.shape.num_elements(), 1)
                 sums.append(_Sum(tensor, Dependence(data=True, weights=found.weights), picked))
@@ -355,6 +358,11 @@ class LossTerms:
                 self.flow.define(gradient, Dependence(axis=found.axis, data=True, weights=True, parts=found.parts))
             else:
                 self.flow.define(gradient, unknown(f"{gradient.op.name} (a gradient)"))
+
+
+def _can_be_counted(tensor: Any) -> bool:
+    numbers = tensor.shape.num_elements()
+    return numbers is not None and numbers <= MOST_NUMBERS
 
 
 def unknown_within_keras(found: Dependence) -> Dependence:

@@ -75,6 +75,19 @@ def apply_rule(op: Any, inputs: Sequence[Dependence]) -> list[Dependence]:
 _WHATEVER_THE_INPUTS = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike", "CTCLoss", "CTCLossV2"])
 
 
+_ACROSS_THE_BATCH = frozenset(
+    [
+        *("Bincount", "DenseBincount", "Unique", "UniqueV2", "UniqueWithCounts", "UniqueWithCountsV2", "ListDiff"),
+        *("RandomShuffle", "DynamicPartition", "DynamicStitch", "ParallelDynamicStitch", "InvertPermutation"),
+        *("SegmentMean", "SegmentMax", "SegmentMin", "SegmentProd", "UnsortedSegmentMax", "UnsortedSegmentMin"),
+        *("UnsortedSegmentProd", "ScatterNd", "TensorScatterUpdate", "TensorScatterAdd", "TensorScatterSub"),
+        *("TensorScatterMax", "TensorScatterMin", "SparseReorder", "HistogramFixedWidth", "NonMaxSuppressionV3"),
+        *("SparseSegmentSum", "SparseSegmentMean", "SparseSegmentSqrtN", "SparseTensorDenseMatMul"),
+    ]
+)
+"""Operations without a rule whose result may have an entry for each sample, and not its own."""
+
+
 def _without_a_rule(node: Node) -> Any:
     inputs = [each for each, tensor in zip(node.inputs, node.op.inputs, strict=True) if tensor.dtype != tf.resource]
     if (lost := first_unknown(inputs)) is not None:
@@ -88,6 +101,7 @@ def _without_a_rule(node: Node) -> Any:
     for output in node.op.outputs:
         shape = output.shape
         first_is_open = shape.rank is not None and shape.rank > 0 and shape[0] is None
+        first_is_open = first_is_open and node.op.type not in _ACROSS_THE_BATCH
         if axes == {0} and first_is_open:
             of_samples = next(each for each in inputs if each.axis == 0)
             results.append(settled(replace(merged(of_samples, inputs), degree=_zero_if_zero(inputs), axis=0)))
