@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.train.totals import Kind
+
 
 class EagerTerms:
     """Weighs one eager run on one micro-batch of ``samples``.
@@ -94,16 +96,18 @@ class EagerTerms:
     def _power(self, degree: Any, like: Any) -> Any:
         return tf.cast((1.0 / self._fraction) ** float(degree or 0), like.dtype)
 
-    def is_for_each_sample(self, part: Any) -> bool:
-        """Whether a part of the logs is as long as the micro-batch."""
+    def kind_of(self, part: Any) -> Kind:
+        """As :meth:`LossTerms.kind_of`, as far as a value's shape tells."""
         tensor = tf.convert_to_tensor(part)
-        return bool(tensor.shape.rank) and int(tensor.shape[0]) == self._samples
+        if tensor.shape.rank:
+            return Kind.JOINED if int(tensor.shape[0]) == self._samples else Kind.LAST
+        return Kind.AVERAGED if tensor.dtype.is_floating else Kind.LAST
 
-    def weighed_logs(self, logs: Any, averaged: Sequence[bool]) -> Any:
+    def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
         """As :meth:`LossTerms.weighed_logs`."""
-        flags = iter(averaged)
+        following = iter(kinds)
         flat = [
-            part if part is None or not next(flags) else self.weighed(tf.convert_to_tensor(part))
+            part if part is None or next(following) is not Kind.AVERAGED else self.weighed(tf.convert_to_tensor(part))
             for part in tf.nest.flatten(logs)
         ]
         return tf.nest.pack_sequence_as(logs, flat)

@@ -257,6 +257,14 @@ def _updated_in_parts(subject: _Subject) -> Iterator[str]:
     yield from whole_batch_metrics.sentences(subject.traced.updated_in_parts)
 
 
+def _loose_logs(subject: _Subject) -> Iterator[str]:
+    # A loss that is not known is named by itself.
+    if subject.traced.loose_logs and not subject.traced.untold and not subject.traced.comparing:
+        names = ", ".join(repr(name) for name in subject.traced.loose_logs if name)
+        named_as = f" as {names}" if names else ""
+        yield f"What train_step returns{named_as} may not be the full batch's: each micro-batch makes its own."
+
+
 KINDS = (
     ("batch-statistics", _normalising),
     ("random-draws", _drawing),
@@ -271,6 +279,7 @@ KINDS = (
     ("losses", _not_followed),
     ("metrics", _scalar_metrics),
     ("metrics", _updated_in_parts),
+    ("metrics", _loose_logs),
 )
 """The kinds of differences: where the page explains them, and what finds them."""
 

@@ -113,6 +113,41 @@ def _where(node: Node) -> Dependence:
     return replace(settled(value), selected=True, parts=None, degree=0)
 
 
+@rule("DynamicPartition")
+def _partitioned(node: Node) -> Dependence:
+    value, parts = node.inputs
+    if value.axis is None and parts.axis is None:
+        return replace(merged(FREE, node.inputs), linear=not value.data and not parts.data)
+    if value.axis != 0 or parts.axis != 0:
+        return node.lost()
+    return replace(merged(value, node.inputs), degree=value.degree, selected=True, parts=None)
+
+
+@rule(
+    *("Svd", "Qr", "SelfAdjointEigV2", "Eig", "MatrixInverse", "Cholesky", "MatrixDeterminant", "LogMatrixDeterminant"),
+    *("MatrixSolve", "MatrixTriangularSolve", "Lu", "MatrixSquareRoot", "MatrixExponential", "MatrixLogarithm"),
+    *("MatrixDiagPartV3", "MatrixSetDiagV3", "MatrixBandPart", "FFT2D", "IFFT2D", "RFFT2D", "IRFFT2D"),
+    *("MatrixSolveLs", "CholeskyGrad"),
+)
+def _on_matrices(node: Node) -> Any:
+    """Take the last dimensions together: samples are apart from each other only in dimensions before them."""
+    inputs = [each for each in node.inputs if each.axis is not None]
+    if not inputs:
+        result = merged(FREE, node.inputs)
+        return replace(
+            result, degree=0 if all(each.degree == 0 for each in node.inputs) else None, linear=not result.data
+        )
+    apart = [
+        each.axis < rank - 2
+        for place, each in enumerate(node.inputs)
+        if each.axis is not None and (rank := node.rank(place)) is not None
+    ]
+    if len(apart) < len(inputs) or not all(apart) or {each.axis for each in inputs} != {0}:
+        return node.lost("it sets samples against each other")
+    result = settled(replace(merged(inputs[0], node.inputs), linear=True))
+    return replace(result, degree=0 if all(each.degree == 0 for each in node.inputs) else None)
+
+
 @rule("FusedBatchNormV3", "FusedBatchNormV2", "FusedBatchNorm")
 def _normalised(node: Node) -> list[Dependence]:
     value = node.inputs[0]
@@ -171,3 +206,14 @@ def _unstacked(node: Node) -> Dependence:
 @rule("TensorListLength", "TensorListElementShape")
 def _of_a_list(node: Node) -> Dependence:
     return FREE
+
+
+@rule("ReverseV2", "Roll", "Cumsum", "Cumprod", "CumulativeLogsumexp")
+def _along_an_axis(node: Node) -> Dependence:
+    value, rank = node.inputs[0], node.rank(0)
+    axes = node.constant(2 if node.op.type == "Roll" else 1)
+    if value.axis is None:
+        return replace(value, entries=None)
+    if axes is None or rank is None or value.axis in {int(axis) % rank for axis in np.asarray(axes).reshape(-1)}:
+        return node.lost("it sets samples against each other")
+    return replace(value, positions=False) if node.op.type != "Cumprod" else settled(value)

@@ -22,8 +22,12 @@ import tensorflow as tf
 
 from autobatch.train.dependence import Dependence, unknown
 from autobatch.train.graph_copies import copied, gradients_of, sources_of
+from autobatch.train.linear_forms import as_plain_sums
 from autobatch.train.sample_flow import SampleFlow
-from autobatch.train.totals import Mode, Totals
+from autobatch.train.totals import Kind, Mode, Totals
+
+_EXTREMES = {"Max": Kind.LARGEST, "Any": Kind.LARGEST, "Min": Kind.SMALLEST, "All": Kind.SMALLEST}
+"""Operations whose result for a batch is the largest, or smallest, of those for its parts."""
 
 MOST_NUMBERS = 2**20
 """A sum of more numbers than this, as of a matrix of all features by all, is not counted beforehand."""
@@ -49,6 +53,10 @@ class _Terms:
 
     degree: Any = None
     sums: list[_Sum] = field(default_factory=list)
+    target: Any = None
+    """The tensor as a function of ``sums``."""
+    leaves: list[Any] = field(default_factory=list)
+    """Tensors with an entry for each sample, of which some of ``sums`` were made anew, unknown to any tape."""
 
 
 class LossTerms:
@@ -97,7 +105,7 @@ class LossTerms:
     def weighed_loss(self, loss: Any) -> Any:
         """A loss that the user's code has reduced, weighed where it is of one degree; else as it is, to be followed."""
         found = self.flow.of(loss) if _is_symbolic(loss) and loss.shape.rank == 0 else unknown("no number")
-        degree = found.degree if found.is_plain_sum else None
+        degree = found.degree if found.is_plain_sum and not found.mixed else None
         self.told.append(("loss", degree))
         if degree is None:
             return loss
@@ -115,8 +123,17 @@ class LossTerms:
             return len(values.shape) > 0
         if found.axis is None:
             return False
+        if found.degree != 0 or not found.linear or (found.mixed and self._can_be_undone(values)):
+            return False
         self._note(found)
-        return found.degree in (0, None)
+        return True
+
+    def _can_be_undone(self, values: Any) -> bool:
+        """Whether samples were mixed only by numbers of the batch that were added to each, or multiplied with each."""
+        if not values.dtype.is_floating:
+            return False
+        mean = tf.reduce_mean(values)
+        return as_plain_sums(mean, self.flow)[0] is not mean
 
     def gradient(
         self,
@@ -170,11 +187,16 @@ class LossTerms:
             return value
         if terms.degree is not None:
             return value if terms.degree == 0 else value * tf.cast(self._power(terms.degree), value.dtype)
+        if value.shape.rank != 0:
+            return value
         fresh = [tf.identity(each.tensor) for each in terms.sums]
+        value = terms.target
         again = copied(value, [each.tensor for each in terms.sums], fresh)
         of_data = [place for place, each in enumerate(terms.sums) if each.dependence.data]
         slopes = gradients_of(again, [fresh[place] for place in of_data], None)
         curved = sources_of(slopes, fresh)
+        # What has no slope, as where a number is rounded or compared, may jump.
+        curved |= {place for place, slope in zip(of_data, slopes, strict=True) if slope is None}
         values = []
         for place, each in enumerate(terms.sums):
             if place in of_data and place not in curved:
@@ -192,18 +214,42 @@ class LossTerms:
                 result = result + tf.cast(tf.reduce_sum(slope * here), value.dtype)
         return result
 
-    def is_for_each_sample(self, part: Any) -> bool:
-        """Whether a part of the logs has a number, or a row, for each sample in turn."""
-        if not _is_symbolic(part) or not part.shape.rank:
-            return False
+    def kind_of(self, part: Any) -> Kind:
+        """How a part of the logs that is no metric's result becomes the effective batch's."""
+        if not _is_symbolic(part):
+            return Kind.LAST
         found = self.flow.of(part)
-        return found.axis == 0 and found.data and not found.unknown
+        if found.unknown:
+            return Kind.NOT_TOLD
+        if found.axis is not None:
+            return Kind.JOINED if found.axis == 0 and part.shape.rank else Kind.NOT_TOLD
+        if not found.data and found.degree == 0:
+            return Kind.LAST
+        if part.op.type in _EXTREMES and self.flow.of(part.op.inputs[0]).axis is not None:
+            return _EXTREMES[part.op.type]
+        if part.dtype.is_floating:
+            scalar = part.shape.rank == 0
+            if scalar:
+                terms = self._terms(part, silently=True)
+                told = terms is not None and not (found.mixed and terms.degree is not None)
+            else:
+                told = not found.mixed and (found.is_plain_sum or not found.data)
+            return Kind.AVERAGED if told else Kind.NOT_TOLD
+        return Kind.SUMMED if part.dtype.is_integer and found.is_plain_sum and found.degree == 1 else Kind.NOT_TOLD
 
-    def weighed_logs(self, logs: Any, averaged: Sequence[bool]) -> Any:
+    def is_weighed(self, part: Any) -> bool:
+        """Whether a number of the logs is of one degree, so that a factor weighs it."""
+        terms = self._terms(part, silently=True)
+        return terms is not None and terms.degree is not None
+
+    def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
         """What a step returned, with those parts weighed that are averaged over the micro-batches."""
-        flags = iter(averaged)
-        # tf.nest sorts a dict by its keys, as :class:`MicroStep` does.
-        flat = [part if part is None or not next(flags) else self.weighed(part) for part in tf.nest.flatten(logs)]
+        following = iter(kinds)
+        # tf.nest sorts a dict by its keys, as :class:`autobatch.train.merged_logs.MergedLogs` does.
+        flat = [
+            part if part is None or next(following) is not Kind.AVERAGED else self.weighed(part)
+            for part in tf.nest.flatten(logs)
+        ]
         return tf.nest.pack_sequence_as(logs, flat)
 
     # -- how a tensor is made ---------------------------------------------------------------------------------------
@@ -224,17 +270,29 @@ class LossTerms:
             self._note(found)
             return None
         if found.axis is not None:  # differentiated, a vector is a sum
-            if found.degree is None or not found.linear:
-                self._note(unknown(target.op.name))
-                return None
-            self._note(found)
-            return _Terms(degree=found.degree + 1)
-        if found.degree is not None and (found.linear or not found.data):
+            if found.degree is not None and found.linear and not found.mixed:
+                self._note(found)
+                return _Terms(degree=found.degree + 1)
+            terms = self._as_sums(tf.reduce_sum(target))
+        elif found.degree is not None and (found.linear or not found.data) and not found.mixed:
             self._note(found)
             return _Terms(degree=found.degree)
-        sums, lost = self._sums_of(target)
-        self._note(unknown(lost) if lost else found)
-        return None if lost else _Terms(sums=sums)
+        else:
+            terms = self._as_sums(target)
+        if isinstance(terms, _Terms):
+            return terms
+        # Of a sum of samples that depend on each other the degree is right all the same.
+        if found.degree is not None and found.linear:
+            self._note(found)
+            return _Terms(degree=found.degree + (found.axis is not None))
+        self._note(unknown(terms))
+        return None
+
+    def _as_sums(self, target: Any) -> _Terms | str:
+        """``target`` as a function of sums; or the name of an operation of which that is not known."""
+        rewritten, leaves = as_plain_sums(target, self.flow)
+        sums, lost = self._sums_of(rewritten)
+        return lost or _Terms(sums=sums, target=rewritten, leaves=leaves)
 
     def _sums_of(self, target: Any) -> tuple[list[_Sum], str]:
         """The sums that ``target`` is a function of; or the name of an operation of which that is not known."""
@@ -253,6 +311,8 @@ class LossTerms:
                 return [], used_by
             if not found.data and found.degree == 0 and not found.weights:
                 continue
+            if found.is_plain_sum and found.mixed:
+                return [], next(iter(sorted(found.mixed)))
             if found.is_plain_sum:
                 if not _can_be_counted(tensor):
                     return [], tensor.op.name
@@ -295,7 +355,9 @@ class LossTerms:
         """What the part is in the effective batch."""
         tensor = part.tensor
         if not part.dependence.data:
-            return tensor * tf.cast(self._power(part.dependence.degree), tensor.dtype)
+            whole_number = tensor.dtype.is_integer
+            value = tf.cast(tensor, tf.float64) * self._power(part.dependence.degree)
+            return tf.cast(tf.round(value) if whole_number else value, tensor.dtype)
         if tensor.name not in self._total_of:
             value = tf.cast(tensor, tf.float64)
             if part.count is not None:
@@ -316,23 +378,35 @@ class LossTerms:
             upstream = tf.ones_like(target) if above is None else tf.convert_to_tensor(above)
             return [(target, upstream * tf.cast(self._power(terms.degree), upstream.dtype))]
         trained = [place for place, each in enumerate(terms.sums) if each.trained]
-        if not trained:
+        if not trained or (above is not None and terms.target.shape.rank != target.shape.rank):
             return [(target, above)]
         tensors = [each.tensor for each in terms.sums]
         fresh = [tf.identity(tensor) for tensor in tensors]
-        slopes = gradients_of(copied(target, tensors, fresh), [fresh[place] for place in trained], above)
+        slopes = gradients_of(copied(terms.target, tensors, fresh), [fresh[place] for place in trained], above)
         needed = sources_of(slopes, fresh)
         values = [
             self._at_total(each) if place in needed or not each.dependence.data else tf.identity(each.tensor)
             for place, each in enumerate(terms.sums)
         ]
         values = [tf.identity(value) for value in values]
-        slopes = gradients_of(copied(target, tensors, values), [values[place] for place in trained], above)
-        pieces = []
+        slopes = gradients_of(copied(terms.target, tensors, values), [values[place] for place in trained], above)
+        pieces, anew = [], []
         for place, slope in zip(trained, slopes, strict=True):
-            if slope is not None:
-                part = terms.sums[place]
-                pieces.append((part.tensor, slope * tf.cast(self._weight(part), slope.dtype)))
+            if slope is None:
+                continue
+            part = terms.sums[place]
+            slope = slope * tf.cast(self._weight(part), slope.dtype)
+            if terms.leaves and sources_of([part.tensor], terms.leaves):
+                anew.append((part.tensor, slope))
+            else:
+                pieces.append((part.tensor, slope))
+        if anew:
+            # The tape knows what these sums are made of, and not the sums.
+            ends = list({leaf.name: leaf for leaf in terms.leaves}.values())
+            through = tf.gradients(
+                [tensor for tensor, _ in anew], ends, [slope for _, slope in anew], stop_gradients=ends
+            )
+            pieces += [(end, slope) for end, slope in zip(ends, through, strict=True) if slope is not None]
         return pieces or [(target, above)]
 
     # -- gradients of the samples themselves --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import tensorflow as tf
 
 from autobatch.train.derived_logs import Derived
 from autobatch.train.logs import Results
+from autobatch.train.totals import Kind
 
 Logs = Any
 """What a step returns: a nest of tensors, mostly a dictionary of scalars."""
@@ -17,18 +19,27 @@ Logs = Any
 class MergedLogs:
     """What a step's logs are made of, and how those of several micro-batches become one.
 
-    ``averaged`` tells which parts are averaged over the micro-batches, ``joined`` which have a number for each sample
-    and are put one behind the other; the others stand for all micro-batches so far. ``returned_by`` is, for each part,
-    the metric whose result it is and its place there. All are known once a step was run or traced.
+    ``kinds`` tells it of each part, and ``returned_by`` the metric whose result it is and its place there, None for
+    what is none. Both are known once a step was run or traced. ``not_told`` are the names of parts that may not be the
+    effective batch's.
     """
 
     def __init__(self) -> None:
-        self.averaged: list[bool] = []
-        self.joined: list[bool] = []
+        self.kinds: list[Kind] = []
         self.returned_by: list[tuple[Any, int] | None] = []
+        self.not_told: tuple[str, ...] = ()
         self._structure: Logs = None
         self._latest: list[Any] = []  # of the last micro-batch, where steps run eagerly
         self._derived: list[Derived | None] = []
+
+    @property
+    def averaged(self) -> list[bool]:
+        """Which parts are single numbers that are averaged over the micro-batches."""
+        parts = [part for part in tf.nest.flatten(self._structure) if part is not None]
+        return [
+            kind in (Kind.AVERAGED, Kind.NOT_TOLD) and _is_scalar(part)
+            for kind, part in zip(self.kinds, parts, strict=True)
+        ]
 
     def note_structure(self, logs: Logs) -> None:
         """Note the logs as a traced step returns them."""
@@ -45,28 +56,26 @@ class MergedLogs:
         parts = _named_parts(logs)
         self._derived = [] if variables is None else [results.derived(part, variables) for _, part in parts]
         self.returned_by = [results.returned_by(part) for _, part in parts]
-        averaged = averaged_parts(logs, results, batch)
-        joined = [terms.is_for_each_sample(part) and not results.holds(name, part, batch) for name, part in parts]
-        if tf.executing_eagerly():
-            if self.averaged:  # what was no result once is none, though its value was a result's before
-                averaged = [now or before for now, before in zip(averaged, self.averaged, strict=True)]
-            if self.joined:  # one as long as a micro-batch by chance is not as long as all
-                joined = [now and before for now, before in zip(joined, self.joined, strict=True)]
-        self.averaged, self.joined = averaged, joined
-        self._structure = logs
-        return terms.weighed_logs(logs, averaged)
+        kinds = kinds_of(logs, results, batch, terms)
+        if tf.executing_eagerly() and self.kinds:
+            kinds = [_settled(before, now) for before, now in zip(self.kinds, kinds, strict=True)]
+        self.kinds, self._structure = kinds, logs
+        names = (name for (name, _), kind in zip(parts, kinds, strict=True) if kind is Kind.NOT_TOLD)
+        self.not_told = tuple(dict.fromkeys(names))
+        return terms.weighed_logs(logs, kinds)
 
     def empty(self) -> list[Any]:
-        """Zeros in the shape of the logs, to carry through the loop; nothing where there was no trace to learn from."""
+        """Logs of no samples, to carry through the loop; nothing where there was no trace to learn from."""
         if tf.executing_eagerly():
-            self.averaged, self.joined = [], []
+            self.kinds = []
         if self._structure is None or tf.executing_eagerly():
             return []
-        return [
-            tf.zeros([0 if size is None else size for size in part.shape], part.dtype)
-            for part in tf.nest.flatten(self._structure)
-            if part is not None
-        ]
+        parts = [part for part in tf.nest.flatten(self._structure) if part is not None]
+        empty = []
+        for part, kind in zip(parts, self.kinds, strict=True):
+            shape = [0 if size is None else size for size in part.shape]
+            empty.append(_least(shape, part.dtype, kind))
+        return empty
 
     def merged(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
         """The logs so far, with those of one more micro-batch that is ``fraction`` of the effective batch."""
@@ -81,13 +90,9 @@ class MergedLogs:
                 )
                 for (total, before), part in zip(carried, parts, strict=True)
             ]
-        merged = []
-        for before, part, is_summed, is_joined in zip(carried, parts, self.averaged, self.joined, strict=True):
-            if is_summed:
-                merged.append(before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype))
-            else:
-                merged.append(tf.concat([before, part], 0) if is_joined else part)
-        return merged
+        return [
+            _merged(before, part, kind, fraction) for before, part, kind in zip(carried, parts, self.kinds, strict=True)
+        ]
 
     def as_of_now(self, parts: list[Any]) -> list[Any]:
         """The logs with the results of metrics, and what is computed from them, as they are now."""
@@ -97,8 +102,8 @@ class MergedLogs:
 
         values = [result_of(*by) if by is not None else None for by in self.returned_by]
         values = [
-            derived.now(result_of) if derived is not None and not averaged else value
-            for derived, averaged, value in zip(self._derived, self.averaged, values, strict=True)
+            derived.now(result_of) if derived is not None and kind is Kind.LAST else value
+            for derived, kind, value in zip(self._derived, self.kinds, values, strict=True)
         ]
         return [
             part if value is None else tf.cast(value, part.dtype) for part, value in zip(parts, values, strict=True)
@@ -107,10 +112,10 @@ class MergedLogs:
     def pack(self, parts: list[Any]) -> Logs:
         """The logs in the structure in which the step returned them."""
         if self._latest:
-            all_of_them = zip(parts, self._latest, self.averaged, self.joined, strict=True)
+            all_of_them = zip(parts, self._latest, self.kinds, strict=True)
             parts = [
-                total if averaged else joined if is_joined else latest
-                for (total, joined), latest, averaged, is_joined in all_of_them
+                total if kind is Kind.AVERAGED else joined if kind is Kind.JOINED else latest
+                for (total, joined), latest, kind in all_of_them
             ]
             self._latest = []
         remaining = iter(parts)
@@ -118,9 +123,53 @@ class MergedLogs:
         return tf.nest.pack_sequence_as(self._structure, flat)
 
 
-def averaged_parts(logs: Logs, results: Results, batch: Sequence[Any]) -> list[bool]:
-    """For each part of the logs, whether it is averaged: a number of its micro-batch that is no metric's result."""
-    return [_is_scalar(part) and not results.holds(name, part, batch) for name, part in _named_parts(logs)]
+def kinds_of(logs: Logs, results: Results, batch: Sequence[Any], terms: Any) -> list[Kind]:
+    """How each part of the logs becomes the effective batch's: results of metrics are so already."""
+    return [Kind.LAST if results.holds(name, part, batch) else terms.kind_of(part) for name, part in _named_parts(logs)]
+
+
+def _least(shape: list[int], dtype: Any, kind: Kind) -> Any:
+    """What nothing is changed by when it is merged with it."""
+    if kind is Kind.LARGEST and dtype != tf.bool:
+        return tf.fill(shape, tf.constant(dtype.min, dtype))
+    if kind is Kind.SMALLEST:
+        return tf.fill(shape, tf.constant(True if dtype == tf.bool else dtype.max, dtype))
+    return tf.zeros(shape, dtype)
+
+
+def _settled(before: Kind, now: Kind) -> Kind:
+    """What is known of a part after another eager micro-batch, which may show more than those before.
+
+    What was no result once is none, though its value was a result's before; what is as long as a micro-batch by chance
+    is not as long as each.
+    """
+    if Kind.AVERAGED in (before, now):
+        return Kind.AVERAGED
+    return now if before is now else Kind.LAST
+
+
+def _merged(before: Any, part: Any, kind: Kind, fraction: Any) -> Any:
+    if kind is Kind.AVERAGED or (kind is Kind.NOT_TOLD and _is_scalar(part)):
+        return before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype)
+    if kind is Kind.SUMMED:
+        return before + part
+    if kind is Kind.JOINED:
+        return tf.concat([before, part], 0)
+    if kind in (Kind.LARGEST, Kind.SMALLEST):
+        larger, smaller = (tf.logical_or, tf.logical_and) if part.dtype == tf.bool else (tf.maximum, tf.minimum)
+        return (larger if kind is Kind.LARGEST else smaller)(before, part)
+    return part
+
+
+def together(parts: Sequence[Any], kind: Kind) -> Any:
+    """What several replicas have of one part of the logs, put together; the first one's where all have the same."""
+    if kind is Kind.JOINED:
+        return tf.concat(parts, 0)
+    if kind in (Kind.AVERAGED, Kind.SUMMED):
+        return tf.add_n(parts)
+    if kind in (Kind.LARGEST, Kind.SMALLEST):
+        return functools.reduce(lambda one, other: _merged(one, other, kind, 1.0), parts)
+    return parts[0]
 
 
 def _named_parts(logs: Logs) -> list[tuple[str, Any]]:
@@ -134,3 +183,13 @@ def _named_parts(logs: Logs) -> list[tuple[str, Any]]:
 def _is_scalar(part: Any) -> bool:
     tensor = tf.convert_to_tensor(part)
     return bool(tensor.dtype.is_floating and tensor.shape.rank == 0)
+
+
+def not_told_eagerly(logs: Logs, kinds: Sequence[Kind], terms: Any) -> tuple[str, ...]:
+    """The names of what a step returns that a trace can merge, and eager micro-batches cannot."""
+    found = []
+    for (name, part), kind in zip(_named_parts(logs), kinds, strict=True):
+        single = kind is Kind.AVERAGED and _is_scalar(part) and terms.is_weighed(part)
+        if kind not in (Kind.LAST, Kind.JOINED) and not single:
+            found.append(name)
+    return tuple(dict.fromkeys(found))

@@ -17,7 +17,7 @@ from autobatch.train.eager_updates import EagerUpdates
 from autobatch.train.graphs import written_variables
 from autobatch.train.logs import Results
 from autobatch.train.loss_terms import LossTerms
-from autobatch.train.merged_logs import Logs, MergedLogs, averaged_parts
+from autobatch.train.merged_logs import Logs, MergedLogs, kinds_of, not_told_eagerly
 from autobatch.train.normalizer import Normalizer
 from autobatch.train.running_averages import RunningAverages
 from autobatch.train.sample_flow import SampleFlow
@@ -138,7 +138,9 @@ class MicroStep:
             ):
                 logs = self._step(owner.structure.pack(leaves))
             batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
-            terms.weighed_logs(logs, averaged_parts(logs, results, batch))
+            kinds = kinds_of(logs, results, batch, terms)
+            terms.weighed_logs(logs, kinds)
+            traced.loose_logs = not_told_eagerly(logs, kinds, terms)
             assert isinstance(terms, LossTerms)
             self._told = tuple(terms.told)
             self._count_length = normalizer.totals.length - terms.counted
@@ -205,6 +207,7 @@ class MicroStep:
             owner.on_traced()
         batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
         logs = self.logs.note(logs, results, batch, terms, components(owner.variables) if held else None)
+        traced.loose_logs = self.logs.not_told if self._learnt is None else self._learnt.loose_logs
         self._count_length = normalizer.totals.length
         return logs, held
 
@@ -260,7 +263,7 @@ class MicroStep:
         ):
             logs = self._step(owner.structure.pack(leaves))
         if not tf.executing_eagerly():
-            terms.weighed_logs(logs, self.logs.averaged)
+            terms.weighed_logs(logs, self.logs.kinds)
         counted = normalizer.totals.counted
         self._count_length = normalizer.totals.length
         return tf.concat(counted, 0) if counted else tf.zeros([0], tf.float64)

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from autobatch.train import keras_seams, strategy_seams
 from autobatch.train.division import Division, evenly
-from autobatch.train.merged_logs import Logs
+from autobatch.train.merged_logs import Logs, together
 from autobatch.train.micro_step import MicroStep, loop
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.structure import cut, sample_count
@@ -256,9 +256,9 @@ class ReplicatedStep(AccumulatedStep):
 
             with strategy_seams.losses_unscaled():
                 means, others, seconds, statistics = self.strategy.run(on_replica)
-            flags = [joined for joined, mean in zip(micro.logs.joined, micro.logs.averaged, strict=True) if not mean]
+            kinds = [kind for kind, mean in zip(micro.logs.kinds, micro.logs.averaged, strict=True) if not mean]
             local = [self.strategy.experimental_local_results(part) for part in others]
-            first = [tf.concat(parts, 0) if joined else parts[0] for parts, joined in zip(local, flags, strict=True)]
+            first = [together(parts, kind) for parts, kind in zip(local, kinds, strict=True)]
             taken = tf.stack(self.strategy.experimental_local_results(seconds))
             each = [self.strategy.experimental_local_results(state) for state in statistics]
             return tf.stack(self.strategy.experimental_local_results(means)), first, taken, each

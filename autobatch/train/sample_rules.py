@@ -89,7 +89,11 @@ _ACROSS_THE_BATCH = frozenset(
 
 
 def _without_a_rule(node: Node) -> Any:
-    inputs = [each for each, tensor in zip(node.inputs, node.op.inputs, strict=True) if tensor.dtype != tf.resource]
+    inputs = [
+        each
+        for each, tensor in zip(node.inputs, node.op.inputs, strict=True)
+        if tensor.dtype != tf.resource and each.entries is None  # shapes say how much there is, and not what
+    ]
     if (lost := first_unknown(inputs)) is not None:
         return lost
     if not any(each.data or each.axis is not None or each.degree != 0 for each in inputs):
@@ -131,15 +135,24 @@ def _aligned(node: Node, places: Sequence[int]) -> Dependence | None:
         axis = rank - its_rank + operand.axis
         if found is None:
             found = replace(operand, axis=axis)
-        elif found.axis != axis or (None not in (found.parts, operand.parts) and found.parts != operand.parts):
+        elif found.axis != axis or not _alike(found, operand):
             return None
         elif operand.data and not found.data:
             found = replace(operand, axis=axis)
     return found or FREE
 
 
+def _alike(one: Dependence, other: Dependence) -> bool:
+    """Whether entries in the same place are of the same sample, as far as that is known."""
+    if None in (one.parts, other.parts):
+        return True
+    return one.parts == other.parts and (one.scattered == other.scattered or one.parts == 1)
+
+
 def _elementwise(node: Node, places: Sequence[int], degree: Degree, *, adds: bool, linear: bool) -> Dependence:
     operands = [node.inputs[place] for place in places]
+    if any(each.positions for each in operands):
+        return node.lost("its numbers count samples")
     together = _aligned(node, places)
     if together is None:
         return node.lost("it sets samples against each other")
@@ -346,6 +359,8 @@ def _bias_gradient(node: Node) -> Dependence:
 @rule("SegmentSum", "UnsortedSegmentSum")
 def _segments(node: Node) -> Dependence:
     value, ids = node.inputs[:2]
+    if node.op.type == "SegmentSum" or node.inputs[2].data or node.inputs[2].degree != 0:
+        return node.lost("of as many parts as the samples make")
     if value.axis is None and ids.axis is None:
         return merged(replace(value, linear=value.linear and not ids.data), [value, ids])
     if value.axis == 0 and ids.axis == 0:

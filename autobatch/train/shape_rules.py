@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from autobatch.train.dependence import FREE, Dependence, merged, same_degree, settled, unknown
+from autobatch.train.dependence import FREE, Dependence, merged, same_degree, unknown
 from autobatch.train.sample_rules import Node, rule
 
 
@@ -43,23 +43,31 @@ def _shapes(node: Node) -> list[Dependence]:
 
 def _shape_of(node: Node, place: int) -> Dependence:
     value, rank = node.inputs[place], node.rank(place)
-    if rank is None:
-        return Dependence(degree=None, data=True, linear=False)
+    if node.op.inputs[place].shape.is_fully_defined():
+        return vector((0,) * (rank or 0))
+    if value.unknown or rank is None:
+        return node.lost()
     if value.axis is None:
         return vector((0,) * rank)
     if value.selected:
         # How many samples were picked is a sum over the samples.
         counts = vector(tuple(int(axis == value.axis) for axis in range(rank)))
-        return replace(counts, data=True, weights=value.weights)
+        return replace(counts, data=True, weights=value.weights, added=frozenset({node.op.name}))
     return vector(tuple(int(axis == value.axis) for axis in range(rank)))
 
 
 @rule("Size")
 def _size(node: Node) -> Dependence:
     value = node.inputs[0]
+    if node.op.inputs[0].shape.is_fully_defined():
+        return FREE
+    if value.unknown:
+        return value
     if value.axis is None:
         return FREE
-    return Dependence(degree=1, data=value.selected, weights=value.selected and value.weights)
+    if not value.selected:
+        return Dependence(degree=1)
+    return Dependence(degree=1, data=True, weights=value.weights, added=frozenset({node.op.name}))
 
 
 @rule("Rank")
@@ -69,15 +77,19 @@ def _rank(node: Node) -> Dependence:
 
 @rule("ZerosLike")
 def _zeros_like(node: Node) -> Dependence:
-    return replace(_alike(node.inputs[0]), zero=True)
+    value = _alike(node)
+    return value if value.unknown else replace(value, zero=True)
 
 
 @rule("OnesLike")
 def _ones_like(node: Node) -> Dependence:
-    return _alike(node.inputs[0])
+    return _alike(node)
 
 
-def _alike(value: Dependence) -> Dependence:
+def _alike(node: Node) -> Dependence:
+    value = node.inputs[0]
+    if value.unknown:
+        return FREE if node.op.inputs[0].shape.is_fully_defined() else value
     return Dependence(axis=value.axis, parts=value.parts, selected=value.selected, scattered=value.scattered)
 
 
@@ -96,7 +108,7 @@ def made_in_shape(node: Node, place: int, content: Dependence) -> Dependence:
         return node.lost("of a shape that is not known")
     if axis is None:
         return content
-    return replace(content, axis=axis, parts=Fraction(1), entries=None)
+    return replace(content, axis=axis, parts=None, entries=None)  # of as many entries as any other such tensor
 
 
 @rule("Fill")
@@ -109,6 +121,8 @@ def _range(node: Node) -> Dependence:
     start, limit, _ = node.inputs
     if limit.degree == 1 and not limit.data and start.zero and node.constant(2) == 1:
         return Dependence(axis=0, positions=True)
+    if not any(each.data for each in node.inputs) and any(each.degree != 0 for each in node.inputs):
+        return node.lost("its numbers count samples")
     # As long as the batch's longest sample, say: its numbers are the same whatever the batch.
     return FREE
 
@@ -174,7 +188,7 @@ def _reshape(node: Node) -> Dependence:
     inside, outside = _known_size(before[value.axis + 1 :]), _known_size(after[leading + 1 :])
     parts = value.parts
     if inside is None or outside is None or parts is None:
-        parts = Fraction(1) if _first_entry_counts(node, leading) else parts if before == after else None
+        parts = parts if before == after else None
     else:
         parts = parts * inside / outside
     if parts is not None and parts < 1:
@@ -184,11 +198,6 @@ def _reshape(node: Node) -> Dependence:
 
 def _known_size(shape: Any) -> Fraction | None:
     return None if shape.num_elements() is None else Fraction(shape.num_elements())
-
-
-def _first_entry_counts(node: Node, leading: int) -> bool:
-    entries = node.inputs[1].entries
-    return entries is not None and entries[leading] == 1
 
 
 @rule("Transpose")
@@ -378,17 +387,6 @@ def _pad(node: Node) -> Dependence:
     if paddings is None or paddings[value.axis].any():
         return node.lost("it adds to the batch")
     return replace(value, positions=False)
-
-
-@rule("ReverseV2", "Roll", "Cumsum", "Cumprod")
-def _along_an_axis(node: Node) -> Dependence:
-    value, rank = node.inputs[0], node.rank(0)
-    axes = node.constant(2 if node.op.type == "Roll" else 1)
-    if value.axis is None:
-        return replace(value, entries=None)
-    if axes is None or rank is None or value.axis in {int(axis) % rank for axis in np.asarray(axes).reshape(-1)}:
-        return node.lost("it sets samples against each other")
-    return settled(value) if node.op.type == "Cumprod" else replace(value, positions=False)
 
 
 def of_argument(tensor: Any) -> Dependence:

@@ -1,4 +1,4 @@
-"""Sums over the effective batch that are counted before its micro-batches are trained on."""
+"""What becomes of micro-batches in the effective batch: sums that are counted beforehand, and kinds of logs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,22 @@ class Mode(enum.Enum):
 
     TRAIN = "train"
     COUNT = "count"
+
+
+class Kind(enum.Enum):
+    """How a part of a micro-batch's logs becomes the effective batch's."""
+
+    LAST = "last"
+    """As the last micro-batch has it: a metric's result, a constant."""
+    AVERAGED = "averaged"
+    """Weighed, and summed over the micro-batches times their shares."""
+    SUMMED = "summed"
+    JOINED = "joined"
+    """A number, or a row, for each sample: one behind the other."""
+    LARGEST = "largest"
+    SMALLEST = "smallest"
+    NOT_TOLD = "not told"
+    """Averaged if it is one number, else as the last micro-batch has it; either may be another one."""
 
 
 class Totals:

@@ -24,6 +24,8 @@ class Traced:
         """The names of metrics that make one number of a batch, of which that is not known to be a mean."""
         self.updated_in_parts: dict[str, str] = {}
         """By their names, why metrics that may be no sums over samples are updated with each micro-batch."""
+        self.loose_logs: tuple[str, ...] = ()
+        """The names of what the step returns that may not be the effective batch's; empty for what has no name."""
         self.held_sample_bytes = 0
         """What is kept of a sample until the effective batch is through, for metrics that are to see it whole."""
         self.applied: list[Any] = []
