@@ -172,10 +172,10 @@ def test_what_differs_is_said_once_by_name():
     said = [str(warning.message) for warning in caught if warning.category is autobatch.AutobatchWarning]
     assert said == [
         "Training with 4 micro-batches of 12 is not identical to one batch of 48: BatchNormalization (norm) normalises "
-        "each micro-batch by its own mean and variance, not the full batch's; and 2 more differences. See "
+        "each micro-batch by its own mean and variance, not the full batch's; and 1 more difference. See "
         "history.report.warnings and docs/exactness-and-limits.md#batch-statistics."
     ]
-    assert len(history.report.warnings) == 3
+    assert len(history.report.warnings) == 2
     assert "Dropout (drop) draws new random numbers in each micro-batch." in history.report.warnings
 
 

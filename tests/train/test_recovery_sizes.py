@@ -182,9 +182,9 @@ def test_an_update_beside_a_larger_micro_batch_is_proven_anew():
 @pytest.mark.parametrize("compiled", [{"run_eagerly": True}, {"steps_per_execution": 3}])
 @pytest.mark.parametrize("micro_step", [1, 4, 5])
 def test_in_the_middle_of_an_epoch_and_in_its_ragged_tail(compiled, micro_step):
-    # 16 + 16 samples, 16 + 16 again, and a tail of 10 + 10. A step that is not traced is counted in a pass of its own.
+    # 16 + 16 samples, 16 + 16 again, and a tail of 10 + 10.
     samples = 2 * TARGET + 20
-    model = stateful(MemoryHog(AtCall(micro_step + ("run_eagerly" in compiled))), **compiled)
+    model = stateful(MemoryHog(AtCall(micro_step)), **compiled)
     options = {"target_batch": TARGET, "micro_batch": MICRO, "shuffle": False, "verbose": 0}
     history = autobatch.fit(model, *arrays(samples=samples), **options)
     update = micro_step // 2
