@@ -12,10 +12,10 @@ _NUMBERS = (int, float, str, bytes, type(None))
 
 
 @contextlib.contextmanager
-def attributes_kept(model: Any) -> Iterator[None]:
+def attributes_kept(model: Any) -> Iterator[list[str]]:
     """Put back the numbers, lists, dictionaries and sets that a model and its layers hold, when this ends.
 
-    A trace leaves tensors in them that have no value.
+    A trace leaves tensors in them that have no value. Yields the names of the numbers that were changed, once it ends.
     """
     holders = [model, *keras_seams.layers_of(model), *getattr(model, "metrics", ())]
     before = [(holder, dict(vars(holder))) for holder in {id(each): each for each in holders}.values()]
@@ -25,13 +25,19 @@ def attributes_kept(model: Any) -> Iterator[None]:
         for value in attributes.values()
         if isinstance(value, (list, dict, set))
     }
+    changed: list[str] = []
     try:
-        yield
+        yield changed
     finally:
         for holder, attributes in before:
-            for name, value in attributes.items():
-                if isinstance(value, _NUMBERS):
-                    vars(holder)[name] = value
+            now = vars(holder)
+            for name in [name for name, value in now.items() if isinstance(value, _NUMBERS)]:
+                known = attributes.get(name)
+                if isinstance(now[name], (int, float)) and not isinstance(now[name], bool) and now[name] != known:
+                    changed.append(name)
+                    if name not in attributes:
+                        del now[name]
+            now.update((name, value) for name, value in attributes.items() if isinstance(value, _NUMBERS))
         for value, content in contents.values():
             if _is_same(value, content):
                 continue

@@ -25,7 +25,9 @@ class EagerTerms:
     def __init__(
         self, told: Iterable[tuple[str, Any]], fraction: Any, samples: int, gradient_factor: Callable[[Any], Any]
     ) -> None:
-        self._told: Iterator[tuple[str, Any]] = iter(tuple(told))
+        told = tuple(told)
+        self._is_traced = bool(told)
+        self._told: Iterator[tuple[str, Any]] = iter(told)
         self._fraction = fraction
         self._samples = samples
         self._gradient_factor = gradient_factor
@@ -90,7 +92,10 @@ class EagerTerms:
         """As :meth:`LossTerms.weighed`."""
         if not tf.is_tensor(value) or not value.dtype.is_floating or value.shape.rank:
             return value
+        is_traced = self._is_traced
         degree = self._next("number")
+        if degree is None:
+            return None if is_traced else value
         return value * self._power(degree, value) if degree else value
 
     def _power(self, degree: Any, like: Any) -> Any:
@@ -106,8 +111,9 @@ class EagerTerms:
     def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
         """As :meth:`LossTerms.weighed_logs`."""
         following = iter(kinds)
-        flat = [
-            part if part is None or next(following) is not Kind.AVERAGED else self.weighed(tf.convert_to_tensor(part))
-            for part in tf.nest.flatten(logs)
-        ]
+        flat = []
+        for part in tf.nest.flatten(logs):
+            is_averaged = part is not None and next(following) is Kind.AVERAGED
+            weighed = self.weighed(tf.convert_to_tensor(part)) if is_averaged else None
+            flat.append(part if weighed is None else weighed)
         return tf.nest.pack_sequence_as(logs, flat)

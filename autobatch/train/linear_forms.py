@@ -108,6 +108,8 @@ def _form(tensor: Any, flow: SampleFlow, leaves: list[Any]) -> Form | None:
     if op.type in ("Mul", "MulNoNan", "RealDiv", "DivNoNan"):
         one, other = (_form(each, flow, leaves) for each in op.inputs)
         return None if one is None or other is None else _product(one, other, divide=not op.type.startswith("Mul"))
+    if op.type == "SelectV2":
+        return _chosen(tensor, flow, leaves)
     if op.type in _SHAPES:
         inner = _form(op.inputs[0], flow, leaves)
         # A number is the same in every shape; what has one itself would have to follow.
@@ -117,6 +119,22 @@ def _form(tensor: Any, flow: SampleFlow, leaves: list[Any]) -> Form | None:
             return None
         return [(each, copied(tensor, [op.inputs[0]], [x])) for each, x in inner]
     return None
+
+
+def _chosen(tensor: Any, flow: SampleFlow, leaves: list[Any]) -> Form | None:
+    """One of two for each entry, by what the samples themselves tell."""
+    condition, *values = tensor.op.inputs
+    found = flow.of(condition)
+    if found.unknown or found.axis is None or found.mixed or found.added or condition.shape.rank != tensor.shape.rank:
+        return None
+    one, other = (_form(each, flow, leaves) for each in values)
+    if one is None or other is None:
+        return None
+    chosen, ones = tf.cast(condition, tensor.dtype), tf.ones_like(condition, tensor.dtype)
+    terms = [(factor, chosen if x is None else tf.where(condition, x, tf.zeros_like(x))) for factor, x in one]
+    return terms + [
+        (factor, ones - chosen if x is None else tf.where(condition, tf.zeros_like(x), x)) for factor, x in other
+    ]
 
 
 def _cast(each: Any, dtype: Any) -> Any:

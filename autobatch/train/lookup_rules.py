@@ -84,6 +84,8 @@ def _gather(node: Node) -> Dependence:
         return replace(result, axis=table.axis + (ranks[1] - batch_dims - 1 if table.axis > where else 0))
     if table.axis == indices.axis and table.axis < batch_dims:
         return settled(replace(result, linear=True))
+    if table.axis == where == 0 and indices.positions and batch_dims == 0:
+        return replace(merged(table, [table]), degree=table.degree)  # each sample by its own number
     if table.axis == where and indices.selected and indices.axis is not None:
         return replace(result, axis=where + indices.axis, selected=True, parts=None, linear=True)
     return node.lost("it takes samples by their number")

@@ -15,7 +15,6 @@ counted from the data alone; the mean prediction of a batch takes a forward pass
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import tensorflow as tf
@@ -24,39 +23,11 @@ from autobatch.train.dependence import Dependence, unknown
 from autobatch.train.graph_copies import copied, gradients_of, sources_of
 from autobatch.train.linear_forms import as_plain_sums
 from autobatch.train.sample_flow import SampleFlow
+from autobatch.train.terms import Maker, Part, Terms
 from autobatch.train.totals import Kind, Mode, Totals
 
 _EXTREMES = {"Max": Kind.LARGEST, "Any": Kind.LARGEST, "Min": Kind.SMALLEST, "All": Kind.SMALLEST}
 """Operations whose result for a batch is the largest, or smallest, of those for its parts."""
-
-MOST_NUMBERS = 2**20
-"""A sum of more numbers than this, as of a matrix of all features by all, is not counted beforehand."""
-
-
-@dataclass(slots=True)
-class _Sum:
-    """One of the sums that a number of the batch is a function of."""
-
-    tensor: Any
-    dependence: Dependence
-    count: Any = None
-    """For a mean over samples picked by their data, how many were picked here; None for a sum of known degree."""
-
-    @property
-    def trained(self) -> bool:
-        return self.dependence.weights and bool(self.tensor.dtype.is_floating)
-
-
-@dataclass(slots=True)
-class _Terms:
-    """How a tensor is made: of one ``degree``, or else as a function of ``sums``."""
-
-    degree: Any = None
-    sums: list[_Sum] = field(default_factory=list)
-    target: Any = None
-    """The tensor as a function of ``sums``."""
-    leaves: list[Any] = field(default_factory=list)
-    """Tensors with an entry for each sample, of which some of ``sums`` were made anew, unknown to any tape."""
 
 
 class LossTerms:
@@ -79,6 +50,7 @@ class LossTerms:
         self._samples = tf.cast(samples, tf.float64)
         self.flow = flow
         self._note = note
+        self._maker = Maker(flow, note)
         self.told: list[tuple[str, Any]] = []
         """What was asked for in turn, and of which degree it was: see :mod:`autobatch.train.eager_terms`."""
         self.counted = 0
@@ -152,7 +124,7 @@ class LossTerms:
         above = [None] * len(targets) if output_gradients is None else tf.nest.flatten(output_gradients)
         if len(above) != len(targets):
             return original(tape, target, sources, output_gradients, *rest, **named)
-        terms = [self._terms(each) for each in targets]
+        terms = [self._maker.of(each) for each in targets]
         flat_sources = tf.nest.flatten(sources)
         of_samples = [self._is_of_samples(source) for source in flat_sources]
         self.told.append(("gradient", ([None if each is None else each.degree for each in terms], of_samples)))
@@ -178,13 +150,16 @@ class LossTerms:
         return gradients
 
     def weighed(self, value: Any) -> Any:
-        """A number of this micro-batch, weighed: times its fraction it adds up to the effective batch's."""
+        """A number of this micro-batch, weighed: times its fraction it adds up to the effective batch's.
+
+        None where it is not known how it is made.
+        """
         if not _is_symbolic(value) or not value.dtype.is_floating or self.flow.of(value).axis is not None:
             return value
-        terms = self._terms(value, silently=True)
+        terms = self._maker.of(value, silently=True)
         self.told.append(("number", None if terms is None else terms.degree))
         if terms is None:
-            return value
+            return None
         if terms.degree is not None:
             return value if terms.degree == 0 else value * tf.cast(self._power(terms.degree), value.dtype)
         if value.shape.rank != 0:
@@ -230,7 +205,7 @@ class LossTerms:
         if part.dtype.is_floating:
             scalar = part.shape.rank == 0
             if scalar:
-                terms = self._terms(part, silently=True)
+                terms = self._maker.of(part, silently=True)
                 told = terms is not None and not (found.mixed and terms.degree is not None)
             else:
                 told = not found.mixed and (found.is_plain_sum or not found.data)
@@ -239,103 +214,25 @@ class LossTerms:
 
     def is_weighed(self, part: Any) -> bool:
         """Whether a number of the logs is of one degree, so that a factor weighs it."""
-        terms = self._terms(part, silently=True)
+        terms = self._maker.of(part, silently=True)
         return terms is not None and terms.degree is not None
 
     def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
         """What a step returned, with those parts weighed that are averaged over the micro-batches."""
         following = iter(kinds)
         # tf.nest sorts a dict by its keys, as :class:`autobatch.train.merged_logs.MergedLogs` does.
-        flat = [
-            part if part is None or next(following) is not Kind.AVERAGED else self.weighed(part)
-            for part in tf.nest.flatten(logs)
-        ]
+        flat = []
+        for part in tf.nest.flatten(logs):
+            weighed = None if part is None or next(following) is not Kind.AVERAGED else self.weighed(part)
+            flat.append(part if weighed is None else weighed)
         return tf.nest.pack_sequence_as(logs, flat)
-
-    # -- how a tensor is made ---------------------------------------------------------------------------------------
-
-    def _terms(self, target: Any, *, silently: bool = False) -> _Terms | None:
-        """How ``target`` is made; None where that cannot be told. It is noted, but ``silently``."""
-        note = self._note
-        if silently:
-            self._note = lambda found: None
-        try:
-            return self._noted_terms(target)
-        finally:
-            self._note = note
-
-    def _noted_terms(self, target: Any) -> _Terms | None:
-        found = self.flow.of(target)
-        if found.unknown:
-            self._note(found)
-            return None
-        if found.axis is not None:  # differentiated, a vector is a sum
-            if found.degree is not None and found.linear and not found.mixed:
-                self._note(found)
-                return _Terms(degree=found.degree + 1)
-            terms = self._as_sums(tf.reduce_sum(target))
-        elif found.degree is not None and (found.linear or not found.data) and not found.mixed:
-            self._note(found)
-            return _Terms(degree=found.degree)
-        else:
-            terms = self._as_sums(target)
-        if isinstance(terms, _Terms):
-            return terms
-        # Of a sum of samples that depend on each other the degree is right all the same.
-        if found.degree is not None and found.linear:
-            self._note(found)
-            return _Terms(degree=found.degree + (found.axis is not None))
-        self._note(unknown(terms))
-        return None
-
-    def _as_sums(self, target: Any) -> _Terms | str:
-        """``target`` as a function of sums; or the name of an operation of which that is not known."""
-        rewritten, leaves = as_plain_sums(target, self.flow)
-        sums, lost = self._sums_of(rewritten)
-        return lost or _Terms(sums=sums, target=rewritten, leaves=leaves)
-
-    def _sums_of(self, target: Any) -> tuple[list[_Sum], str]:
-        """The sums that ``target`` is a function of; or the name of an operation of which that is not known."""
-        sums: list[_Sum] = []
-        pending: list[tuple[Any, str]] = [(target, target.op.name)]
-        seen: set[str] = set()
-        while pending:
-            tensor, used_by = pending.pop()
-            if tensor.name in seen:
-                continue
-            seen.add(tensor.name)
-            found = self.flow.of(tensor)
-            if found.unknown:
-                return [], found.unknown
-            if found.axis is not None:
-                return [], used_by
-            if not found.data and found.degree == 0 and not found.weights:
-                continue
-            if found.is_plain_sum and found.mixed:
-                return [], next(iter(sorted(found.mixed)))
-            if found.is_plain_sum:
-                if not _can_be_counted(tensor):
-                    return [], tensor.op.name
-                sums.append(_Sum(tensor, found))
-                continue
-            inputs = list(tensor.op.inputs)
-            if tensor.op.type == "Mean" and self.flow.of(inputs[0]).selected:
-                if not _can_be_counted(tensor):
-                    return [], tensor.op.name
-                picked = tf.cast(tf.size(inputs[0]), tf.float64) / max(tensor.shape.num_elements(), 1)
-                sums.append(_Sum(tensor, Dependence(data=True, weights=found.weights), picked))
-                continue
-            if not inputs or any(each.dtype == tf.resource for each in inputs):
-                return [], tensor.op.name
-            pending += [(each, tensor.op.name) for each in inputs]
-        return sums, ""
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def _power(self, degree: Any) -> Any:
         return (1.0 / self._fraction) ** float(degree)
 
-    def _weight(self, part: _Sum) -> Any:
+    def _weight(self, part: Part) -> Any:
         """What the part is multiplied by, so that times the fraction it adds up."""
         if part.count is None:
             return self._power(part.dependence.degree)
@@ -345,13 +242,13 @@ class LossTerms:
         self.counted += part.shape.num_elements()
         return self._totals.of(part)
 
-    def _picked(self, part: _Sum) -> Any:
+    def _picked(self, part: Part) -> Any:
         name = part.tensor.name
         if name not in self._picked_total:
             self._picked_total[name] = self._counted_total(part.count)
         return self._picked_total[name]
 
-    def _at_total(self, part: _Sum) -> Any:
+    def _at_total(self, part: Part) -> Any:
         """What the part is in the effective batch."""
         tensor = part.tensor
         if not part.dependence.data:
@@ -370,7 +267,7 @@ class LossTerms:
             self._total_of[tensor.name] = tf.cast(total, tensor.dtype)
         return self._total_of[tensor.name]
 
-    def _weighed_pieces(self, target: Any, terms: _Terms | None, above: Any) -> list[tuple[Any, Any]]:
+    def _weighed_pieces(self, target: Any, terms: Terms | None, above: Any) -> list[tuple[Any, Any]]:
         """What to differentiate in place of ``target``, each with what comes from above."""
         if terms is None or terms.degree == 0:
             return [(target, above)]
@@ -432,11 +329,6 @@ class LossTerms:
                 self.flow.define(gradient, Dependence(axis=found.axis, data=True, weights=True, parts=found.parts))
             else:
                 self.flow.define(gradient, unknown(f"{gradient.op.name} (a gradient)"))
-
-
-def _can_be_counted(tensor: Any) -> bool:
-    numbers = tensor.shape.num_elements()
-    return numbers is not None and numbers <= MOST_NUMBERS
 
 
 def unknown_within_keras(found: Dependence) -> Dependence:

@@ -80,14 +80,18 @@ def _kinds(kind: Any) -> set[Any]:
 
 @contextlib.contextmanager
 def single_numbers_weighed(
-    fraction: Any, note: Callable[[str], None], weigh: Callable[[Any], Any] = lambda values: values
+    fraction: Any,
+    note: Callable[[str], None],
+    weigh: Callable[[Any], Any] = lambda values: values,
+    note_untold: Callable[[str], None] = lambda name: None,
 ) -> Iterator[None]:
     """While this lasts, a mean that is updated with one number and no weight counts it as ``fraction`` of an update.
 
     Keras counts such a number as one, whatever the batch; so each micro-batch must count as its share of one. ``note``
     is told the name of a metric of which that is not known to be exact: its number is what a function of the user's
     made of a whole batch, or is weighed by what each sample weighs. ``weigh`` makes of a number what adds up, times its
-    fraction, to the effective batch's.
+    fraction, to the effective batch's; of one of which that is not known it returns None, and ``note_untold`` is told
+    the metric's name.
     """
 
     def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
@@ -96,7 +100,10 @@ def single_numbers_weighed(
             function = getattr(self, "_fn", None)
             if per_sample or (function is not None and not isinstance(function, keras.losses.Loss)):
                 note(self.name)
-            values = weigh(values)
+            weighed = weigh(values)
+            if weighed is None:
+                note_untold(self.name)
+            values = values if weighed is None else weighed
             sample_weight = fraction if sample_weight is None else sample_weight
         return original(self, values, sample_weight=sample_weight)
 

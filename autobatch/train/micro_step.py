@@ -131,7 +131,7 @@ class MicroStep:
                 function_seams.functions_inlined(),
                 keras_seams.capture_apply(owner.optimizers, lambda *_: None),
                 keras_seams.intercept_reductions(normalizer),
-                metric_seams.single_numbers_weighed(fraction, lambda name: None, terms.weighed),
+                metric_seams.single_numbers_weighed(fraction, _ignored, terms.weighed),
                 metric_seams.noting_results(results.note),
                 keras_seams.gradients_weighed(terms.gradient, traced.note_differentiated),
                 keras_seams.added_losses_noted(traced.note_added_loss),
@@ -148,15 +148,16 @@ class MicroStep:
 
         signature = [owner.structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
         try:
-            with attributes_kept(owner.model):
+            with attributes_kept(owner.model) as changed:
                 tf.function(look, autograph=False, input_signature=signature).get_concrete_function()
         except Exception as error:  # noqa: BLE001 - it was written to run eagerly, and may need to
             logger.info("the step runs eagerly and cannot be traced: %r", error)
             return
         traced.forget_tensors()
         if any(kind == "gradient" and None in told[0] for kind, told in self._told) and not traced.untold:
-            traced.untold = "a step that runs eagerly"
-            traced.is_told = False
+            traced.untold, traced.is_told = "a step that runs eagerly", False
+        if changed and not traced.untold:  # what it does may depend on what it counts
+            traced.untold, traced.is_told = f"code that counts in {changed[0]}", False
         self._learnt = traced
         if self._training:
             owner.traced = traced
@@ -171,11 +172,12 @@ class MicroStep:
         normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
         results = Results()
         scalar_metrics: list[str] = []
+        untold_metrics: list[str] = []
         with (
             function_seams.functions_inlined(),
             self._capturing(fraction, traced),
             keras_seams.intercept_reductions(normalizer),
-            metric_seams.single_numbers_weighed(fraction, scalar_metrics.append, terms.weighed),
+            metric_seams.single_numbers_weighed(fraction, scalar_metrics.append, terms.weighed, untold_metrics.append),
             self._held.holding(leaves, fraction) as held,
             metric_seams.noting_results(results.note),
             keras_seams.gradients_weighed(terms.gradient, traced.note_differentiated),
@@ -200,6 +202,8 @@ class MicroStep:
                 traced.take_over(self._learnt)
             traced.updated_in_parts = dict(self._held.updated_in_parts)
             traced.held_sample_bytes = self._held.sample_bytes
+            if not traced.untold and not traced.comparing:  # else it is the loss that is named
+                scalar_metrics += untold_metrics
             traced.scalar_metrics = tuple(
                 name for name in dict.fromkeys(scalar_metrics) if name not in traced.updated_in_parts
             )
@@ -256,7 +260,7 @@ class MicroStep:
             keras_seams.capture_apply(owner.optimizers, lambda *_: None),
             keras_seams.intercept_reductions(normalizer),
             keras_seams.discarding_assignments(owner.model),
-            metric_seams.single_numbers_weighed(fraction, lambda name: None, terms.weighed),
+            metric_seams.single_numbers_weighed(fraction, _ignored, terms.weighed),
             metric_seams.noting_results(results.note),
             keras_seams.without_gradients(terms.gradient),
             self._held.holding(leaves, fraction, discard=True),
@@ -302,6 +306,10 @@ class MicroStep:
         """Update the metrics that were held back, with the whole batch; return the logs as of now, and statistics."""
         parts, held, statistics = carried
         return (self.logs.as_of_now(parts) if self._held.finish(held) else parts), statistics
+
+
+def _ignored(name: str) -> None:
+    pass
 
 
 def loop(leaves: list[Any], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:
