@@ -117,7 +117,8 @@ def by_the_usual_loop(model, x, y):
                         loss = squares(y[part], model(x[part], training=True))
                     else:
                         loss = model.compute_loss(x[part], y[part], model(x[part], training=True))
-                sums = [total + gradient for total, gradient in zip(sums, tape.gradient(loss, variables), strict=True)]
+                gradients = map(tf.convert_to_tensor, tape.gradient(loss, variables))
+                sums = [total + gradient for total, gradient in zip(sums, gradients, strict=True)]
                 steps += 1
             model.optimizer.apply([total / steps for total in sums], variables)
 

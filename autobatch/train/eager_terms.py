@@ -108,6 +108,10 @@ class EagerTerms:
             return Kind.JOINED if int(tensor.shape[0]) == self._samples else Kind.LAST
         return Kind.AVERAGED if tensor.dtype.is_floating else Kind.LAST
 
+    def has_numbers_of_the_batch(self, part: Any) -> bool:
+        """As :meth:`LossTerms.has_numbers_of_the_batch`; a value does not tell."""
+        return False
+
     def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
         """As :meth:`LossTerms.weighed_logs`."""
         following = iter(kinds)

@@ -212,6 +212,11 @@ class LossTerms:
             return Kind.AVERAGED if told else Kind.NOT_TOLD
         return Kind.SUMMED if part.dtype.is_integer and found.is_plain_sum and found.degree == 1 else Kind.NOT_TOLD
 
+    def has_numbers_of_the_batch(self, part: Any) -> bool:
+        """Whether each sample's number is made of the whole batch's too, which are the micro-batch's here."""
+        found = self.flow.of(part) if _is_symbolic(part) else Dependence()
+        return found.axis is not None and bool(found.added or found.mixed)
+
     def is_weighed(self, part: Any) -> bool:
         """Whether a number of the logs is of one degree, so that a factor weighs it."""
         terms = self._maker.of(part, silently=True)

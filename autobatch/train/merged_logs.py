@@ -60,7 +60,11 @@ class MergedLogs:
         if tf.executing_eagerly() and self.kinds:
             kinds = [_settled(before, now) for before, now in zip(self.kinds, kinds, strict=True)]
         self.kinds, self._structure = kinds, logs
-        names = (name for (name, _), kind in zip(parts, kinds, strict=True) if kind is Kind.NOT_TOLD)
+        names = [
+            name
+            for (name, part), kind in zip(parts, kinds, strict=True)
+            if kind is Kind.NOT_TOLD or (kind is Kind.JOINED and terms.has_numbers_of_the_batch(part))
+        ]
         self.not_told = tuple(dict.fromkeys(names))
         return terms.weighed_logs(logs, kinds)
 

@@ -14,7 +14,7 @@ from keras import ops
 import autobatch
 from autobatch.errors import AutobatchWarning
 
-TARGET, SAMPLES = 16, 37  # two updates, and one of a tail of 5
+TARGET, SAMPLES = 16, 45  # two updates, and one of a tail of 13
 MICRO_BATCHES = (8, 4, 3)
 
 
@@ -39,6 +39,13 @@ def entropy_of_the_mean(y, p):
 def balance(y, p):
     chosen = tf.reduce_mean(tf.one_hot(tf.argmax(p, -1), 3, dtype=p.dtype), 0)
     return tf.reduce_mean(squares(y, p)) + 3 * tf.reduce_sum(chosen * tf.reduce_mean(tf.nn.softmax(p), 0))
+
+
+def balanced(y, p):
+    """Binary cross entropy weighed by how many entries of the batch are positive."""
+    positive = tf.cast(y > 0, p.dtype)
+    share = tf.reduce_mean(1 - positive)
+    return tf.reduce_mean((positive - tf.sigmoid(p)) ** 2 * (share * positive + (1 - share) * (1 - positive)))
 
 
 def samples_of(tensor):
@@ -89,9 +96,22 @@ LOSSES = {
     "a router's balance": balance,
     "root of the mean": lambda y, p: tf.sqrt(tf.reduce_mean(squares(y, p))),
     "norm of the batch": lambda y, p: tf.norm(y - p),
+    "sum of shares": lambda y, p: tf.reduce_sum(squares(y, p) * weight_of(y) / tf.reduce_sum(weight_of(y))),
+    "balanced by the batch": balanced,
+    "sum over one less": lambda y, p: tf.reduce_sum(squares(y, p)) / tf.cast(tf.shape(p)[0] - 1, p.dtype),
+    "mean of a part": lambda y, p: tf.reduce_mean(
+        tf.dynamic_partition(squares(y, p), tf.cast(y[:, 0] > 0, tf.int32), 2)[1]
+    ),
     "covariance": lambda y, p: tf.reduce_sum(tf.matmul(p, p, transpose_a=True) ** 2) / samples_of(p) ** 2,
 }
-NEED_THE_BATCH = ("dice", "entropy", "router", "root", "norm", "covariance")
+
+
+BESIDE_THE_BATCHS_OWN = {
+    "vector and the batch's own": lambda y, p: squares(y, p) + soft_dice(y, p),
+    "vector and sum": lambda y, p: squares(y, p) + 0.1 * tf.reduce_sum(p**2),
+    "vector over all weights": lambda y, p: squares(y, p) * weight_of(y) / (tf.reduce_sum(weight_of(y)) + 0.01),
+}
+"""One number a sample, made of numbers of the whole batch."""
 
 
 class InTheStep(keras.Model):
@@ -203,9 +223,21 @@ def test_in_a_train_step(name):
     require_exact("train_step", LOSSES[name])
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [*LOSSES, *BESIDE_THE_BATCHS_OWN])
 def test_given_to_compile(name):
-    require_exact("compile", LOSSES[name], micro_batches=(5,))
+    require_exact("compile", {**LOSSES, **BESIDE_THE_BATCHS_OWN}[name], micro_batches=(5,))
+
+
+@pytest.mark.parametrize("name", BESIDE_THE_BATCHS_OWN)
+def test_each_samples_number_with_the_batchs_own_in_it(name):
+    loss_of = BESIDE_THE_BATCHS_OWN[name]
+    reference, plain, _ = trained("train_step", loss_of, None)
+    moved, history, said = trained("train_step", loss_of, 5)
+    assert apart(moved, reference) < 1e-5
+    np.testing.assert_allclose(history["mean"], plain["mean"], rtol=1e-4)
+    assert np.shape(history["loss"][0]) == np.shape(plain["loss"][0])
+    assert len(said) == 1
+    assert "What train_step returns as 'loss' may not be the full batch's" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,17 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from train.test_loss_degrees import LOSSES, TARGET, apart, build, data, require_exact, squares, trained
+from train.test_loss_degrees import (
+    BESIDE_THE_BATCHS_OWN,
+    LOSSES,
+    TARGET,
+    apart,
+    build,
+    data,
+    require_exact,
+    squares,
+    trained,
+)
 
 import autobatch
 
@@ -195,3 +205,135 @@ def test_mixed_precision(name):
         keras.config.set_dtype_policy("float32")
     assert apart(moved, reference) < 2e-2  # 8 bits
     assert not said
+
+
+@pytest.mark.parametrize("how", ["sample_weight", "class_weight"])
+@pytest.mark.parametrize("name", ["mean", "sum", "root of the mean", "vector", "dice of the batch"])
+def test_weights_beside_a_loss_that_makes_one_number(how, name):
+    random = np.random.default_rng(3)
+    x, y = data()
+    y = (y > 0).astype("float32")
+    if how == "class_weight":
+        y, options = np.eye(3, dtype="float32")[np.argmax(y, -1)], {"class_weight": {0: 0.5, 1: 2.0, 2: 1.0}}
+    else:
+        options = {"sample_weight": random.random(len(x)).astype("float32") + 0.1}
+    options |= {"shuffle": False, "verbose": 0, "epochs": 2}
+    plain, ours = build("compile", LOSSES[name]), build("compile", LOSSES[name])
+    before = plain.get_weights()
+    expected = plain.fit(x, y, batch_size=TARGET, **options)
+    history = autobatch.fit(ours, x, y, target_batch=TARGET, micro_batch=5, **options)
+    moved, reference = (
+        np.concatenate([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
+        for model in (ours, plain)
+    )
+    assert apart(moved, reference) < 1e-5
+    np.testing.assert_allclose(history.history["loss"], expected.history["loss"], rtol=1e-5)
+    assert not history.report.warnings
+
+
+def mean_of_positives(y, p):
+    weight = tf.cast(y > 0, p.dtype)
+    return tf.reduce_sum((y - p) ** 2 * weight) / tf.reduce_sum(weight)
+
+
+@pytest.mark.parametrize("loss_of", [*(LOSSES[name] for name in ("mean", "sum", "vector")), mean_of_positives])
+def test_a_mask_of_keras_beside_a_loss_of_ones_own(loss_of):
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(45, 7, 4)).astype("float32"), random.normal(size=(45, 7, 3)).astype("float32")
+    x[np.arange(7)[None] >= random.integers(2, 8, 45)[:, None]] = 0
+    changes = []
+    for micro_batch in (None, 5):
+        keras.utils.set_random_seed(0)
+        stack = [keras.layers.Masking(), keras.layers.LSTM(5, return_sequences=True), keras.layers.Dense(3)]
+        model = keras.Sequential([keras.Input((7, 4)), *stack])
+        model.compile(keras.optimizers.SGD(0.01), loss_of)
+        before = model.get_weights()
+        if micro_batch is None:
+            model.fit(x, y, batch_size=TARGET, shuffle=False, verbose=0)
+        else:
+            history = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=micro_batch, shuffle=False, verbose=0)
+            assert not history.report.warnings
+        changes.append([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
+    assert apart(np.concatenate(changes[1]), np.concatenate(changes[0])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mean", "sum", "dice of the batch", *BESIDE_THE_BATCHS_OWN])
+def test_images_through_a_transposed_convolution(name):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(21, 8, 8, 1)).astype("float32")
+    y = random.normal(size=(21, 8, 8, 1)).astype("float32")
+    changes = []
+    for micro_batch in (None, 5):
+        keras.utils.set_random_seed(0)
+        down = keras.layers.Conv2D(3, 3, strides=2, padding="same", activation="tanh")
+        up = keras.layers.Conv2DTranspose(1, 3, strides=2, padding="same")
+        model = keras.Sequential([keras.Input((8, 8, 1)), down, up])
+        model.compile(keras.optimizers.SGD(0.01), {**LOSSES, **BESIDE_THE_BATCHS_OWN}[name])
+        before = model.get_weights()
+        if micro_batch is None:
+            model.fit(x, y, batch_size=TARGET, shuffle=False, verbose=0)
+        else:
+            history = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=micro_batch, shuffle=False, verbose=0)
+            assert not history.report.warnings
+        changes.append([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
+    assert apart(np.concatenate(changes[1]), np.concatenate(changes[0])) < 1e-5
+
+
+def test_what_a_step_returns_is_the_batchs_whatever_it_is():
+    def returned(loss, p):
+        return {
+            "positive": tf.reduce_sum(tf.cast(p > 0, tf.int32)),
+            "size": tf.shape(p)[0],
+            "largest": tf.reduce_max(p),
+            "smallest": tf.reduce_min(p, 0),
+            "any": tf.reduce_any(p > 1),
+            "means": tf.reduce_mean(p, 0),
+            "sums": tf.reduce_sum(p, 0),
+            "root": tf.sqrt(loss),
+            "rounded": tf.round(10 * loss),
+        }
+
+    _, expected = looped(LOSSES["mean"], None, returned)
+    _, results = looped(LOSSES["mean"], 5, returned)
+    for result, whole in zip(results, expected, strict=True):
+        assert result.keys() == whole.keys()
+        for name, value in whole.items():
+            np.testing.assert_allclose(result[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_what_a_step_returns_that_cannot_be_merged_is_named():
+    class Norms(keras.Model):
+        def train_step(self, batch):
+            x, y = batch
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(squares(y, self(x, training=True)))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss, "norm": tf.linalg.global_norm(gradients)}
+
+    inputs = keras.Input((6,))
+    model = Norms(inputs, keras.layers.Dense(3)(inputs))
+    model.compile(keras.optimizers.SGD(0.01))
+    history = autobatch.fit(model, *data(), target_batch=TARGET, micro_batch=5, verbose=0)
+    (said,) = history.report.warnings
+    assert "What train_step returns as 'norm' may not be the full batch's" in said
+
+
+def test_eager_code_whose_loss_depends_on_what_it_counts_is_named():
+    class Alternating(keras.Model):
+        def train_step(self, batch):
+            x, y = batch
+            self.turn = getattr(self, "turn", 0) + 1
+            with tf.GradientTape() as tape:
+                reduce = tf.reduce_sum if self.turn % 8 > 4 else tf.reduce_mean
+                loss = reduce(squares(y, self(x, training=True)))
+            variables = self.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, variables), variables)
+            return {"loss": loss}
+
+    inputs = keras.Input((6,))
+    model = Alternating(inputs, keras.layers.Dense(3)(inputs))
+    model.compile(keras.optimizers.SGD(0.01), run_eagerly=True)
+    history = autobatch.fit(model, *data(), target_batch=TARGET, micro_batch=5, verbose=0)
+    (said,) = [each for each in history.report.warnings if "is not known" in each]
+    assert "counts in turn" in said
