@@ -165,10 +165,27 @@ def _symbolic_batch(element_spec: Any) -> tuple[Any, Any, Any]:
 
 @contextlib.contextmanager
 def _gradient_replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """While this lasts, ``GradientTape.gradient`` is what ``make`` makes of it."""
+    """While this lasts, ``GradientTape.gradient`` is what ``make`` makes of it.
+
+    Within a gradient it is what it was: what recomputes a part of a forward pass asks another tape for its own.
+    """
+    within: list[bool] = []
+
+    def outermost(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+        def gradient(*args: Any, **named: Any) -> Any:
+            if within:
+                return original(*args, **named)
+            within.append(True)
+            try:
+                return replacement(*args, **named)
+            finally:
+                within.pop()
+
+        return gradient
+
     with _PATCHING:
         original = tf.GradientTape.gradient
-        tf.GradientTape.gradient = on_this_thread(original, make(original))
+        tf.GradientTape.gradient = on_this_thread(original, outermost(original, make(original)))
         try:
             yield
         finally:

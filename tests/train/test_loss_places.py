@@ -337,3 +337,37 @@ def test_eager_code_whose_loss_depends_on_what_it_counts_is_named():
     history = autobatch.fit(model, *data(), target_batch=TARGET, micro_batch=5, verbose=0)
     (said,) = [each for each in history.report.warnings if "is not known" in each]
     assert "counts in turn" in said
+
+
+class Recomputing(keras.Model):
+    """Forgets a layer's activations and computes them again in the backward pass, which asks a tape of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = keras.layers.Dense(5, activation="tanh"), keras.layers.Dense(3)
+        self.first.build((None, 6))
+        self.last.build((None, 5))
+        self.recomputed = tf.recompute_grad(lambda x: self.first(x))
+
+    def call(self, x):
+        return self.last(self.recomputed(x))
+
+
+@pytest.mark.parametrize("loss", ["mse", LOSSES["sum"], LOSSES["vector"], LOSSES["sum and mean"]])
+def test_a_forward_pass_that_is_computed_again(loss):
+    changes = []
+    for micro_batch in (None, 5):
+        keras.utils.set_random_seed(0)
+        model = Recomputing()
+        model.compile(keras.optimizers.SGD(0.01), loss)
+        model.build((None, 6))
+        before = model.get_weights()
+        if micro_batch is None:
+            model.fit(*data(), batch_size=TARGET, shuffle=False, verbose=0)
+        else:
+            history = autobatch.fit(
+                model, *data(), target_batch=TARGET, micro_batch=micro_batch, shuffle=False, verbose=0
+            )
+            assert not history.report.warnings
+        changes.append([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
+    assert apart(np.concatenate(changes[1]), np.concatenate(changes[0])) < 1e-5
