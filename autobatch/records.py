@@ -91,10 +91,8 @@ class AllocationTrace:
         live = set(range(len(self.held)))
         for step in self.order:
             block = step if step >= 0 else ~step
-            _require(
-                (block in live) == (step < 0),
-                f"order must take what is free, and give back what is taken. Received: {step!r}",
-            )
+            fits = (block in live) == (step < 0)
+            _require(fits, f"order must take what is free, and give back what is taken. Received: {step!r}")
             live ^= {block}
 
 
