@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tensorflow as tf
 
@@ -24,14 +24,11 @@ from autobatch.train.batch_statistics import Kind, Statistic
 from autobatch.train.recipes import Recipe, recipe_of, statistic_at
 from autobatch.trial.snapshot import components, unwrap
 
-if TYPE_CHECKING:
-    from autobatch.train.step import AccumulatedStep
-
 
 class RunningAverages:
     """What the micro-steps of one model defer to the end of the update; nothing before one was traced or run."""
 
-    def __init__(self, owner: AccumulatedStep) -> None:
+    def __init__(self, owner: Any) -> None:
         self._owner = owner
         self._traces: dict[int, _Trace | _Run] = {}
         """One for each replica."""

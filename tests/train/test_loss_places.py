@@ -234,6 +234,22 @@ def test_weights_beside_a_loss_that_makes_one_number(how, name):
     assert not history.report.warnings
 
 
+def assert_exact_and_silent(build_model, x, y):
+    """One epoch by plain Keras and by ours end alike, and nothing is said."""
+    changes = []
+    for micro_batch in (None, 5):
+        keras.utils.set_random_seed(0)
+        model = build_model()
+        before = model.get_weights()
+        if micro_batch is None:
+            model.fit(x, y, batch_size=TARGET, shuffle=False, verbose=0)
+        else:
+            history = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=micro_batch, shuffle=False, verbose=0)
+            assert not history.report.warnings
+        changes.append([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
+    assert apart(np.concatenate(changes[1]), np.concatenate(changes[0])) < 1e-5
+
+
 def mean_of_positives(y, p):
     weight = tf.cast(y > 0, p.dtype)
     return tf.reduce_sum((y - p) ** 2 * weight) / tf.reduce_sum(weight)
@@ -244,20 +260,14 @@ def test_a_mask_of_keras_beside_a_loss_of_ones_own(loss_of):
     random = np.random.default_rng(0)
     x, y = random.normal(size=(45, 7, 4)).astype("float32"), random.normal(size=(45, 7, 3)).astype("float32")
     x[np.arange(7)[None] >= random.integers(2, 8, 45)[:, None]] = 0
-    changes = []
-    for micro_batch in (None, 5):
-        keras.utils.set_random_seed(0)
+
+    def build_model():
         stack = [keras.layers.Masking(), keras.layers.LSTM(5, return_sequences=True), keras.layers.Dense(3)]
         model = keras.Sequential([keras.Input((7, 4)), *stack])
         model.compile(keras.optimizers.SGD(0.01), loss_of)
-        before = model.get_weights()
-        if micro_batch is None:
-            model.fit(x, y, batch_size=TARGET, shuffle=False, verbose=0)
-        else:
-            history = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=micro_batch, shuffle=False, verbose=0)
-            assert not history.report.warnings
-        changes.append([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
-    assert apart(np.concatenate(changes[1]), np.concatenate(changes[0])) < 1e-5
+        return model
+
+    assert_exact_and_silent(build_model, x, y)
 
 
 @pytest.mark.parametrize("name", ["mean", "sum", "dice of the batch", *BESIDE_THE_BATCHS_OWN])
@@ -265,21 +275,15 @@ def test_images_through_a_transposed_convolution(name):
     random = np.random.default_rng(0)
     x = random.normal(size=(21, 8, 8, 1)).astype("float32")
     y = random.normal(size=(21, 8, 8, 1)).astype("float32")
-    changes = []
-    for micro_batch in (None, 5):
-        keras.utils.set_random_seed(0)
+
+    def build_model():
         down = keras.layers.Conv2D(3, 3, strides=2, padding="same", activation="tanh")
         up = keras.layers.Conv2DTranspose(1, 3, strides=2, padding="same")
         model = keras.Sequential([keras.Input((8, 8, 1)), down, up])
         model.compile(keras.optimizers.SGD(0.01), {**LOSSES, **BESIDE_THE_BATCHS_OWN}[name])
-        before = model.get_weights()
-        if micro_batch is None:
-            model.fit(x, y, batch_size=TARGET, shuffle=False, verbose=0)
-        else:
-            history = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=micro_batch, shuffle=False, verbose=0)
-            assert not history.report.warnings
-        changes.append([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
-    assert apart(np.concatenate(changes[1]), np.concatenate(changes[0])) < 1e-5
+        return model
+
+    assert_exact_and_silent(build_model, x, y)
 
 
 def test_what_a_step_returns_is_the_batchs_whatever_it_is():
@@ -358,19 +362,10 @@ class Recomputing(keras.Model):
 
 @pytest.mark.parametrize("loss", ["mse", LOSSES["sum"], LOSSES["vector"], LOSSES["sum and mean"]])
 def test_a_forward_pass_that_is_computed_again(loss):
-    changes = []
-    for micro_batch in (None, 5):
-        keras.utils.set_random_seed(0)
+    def build_model():
         model = Recomputing()
         model.compile(keras.optimizers.SGD(0.01), loss)
         model.build((None, 6))
-        before = model.get_weights()
-        if micro_batch is None:
-            model.fit(*data(), batch_size=TARGET, shuffle=False, verbose=0)
-        else:
-            history = autobatch.fit(
-                model, *data(), target_batch=TARGET, micro_batch=micro_batch, shuffle=False, verbose=0
-            )
-            assert not history.report.warnings
-        changes.append([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
-    assert apart(np.concatenate(changes[1]), np.concatenate(changes[0])) < 1e-5
+        return model
+
+    assert_exact_and_silent(build_model, *data())
