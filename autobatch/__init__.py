@@ -10,6 +10,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from autobatch.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from autobatch.api import fit, tune, wrap_step
     from autobatch.errors import (
@@ -65,8 +67,6 @@ __all__ = [
     "tune",
     "wrap_step",
 ]
-
-__version__ = "0.1.0"
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -17,13 +17,14 @@ ROOMS = {
     "records": set(),
     "errors": set(),
     "units": set(),
+    "version": set(),
     "arguments": {"units"},
     "search": {"records", "errors", "units"},
     "report": {"records", "errors", "units"},
     "cache": {"records", "errors", "units"},
     "memory": {"records", "errors", "units"},
     "train": {"records", "errors", "units", "memory", "trial"},
-    "trial": {"records", "errors", "units", "memory", "train", "api"},
+    "trial": {"records", "errors", "units", "memory", "train", "api", "version"},
     "remembering": {"records", "errors", "search", "trial", "cache"},
     "searching": {"records", "errors", "units", "search", "trial", "remembering", "memory"},
     "remedies": {"records", "errors", "units", "trial", "memory"},
@@ -40,7 +41,19 @@ ROOMS = {
         "cache",
         "remedies",
     },
-    "cli": {"records", "errors", "units", "arguments", "remedies", "report", "trial", "api", "memory", "cache"},
+    "cli": {
+        "records",
+        "errors",
+        "units",
+        "arguments",
+        "remedies",
+        "report",
+        "trial",
+        "api",
+        "memory",
+        "cache",
+        "version",
+    },
     "notebook": {"records", "errors", "units", "report", "api", "cli"},
 }
 
@@ -59,7 +72,7 @@ def test_arrows(room):
     files = list(home.rglob("*.py")) if home.is_dir() else [ROOT / f"{room}.py"]
     assert files
     for path in files:
-        strangers = set(imported_rooms(path)) - ROOMS[room] - {room, "__version__"}
+        strangers = set(imported_rooms(path)) - ROOMS[room] - {room}
         assert not strangers, f"{path.name} imports from {strangers}"
 
 
@@ -84,6 +97,18 @@ def test_public_names():
         assert getattr(autobatch, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'batch_size'"):
         autobatch.batch_size  # noqa: B018 - reading it is the test
+
+
+def test_the_version_is_written_once():
+    version = ROOT / "version.py"
+    assert f'__version__ = "{autobatch.__version__}"' in version.read_text(encoding="utf-8")
+    assert not list(imported_rooms(version)), "what builds the package reads it before there is anything to import"
+    project = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in project
+    assert 'path = "autobatch/version.py"' in project
+    assert not re.search(r"^version *=", project, re.MULTILINE)
+    others = [path for path in ROOT.rglob("*.py") if path != version]
+    assert not [path for path in others if f'"{autobatch.__version__}"' in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("statement", ["import autobatch", "import autobatch.cli, autobatch.api, autobatch.search"])

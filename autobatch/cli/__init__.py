@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from autobatch import __version__
 from autobatch.cli import cache, devices, report, show
 from autobatch.cli.exits import FAILED, INTERRUPTED, OK, USAGE, USER_CODE, UsageError
 from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
 from autobatch.report.sentences import printable
+from autobatch.version import __version__
 
 _EXIT_CODES = """\
 exit codes:

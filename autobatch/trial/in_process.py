@@ -20,7 +20,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from autobatch import __version__
 from autobatch.errors import AutobatchWarning
 from autobatch.memory import allocations, arena, limits, oom
 from autobatch.records import (
@@ -44,6 +43,7 @@ from autobatch.trial.content import content_digest, surroundings_of
 from autobatch.trial.sample import Data, Sample, StandIn
 from autobatch.trial.snapshot import Snapshot, bytes_of
 from autobatch.units import format_bytes
+from autobatch.version import __version__
 
 ENOUGH_SECONDS = 4.0
 """Once a trial's steps have taken this long, one timed repeat is precise enough."""
