@@ -10,6 +10,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from autobatch import display
 from autobatch.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from autobatch.memory.arena import configure_memory, limit_memory
     from autobatch.records import MemoryModel, Outcome, Plan, Recovery, Report, TrialResult
+    from autobatch.report import render
     from autobatch.train.watch import MemoryWatch
 
 _HOME = {
@@ -43,6 +45,7 @@ _HOME = {
     "configure_memory": "autobatch.memory.arena",
     "fit": "autobatch.api",
     "limit_memory": "autobatch.memory.arena",
+    "render": "autobatch.report",
     "tune": "autobatch.api",
     "wrap_step": "autobatch.api",
 }
@@ -64,9 +67,21 @@ __all__ = [
     "configure_memory",
     "fit",
     "limit_memory",
+    "render",
     "tune",
     "wrap_step",
 ]
+
+
+def _report_format(name: str) -> Any:
+    from autobatch.report import RENDERERS
+
+    return RENDERERS[name]
+
+
+# Done here, since this runs before every other module of the package and alone may know all rooms: whoever holds a
+# record can print it, and the formats are still loaded when they are first used.
+display.report_format = _report_format
 
 
 def load_ipython_extension(shell: Any) -> None:

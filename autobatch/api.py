@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from autobatch import arguments
+from autobatch import arguments, display
 from autobatch.errors import AutobatchWarning
 from autobatch.records import Report, TrialResult
 from autobatch.search import planning
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 
 SAMPLE_ROWS = 32
 """Samples that are taken from the data where no target says how many; trials repeat them as needed."""
-
-watch_search: Callable[[Trials, Callable[..., Report]], Report] | None = None
-"""What shows a search on a live model while it runs, None for nothing: it is given the trials and the search to run.
-
-Set by a front end, such as a notebook.
-"""
 
 
 def fit(
@@ -237,7 +231,10 @@ def _shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Re
     def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
         return search_with(trials, on_trial=on_trial, **settings)
 
-    return search_now(trials) if quiet or watch_search is None else watch_search(trials, search_now)
+    if quiet or display.show_search is None:
+        return search_now(trials)
+    report: Report = display.show_search(trials, search_now)
+    return report
 
 
 def _require_compiled(model: Any) -> None:

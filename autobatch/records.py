@@ -7,12 +7,12 @@ Bytes are ``int`` and seconds are ``float`` throughout, and a field's name ends 
 from __future__ import annotations
 
 import enum
-import importlib
 import itertools
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from typing import Any
+
+from autobatch import display
 
 SCHEMA_VERSION = 1
 """Version of the serialised :class:`Report`; a change of a field's meaning raises it."""
@@ -352,14 +352,14 @@ class Report:
     plan: Plan | None
     largest_fit: int | None
     smallest_failure: int | None
-    trials: tuple[TrialResult, ...]
+    trials: tuple[TrialResult, ...] = field(repr=False)
     memory_model: MemoryModel | None
-    environment: Environment
+    environment: Environment = field(repr=False)
     stopped_because: str
     model_name: str = ""
     warnings: tuple[str, ...] = field(default=())
-    host_uses: tuple[HostUse, ...] = field(default=())
-    remedies: tuple[Remedy, ...] = field(default=())
+    host_uses: tuple[HostUse, ...] = field(default=(), repr=False)
+    remedies: tuple[Remedy, ...] = field(default=(), repr=False)
     advice: tuple[str, ...] = field(default=())
     schema_version: int = SCHEMA_VERSION
 
@@ -379,9 +379,13 @@ class Report:
             return None
         return self.plan.accumulation_steps * trial.step_seconds + (trial.apply_seconds or 0.0)
 
+    def __str__(self) -> str:
+        """Write this report as plain text, as ``autobatch.render(report, "text")`` does."""
+        return str(display.report_format("text").render(self))
+
     def to_json(self, *, indent: int | None = 2) -> str:
         """This report as JSON, which :meth:`from_json` reads back; the format is described in ``report/json.py``."""
-        return str(_json_format().render(self, indent=indent))
+        return str(display.report_format("json").render(self, indent=indent))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -390,10 +394,5 @@ class Report:
         Raises:
             ValueError: ``text`` is no report, or comes from a newer autobatch.
         """
-        report: Report = _json_format().load(text)
+        report: Report = display.report_format("json").load(text)
         return report
-
-
-def _json_format() -> Any:
-    # Named, not imported: the format knows the records, and they know no other room.
-    return importlib.import_module("autobatch.report.json")

@@ -12,7 +12,6 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import autobatch
-from autobatch.report import text
 
 TARGET_BATCH = 256
 
@@ -68,7 +67,7 @@ def main():
         validation_data=(test_images, test_labels),
         verbose=2,
     )
-    print(text.render(history.report))
+    print(history.report)
     print(history.plan)
     print(f"validation accuracy: {history.history['val_accuracy'][-1]:.4f}")
     return history

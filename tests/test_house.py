@@ -14,7 +14,8 @@ import autobatch
 
 ROOT = Path(autobatch.__file__).parent
 ROOMS = {
-    "records": set(),
+    "records": {"display"},
+    "display": set(),
     "errors": set(),
     "units": set(),
     "version": set(),
@@ -33,6 +34,7 @@ ROOMS = {
         "errors",
         "units",
         "arguments",
+        "display",
         "search",
         "searching",
         "train",
@@ -54,7 +56,7 @@ ROOMS = {
         "cache",
         "version",
     },
-    "notebook": {"records", "errors", "units", "report", "api", "cli"},
+    "notebook": {"records", "errors", "units", "display", "report", "api", "cli"},
 }
 
 
@@ -97,6 +99,16 @@ def test_public_names():
         assert getattr(autobatch, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'batch_size'"):
         autobatch.batch_size  # noqa: B018 - reading it is the test
+
+
+def test_the_examples_use_public_names_alone():
+    for path in (ROOT.parent / "examples").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        assert not list(imported_rooms(path)), path
+        used = {
+            node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "autobatch"
+        }
+        assert used <= set(autobatch.__all__), path
 
 
 def test_the_version_is_written_once():

@@ -14,7 +14,7 @@ from pathlib import Path
 from autobatch.cli.exits import UsageError
 from autobatch.errors import AutobatchWarning
 from autobatch.records import Report
-from autobatch.report import RENDERERS
+from autobatch.report import RENDERERS, render
 from autobatch.report.sentences import printable
 
 
@@ -41,12 +41,11 @@ def check(path: str | None) -> None:
 
 
 def write(report: Report, *, format_name: str, path: str | None) -> None:
-    renderer = RENDERERS[format_name]
     if path is None:
         reconfigure_stdout()
-        print(renderer.render(report))
+        print(_for_stdout(report, format_name))
         return
-    text = renderer.render(report) + "\n"
+    text = render(report, format_name) + "\n"
     try:
         if _is_special(path):  # /dev/stdout, a named pipe: renaming a file over it would replace it
             Path(path).write_text(text, encoding="utf-8")
@@ -54,6 +53,15 @@ def write(report: Report, *, format_name: str, path: str | None) -> None:
             _write_aside(Path(os.path.realpath(path)), text)
     except OSError as error:
         raise UsageError(f"--output: {error.strerror or error}. Received: {path!r}") from error
+
+
+def _for_stdout(report: Report, format_name: str) -> str:
+    """The report as :func:`render` writes it; text has colours too, where a terminal shows it."""
+    if format_name != "text":
+        return render(report, format_name)
+    from autobatch.report import text
+
+    return text.render(report, color=None)
 
 
 @contextlib.contextmanager

@@ -72,4 +72,4 @@ def _print_report(report: Report, printer: Any, cycle: bool) -> None:
         return
     from autobatch.report import text
 
-    printer.text(text.render(report))
+    printer.text(text.render(report, color=None))

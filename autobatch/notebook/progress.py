@@ -10,7 +10,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from autobatch import api
+from autobatch import display
 from autobatch.cli.progress import WatchedTrials
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.notebook import style
@@ -24,12 +24,12 @@ shown = True
 
 def watch() -> None:
     """Show every search on a live model from now on."""
-    api.watch_search = _watched
+    display.show_search = _watched
 
 
 def stop_watching() -> None:
-    if api.watch_search is _watched:
-        api.watch_search = None
+    if display.show_search is _watched:
+        display.show_search = None
 
 
 def _watched(trials: Any, search: Callable[..., Report]) -> Report:
@@ -97,10 +97,10 @@ class SearchDisplay:
         return html.trial_table(self._trials, self._environment, chosen=chosen, label=label)
 
     def _show(self, body: str, plain: str) -> None:
-        from IPython.display import display
+        from IPython.display import display as show
 
         bundle = {"text/html": style.output(body), "text/plain": f"autobatch: {plain}"}
         if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
+            self._handle = show(bundle, raw=True, display_id=True)
         else:
             self._handle.update(bundle, raw=True)

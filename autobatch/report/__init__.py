@@ -1,4 +1,4 @@
-"""A :class:`~autobatch.records.Report` goes in, text comes out: one module an output.
+"""A :class:`~autobatch.records.Report` goes in, text comes out: one module an output, :func:`render` for all.
 
 The renderers know the records and nothing else of autobatch: they run no trial and read no file. Each module has a
 ``render(report) -> str``; it is imported when it is first asked for, so that naming the formats costs nothing.
@@ -39,3 +39,26 @@ class _Renderers(Mapping[str, Renderer]):
 
 
 RENDERERS: Mapping[str, Renderer] = _Renderers()
+
+
+def render(report: Report, format: str = "text") -> str:
+    """Write a report as one string, without a newline at its end.
+
+    Args:
+        report: What :func:`autobatch.tune` returns, or ``history.report`` of :func:`autobatch.fit`.
+        format: "text" is for people, and plain: without colours. "json" is for programs, and
+            :meth:`autobatch.Report.from_json` reads it back. "html" is a page that needs no other file.
+
+    Raises:
+        TypeError: ``report`` is no report.
+        ValueError: There is no such format.
+    """
+    if not isinstance(report, Report):
+        raise TypeError(
+            "report must be an autobatch.Report, such as history.report of autobatch.fit. "
+            f"Received: {report!r} (of type {type(report).__name__})"
+        )
+    if not isinstance(format, str) or format not in RENDERERS:
+        names = [f'"{name}"' for name in RENDERERS]
+        raise ValueError(f"format must be {', '.join(names[:-1])} or {names[-1]}. Received: {format!r}")
+    return RENDERERS[format].render(report)

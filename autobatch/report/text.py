@@ -27,11 +27,11 @@ _BETTER_STYLES = {True: "green", False: "red", None: ""}
 _PLAIN_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
-def render(report: Report, *, width: int | None = None, color: bool | None = None) -> str:
+def render(report: Report, *, width: int | None = None, color: bool | None = False) -> str:
     """The report as lines of at most ``width`` columns.
 
-    ``color=None`` colours where standard output is a terminal; ``width=None`` takes the terminal's width there and
-    :data:`PLAIN_WIDTH` elsewhere.
+    ``color=None`` colours where standard output is a terminal, for what is written there at once; ``width=None`` takes
+    the terminal's width there and :data:`PLAIN_WIDTH` elsewhere.
     """
     terminal = sys.stdout is not None and sys.stdout.isatty()
     if color is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import random
@@ -276,6 +277,25 @@ def test_progress_is_on_standard_error_of_a_terminal(target):
     assert b"micro-batch" in shown
     assert b"\x1b" not in out
     assert b"sizing report" in out
+
+
+def test_a_terminal_has_colours_and_a_file_has_none(tmp_path):
+    saved, written = Path(__file__).with_name("report_schema_1.json"), tmp_path / "report.txt"
+    for options in ([], ["--output", str(written)]):
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "autobatch", "show", str(saved), *options]
+        env = _environment(TERM="xterm-256color")
+        with subprocess.Popen(command, stdout=theirs, env=env) as process:
+            os.close(theirs)
+            shown = b""
+            with contextlib.suppress(OSError):  # how Linux says that the other side has closed
+                while chunk := os.read(ours, 4096):
+                    shown += chunk
+        os.close(ours)
+        assert process.returncode == 0
+        assert (b"\x1b[" in shown) == (not options)
+    assert "sizing report" in written.read_text()
+    assert "\x1b" not in written.read_text()
 
 
 def test_an_interrupt_ends_the_worker_and_gives_130(target, tmp_path):

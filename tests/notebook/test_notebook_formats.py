@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 import autobatch
-from autobatch import api
+from autobatch import api, display
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.notebook import formats, progress, style
 from autobatch.records import Environment, MemoryModel, Outcome, Plan, Report, TrialResult
@@ -134,7 +134,7 @@ def test_a_shell_displays_them_once_the_extension_is_loaded(shell):
 def test_a_terminal_is_left_alone(shell):
     shell.run_line_magic("load_ext", "autobatch")
     assert autobatch.fit is api.fit  # the first use
-    assert api.watch_search is None
+    assert display.show_search is None
 
 
 def test_a_report_shown_by_the_magic_is_not_shown_again_in_the_same_cell(shell):
