@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autobatch.records import MemoryModel, Outcome, Plan, Recovery, Report, TrialResult
     from autobatch.report import render
     from autobatch.train.watch import MemoryWatch
+    from autobatch.training_history import TrainingHistory
 
 _HOME = {
     "AutobatchError": "autobatch.errors",
@@ -38,6 +39,7 @@ _HOME = {
     "Plan": "autobatch.records",
     "Recovery": "autobatch.records",
     "Report": "autobatch.records",
+    "TrainingHistory": "autobatch.training_history",
     "TrialResult": "autobatch.records",
     "UpdateInterruptedError": "autobatch.errors",
     "WorkerLostError": "autobatch.errors",
@@ -60,6 +62,7 @@ __all__ = [
     "Plan",
     "Recovery",
     "Report",
+    "TrainingHistory",
     "TrialResult",
     "UpdateInterruptedError",
     "WorkerLostError",

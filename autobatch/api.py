@@ -6,7 +6,7 @@ Importing this imports no TensorFlow; using it does.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autobatch import arguments, display
@@ -17,8 +17,11 @@ from autobatch.searching import say_what_differs, unsearched
 from autobatch.searching import search_with as search_with  # the command line's way in
 
 if TYPE_CHECKING:
+    import keras
+
     from autobatch.train.data import EffectiveBatches
     from autobatch.train.loop import WrappedStep
+    from autobatch.training_history import TrainingHistory
     from autobatch.trial.in_process import LiveTrials
     from autobatch.trial.protocol import Trials
 
@@ -27,7 +30,7 @@ SAMPLE_ROWS = 32
 
 
 def fit(
-    model: Any,
+    model: keras.Model,
     dataset: Any,
     y: Any = None,
     *,
@@ -39,7 +42,7 @@ def fit(
     cache: bool = True,
     worker_timeout: float = 600.0,
     **fit_options: Any,
-) -> Any:
+) -> TrainingHistory:
     """Train a compiled Keras model at an effective batch of ``target_batch``, in whatever memory there is.
 
     Args:
@@ -64,7 +67,7 @@ def fit(
             updates, and ``verbose=0`` keeps a notebook from showing the search as well.
 
     Returns:
-        Keras's ``History``, with ``plan``, ``report`` and ``recoveries`` as further attributes.
+        Keras's ``History``, with ``plan``, ``report`` and ``recoveries``: see :class:`autobatch.TrainingHistory`.
 
     Raises:
         TypeError, ValueError: An argument cannot be used; nothing has been run or changed.
@@ -122,7 +125,7 @@ def fit(
 
 
 def tune(
-    model: Any,
+    model: keras.Model,
     dataset: Any,
     y: Any = None,
     *,
@@ -195,7 +198,7 @@ def tune(
 
 
 def open_trials(
-    model: Any,
+    model: keras.Model,
     dataset: Any,
     y: Any = None,
     *,
@@ -262,8 +265,8 @@ def _effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
 def wrap_step(
     train_step: Callable[[Any], Any],
     *,
-    model: Any,
-    optimizer: Any,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer | Sequence[keras.optimizers.Optimizer],
     target_batch: int,
     micro_batch: int | str = "auto",
     memory_limit: int | str | None = None,

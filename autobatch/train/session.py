@@ -21,6 +21,7 @@ from autobatch.train.lengths import LengthRule
 from autobatch.train.recovery import Transaction
 from autobatch.train.step import AccumulatedStep
 from autobatch.train.watch import ONCE_STEADY, MemoryWatch
+from autobatch.training_history import TrainingHistory
 
 _DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
 
@@ -86,7 +87,7 @@ def train(
     lengths: LengthRule | None = None,
     keeper: Keeper | None = None,
     agreement: Alone | None = None,
-) -> Any:
+) -> TrainingHistory:
     """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``.
 
     ``begin_at`` is the micro-batch to begin with, where a run before this one had to go below the plan's.
@@ -134,10 +135,7 @@ def train(
             raise
         finally:
             step.release_accumulators()
-    history.plan = plan
-    history.report = report
-    history.recoveries = tuple(transaction.recoveries)
-    return history
+    return TrainingHistory.of(history, plan=plan, report=report, recoveries=tuple(transaction.recoveries))
 
 
 def _unpack(dataset: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:

@@ -1,0 +1,44 @@
+"""What ``autobatch.fit`` returns. This imports Keras, and is imported when ``autobatch.TrainingHistory`` is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from autobatch.records import Plan, Recovery, Report
+
+
+class TrainingHistory(keras.callbacks.History):  # type: ignore[misc]  # Keras ships no types
+    """Keras's ``History`` of a training, with what autobatch knows of it."""
+
+    history: dict[str, list[Any]]
+    """The logs by name, one value an epoch, as Keras keeps them."""
+
+    epoch: list[int]
+    """The epochs that were trained, counted from 0."""
+
+    plan: Plan
+    """How one optimizer update was made up when training began; :attr:`recoveries` tell what became of it."""
+
+    report: Report
+    """The sizing report of the search. Where there was none, as with ``micro_batch=64``, it says why."""
+
+    recoveries: tuple[Recovery, ...]
+    """The times that training ran out of memory and went on, in turn; empty where it never did."""
+
+    @classmethod
+    def of(
+        cls, history: keras.callbacks.History, *, plan: Plan, report: Report, recoveries: tuple[Recovery, ...]
+    ) -> TrainingHistory:
+        """Make one of what ``Model.fit`` has returned; both share the logs, the model's ``history`` is the new one.
+
+        A ``History`` of the user's own, among the callbacks, stays as it is; a ``fit`` of the user's own may return
+        anything.
+        """
+        made = cls()
+        made.__dict__.update(getattr(history, "__dict__", {}))
+        made.plan, made.report, made.recoveries = plan, report, recoveries
+        if made.model is not None:
+            made.model.history = made
+        return made
