@@ -351,4 +351,5 @@ def wrap_step(
 
         return transaction_for(trials.step, trials.length_rule(report), trials.keeper), report, open_wider
 
-    return WrappedStep(open_first)
+    name = getattr(train_step, "__name__", type(train_step).__name__)
+    return WrappedStep(open_first, name=name, target_batch=target, micro_batch=chosen)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from autobatch.records import HostUse, Report
+from autobatch.records import HostUse, Recovery, Report
 from autobatch.train import keras_seams
 from autobatch.train.recovery import Transaction
 from autobatch.train.structure import Structure, is_missing
@@ -188,20 +188,43 @@ class WrappedStep:
     Args:
         open_first: Searches on the first batch; returns the transaction for it, its report, and what makes the
             transaction for a wider element spec, given the one before.
+        name: What the user's function is called.
+        target_batch: The effective batch that the search is made for.
+        micro_batch: The size that was given in place of a search.
     """
 
     def __init__(
         self,
         open_first: Callable[[Any], tuple[Transaction, Report, Callable[[Any, Transaction], Transaction]]],
+        *,
+        name: str,
+        target_batch: int,
+        micro_batch: int | None,
     ) -> None:
         self._open_first = open_first
+        self._name = name
+        self._target_batch = target_batch
+        self._micro_batch = micro_batch
         self._open_wider: Callable[[Any, Transaction], Transaction] | None = None
         self._transaction: Transaction | None = None
         self._element_spec: Any = None
         self.report: Report | None = None
 
+    def __repr__(self) -> str:
+        """Name the function, its effective batch, and the micro-batch as it is now."""
+        if self._transaction is not None:
+            size = str(self._transaction.policy.micro_batch)
+            count = len(self._transaction.recoveries)
+            how = (("searched" if self._micro_batch is None else "given"), *([f"{count} recovered"] if count else []))
+        elif self._micro_batch is None:
+            size, how = "'auto'", ("not searched yet: the first batch starts it",)
+        else:
+            size, how = str(self._micro_batch), ("given",)
+        return f"<WrappedStep {self._name} target_batch={self._target_batch} micro_batch={size} ({', '.join(how)})>"
+
     @property
-    def recoveries(self) -> tuple[Any, ...]:
+    def recoveries(self) -> tuple[Recovery, ...]:
+        """The times that a batch ran out of memory and the loop went on, in turn."""
         return () if self._transaction is None else tuple(self._transaction.recoveries)
 
     def __call__(self, batch: Any) -> Any:
