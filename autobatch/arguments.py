@@ -9,14 +9,14 @@ from typing import Any
 from autobatch.units import parse_bytes
 
 
-def positive_int(value: Any, name: str, remedy: str) -> int:
+def positive_int(value: Any, name: str, remedy: str = "") -> int:
     """Return ``value`` as an int of at least 1.
 
     Raises:
         TypeError: it is no whole number; True and False are none either.
         ValueError: it is less than 1.
     """
-    message = f"{name} must be a whole number of at least 1: {remedy}. Received: {value!r}"
+    message = f"{name} must be a whole number of at least 1{remedy and f': {remedy}'}. Received: {value!r}"
     if isinstance(value, bool):
         raise TypeError(message)
     try:
@@ -57,8 +57,13 @@ def headroom(value: Any) -> float:
 
 
 def worker_timeout(value: Any) -> float:
-    """Check ``worker_timeout``: seconds above 0."""
-    message = f"worker_timeout must be a number of seconds above 0. Received: {value!r}"
+    """Check ``worker_timeout``; see :func:`seconds`."""
+    return seconds(value, "worker_timeout")
+
+
+def seconds(value: Any, name: str) -> float:
+    """Return ``value`` as a number of seconds above 0, and less than forever."""
+    message = f"{name} must be a number of seconds above 0. Received: {value!r}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message)
     if not 0 < value < float("inf"):

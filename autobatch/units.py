@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _FACTORS = {
@@ -36,9 +37,10 @@ def parse_bytes(value: int | str, *, name: str = "memory_limit") -> int:
     else:
         match = _PATTERN.fullmatch(value)
         factor = _FACTORS.get(match.group(2).lower()) if match else None
-        if match is None or factor is None:
+        number = float(match.group(1)) * factor if match and factor else math.nan
+        if not math.isfinite(number):  # as with more digits than there are floats
             raise ValueError(f"{remedy} Received: {value!r}")
-        size = int(float(match.group(1)) * factor)
+        size = int(number)
     if size <= 0:
         raise ValueError(f"{remedy} Received: {value!r}")
     return size

@@ -21,7 +21,7 @@ _EXIT_CODES = """\
 exit codes:
   0    done
   1    not even one sample fits, or --fail-under was missed
-  2    the command line, or the TARGET that it names, cannot be used
+  2    the command line, or the TARGET that it names, cannot be used; no COMMAND was given
   3    your own code failed; its traceback is on standard error
   130  interrupted with Ctrl-C
 """
@@ -30,10 +30,14 @@ exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: this process's) and return its exit code."""
     try:
-        arguments = _parser().parse_args(argv)
+        parser = _parser()
+        arguments = parser.parse_args(argv)
     except SystemExit as exit_of_argparse:  # --help, --version and usage errors, already printed
         return exit_of_argparse.code if isinstance(exit_of_argparse.code, int) else USAGE
-    run: Callable[[argparse.Namespace], int] = arguments.run
+    run: Callable[[argparse.Namespace], int] | None = arguments.run
+    if run is None:  # help, and yet no success: a script that has lost its arguments must not go on
+        parser.print_help(sys.stderr)
+        return USAGE
     try:
         code = run(arguments)
         if sys.stdout is not None:  # it is None where it was closed before Python started
@@ -73,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in (report, show, devices, cache):
         command.add_parser(commands)
     return parser

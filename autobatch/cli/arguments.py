@@ -1,15 +1,20 @@
-"""The values that options take, read from text: each raises ``ArgumentTypeError``, which argparse prints."""
+"""The values that options take, read from text and then checked as ``fit`` and ``tune`` check theirs."""
 
 from __future__ import annotations
 
 import argparse
-import math
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from autobatch import arguments
 from autobatch.units import parse_bytes
 
 SMALLEST_LIMIT_BYTES = 2**20  # TensorFlow counts the limit of an arena in MiB
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,59 +24,72 @@ class Share:
     fraction: float
 
 
+def _option(check: Callable[[str], _T]) -> Callable[[str], _T]:
+    """Let argparse print what ``check`` finds wrong, with the text as it was typed."""
+
+    @functools.wraps(check)
+    def read(text: str) -> _T:
+        try:
+            return check(text)
+        except (TypeError, ValueError) as error:
+            reason = str(error).partition(" Received: ")[0]
+            raise argparse.ArgumentTypeError(f"{reason} Received: {text!r}") from None
+
+    return read
+
+
+@_option
 def positive_int(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number, at least 1. Received: {text!r}")
-    return int(text)
+    """Read a whole number of at least 1."""
+    # No more digits than Python reads at once, and none that only Python takes for one.
+    return arguments.positive_int(int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text, "N")
 
 
+@_option
 def seconds(text: str) -> float:
-    value = _float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"a number of seconds above 0. Received: {text!r}")
-    return value
+    """Read a number of seconds above 0."""
+    return arguments.seconds(_number(text), "SECONDS")
 
 
+@_option
 def headroom(text: str) -> float:
-    value = _float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"a share of the limit, at least 0 and below 1. Received: {text!r}")
-    return value
+    """Read a share of the limit, at least 0 and below 1."""
+    return arguments.headroom(_number(text))
 
 
+@_option
 def memory_limit(text: str) -> int | Share:
-    """``"512MiB"``, ``"1.5GB"``, bytes, or ``"80%"``."""
+    """Read ``"512MiB"``, ``"1.5GB"``, bytes, or ``"80%"``."""
     if text.rstrip().endswith("%"):
-        percent = _float(text.rstrip()[:-1])
-        if not 0 < percent <= 100:
-            raise argparse.ArgumentTypeError(f"a percentage is above 0 and at most 100. Received: {text!r}")
+        percent = _number(text.rstrip()[:-1])
+        if not isinstance(percent, float) or not 0 < percent <= 100:
+            raise ValueError("a percentage is above 0 and at most 100.")
         return Share(percent / 100)
-    try:
-        limit_bytes = parse_bytes(text)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f'a size such as "512MiB" or "1.5GB", or a share of the device such as "80%". Received: {text!r}'
-        ) from None
+    limit_bytes = parse_bytes(text, name='SIZE, unless it is a share of the device such as "80%",')
     if limit_bytes < SMALLEST_LIMIT_BYTES:
-        raise argparse.ArgumentTypeError(f"at least 1 MiB. Received: {text!r}")
+        raise ValueError("SIZE must be at least 1 MiB.")
     return limit_bytes
 
 
+@_option
 def input_shape(text: str) -> tuple[int, ...]:
-    """``"224,224,3"``."""
+    """Read ``"224,224,3"``."""
     if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text) or "0" in text.split(","):
-        raise argparse.ArgumentTypeError(f'sizes above 0 such as "224,224,3". Received: {text!r}')
+        raise ValueError('sizes above 0 such as "224,224,3".')
     return tuple(int(part) for part in text.split(","))
 
 
+@_option
 def device(text: str) -> str:
+    """Read ``"CPU"``, ``"GPU"`` or ``"GPU:1"``, in capitals or not."""
     if not re.fullmatch(r"CPU|GPU(:[0-9]{1,3})?", text.upper()):
-        raise argparse.ArgumentTypeError(f'"CPU", "GPU" or "GPU:1". Received: {text!r}')
+        raise ValueError('"CPU", "GPU" or "GPU:1".')
     return text.upper()
 
 
-def _float(text: str) -> float:
+def _number(text: str) -> Any:
+    """Read a number; what is none is left as it is, for a check to refuse."""
     try:
         return float(text)
     except ValueError:
-        return math.nan  # fails every comparison that follows
+        return text

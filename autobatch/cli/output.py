@@ -18,11 +18,21 @@ from autobatch.report import RENDERERS, render
 from autobatch.report.sentences import printable
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, default_format: str | None = "text") -> None:
-    """``default_format=None`` leaves the format to the front end where none is asked for."""
-    told = "default: HTML in a notebook, else text" if default_format is None else "default: %(default)s"
-    parser.add_argument("--format", choices=list(RENDERERS), default=default_format, help=told)
-    parser.add_argument("--output", metavar="FILE", help="write the report to FILE, not to standard output")
+def add_arguments(parser: argparse.ArgumentParser, *, default_format: str | None = "text") -> argparse._ArgumentGroup:
+    """Add the options of where a report goes, in a group that is returned.
+
+    ``default_format=None`` leaves the format to the front end where none is asked for.
+    """
+    told = "HTML in a notebook, else text" if default_format is None else "%(default)s"
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--format",
+        choices=list(RENDERERS),
+        default=default_format,
+        help=f"text to read, json for programs and for autobatch show, html for a browser (default: {told})",
+    )
+    group.add_argument("--output", metavar="FILE", help="write the report to FILE, not to standard output")
+    return group
 
 
 def check(path: str | None) -> None:

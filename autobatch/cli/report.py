@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from autobatch.records import Report
     from autobatch.trial.worker import WorkerTrials
 
+_EXAMPLES = """\
+examples:
+  autobatch report train.py:build --target-batch 256 --memory-limit 512MiB
+  autobatch report keras:ResNet50 --input 160,160,3 --format html --output report.html
+"""
 _PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64")
 
 
@@ -21,8 +26,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "report",
         help="find out by trials what fits, and print the sizing report",
-        description="Run training steps of TARGET in a worker process, find the micro-batch that fits and is fastest, "
-        "and print the sizing report.",
+        description="Run training steps of TARGET in a worker process, find the micro-batch that fits and is\n"
+        "fastest, and print the sizing report.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -32,23 +39,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_search_arguments(parser)
     add_worker_arguments(parser)
-    parser.add_argument(
+    keras_targets = parser.add_argument_group("Keras targets")
+    keras_targets.add_argument(
         "--input",
         type=arguments.input_shape,
         default=(224, 224, 3),
         metavar="H,W,C",
         help="input shape of a keras: target (default: 224,224,3)",
     )
-    parser.add_argument(
-        "--classes", type=arguments.positive_int, default=1000, metavar="N", help="of a keras: target (default: 1000)"
+    keras_targets.add_argument(
+        "--classes",
+        type=arguments.positive_int,
+        default=1000,
+        metavar="N",
+        help="classes of a keras: target (default: 1000)",
     )
-    parser.add_argument(
-        "--strategy",
-        choices=["mirrored"],
-        help="call TARGET under a MirroredStrategy over all GPUs; sizes are those of one replica",
-    )
-    output.add_arguments(parser)
-    parser.add_argument(
+    output.add_arguments(parser).add_argument(
         "--fail-under",
         type=arguments.positive_int,
         metavar="N",
@@ -58,56 +64,63 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the search itself, which the notebook's magic shares."""
+    """Add the options of the search itself, which the notebook's magic shares."""
+    group = parser.add_argument_group("search")
     positive = arguments.positive_int
-    parser.add_argument("--target-batch", type=positive, metavar="N", help="effective batch to make a plan for")
-    parser.add_argument(
+    group.add_argument("--target-batch", type=positive, metavar="N", help="effective batch to make a plan for")
+    group.add_argument(
         "--memory-limit",
         type=arguments.memory_limit,
         metavar="SIZE",
         help='what the device may use: "512MiB", or "80%%" of its total',
     )
-    parser.add_argument(
+    group.add_argument(
         "--headroom",
         type=arguments.headroom,
         default=0.05,
         metavar="SHARE",
         help="share of the limit to keep free (default: %(default)s)",
     )
-    parser.add_argument("--exact", action="store_true", help="prove the largest size: run the next one up as well")
-    parser.add_argument(
+    group.add_argument("--exact", action="store_true", help="prove the largest size: run the next one up as well")
+    group.add_argument(
         "--objective",
         choices=["throughput", "largest"],
         default="throughput",
         help="plan for the shortest update or for the largest micro-batch (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--no-cache",
         dest="cache",
         action="store_false",
         help="search anew, and do not remember what is found; else a remembered size is confirmed with one trial",
     )
-    parser.add_argument(
+    group.add_argument(
         "--remedies",
         action="store_true",
         help="try mixed precision, XLA, rematerialisation and an optimizer without slots as well, each in a worker of "
         "its own, and what gains together; --max-trials and --max-seconds then count for each (minutes in all)",
     )
-    parser.add_argument("--max-trials", type=positive, metavar="N", help="stop after so many trials")
-    parser.add_argument("--max-seconds", type=arguments.seconds, metavar="SECONDS", help="start no trial after so long")
+    group.add_argument("--max-trials", type=positive, metavar="N", help="stop after so many trials")
+    group.add_argument("--max-seconds", type=arguments.seconds, metavar="SECONDS", help="start no trial after so long")
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of what is decided before the model is built, and so in a worker process alone."""
-    parser.add_argument("--device", type=arguments.device, metavar="DEVICE", help='"CPU", "GPU" or "GPU:1"')
-    parser.add_argument("--precision", choices=_PRECISIONS, help="Keras dtype policy, set before TARGET is called")
-    parser.add_argument(
+    """Add the options of what is decided before the model is built, and so in a worker process alone."""
+    group = parser.add_argument_group("worker")
+    group.add_argument("--device", type=arguments.device, metavar="DEVICE", help='"CPU", "GPU" or "GPU:1"')
+    group.add_argument("--precision", choices=_PRECISIONS, help="Keras dtype policy, set before TARGET is called")
+    group.add_argument(
         "--jit",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="XLA on or off (default: as TARGET compiles the model)",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--strategy",
+        choices=["mirrored"],
+        help="call TARGET under a MirroredStrategy over all GPUs; sizes are those of one replica",
+    )
+    group.add_argument(
         "--timeout",
         type=arguments.seconds,
         default=600.0,
