@@ -1,0 +1,140 @@
+"""README and docs/: their Python runs as it stands, what it prints is what they show, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import autobatch
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(autobatch.__file__).parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SECONDS = 300
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def python_of(page):
+    """Return a page's Python blocks, each with the text block that stands directly behind it: what it prints."""
+    text = page.read_text(encoding="utf-8")
+    blocks = list(FENCE.finditer(text))
+    found = []
+    for block, following in itertools.zip_longest(blocks, blocks[1:]):
+        if block.group(1) != "python":
+            continue
+        is_output = following is not None and following.group(1) == "text"
+        between = "" if following is None else text[block.end() : following.start()]
+        shown = following.group(2) if is_output and not between.strip() else None
+        found.append((text.count("\n", 0, block.start()) + 2, block.group(2), shown))
+    return found
+
+
+def run_blocks(page, checks="", folder=ROOT):
+    """Run all blocks of a page in order, in one namespace of a process of its own; return what each has printed.
+
+    A page may limit memory, which is done before TensorFlow starts. ``checks`` runs behind them, as a test would.
+    """
+    mark = "-- a block of the page has ended --"
+    program = ["import sys", f"page = {name_of(page)!r}", "names = {'__name__': '__main__'}"]
+    for line, source, _ in python_of(page):
+        program.append(f"exec(compile({chr(10) * (line - 1) + source!r}, page, 'exec'), names)")
+        program.append(f"print({mark!r}, flush=True)")
+    program += [f"exec({textwrap.dedent(checks)!r}, names)"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        timeout=SECONDS,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.split(f"{mark}\n")[:-1]
+
+
+def without_numbers(text):
+    """Return text with each number as a mark: seconds, bytes and sizes that are chosen by time differ between runs."""
+    return re.sub(r"\d[\d.,]*", "#", text)
+
+
+def anchors_of(page):
+    """Return the anchors that GitHub makes of a page's headings."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def links_of(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md" and python_of(page)], ids=name_of)
+def test_python(page, tmp_path):
+    # In a folder of its own: a page may write files.
+    printed = run_blocks(page, folder=tmp_path)
+    for text, (line, _, shown) in zip(printed, python_of(page), strict=True):
+        if shown is not None:
+            assert without_numbers(text) == without_numbers(shown), f"what {name_of(page)}, line {line}, prints"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for link in links_of(page):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    readme = ROOT / "README.md"
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links_of(readme)}
+    assert [name_of(page) for page in PAGES if page != readme and page.resolve() not in linked] == []
+
+
+def test_only_public_names_are_imported():
+    for page in PAGES:
+        for _, source, _ in python_of(page):
+            assert not re.search(r"\b(from|import) autobatch\.(?!notebook\b)", source), page
+            assert set(re.findall(r"\bautobatch\.(\w+)", source)) <= {*autobatch.__all__, "notebook", "__version__"}, (
+                page
+            )
+
+
+def test_every_option_of_the_command_is_on_its_page():
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    for command in (["report"], ["show"], ["devices"], ["cache", "list"], ["cache", "clear"]):
+        run = subprocess.run(
+            [sys.executable, "-m", "autobatch", *command, "--help"], capture_output=True, text=True, check=True
+        )
+        options = set(re.findall(r"--[a-z][a-z-]*", run.stdout)) - {"--help"}
+        assert [option for option in sorted(options) if f"`{option}" not in page] == [], command
+
+
+def test_every_kind_of_difference_has_its_section():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    kinds = set(re.findall(r'^    \("([a-z-]+)", _\w+\),$', source, re.MULTILINE))
+    assert len(kinds) >= 8, "where the kinds are listed has another form now"
+    assert kinds <= anchors_of(ROOT / "docs" / "exactness-and-limits.md")
+
+
+@pytest.mark.skipif(not (PACKAGE / "recovery").is_dir(), reason="the rooms have not been moved to where the page says")
+def test_the_plan_has_every_room_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+/(?:[a-z_]+\.py)?|[a-z_]+\.py)`", page))
+    named = {name for name in named if not name.startswith("tests/")}
+    assert [name for name in sorted(named) if not (PACKAGE / name).exists()] == []
+    rooms = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms <= named
