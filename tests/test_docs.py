@@ -1,4 +1,4 @@
-"""README and docs/: their Python runs as it stands, what it prints is what they show, and their links lead somewhere."""
+"""README and docs/: their Python runs and prints what they show, links lead somewhere, and lists are complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import autobatch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(autobatch.__file__).parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECONDS = 300
 
