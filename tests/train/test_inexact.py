@@ -501,7 +501,10 @@ def test_every_kind_of_difference_has_a_place_on_the_page():
 
     page = (Path(__file__).parents[2] / differences.PAGE).read_text(encoding="utf-8")
     headings = [line[3:].lower().replace(" ", "-") for line in page.splitlines() if line.startswith("## ")]
-    assert headings == list(dict.fromkeys(anchor for anchor, _ in inexact.KINDS))
+    kinds = list(dict.fromkeys(anchor for anchor, _ in inexact.KINDS))
+    not_of_a_kind = [heading for heading in headings if heading not in kinds and not heading.startswith("limits:")]
+    assert [heading for heading in headings if heading in kinds] == kinds
+    assert not_of_a_kind == ["how-close-it-is", "sixteen-bit-layers"]
 
 
 def test_a_warning_says_what_is_sure_before_what_may_be():
