@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from autobatch.memory.arena import configure_memory, limit_memory
     from autobatch.records import MemoryModel, Outcome, Plan, Recovery, Report, TrialResult
     from autobatch.report import render
-    from autobatch.train.watch import MemoryWatch
     from autobatch.training_history import TrainingHistory
+    from autobatch.watch.memory_watch import MemoryWatch
 
 _HOME = {
     "AutobatchError": "autobatch.errors",
     "AutobatchWarning": "autobatch.errors",
     "MemoryModel": "autobatch.records",
-    "MemoryWatch": "autobatch.train.watch",
+    "MemoryWatch": "autobatch.watch.memory_watch",
     "NoFeasibleBatchError": "autobatch.errors",
     "Outcome": "autobatch.records",
     "Plan": "autobatch.records",

@@ -5,28 +5,22 @@ Importing this imports no TensorFlow; using it does.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autobatch import arguments, display
-from autobatch.errors import AutobatchWarning
 from autobatch.records import Report, TrialResult
 from autobatch.search import planning
-from autobatch.searching import say_what_differs, unsearched
-from autobatch.searching import search_with as search_with  # the command line's way in
+from autobatch.sizing.reports import say_what_differs, unsearched
+from autobatch.sizing.search_trials import search_with as search_with  # the command line's way in
 
 if TYPE_CHECKING:
     import keras
 
-    from autobatch.train.data import EffectiveBatches
-    from autobatch.train.loop import WrappedStep
+    from autobatch.train.wrapped_step import WrappedStep
     from autobatch.training_history import TrainingHistory
-    from autobatch.trial.in_process import LiveTrials
     from autobatch.trial.protocol import Trials
-
-SAMPLE_ROWS = 32
-"""Samples that are taken from the data where no target says how many; trials repeat them as needed."""
+from autobatch.opening import effective_batch, open_trials, require_compiled
 
 
 def fit(
@@ -82,20 +76,22 @@ def fit(
     share = arguments.headroom(headroom)
     remembers = arguments.cache(cache)
     timeout_seconds = arguments.worker_timeout(worker_timeout)
-    _require_compiled(model)
+    require_compiled(model)
     arguments.require_fit_options(model, fit_options)
 
-    from autobatch.train import keras_seams, scaling, session
-    from autobatch.trial import replicated
+    from autobatch.data import fit_data
+    from autobatch.replicas import devices
+    from autobatch.step import supported
+    from autobatch.train import session
 
-    keras_seams.require_supported(model)
-    agreement = scaling.agree_for(model, timeout_seconds)
-    batches, options = session.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
-    effective = _effective_batch(batches, target)
-    trials = replicated.open_on(
+    supported.require_supported(model)
+    agreement = devices.agree_for(model, timeout_seconds)
+    batches, options = fit_data.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
+    effective = effective_batch(batches, target)
+    trials = devices.open_on(
         model, batches, agreement=agreement, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
     )
-    known = scaling.remembered(options, agreement, target_batch=effective, replicas=trials.replicas)
+    known = devices.remembered(options, agreement, target_batch=effective, replicas=trials.replicas)
     if chosen is None and known is None:
         try:
             report = _shown_search(
@@ -181,9 +177,9 @@ def tune(
     try:
         if not remedies:
             return search_one(trials)
-        from autobatch.remedies import rebuilt
+        from autobatch.remedies import rebuilding
 
-        return rebuilt.report_with_remedies(
+        return rebuilding.report_with_remedies(
             model,
             trials.batch_of,
             trials,
@@ -197,37 +193,6 @@ def tune(
         trials.step.release_accumulators()
 
 
-def open_trials(
-    model: keras.Model,
-    dataset: Any,
-    y: Any = None,
-    *,
-    target_batch: int | None,
-    memory_limit_bytes: int | None,
-    headroom: float,
-) -> LiveTrials:
-    """Make trials on a live model; :meth:`LiveTrials.close` puts everything back. See :func:`tune`."""
-    _require_compiled(model)
-
-    from autobatch.train import keras_seams, scaling, session
-    from autobatch.trial import replicated
-
-    session.require_repeatable(dataset)
-    keras_seams.require_supported(model)
-    agreement = scaling.agree_for(model)
-    rows = SAMPLE_ROWS if target_batch is None else target_batch
-    batches, _ = session.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True)
-    effective = None if target_batch is None else _effective_batch(batches, target_batch)
-    return replicated.open_on(
-        model,
-        batches,
-        agreement=agreement,
-        target_batch=effective,
-        user_limit_bytes=memory_limit_bytes,
-        headroom=headroom,
-    )
-
-
 def _shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Report:
     """:func:`search_with`, watched by whoever has asked for it."""
 
@@ -238,28 +203,6 @@ def _shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Re
         return search_now(trials)
     report: Report = display.show_search(trials, search_now)
     return report
-
-
-def _require_compiled(model: Any) -> None:
-    if not hasattr(model, "train_step"):
-        raise TypeError(f"model must be a Keras model. Received: {model!r} (of type {type(model).__name__})")
-    if not getattr(model, "compiled", False):
-        raise ValueError(
-            "The model is not compiled: call model.compile(optimizer, loss) first. "
-            f"Received: {getattr(model, 'name', model)!r}"
-        )
-
-
-def _effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
-    if batches.sample_limit is None or batches.sample_limit >= target_batch:
-        return target_batch
-    warnings.warn(
-        f"target_batch={target_batch} is larger than the data set, which has {batches.sample_limit} samples: there "
-        f"will be one update an epoch, over {batches.sample_limit} samples.",
-        AutobatchWarning,
-        stacklevel=3,
-    )
-    return batches.sample_limit
 
 
 def wrap_step(
@@ -301,15 +244,18 @@ def wrap_step(
 
     import tensorflow as tf
 
-    from autobatch.train import keras_seams, strategy_seams
-    from autobatch.train.loop import LoopModel, OneBatch, WrappedStep, element_spec_of
-    from autobatch.train.recovery import Transaction
-    from autobatch.train.step import AccumulatedStep
-    from autobatch.train.structure import Structure, sample_count
-    from autobatch.trial.in_process import LiveTrials
+    from autobatch.data.loop_batches import OneBatch, element_spec_of
+    from autobatch.recovery.transaction import Transaction
+    from autobatch.seams import strategies
+    from autobatch.step import supported
+    from autobatch.step.accumulated_step import AccumulatedStep
+    from autobatch.step.loop_model import LoopModel
+    from autobatch.tensors.batch_structure import Structure, sample_count
+    from autobatch.train.wrapped_step import WrappedStep
+    from autobatch.trial.live_trials import LiveTrials
 
-    keras_seams.require_stateless(model)
-    if strategy_seams.strategy_of(model) is not None or tf.distribute.has_strategy():
+    supported.require_stateless(model)
+    if strategies.strategy_of(model) is not None or tf.distribute.has_strategy():
         raise ValueError(
             "wrap_step works on one device. Under a tf.distribute strategy give the loop to a model as its train_step "
             f"and call autobatch.fit. Received: {getattr(model, 'name', model)!r}, made under a strategy"

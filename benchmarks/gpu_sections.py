@@ -313,7 +313,7 @@ def search(name: str, precision: str, xla: str, seconds: str) -> None:
     from models import MODELS
     from search_cost import SEARCHERS, Charged, Measurements
 
-    from autobatch import api
+    from autobatch import opening
     from autobatch.records import TrialRequest
     from autobatch.search import replay
 
@@ -322,7 +322,7 @@ def search(name: str, precision: str, xla: str, seconds: str) -> None:
     model = entry.build()
     model.jit_compile = bool(int(xla))
     x, y = entry.data()
-    trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
+    trials = opening.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
 
     class Live(Measurements):
         """Trials in this very process."""

@@ -69,7 +69,7 @@ def serve(name: str) -> None:
     import tensorflow as tf
     from models import MODELS
 
-    from autobatch import api
+    from autobatch import opening
 
     # One operation at a time, as a GPU's single stream runs them. Operations in parallel wait for each other's memory,
     # so that peaks end at the limit whatever the size, and the largest size that fits is another one at each try.
@@ -82,7 +82,7 @@ def serve(name: str) -> None:
     entry = MODELS[name]
     model = entry.build()
     x, y = entry.data()
-    trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
+    trials = opening.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
     trials.step.prepare(whole=False)
     estimate = trials.estimate_sample()
     trials.run(TrialRequest(1, timed_steps=0))

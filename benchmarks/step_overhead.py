@@ -139,13 +139,14 @@ class Ours:
     """Our trained steps behind Keras's fit, prepared once, so that an epoch is an epoch and no trace is in it."""
 
     def __init__(self, name: str, target_batch: int, micro_batch: int, x, y) -> None:
+        from autobatch.data import fit_data
         from autobatch.memory import limits
+        from autobatch.recovery.transaction import Transaction
+        from autobatch.step.accumulated_step import AccumulatedStep
         from autobatch.train import session
-        from autobatch.train.recovery import Transaction
-        from autobatch.train.step import AccumulatedStep
 
         self.model, _, _ = build(name)
-        self.batches, _ = session.prepare_data(self.model, x, y, target_batch=target_batch, options={"shuffle": False})
+        self.batches, _ = fit_data.prepare_data(self.model, x, y, target_batch=target_batch, options={"shuffle": False})
         step = AccumulatedStep(self.model, self.batches.element_spec)
         self.transaction = Transaction(step, micro_batch, device=limits.default_device())
         self.replaced = session._functions_replaced
@@ -185,8 +186,8 @@ def peaks_of(name: str, steps: int) -> dict[str, float]:
     import tensorflow as tf
 
     from autobatch.memory import allocations, limits
-    from autobatch.train.step import AccumulatedStep
-    from autobatch.trial.snapshot import bytes_of
+    from autobatch.step.accumulated_step import AccumulatedStep
+    from autobatch.tensors.variables import bytes_of
 
     model, samples, micro_batch = build(name)
     # A micro-batch large enough for activations to count, as where memory is short.

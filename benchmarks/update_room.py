@@ -91,8 +91,8 @@ def model_with(optimizer, table=None):
 def compared(model, x, y):
     import tensorflow as tf
 
-    from autobatch.train import update_room
-    from autobatch.train.step import AccumulatedStep
+    from autobatch.step import update_room
+    from autobatch.step.accumulated_step import AccumulatedStep
 
     data = tf.data.Dataset.from_tensors((x, y))
     batch = next(iter(data))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
+
+import autobatch
 
 SAMPLES = 48
 
@@ -104,3 +108,11 @@ def relative_error(actual, expected):
         for a, e in zip(actual, expected, strict=True)
         if np.size(e)
     )
+
+
+def said_of(run):
+    """The texts of the warnings of autobatch's that ``run`` causes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message) for warning in caught if warning.category is autobatch.AutobatchWarning]

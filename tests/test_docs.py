@@ -130,7 +130,6 @@ def test_every_kind_of_difference_has_its_section():
     assert kinds <= anchors_of(ROOT / "docs" / "exactness-and-limits.md")
 
 
-@pytest.mark.skipif(not (PACKAGE / "recovery").is_dir(), reason="the rooms have not been moved to where the page says")
 def test_the_plan_has_every_room_and_no_other():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z_]+/(?:[a-z_]+\.py)?|[a-z_]+\.py)`", page))

@@ -1,7 +1,8 @@
 """Under what a result is remembered: everything that decides which micro-batch fits and is fastest.
 
 Made of plain values. What describes the model and its data comes as one digest from whoever has them at hand
-(:mod:`autobatch.trial.content`). Too much in a key costs a search that was not needed, too little a trial: a result
+(:mod:`autobatch.trial.content_digest`). Too much in a key costs a search that was not needed, too little a trial: a
+result
 that is found is run once before anything is made of it. The limit in force is no part of the key but is compared
 (:func:`limits_agree`), since what is free on a device differs from run to run.
 """

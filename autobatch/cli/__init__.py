@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from autobatch.cli import cache, devices, report, show
-from autobatch.cli.exits import FAILED, INTERRUPTED, OK, USAGE, USER_CODE, UsageError
+from autobatch.cli.exit_codes import FAILED, INTERRUPTED, OK, USAGE, USER_CODE, UsageError
 from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
 from autobatch.report.sentences import printable
 from autobatch.version import __version__

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from autobatch.cli import output
-from autobatch.cli.exits import OK, UsageError
+from autobatch.cli.exit_codes import OK, UsageError
 from autobatch.report.sentences import printable
 from autobatch.units import format_bytes
 

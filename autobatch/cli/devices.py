@@ -10,7 +10,7 @@ import os
 import platform
 from typing import TYPE_CHECKING
 
-from autobatch.cli.exits import OK
+from autobatch.cli.exit_codes import OK
 from autobatch.report.sentences import printable
 from autobatch.units import format_bytes
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from autobatch.cli.exits import UsageError
+from autobatch.cli.exit_codes import UsageError
 from autobatch.errors import AutobatchWarning
 from autobatch.records import Report
 from autobatch.report import RENDERERS, render

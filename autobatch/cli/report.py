@@ -7,12 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from autobatch.cli import arguments, output, target
-from autobatch.cli.exits import FAILED, INTERRUPTED, OK, UsageError
+from autobatch.cli.exit_codes import FAILED, INTERRUPTED, OK, UsageError
 from autobatch.records import Variant
 
 if TYPE_CHECKING:
     from autobatch.records import Report
-    from autobatch.trial.worker import WorkerTrials
+    from autobatch.worker.trials import WorkerTrials
 
 _EXAMPLES = """\
 examples:
@@ -156,8 +156,8 @@ def _search(options: argparse.Namespace) -> tuple[Report, int]:
     from autobatch import api
     from autobatch.cli.progress import WatchedTrials, progress
     from autobatch.cli.totals import host_total_bytes
-    from autobatch.remedies import workers
-    from autobatch.trial.worker import WorkerTrials
+    from autobatch.remedies import in_workers
+    from autobatch.worker.trials import WorkerTrials
 
     settings: dict[str, Any] = {
         "target_batch": options.target_batch,
@@ -201,12 +201,12 @@ def _search(options: argparse.Namespace) -> tuple[Report, int]:
             with open_worker(Variant()) as trials:
                 return search(trials), OK
         try:
-            base = workers.report_as_it_is(open_worker, search)
+            base = in_workers.report_as_it_is(open_worker, search)
             total_bytes = host_total_bytes()
-            return workers.with_remedies(
+            return in_workers.with_remedies(
                 base, open_worker, search, host_total_bytes=total_bytes, on_start=told.under
             ), OK
-        except workers.Interrupted as interrupted:
+        except in_workers.Interrupted as interrupted:
             return interrupted.report, INTERRUPTED
 
 

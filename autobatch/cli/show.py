@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from autobatch.cli import output
-from autobatch.cli.exits import OK, UsageError
+from autobatch.cli.exit_codes import OK, UsageError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

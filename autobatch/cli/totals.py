@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from autobatch.cli.exits import UsageError
+from autobatch.cli.exit_codes import UsageError
 from autobatch.memory import nvml
 from autobatch.memory.limits import host_total_bytes
-from autobatch.trial.worker import visible_devices
+from autobatch.memory.visible_devices import visible_devices
 
 __all__ = ["host_total_bytes", "total_bytes"]
 

@@ -18,7 +18,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autobatch.memory.requested import requested_bytes
+from autobatch.memory.requested_bytes import requested_bytes
 from autobatch.units import format_bytes
 
 _DETAIL_LENGTH = 200

@@ -41,15 +41,12 @@ def unload(shell: Any) -> None:
 
 def attach() -> None:
     """Display in the notebook that this process is the kernel of, if it is one and did not unload the extension."""
+    from autobatch.notebook.front_end import has_kernel
+
     get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
     shell = None if get_ipython is None else get_ipython()
     if shell is not None and has_kernel(shell) and shell not in _unloaded:
         _display_in(shell)
-
-
-def has_kernel(shell: Any) -> bool:
-    """Whether ``shell`` belongs to a kernel, and so has a front end that can show HTML and update it."""
-    return getattr(shell, "kernel", None) is not None
 
 
 def show_progress(shown: bool = True) -> None:
@@ -61,6 +58,7 @@ def show_progress(shown: bool = True) -> None:
 
 def _display_in(shell: Any) -> None:
     from autobatch.notebook import formats, progress
+    from autobatch.notebook.front_end import has_kernel
 
     if shell in _shells:
         return

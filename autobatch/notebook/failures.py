@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from autobatch.errors import AutobatchError
-from autobatch.notebook.line import FILE_NAME
+from autobatch.notebook.magic_line import FILE_NAME
 
 _OWN_CODE = str(Path(__file__).resolve().parents[1]) + os.sep
 _LIBRARIES = tuple(

@@ -14,8 +14,9 @@ from typing import Any
 from autobatch import api
 from autobatch.cli import output
 from autobatch.cli import report as report_command
-from autobatch.cli.exits import UsageError as CommandUsageError
-from autobatch.notebook import failures, formats, has_kernel, line, progress
+from autobatch.cli.exit_codes import UsageError as CommandUsageError
+from autobatch.notebook import failures, formats, magic_line, progress
+from autobatch.notebook.front_end import has_kernel
 from autobatch.records import Report
 
 NAME = "autobatch"
@@ -47,15 +48,15 @@ def _magic(shell: Any) -> Callable[..., Report | None]:
     def autobatch(text: str, local_ns: Mapping[str, Any] | None = None) -> Report | None:
         names = {**shell.user_ns, **(local_ns or {})}
         try:
-            parts = line.split(text.rstrip().rstrip(";"))
+            parts = magic_line.split(text.rstrip().rstrip(";"))
             if {"-h", "--help"} & set(parts):
                 print(parser.format_help())
                 return None
-            options = _options(parser, line.with_values(parts, names))
+            options = _options(parser, magic_line.with_values(parts, names))
             output.check(options.output)
             limit_bytes = report_command.limit_bytes(options.memory_limit, None)
             model, dataset, y = (_value(shell, part, names) for part in (options.model, options.dataset, options.y))
-        except (line.LineError, CommandUsageError) as error:
+        except (magic_line.LineError, CommandUsageError) as error:
             raise UsageError(str(error)) from None
         report = _tune(
             shell,
@@ -87,7 +88,7 @@ def _magic(shell: Any) -> Callable[..., Report | None]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise line.LineError(message)
+        raise magic_line.LineError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,16 +114,16 @@ def _options(parser: argparse.ArgumentParser, parts: list[str]) -> argparse.Name
         return options
     first = unknown[0]
     if not first.startswith("-"):
-        raise line.LineError(
+        raise magic_line.LineError(
             f"There is one expression too many: put one with spaces in it into brackets, as in %{NAME} model (x, y). "
             f"Received: {first!r}"
         )
     if first.partition("=")[0] in _options_of_the_command():
-        raise line.LineError(
+        raise magic_line.LineError(
             "This is an option of the command autobatch report alone, which builds the model in a process of its own; "
             f"here the model is built already. Received: {first!r}"
         )
-    raise line.LineError(f"There is no such option; %{NAME}? lists them. Received: {first!r}")
+    raise magic_line.LineError(f"There is no such option; %{NAME}? lists them. Received: {first!r}")
 
 
 def _options_of_the_command() -> list[str]:
@@ -133,8 +134,8 @@ def _options_of_the_command() -> list[str]:
 
 def _value(shell: Any, part: str, names: Mapping[str, Any]) -> Any:
     try:
-        return line.evaluate(part, names)
-    except line.LineError:
+        return magic_line.evaluate(part, names)
+    except magic_line.LineError:
         raise
     except BaseException as error:
         failures.prepare(error, shell)

@@ -1,0 +1,1 @@
+"""Measure what may make a model fit better."""

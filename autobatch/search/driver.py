@@ -15,9 +15,9 @@ from autobatch.records import AllocationTrace, SampleEstimate, SearchResult, Tri
 from autobatch.search import replay
 from autobatch.search.bracket import Bracket
 from autobatch.search.memory_model import fit_memory_model
+from autobatch.search.moves import Run, Stop, Terms
 from autobatch.search.planning import candidate_sizes, require_objective
-from autobatch.search.proposals import propose, wants_estimate
-from autobatch.search.steps import Run, Stop, Terms
+from autobatch.search.proposals_by_line import propose, wants_estimate
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ def search(
     what is held before the first sample and the probe's peak make a line; then: run what it says fits, and refine,
     until what fits is within 3 % of that. A prediction leaves room for half of the estimate's largest tensor, in the
     headroom if there is one, because free memory is in pieces by then; where that room would cost a whole candidate of
-    a target, it is not left. A far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals`.
+    a target, it is not left. A far prediction goes through a trial half-way; see
+    :mod:`autobatch.search.proposals_by_line`.
 
     Trials, where the budget and the peaks are known:
 
@@ -206,7 +207,7 @@ def _as_a_hint(replayed: Callable[[], int | None]) -> int | None:
     """What a replay tells; None where it could not be carried out, which is the same as one that is not believed."""
     try:
         return replayed()
-    except Exception as error:  # noqa: BLE001 - a trace may be wrong in ways nobody thought of, and no hint ends a search
+    except Exception as error:  # noqa: BLE001 - any fault of a trace; no hint may end one
         logger.info("a replay could not be carried out: %r", error)
         return None
 

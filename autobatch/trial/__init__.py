@@ -1,0 +1,1 @@
+"""Run trials on the live model, and leave no trace."""

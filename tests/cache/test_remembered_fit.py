@@ -123,8 +123,8 @@ def test_what_is_another_training_and_what_is_not():
 
 def key_of(of, *, features=16, target_batch=40, memory_limit=LIMIT, headroom=0.05, objective="throughput", exact=False):
     """The key alone, without the search that would follow."""
-    from autobatch.api import open_trials
     from autobatch.cache.key import make_key
+    from autobatch.opening import open_trials
     from autobatch.units import parse_bytes
 
     limit_bytes = parse_bytes(memory_limit)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autobatch.trial import worker
+from autobatch.worker import trials
 
 _OPENER = """
 from autobatch.records import Environment, Outcome, TrialResult
@@ -78,5 +78,5 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     path = tmp_path / "target.py"
     path.write_text(_TARGET)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(worker, "OPENER", "stub_opener:open_trials")
+    monkeypatch.setattr(trials, "OPENER", "stub_opener:open_trials")
     return str(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autobatch.cli import arguments, main, totals
-from autobatch.cli.exits import UsageError
+from autobatch.cli.exit_codes import UsageError
 from autobatch.memory import nvml
 from autobatch.memory.nvml import NvmlAnswer, NvmlCard, NvmlProcess
 

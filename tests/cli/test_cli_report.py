@@ -9,7 +9,7 @@ import stat
 import pytest
 
 from autobatch.cli import main
-from autobatch.report import json as report_json
+from autobatch.report.json import load
 
 
 def test_the_report_goes_to_standard_output(target, capfd):
@@ -39,7 +39,7 @@ def test_output_is_a_whole_file_and_show_renders_it_again(target, tmp_path, capf
     assert capfd.readouterr().out == ""
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert not list(tmp_path.glob(".autobatch*"))
-    report = report_json.load(path.read_text())
+    report = load(path.read_text())
     assert report.plan is not None
 
     assert main(["show", str(path)]) == 0

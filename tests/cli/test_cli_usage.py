@@ -20,7 +20,7 @@ from autobatch.cli import main
 _ROOT = str(Path(cli.__file__).parents[2])
 # Runs the command with the stand-in for the trials in its workers.
 _STUBBED = (
-    "import sys; from autobatch.trial import worker; worker.OPENER = 'stub_opener:open_trials'; "
+    "import sys; from autobatch.worker import trials; trials.OPENER = 'stub_opener:open_trials'; "
     "from autobatch.cli import main; sys.exit(main(sys.argv[1:]))"
 )
 
@@ -124,7 +124,7 @@ def test_usage_errors_import_no_tensorflow(tmp_path):
     program = (
         "import sys; from autobatch.cli import main; "
         f"assert main(['report', {str(tmp_path / 'absent.py')!r} + ':build', '--memory-limit', '1GiB']) == 2; "
-        "slow = {'tensorflow', 'keras', 'rich', 'autobatch.api', 'autobatch.trial.worker'} & set(sys.modules); "
+        "slow = {'tensorflow', 'keras', 'rich', 'autobatch.api', 'autobatch.worker.trials'} & set(sys.modules); "
         "assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=_environment())
@@ -168,7 +168,7 @@ def test_a_file_that_may_not_be_read(tmp_path, capfd):
     assert main(["report", f"{path}:build"]) == 3
     err = capfd.readouterr().err
     assert "SyntaxError" in err or "ValueError" in err
-    assert "worker_main" not in err
+    assert "autobatch/worker/main.py" not in err
 
 
 def test_a_syntax_error_is_shown_as_python_shows_it(tmp_path, capfd):
@@ -179,7 +179,7 @@ def test_a_syntax_error_is_shown_as_python_shows_it(tmp_path, capfd):
     assert out == ""
     assert f'File "{path}", line 1' in err
     assert "SyntaxError" in err.splitlines()[-1]
-    assert "worker_main" not in err
+    assert "autobatch/worker/main.py" not in err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 
 import autobatch
-from autobatch import api
+from autobatch import opening
 from autobatch.memory import limits
 from autobatch.records import TrialRequest
 
@@ -40,7 +40,7 @@ def waiting():
     model, x, y = build(), *samples()
     # Three effective batches of 400 samples, 6,912 bytes and a label each, will be under way in training. A trial has
     # two micro-batches of them.
-    trials = api.open_trials(model, x, y, target_batch=400, memory_limit_bytes=None, headroom=0.0)
+    trials = opening.open_trials(model, x, y, target_batch=400, memory_limit_bytes=None, headroom=0.0)
     hint = trials.fixed_bytes_hint
     result = trials.run(TrialRequest(64, timed_steps=0))
     held = limits.bytes_in_use("CPU:0")
@@ -61,7 +61,7 @@ def waiting():
 def searches():
     """What the trace and trials of three sizes tell, and what searches then find."""
     model, x, y = build(), *samples()
-    trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
+    trials = opening.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
     estimate = trials.estimate_sample()
     fields = ("held_bytes", "sample_peak_bytes", "peak_bytes", "step_seconds", "first_step_seconds")
     measured = {}

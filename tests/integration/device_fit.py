@@ -36,7 +36,7 @@ def main():
     autobatch.limit_memory("112MiB")
     import numpy as np
 
-    from autobatch import api
+    from autobatch import opening
     from autobatch.memory import limits
     from autobatch.records import TrialRequest
 
@@ -47,7 +47,7 @@ def main():
     after = [np.array(variable) for variable in model.variables]
     changed = [v.path for v, a, b in zip(model.variables, before, after, strict=False) if not np.array_equal(a, b)]
 
-    trials = api.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.05)
+    trials = opening.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.05)
     trials.run(TrialRequest(4, timed_steps=1))
     held_before = limits.bytes_in_use(device)
     failed = trials.run(TrialRequest(2048, timed_steps=1))

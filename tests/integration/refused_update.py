@@ -66,8 +66,8 @@ def main():
     import numpy as np
     import tensorflow as tf
 
-    from autobatch.train.recovery import Transaction
-    from autobatch.train.step import AccumulatedStep
+    from autobatch.recovery.transaction import Transaction
+    from autobatch.step.accumulated_step import AccumulatedStep
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
     take_region()

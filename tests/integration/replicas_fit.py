@@ -482,7 +482,7 @@ def refusals():
 
 def losses_of_ones_own():
     """Sums, vectors and quotients of the user's own, in a train_step and given to compile: weights and losses apart."""
-    from train import test_loss_degrees as own
+    from losses import test_loss_degrees as own
 
     found = {}
     for place in ("train_step", "compile"):

@@ -27,12 +27,12 @@ def built():
 
 def whole(x, y):
     """A trial of a whole batch that does not fit, one that does, and the weights as before."""
+    from autobatch.data import fit_data
     from autobatch.records import TrialRequest
-    from autobatch.train import session
-    from autobatch.trial.in_process import LiveTrials
+    from autobatch.trial.live_trials import LiveTrials
 
     model = built()
-    batches, _ = session.prepare_data(model, x, y, target_batch=SAMPLES, options={})
+    batches, _ = fit_data.prepare_data(model, x, y, target_batch=SAMPLES, options={})
     trials = LiveTrials(model, batches, target_batch=SAMPLES, user_limit_bytes=None, headroom=0.0)
     before = [weight.tobytes() for weight in model.get_weights()]
     outcomes = [trials.run(TrialRequest(size)).outcome.value for size in (SAMPLES, 64)]
@@ -44,8 +44,8 @@ def accumulated(x, y):
     """Two updates of which the first runs out of memory, against the same with the smaller size from the start."""
     import tensorflow as tf
 
-    from autobatch.train.recovery import Transaction
-    from autobatch.train.step import AccumulatedStep
+    from autobatch.recovery.transaction import Transaction
+    from autobatch.step.accumulated_step import AccumulatedStep
 
     batch = tf.constant(x), tf.constant(y)
     spec = tf.data.Dataset.from_tensors(batch).element_spec

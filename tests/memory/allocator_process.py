@@ -148,7 +148,7 @@ def step():
     import tensorflow as tf
     from keras import layers
 
-    from autobatch import api
+    from autobatch import opening
     from autobatch.records import TrialRequest
     from autobatch.search import replay
 
@@ -159,7 +159,7 @@ def step():
     model = keras.Sequential([*stack, layers.GlobalAveragePooling2D(), layers.Dense(10)])
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     data = np.zeros((64, 24, 24, 3), "float32"), np.zeros(64, "int32")
-    trials = api.open_trials(model, *data, target_batch=None, memory_limit_bytes=None, headroom=0.0)
+    trials = opening.open_trials(model, *data, target_batch=None, memory_limit_bytes=None, headroom=0.0)
     plain = trials.run(TrialRequest(5, timed_steps=0))
     small = trials.run(TrialRequest(13, timed_steps=1, record_allocations=True))
     limit = trials.environment.limit_bytes

@@ -15,7 +15,7 @@ import pytest
 
 from autobatch.memory import oom
 from autobatch.memory.oom import Kind
-from autobatch.memory.requested import requested_bytes
+from autobatch.memory.requested_bytes import requested_bytes
 
 HERE = Path(__file__).parent
 MESSAGES = HERE / "messages"
@@ -227,7 +227,7 @@ def test_a_traceback_of_a_memory_error_and_one_of_a_bug():
 
 
 def test_tensorflow_is_not_imported():
-    code = "import sys; from autobatch.memory import arena, limits, nvml, oom, pressure; nvml.devices()\n"
+    code = "import sys; from autobatch.memory import arena, limits, nvml, oom, other_users; nvml.devices()\n"
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", code + "print('tensorflow' in sys.modules)"],

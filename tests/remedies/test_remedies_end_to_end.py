@@ -14,8 +14,8 @@ import autobatch
 from autobatch.cli import main
 from autobatch.errors import NotApplicableError
 from autobatch.records import Variant
-from autobatch.report import json as report_json
-from autobatch.trial.worker import WorkerTrials
+from autobatch.report import json
+from autobatch.worker.trials import WorkerTrials
 
 _ROOT = str(Path(autobatch.__file__).parents[1])
 
@@ -64,7 +64,7 @@ def test_a_remedy_that_is_measured_to_help(module, tmp_path, capfd):
     saved = tmp_path / "report.json"
     command = ["report", f"{module}:build", "--memory-limit", "24MiB", "--max-trials", "6", "--remedies"]
     assert main([*command, "--format", "json", "--output", str(saved)]) == 0
-    report = report_json.load(saved.read_text())
+    report = json.load(saved.read_text())
     found = {remedy.name: remedy for remedy in report.remedies}
     layers = found["rematerialised layers"]
     assert layers.largest_fit > 1.5 * report.largest_fit, found
@@ -113,7 +113,7 @@ def test_remedies_of_a_live_model(module):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(module.parent), _ROOT)), "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr
-    report = report_json.load(done.stdout.partition("REPORT")[2])
+    report = json.load(done.stdout.partition("REPORT")[2])
     assert report.environment.limit_bytes == 24 * 2**20
     assert (report.model_name, report.plan.effective_batch) == ("blocks", 2048)
     found = {remedy.name: remedy for remedy in report.remedies}

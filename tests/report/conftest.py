@@ -6,17 +6,7 @@ import dataclasses
 
 import pytest
 
-from autobatch.records import (
-    Environment,
-    HostUse,
-    Limit,
-    MemoryModel,
-    Outcome,
-    Plan,
-    Remedy,
-    Report,
-    TrialResult,
-)
+from autobatch.records import Environment, HostUse, Limit, MemoryModel, Outcome, Plan, Remedy, Report, TrialResult
 
 MIB = 2**20
 NASTY = "net<script>alert('1')</script>&\"\x1b[31mred\x07 [bold]x[/bold] :smile: \u202e"

@@ -9,15 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch.records import (
-    SCHEMA_VERSION,
-    Environment,
-    MemoryModel,
-    Outcome,
-    Plan,
-    Report,
-    TrialResult,
-)
+from autobatch.records import SCHEMA_VERSION, Environment, MemoryModel, Outcome, Plan, Report, TrialResult
 from autobatch.report import json
 
 _counts = st.integers(1, 2**40)

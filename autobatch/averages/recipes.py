@@ -1,0 +1,222 @@
+"""How a value that a traced micro-step assigns is computed, so that it can be computed anew for the effective batch.
+
+Between the samples and a running average lie statistics of the batch: means, sums, variances. Found by
+:func:`recipe_of`, they are merged over the micro-batches (:mod:`autobatch.averages.batch_statistics`), and what the
+micro-step makes of them and of variables is then done once, with those of the whole (:meth:`Recipe.follow`). So it need
+not be known that it is an average, or with what momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.averages.batch_statistics import Kind, Statistic
+from autobatch.graphs import linearity, writes
+
+_REDUCTIONS = {
+    "Mean": Kind.MOMENTS,
+    "Sum": Kind.SUM,
+    "Max": Kind.LARGEST,
+    "Min": Kind.SMALLEST,
+    "UnsortedSegmentSum": Kind.SUM,
+}
+_PRODUCTS = frozenset(["MatMul", "BatchMatMul", "BatchMatMulV2"])
+"""Of two tensors over the samples, a product that has no dimension of samples left is a sum over them."""
+
+_SAME = frozenset(["Identity", "StopGradient", "PreventGradient"])
+_SIZES = frozenset(["Shape", "ShapeN", "Size"])
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A value, the statistics that it is made of, and the handles of the variables that are read for it."""
+
+    value: Any
+    statistics: tuple[Statistic, ...]
+    handles: tuple[Any, ...]
+    readings: tuple[Any, ...]
+    """The operations that read the variables."""
+
+    def follow(self, known: Mapping[int, Any]) -> Any:
+        """Compute the value in the graph of now; ``known`` tells the statistics by the ids of the trace's tensors."""
+        made = dict(known)
+
+        def tensor_of(tensor: Any) -> Any:
+            if id(tensor) not in made:
+                operation = tensor.op
+                if operation.type == "Placeholder":
+                    made[id(tensor)] = writes.given(tensor)
+                elif operation.type == "ReadVariableOp":
+                    handle = writes.given(operation.inputs[0])
+                    made[id(tensor)] = tf.raw_ops.ReadVariableOp(resource=handle, dtype=tensor.dtype)
+                else:
+                    outputs = _copied(operation, [tensor_of(each) for each in operation.inputs])
+                    made.update((id(old), new) for old, new in zip(operation.outputs, outputs, strict=True))
+            return made[id(tensor)]
+
+        return tensor_of(self.value)
+
+
+def _copied(operation: Any, inputs: list[Any]) -> list[Any]:
+    attributes = {name: value for name, value in operation.node_def.attr.items() if not name.startswith("_")}
+    graph = tf.compat.v1.get_default_graph()
+    dtypes = [output.dtype for output in operation.outputs]
+    copy = graph.create_op(operation.type, inputs, dtypes, attrs=attributes, op_def=operation.op_def)
+    return list(copy.outputs)
+
+
+def recipe_of(value: Any, statistic_of: Callable[[Any], Statistic | None]) -> Recipe | None:
+    """How a tensor of a graph follows from statistics and variables; None where it cannot be told.
+
+    ``statistic_of`` tells which tensors are statistics.
+    """
+    statistics: dict[int, Statistic] = {}
+    handles: list[Any] = []
+    readings: list[Any] = []
+    pending, seen = [value], set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        operation = tensor.op
+        statistic = statistic_of(tensor)
+        if statistic is not None:
+            statistics[id(statistic)] = statistic
+        elif operation.type == "ReadVariableOp":
+            handle = writes.given(operation.inputs[0])
+            if handle is None:
+                return None
+            handles.append(handle)
+            readings.append(operation)
+        elif operation.type == "Placeholder":
+            if writes.given(tensor) is None:
+                return None
+        elif not _can_be_copied(operation):
+            return None
+        else:
+            pending += operation.inputs
+    return Recipe(value, tuple(statistics.values()), tuple(handles), tuple(readings))
+
+
+def _can_be_copied(operation: Any) -> bool:
+    calls = any(attribute.type in ("func", "list(func)") for attribute in operation.op_def.attr)
+    sizes = operation.type in _SIZES and not all(each.shape.is_fully_defined() for each in operation.inputs)
+    takes_variable = any(each.dtype == tf.resource for each in operation.inputs)
+    return not (calls or sizes or takes_variable or operation.op_def.is_stateful)
+
+
+def statistic_at(tensor: Any, apart: Collection[int]) -> Statistic | None:
+    """The statistic of a batch that a tensor is by its operation; None if it is none, or may not be put together.
+
+    ``apart`` are the ids of tensors that tell a micro-batch's share of the whole: what they scale is none of the data's
+    own.
+    """
+    operation = tensor.op
+    if not tensor.shape.is_fully_defined() or not operation.inputs:
+        return None
+    sources = tuple(operation.inputs[:2]) if operation.type in _PRODUCTS else (operation.inputs[0],)
+    kind = Kind.SUM if operation.type in _PRODUCTS else _REDUCTIONS.get(operation.type)
+    if kind is None:
+        return _count(tensor)
+    if any(_is_of_one_size(source) for source in sources):
+        return None
+    averaged = kind is Kind.MOMENTS
+    statistic = _moments(tensor, sources[0]) if averaged else Statistic(kind, (tensor,), sources=sources)
+    return None if any(_is_scaled_or_compared(source, apart) for source in statistic.sources) else statistic
+
+
+def _is_of_one_size(source: Any) -> bool:
+    return source.shape.rank is None or source.shape.is_fully_defined()
+
+
+def _moments(tensor: Any, source: Any) -> Statistic:
+    weight = tf.cast(tf.size(source, tf.int64), tf.float32) / max(1, tensor.shape.num_elements())
+    found = _deviations(tensor.op)
+    if found is None:
+        return Statistic(Kind.MOMENTS, (tensor,), weight, (source,))
+    mean, centred = found
+    return Statistic(Kind.MOMENTS, (mean, tensor), weight, (centred,))
+
+
+def _deviations(averaging: Any) -> tuple[Any, Any] | None:
+    """The mean, and what was averaged for it, where squared deviations from it are averaged: a variance."""
+    squared = averaging.inputs[0].op
+    if squared.type == "Square":
+        squared = squared.inputs[0].op
+        if squared.type != "Sub":
+            return None
+    elif squared.type != "SquaredDifference":
+        return None
+    values, mean = squared.inputs
+    while mean.op.type in _SAME:
+        mean = mean.op.inputs[0]
+    if mean.op.type != "Mean" or mean.op.inputs[0] is not values:
+        return None
+    own, other = (tf.get_static_value(operation.inputs[1]) for operation in (averaging, mean.op))
+    same = (
+        own is not None
+        and other is not None
+        and set(own.ravel() % values.shape.rank) == set(other.ravel() % values.shape.rank)
+    )
+    return (mean, values) if same else None
+
+
+def _count(tensor: Any) -> Statistic | None:
+    """The number of samples, or of rows made of them, as a sum."""
+    operation = tensor.op
+    if operation.type == "StridedSlice":
+        first = tf.get_static_value(operation.inputs[1])
+        if operation.inputs[0].op.type != "Shape" or first is None or list(first) != [0] or tensor.shape.rank:
+            return None
+        counted = operation.inputs[0].op.inputs[0]
+    elif operation.type == "Size":
+        counted = operation.inputs[0]
+    else:
+        return None
+    # Of two sizes that are not known one is no number of samples, and is the same in every micro-batch.
+    sizes = counted.shape.as_list() if counted.shape.rank else []
+    is_count = sizes[:1] == [None] and sizes.count(None) == 1
+    return Statistic(Kind.SUM, (tensor,)) if is_count else None
+
+
+def _is_scaled_or_compared(source: Any, apart: Collection[int]) -> bool:
+    """Whether what a statistic was taken of depends on how many samples there are, or puts them together itself.
+
+    A gradient does, as the loss is a mean: summed over the micro-batches it is not that of the whole.
+    """
+    pending, seen = [source], set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in apart:
+            return True
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        operation = tensor.op
+        if operation.type == "Cast" and tensor.dtype.is_floating and _is_a_size(operation.inputs[0]):
+            return True
+        pending += operation.inputs
+    return linearity.comparing_operation(source) is not None
+
+
+def _is_a_size(tensor: Any) -> bool:
+    """Whether a number is made of the sizes of tensors that are as large as the batch."""
+    pending, seen = [tensor], set()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen or not each.shape.is_fully_defined() or each.dtype.is_floating:
+            continue
+        seen.add(id(each))
+        if each.op.type in _SIZES and any(_is_of_unknown_size(taken) for taken in each.op.inputs):
+            return True
+        pending += each.op.inputs
+    return False
+
+
+def _is_of_unknown_size(tensor: Any) -> bool:
+    return not tensor.shape.is_fully_defined()

@@ -1,0 +1,336 @@
+"""Running averages that advance once an update, by the statistics of the effective batch.
+
+BatchNormalization moves its statistics with each batch that it sees, and so do layers of one's own: a codebook, the
+range of an activation, a counter of steps. While a micro-step runs, such an assignment is not done. What it is made of
+is merged over the micro-batches, and behind the last one it is done once, as one step of the effective batch would:
+every micro-batch has read the variable's old value by then, or what it has assigned itself. What follows the updated
+weights, such as a teacher that is their average, is assigned behind the update.
+
+In a graph the operations tell how the assigned value is made (:mod:`autobatch.averages.recipes`); where they do not,
+the
+variable is assigned in every micro-batch as it stands. A step that runs eagerly has none: there it is done for Keras's
+BatchNormalization alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.averages import batch_statistics
+from autobatch.averages.batch_statistics import Kind, Statistic
+from autobatch.averages.recipes import Recipe, recipe_of, statistic_at
+from autobatch.graphs import linearity, writes
+from autobatch.seams import strategies
+from autobatch.seams.variables import assignments_taken, has_own_call, moments_handled, statistics_of, update_statistics
+from autobatch.tensors.variables import components, unwrap
+
+
+class RunningAverages:
+    """What the micro-steps of one model defer to the end of the update; nothing before one was traced or run."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self._traces: dict[int, _Trace | _Run] = {}
+        """One for each replica."""
+
+    @contextlib.contextmanager
+    def deferring(self, *shares: Any) -> Iterator[None]:
+        """While this lasts, defer what can be; ``shares`` tell a micro-batch's share of the effective batch."""
+        trace = _Run() if tf.executing_eagerly() else _Trace(self._apart(), shares)
+        self._traces[_replica()] = trace
+        with (
+            assignments_taken(trace.take, trace.pending.get),
+            moments_handled(trace.note_moments),
+        ):
+            yield
+        trace.settle()
+
+    def _apart(self) -> set[int]:
+        """The ids of variables that are always assigned at once."""
+        owners = [*self._owner.model.metrics, *self._owner.optimizers]
+        return {id(variable) for owner in owners for variable in owner.variables}
+
+    def note_applied(self) -> None:
+        """Note that the micro-step has come to an update."""
+        self._here.note_applied(self._owner.updated_variables)
+
+    @property
+    def _here(self) -> _Trace | _Run:
+        return self._traces[_replica()]
+
+    @property
+    def variables(self) -> list[Any]:
+        """The variables that are assigned once an update."""
+        return [variable for trace in self._traces.values() for variable in trace.variables]
+
+    def named_in(self, targets: Iterable[Any]) -> tuple[str, ...]:
+        """The paths of variables whose statistics the step computes with, in each micro-batch with its own.
+
+        ``targets`` are what is differentiated. BatchNormalization is known to, and is not named.
+        """
+        return self._here.named_in(list(targets)) if self._traces else ()
+
+    def statistics(self) -> Any:
+        """The statistics of the micro-batch that has just been traced or run."""
+        return self._here.statistics() if self._traces else []
+
+    def empty(self) -> Any:
+        """The statistics of no samples."""
+        return self._here.empty() if self._traces else []
+
+    def merged(self, one: Any, other: Any) -> Any:
+        """The statistics of two sets of samples together."""
+        return self._here.merged(one, other) if self._traces else other
+
+    @property
+    def specs(self) -> list[Any]:
+        """The type specs of a traced micro-step's statistics."""
+        with tf.Graph().as_default():
+            return [tf.TensorSpec(state.shape, state.dtype) for state in self.empty()]
+
+    def merged_rows(self, states: list[Any], parts: int) -> list[Any]:
+        """The statistics of all replicas, where the first dimension of each state has one place for each."""
+        whole = [state[0] for state in states]
+        for part in range(1, parts):
+            whole = self.merged(whole, [state[part] for state in states])
+        return whole
+
+    def assign(self, statistics: Any) -> None:
+        """Assign once what was deferred, with the statistics of the whole effective batch."""
+        if self._traces:
+            self._here.assign(statistics)
+
+    def assign_after_update(self) -> None:
+        """Assign what follows the weights that the update has changed."""
+        if self._traces:
+            self._here.assign_after_update()
+
+    def release(self) -> None:
+        """Let go of the traces."""
+        self._traces = {}
+
+
+def _replica() -> int:
+    in_replica = tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context() is False
+    return strategies.replica_here() if in_replica else 0
+
+
+class _Pending:
+    """The values that stand for variables in the micro-step that is under way."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, Any] = {}
+
+    def get(self, variable: Any) -> Any:
+        return self._values.get(id(variable))
+
+    def set(self, variable: Any, value: Any) -> None:
+        self._values[id(variable)] = value
+
+    def forget(self, variable: Any) -> None:
+        self._values.pop(id(variable), None)
+
+    def clear(self) -> None:
+        self._values = {}
+
+
+class _Trace:
+    """The assignments of one trace of a micro-step."""
+
+    def __init__(self, apart: set[int], shares: Iterable[Any]) -> None:
+        self.pending = _Pending()
+        self._apart = apart
+        self._shares = {id(share) for share in shares}
+        self._graph = tf.compat.v1.get_default_graph()
+        self._known: dict[int, Statistic | None] = {}
+        """What is known of the graph's tensors, by their ids."""
+        self._recipes: dict[int, tuple[Any, Recipe]] = {}
+        self._follows_update: set[int] = set()
+        """The ids of variables that are assigned behind the update."""
+        self._updated: set[int] = set()
+        self._read_before: set[int] = set()
+        """Handles of the weights, and the operations that have read them before they were updated, by their ids."""
+        self._layout: batch_statistics.Layout = []
+
+    @property
+    def variables(self) -> list[Any]:
+        return [variable for variable, _ in self._recipes.values()]
+
+    @property
+    def _statistics(self) -> list[Statistic]:
+        found = {id(each): each for _, recipe in self._recipes.values() for each in recipe.statistics}
+        return list(found.values())
+
+    def note_moments(self, layer: Any, inputs: Any, compute: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any]:
+        weight, mean, variance = compute()
+        statistic = Statistic(Kind.MOMENTS, (mean, variance), weight)
+        self._known.update({id(mean): statistic, id(variance): statistic})
+        return mean, variance
+
+    def take(self, variable: Any, value: Any) -> bool:
+        recipe = None
+        # What a function of its own assigns, a branch say, cannot be told.
+        if tf.compat.v1.get_default_graph() is self._graph and not _is_apart(variable, self._apart):
+            value = tf.cast(value, unwrap(variable).dtype)
+            recipe = recipe_of(value, self._statistic_of) if getattr(value, "graph", None) is self._graph else None
+        follows = recipe is not None and self._follows(recipe)
+        if recipe is None or follows is None:
+            self._recipes.pop(id(variable), None)
+            self.pending.forget(variable)
+            return False
+        self._recipes[id(variable)] = variable, recipe
+        self._follows_update = self._follows_update - {id(variable)} | ({id(variable)} if follows else set())
+        self.pending.set(variable, value)
+        return True
+
+    def note_applied(self, updated: list[Any]) -> None:
+        self._updated.update(id(variable.handle) for variable in components(updated))
+        for outer, inner in self._graph.captures:
+            if id(writes.given(outer)) in self._updated:
+                self._read_before.update(id(operation) for operation in inner.consumers())
+
+    def _follows(self, recipe: Recipe) -> bool | None:
+        """Whether a value is made of updated weights; None where the samples or the weights before count as well."""
+        both = zip(recipe.handles, recipe.readings, strict=True)
+        weights = [operation for handle, operation in both if id(handle) in self._updated]
+        updated = [operation for operation in weights if id(operation) not in self._read_before]
+        return None if updated and (len(updated) < len(weights) or recipe.statistics) else bool(updated)
+
+    def _statistic_of(self, tensor: Any) -> Statistic | None:
+        if id(tensor) not in self._known:
+            statistic = statistic_at(tensor, self._shares)
+            self._known[id(tensor)] = statistic
+        return self._known[id(tensor)]
+
+    def settle(self) -> None:
+        """Assign at once, as the micro-step does, what depends on a variable that every micro-batch changes."""
+        self.pending.clear()
+        while True:
+            written = writes.written_handles(self._graph)
+            moved = [
+                (variable, recipe)
+                for variable, recipe in self._recipes.values()
+                if any(id(handle) in written for handle in recipe.handles)
+            ]
+            for variable, recipe in moved:
+                del self._recipes[id(variable)]
+                variable.assign(recipe.value)
+            if not moved:
+                break
+        self._layout = batch_statistics.layout_of(self._statistics)
+
+    def named_in(self, targets: list[Any]) -> tuple[str, ...]:
+        named = []
+        for variable, recipe in self._recipes.values():
+            own = [statistic for statistic in recipe.statistics if statistic.sources]
+            if any(_is_used(statistic, targets, self._statistics) for statistic in own):
+                named.append(variable.path)
+        return tuple(named)
+
+    def statistics(self) -> list[Any]:
+        return batch_statistics.packed(self._statistics)
+
+    def empty(self) -> list[Any]:
+        return batch_statistics.empty(self._layout)
+
+    def merged(self, one: Any, other: Any) -> list[Any]:
+        return batch_statistics.merged(self._layout, one, other)
+
+    def assign(self, statistics: Any) -> None:
+        self._assign(batch_statistics.unpacked(self._statistics, statistics), follows_update=False)
+
+    def assign_after_update(self) -> None:
+        self._assign({}, follows_update=True)
+
+    def _assign(self, known: dict[int, Any], *, follows_update: bool) -> None:
+        values = [
+            (variable, recipe.follow(known))
+            for variable, recipe in self._recipes.values()
+            if (id(variable) in self._follows_update) is follows_update
+        ]
+        with tf.control_dependencies([value for _, value in values]):
+            for variable, value in values:
+                variable.assign(tf.identity(value))
+
+
+def _is_used(statistic: Statistic, targets: list[Any], others: list[Statistic]) -> bool:
+    """Whether a micro-batch's own statistic changes the loss, or another statistic, other than linearly."""
+    results = [*targets]
+    for other in others:
+        if other is not statistic and statistic.parts[0] is not other.parts[0]:
+            results += other.sources
+    following = linearity.what_follows(statistic.parts)
+    return any(
+        result.graph is statistic.parts[0].graph
+        and linearity.not_linear_in(result, statistic.parts, lambda each: id(each) not in following) is not None
+        for result in results
+    )
+
+
+class _Run:
+    """The BatchNormalization layers of one micro-step that runs eagerly."""
+
+    def __init__(self) -> None:
+        self.pending = _Pending()
+        self._deferred: set[int] = set()
+        self._layers: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._states: dict[tuple[int, int], Any] = {}
+        """By the layer's id and the number of its call in the step."""
+
+    @property
+    def variables(self) -> list[Any]:
+        return []
+
+    def note_moments(self, layer: Any, inputs: Any, compute: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any]:
+        weight, mean, variance = compute()
+        if not has_own_call(layer):
+            self._deferred.update(id(variable) for variable in statistics_of(layer))
+            key = id(layer), sum(known == id(layer) for known, _ in self._states)
+            statistic = Statistic(Kind.MOMENTS, (mean, variance), weight)
+            self._states[key] = layer, inputs.shape, batch_statistics.packed([statistic])[0]
+        return mean, variance
+
+    def take(self, variable: Any, value: Any) -> bool:
+        if id(variable) not in self._deferred:
+            return False
+        self.pending.set(variable, value)
+        return True
+
+    def note_applied(self, updated: list[Any]) -> None:
+        pass
+
+    def settle(self) -> None:
+        self.pending.clear()
+
+    def named_in(self, targets: list[Any]) -> tuple[str, ...]:
+        return ()
+
+    def statistics(self) -> Any:
+        return self._states
+
+    def empty(self) -> Any:
+        return {}
+
+    def merged(self, one: Any, other: Any) -> Any:
+        whole = dict(one)
+        for key, (layer, shape, state) in other.items():
+            before = whole.get(key)
+            whole[key] = layer, shape, state if before is None else batch_statistics.merged_moments(before[2], state)
+        return whole
+
+    def assign(self, statistics: Any) -> None:
+        for layer, shape, state in statistics.values():
+            update_statistics(layer, shape, *batch_statistics.mean_and_variance(state))
+
+    def assign_after_update(self) -> None:
+        pass
+
+
+def _is_apart(variable: Any, apart: set[int]) -> bool:
+    """Whether it is none of a layer's own: weights, seeds, and what metrics sum up, known to the model or not."""
+    is_seed = "seed_generator_state" in str(variable.name)
+    return variable.trainable or is_seed or variable.aggregation == "sum" or id(variable) in apart

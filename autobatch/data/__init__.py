@@ -1,0 +1,1 @@
+"""Turn whatever ``Model.fit`` accepts into effective batches on the host."""

@@ -1,0 +1,201 @@
+"""Arrays: their lengths, rows of them, and files mapped into memory that are read a batch at a time.
+
+Keras copies arrays into a tensor before it slices them, which for an ``np.memmap`` means reading all of the file into
+memory. Here Keras is given the numbers of its rows instead, so that it shuffles and batches those in its own way; the
+rows themselves are read when their batch is due.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from autobatch.seams import data_adapters
+from autobatch.seams.data_adapters import DataAdapter
+from autobatch.tensors.batch_structure import row_sizes
+
+_PART_NAMES = ("x", "y", "sample_weight")
+
+
+def require_usable(x: Any, y: Any, sample_weight: Any) -> None:
+    """Refuse arrays without samples or with different numbers of them, before anything is done with them.
+
+    Raises:
+        ValueError: names the arrays and how many samples each has.
+    """
+    if not data_adapters.are_arrays(x, y, sample_weight):
+        return
+    shapes = [
+        (name + "".join(f"[{key!r}]" for key in path), tuple(leaf.shape))
+        for name, part in zip(_PART_NAMES, (x, y, sample_weight), strict=True)
+        for path, leaf in keras.tree.flatten_with_path(part)
+        if leaf is not None and len(getattr(leaf, "shape", ()))
+    ]
+    received = ", ".join(f"{name} of shape {_written(shape)}" for name, shape in shapes)
+    lengths = [(name, _length(shape)) for name, shape in shapes]
+    if len({length for _, length in lengths}) > 1:
+        counted = [f"{name} has {length} samples" for name, length in lengths]
+        sentence = f"{', '.join(counted[:-1])} and {counted[-1]}"
+        raise ValueError(f"All arrays must have the same number of samples, but {sentence}. Received: {received}")
+    if any(length == 0 for _, length in lengths):
+        raise ValueError(
+            f"dataset is empty, so that there is nothing to train on. Give at least one sample. Received: {received}"
+        )
+
+
+def _length(shape: Any) -> int:
+    return int(shape[0])
+
+
+def _written(shape: Any) -> str:
+    return str(tuple(None if size is None else int(size) for size in shape))
+
+
+# -- files mapped into memory -----------------------------------------------------------------------------------------
+
+
+def is_mapped(array: Any) -> bool:
+    """Whether this is an ``np.memmap`` or a view of one, whose rows are read from a file."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array, mmap.mmap)
+
+
+def any_mapped(*parts: Any) -> bool:
+    """Whether any array in these parts is mapped from a file."""
+    return any(is_mapped(leaf) for leaf in keras.tree.flatten(parts))
+
+
+class MappedArrays(DataAdapter):  # type: ignore[misc]
+    """Keras's array adapter for arrays of which some are mapped from files: their rows are read with each batch.
+
+    ``options`` are those of ``Model.fit`` that its adapter takes. The order of the samples is what it is for arrays in
+    memory, shuffled or not.
+    """
+
+    def __init__(self, x: Any, y: Any, sample_weight: Any, **options: Any) -> None:
+        self._arrays: dict[int, Any] = {}
+        self._numbers: list[Any] = []  # keeps them alive, so that their ids stay theirs
+        x = keras.tree.map_structure(self._number_rows, x)
+        if options.get("class_weight") is None:  # with class weights Keras looks at all targets beforehand
+            y = keras.tree.map_structure(self._number_rows, y)
+        self.inner = data_adapters.data_adapter_for(x=x, y=y, sample_weight=sample_weight, **options)
+
+    def _number_rows(self, array: Any) -> Any:
+        if not is_mapped(array):
+            return array
+        numbers = np.arange(len(array), dtype=np.int64)
+        self._numbers.append(numbers)
+        self._arrays[id(numbers)] = array
+        return numbers
+
+    def get_tf_dataset(self) -> Any:
+        mapped = [self._arrays.get(id(leaf)) for leaf in keras.tree.flatten(data_adapters.packed_arrays(self.inner))]
+
+        def read(*element: Any) -> Any:
+            batch = element if len(element) > 1 or isinstance(spec, tuple) else element[0]
+            leaves = [
+                leaf if array is None else _read_rows(array, leaf)
+                for leaf, array in zip(keras.tree.flatten(batch), mapped, strict=True)
+            ]
+            return keras.tree.pack_sequence_as(batch, leaves)
+
+        dataset = self.inner.get_tf_dataset()
+        spec = dataset.element_spec
+        return dataset.map(read).prefetch(1)
+
+    @property
+    def num_batches(self) -> Any:
+        return self.inner.num_batches
+
+    @property
+    def batch_size(self) -> Any:
+        return self.inner.batch_size
+
+    @property
+    def has_partial_batch(self) -> Any:
+        return self.inner.has_partial_batch
+
+    @property
+    def partial_batch_size(self) -> Any:
+        return self.inner.partial_batch_size
+
+
+def _read_rows(array: Any, numbers: Any) -> Any:
+    """Rows of a mapped array as a tensor, floats in Keras's own precision, as for arrays in memory."""
+    dtype = (
+        np.dtype(keras.config.floatx()) if np.issubdtype(array.dtype, np.floating) else array.dtype.newbyteorder("=")
+    )
+
+    def read(rows: Any) -> Any:
+        first, last = int(rows[0]), int(rows[-1])
+        in_order = last - first + 1 == len(rows) and bool(np.all(np.diff(rows) == 1))
+        return np.array(array[first : last + 1] if in_order else array[rows], dtype=dtype)
+
+    tensor = tf.numpy_function(read, [numbers], tf.as_dtype(dtype), stateful=False)
+    tensor.set_shape([numbers.shape[0], *array.shape[1:]])
+    return tensor
+
+
+def split_validation(x: Any, y: Any, sample_weight: Any, validation_split: float) -> tuple[Any, Any]:
+    """Split as ``Model.fit(validation_split=...)`` does, mapped arrays into views of their files."""
+    parts = (x, y, sample_weight)
+    if not any_mapped(*parts):
+        return data_adapters.split_validation(*parts, validation_split)
+    flat = keras.tree.flatten(parts)
+    numbered = [np.arange(len(leaf)) if is_mapped(leaf) else leaf for leaf in flat]
+    x, y, sample_weight = keras.tree.pack_sequence_as(parts, numbered)
+    sides = data_adapters.split_validation(x, y, sample_weight, validation_split)
+    views = [
+        [
+            array[int(part[0]) : int(part[-1]) + 1] if is_mapped(array) else part
+            for array, part in zip(flat, keras.tree.flatten(side), strict=True)
+        ]
+        for side in sides
+    ]
+    return keras.tree.pack_sequence_as(parts, views[0]), keras.tree.pack_sequence_as(parts, views[1])
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def longest_rows(parts: Any, most: int) -> Any | None:
+    """The numbers of the ``most`` samples that hold the most, longest first; None where all samples are alike."""
+    sizes = [size for leaf in keras.tree.flatten(parts) if leaf is not None and (size := _sizes(leaf)) is not None]
+    if not sizes:
+        return None
+    return np.argsort(-np.sum(sizes, axis=0), kind="stable")[:most]
+
+
+def _sizes(leaf: Any) -> Any:
+    if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)) or tf.is_tensor(leaf):
+        return row_sizes(leaf)
+    if hasattr(leaf, "tocsr"):
+        return np.diff(leaf.tocsr().indptr) * leaf.dtype.itemsize
+    if isinstance(leaf, np.ndarray) and leaf.dtype == object:
+        return np.array([sum(len(str(word)) for word in np.ravel(row)) for row in leaf])
+    return None
+
+
+def take_rows(parts: Any, rows: Any) -> Any:
+    """The same structure of arrays, of these samples only."""
+
+    def take(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        if hasattr(leaf, "iloc"):
+            return leaf.iloc[rows]
+        if hasattr(leaf, "tocsr"):
+            return leaf.tocsr()[rows]
+        if isinstance(leaf, tf.SparseTensor):
+            ordered = [tf.sparse.slice(leaf, [row, *[0] * (leaf.shape.rank - 1)], [1, *leaf.shape[1:]]) for row in rows]
+            return tf.sparse.concat(0, ordered)
+        if isinstance(leaf, tf.RaggedTensor) or tf.is_tensor(leaf):
+            return tf.gather(leaf, rows)
+        return (leaf if hasattr(leaf, "__getitem__") else np.asarray(leaf))[rows]
+
+    return keras.tree.map_structure(take, parts)

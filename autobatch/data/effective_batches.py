@@ -1,0 +1,357 @@
+"""Whatever ``Model.fit`` accepts, as effective batches on the host.
+
+Keras's own data adapters read the data, so that what Keras accepts is accepted and means what it means there; their
+``tf.data`` datasets are then cut anew into effective batches. Keras is handed the result through its own
+``DataAdapter`` interface.
+
+The data can be looked at before training (:meth:`EffectiveBatches.look`) without losing an element and without
+changing the order of an epoch: arrays and PyDatasets are read by index, a ``tf.data.Dataset`` from a copy of its own,
+a torch loader with the random states put back. What can be read only once, what Python's functions make within a
+dataset, and what is too large to copy is not copied: its first effective batch is kept, and the first epoch begins
+with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.data import arrays, cardinality, host_memory, random_states, rebatching
+from autobatch.errors import AutobatchWarning
+from autobatch.records import HostUse
+from autobatch.seams import data_adapters, tf_data
+from autobatch.seams.data_adapters import DataAdapter
+from autobatch.tensors.batch_structure import Structure
+
+_BATCHES_UNDER_WAY = 1 + host_memory.AUTOTUNED_PREFETCH
+
+EMPTY = "dataset is empty, so that there is nothing to train on. Give at least one sample. Received: "
+
+
+class EffectiveIterator(Iterator[Any]):
+    """One pass over effective batches, told by its type from what a callback may hand to the model meanwhile.
+
+    It may begin when its first batch is asked for: at the end of an epoch Keras makes one that it never reads.
+    """
+
+    def __init__(self, begin: Callable[[EffectiveIterator], Iterator[Any]]) -> None:
+        self._begin = begin
+        self._iterator: Iterator[Any] | None = None
+
+    def begin(self) -> Iterator[Any]:
+        """Begin the pass, if it has not begun."""
+        if self._iterator is None:
+            self._iterator = self._begin(self)
+        return self._iterator
+
+    def __next__(self) -> Any:
+        return next(self.begin())
+
+
+class EffectiveBatches(DataAdapter):  # type: ignore[misc]
+    """An iterable of effective batches that Keras's ``fit`` accepts as its data.
+
+    Args:
+        x, y, sample_weight, shuffle, class_weight, steps_per_epoch: as for ``Model.fit``. A ``tf.data.Dataset`` may
+            be one of single samples as well: :func:`autobatch.data.cardinality.is_of_samples` tells.
+        target_batch: samples in an effective batch; the last of an epoch may have fewer.
+        input_shapes: name and shape of each of the model's inputs, the batch dimension included, where it is known.
+        validation_data: as for ``Model.fit``; counted among what the host will hold, not read.
+        only_look: the data will not be trained on. Python's functions within a ``tf.data.Dataset`` are then called for
+            a look alone, rather than that the dataset's order moves on.
+
+    Raises:
+        ValueError: the data are empty, the arrays differ in length, or Keras refuses them, in its own words.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        target_batch: int,
+        shuffle: bool = True,
+        class_weight: dict[int, float] | None = None,
+        steps_per_epoch: int | None = None,
+        input_shapes: Sequence[tuple[str, cardinality.Shape]] = (),
+        validation_data: Any = None,
+        only_look: bool = False,
+    ) -> None:
+        arrays.require_usable(x, y, sample_weight)
+        if isinstance(x, tf.data.Dataset):
+            if int(x.cardinality()) == 0:
+                raise ValueError(f"{EMPTY}{x}")
+            if cardinality.is_of_samples(x, input_shapes):
+                x = x.batch(target_batch)
+        self.target_batch = target_batch
+        self._only_look = only_look
+        self._parts = (x, y, sample_weight)
+        self._options = {"class_weight": class_weight, "steps_per_epoch": steps_per_epoch}
+        self._arrays = data_adapters.are_arrays(x, y, sample_weight)
+        self._shuffled = shuffle
+        host = host_memory.available()
+        copied = host_memory.uses_of_arrays(x, y, sample_weight) if self._arrays else ()
+        # Now, before the copies are made. How large samples of varying size are is not known yet.
+        beside = host_memory.uses_of_validation(validation_data, sample_bytes=0)
+        warned = self._arrays and host_memory.warn_if_short((*copied, *beside), host)
+
+        # Keras reads the first batches of PyDatasets and torch loaders to learn what they are like.
+        self._states = random_states.RandomStates(x)
+        self._inner = self._adapter_for(self._parts, batch_size=target_batch, shuffle=shuffle)
+        dataset = self._inner.get_tf_dataset()
+        self._states_after: random_states.RandomStates | None = random_states.RandomStates(x)
+        self._states.restore()
+
+        self._recut = None if self._arrays else rebatching.Rebatched(dataset, target_batch)
+        self._source = dataset
+        self._dataset = _untuned(dataset) if self._recut is None else self._recut.dataset
+        self.element_spec = dataset.element_spec if self._recut is None else self._recut.element_spec
+        self.structure = Structure(self.element_spec)
+        self.sample_limit = self._count_samples()
+        self._rows_in_first: int | None = None
+        self._iterated = False
+        self._waiting: list[weakref.ref[EffectiveIterator]] = []
+        self._looked: Any = None
+        self._pending: tuple[Any, Iterator[Any]] | None = None
+        self._warned_of_padding = False
+        self._uses = (*copied, *self._pipeline_uses(validation_data))
+        if not warned:
+            host_memory.warn_if_short(self._uses, host)
+
+    def _adapter_for(self, parts: tuple[Any, Any, Any], *, batch_size: int, shuffle: bool) -> Any:
+        x, y, sample_weight = parts
+        options = {**self._options, "batch_size": batch_size, "shuffle": shuffle}
+        if self._arrays and arrays.any_mapped(x, y):
+            return arrays.MappedArrays(x, y, sample_weight, **options)
+        with warnings.catch_warnings():
+            # fit's own default of shuffle=True is not the user's word; Keras warns that it is ignored.
+            warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
+            return data_adapters.data_adapter_for(x=x, y=y, sample_weight=sample_weight, **options)
+
+    def _count_samples(self) -> int | None:
+        if self._arrays:
+            return data_adapters.array_samples(getattr(self._inner, "inner", self._inner))
+        return cardinality.sample_cardinality(self._source)
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def look(self) -> Any:
+        """A batch to take samples from, of as many as an effective batch, that leaves the data as they were.
+
+        Of arrays whose samples differ in size these are the largest of all; of everything else the first ones.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self._looked is None:
+            try:
+                self._looked = self._look()
+            except StopIteration:
+                raise ValueError(f"{EMPTY}{self._parts[0]!r}") from None
+        return self._looked
+
+    def _look(self) -> Any:
+        if self._arrays:
+            rows = arrays.longest_rows(self._parts, self.target_batch)
+            if rows is None:
+                return next(iter(self._dataset))  # each iterator of arrays is independent of the others
+            longest = arrays.take_rows(self._parts, rows)
+            return next(iter(self._adapter_for(longest, batch_size=len(rows), shuffle=False).get_tf_dataset()))
+        source = None
+        if data_adapters.is_dataset_adapter(self._inner):
+            varies = any(spec.dtype == tf.string or None in spec.shape[1:] for spec in self.structure.specs)
+            source = tf_data.independent_copy(self._source, keep_order=varies, may_call_python=self._only_look)
+        elif data_adapters.signature_of(self._inner) is not None and self._loader is not None:
+            source = self._first_of_loader()
+        if source is None:
+            return self._first()
+        recut = rebatching.Rebatched(source, self.target_batch)
+        first = next(iter(recut.dataset))
+        return first[0] if recut.pads else first
+
+    @property
+    def _loader(self) -> Any:
+        """The user's PyDataset or torch loader, if the data are one."""
+        dataset = data_adapters.py_dataset_of(self._inner)
+        return data_adapters.torch_loader_of(self._inner) if dataset is None else dataset
+
+    def _first_of_loader(self) -> Any:
+        batches: list[Any] = []
+        samples = 0
+        with random_states.random_states_kept(self._loader):
+            for batch in data_adapters.batches_without_iterating(self._inner):
+                batches.append(batch)
+                rows = len(tf.nest.flatten(batch)[0])
+                self._rows_in_first = self._rows_in_first or rows
+                samples += rows
+                if samples >= self.target_batch:
+                    break
+        signature = data_adapters.signature_of(self._inner)
+        return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=signature)
+
+    def _first(self) -> Any:
+        if self._pending is None:
+            iterator = self._start()
+            self._pending = (next(iterator), iterator)
+        return self._pending[0]
+
+    # -- what the host will hold --------------------------------------------------------------------------------------
+
+    def host_uses(self) -> tuple[HostUse, ...]:
+        """What the input pipeline and that of validation will hold in host memory, at the least, by name."""
+        return self._uses
+
+    def bytes_to_come(self, samples: int) -> int:
+        """What effective batches under way will take besides ``samples`` that are on the device already.
+
+        That is 0 where the data have begun to be read, so that these batches are there.
+        """
+        if self._pending is not None:
+            return 0
+        most = self.target_batch if self.sample_limit is None else min(self.target_batch, self.sample_limit)
+        batches = min(_BATCHES_UNDER_WAY, self.num_batches or _BATCHES_UNDER_WAY)
+        return (batches * most - min(samples, most)) * self._sample_bytes()
+
+    def _pipeline_uses(self, validation_data: Any) -> tuple[HostUse, ...]:
+        sample_bytes = self._sample_bytes()
+        name = f"{_BATCHES_UNDER_WAY} effective batches of {self.target_batch} samples"
+        uses = [HostUse(name, _BATCHES_UNDER_WAY * self.target_batch * sample_bytes)]
+        if data_adapters.is_dataset_adapter(self._inner):
+            uses += host_memory.uses_of_dataset(self._source, sample_bytes=sample_bytes)
+        if data_adapters.py_dataset_of(self._inner) is not None:
+            self.look()  # only a look tells how large its batches are, and the search will look anyway
+        uses += host_memory.uses_of_loader(self._loader, sample_bytes=sample_bytes, batch_samples=self._rows_in_first)
+        return (*uses, *host_memory.uses_of_validation(validation_data, sample_bytes=sample_bytes))
+
+    def _sample_bytes(self) -> int:
+        known = [host_memory.fixed_bytes(spec) for spec in self.structure.specs]
+        if None not in known:
+            return sum(size for size in known if size is not None)
+        return host_memory.mean_bytes(self.structure.leaves(self.look()))
+
+    # -- iterating ----------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Any]:
+        self._looked = None
+        if self._pending is not None:
+            first, rest = self._pending
+            self._pending = None
+            return EffectiveIterator(lambda _: itertools.chain([first], rest))
+        if not self._arrays:  # whoever else reads the data or draws random numbers shall find them as Keras leaves them
+            iterator = self._start()
+            return EffectiveIterator(lambda _: iterator)
+        later = EffectiveIterator(self._start_in_order)
+        if self._shuffled:
+            self._waiting.append(weakref.ref(later))
+        return later
+
+    def _start_in_order(self, iterator: EffectiveIterator) -> Iterator[Any]:
+        """Start a pass over arrays; if they are shuffled, after those before it, for each draws from the seeds."""
+        while any(waiting() is iterator for waiting in self._waiting):
+            earliest = self._waiting.pop(0)()
+            if earliest is None:
+                self._start()  # nobody will read it
+            elif earliest is not iterator:
+                earliest.begin()
+        return self._start()
+
+    def _start(self) -> Iterator[Any]:
+        if self._states_after is not None:
+            # The random numbers that Keras's own fit has used by now, unless somebody set a seed since.
+            self._states_after.replay(self._states, self._parts[0])
+            self._states_after = None
+        if self._iterated and self.num_batches is None and self._inner.num_batches is not None:
+            # At the end of an epoch of known length Keras starts an iterator that it does not use, which draws from
+            # a shuffle's seeds. Where the length is not known here, the next epoch's order needs it all the same.
+            iter(self._dataset)
+        self._iterated = True
+        iterator = iter(self._dataset)
+        return iterator if self._recut is None or not self._recut.pads else self._noting_padding(iterator)
+
+    def _noting_padding(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for batch, differed in iterator:
+            if not self._warned_of_padding and bool(differed):
+                self._warned_of_padding = True
+                assert self._recut is not None
+                warnings.warn(
+                    "Batches of this dataset that are padded to different lengths come together in one effective "
+                    f"batch. They are padded with {' and '.join(self._recut.padding)} to the longest of them. If that "
+                    "is not your padding, pad to one length yourself, or let padded_batch be the dataset's last step: "
+                    "then what it pads with is known.",
+                    AutobatchWarning,
+                    stacklevel=2,
+                )
+            yield batch
+
+    # -- what Keras asks of a data adapter ----------------------------------------------------------------------------
+
+    def get_tf_dataset(self) -> EffectiveBatches:
+        """Return the effective batches themselves; Keras asks for them when training starts."""
+        if not self._options["steps_per_epoch"] and self._is_endless():
+            # Keras accepts it, and a callback may end it; so it is not refused.
+            warnings.warn(
+                "The dataset is infinite and steps_per_epoch is not given, so that the first epoch never ends: no "
+                "validation and no callback at the end of an epoch will run. Pass steps_per_epoch, the number of "
+                "updates in an epoch.",
+                AutobatchWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def _is_endless(self) -> bool:
+        dataset = data_adapters.py_dataset_of(self._inner)
+        if dataset is not None:
+            return dataset.num_batches is None
+        return not self._arrays and cardinality.is_endless(self._source)
+
+    @property
+    def num_batches(self) -> int | None:
+        """Updates in an epoch where that is certain: Keras ends the epoch after as many."""
+        return cardinality.updates(self.sample_limit, self.target_batch)
+
+    @property
+    def expected_batches(self) -> int | None:
+        """Updates that an epoch will very likely have, to show progress with; never ends an epoch."""
+        samples = self.sample_limit
+        if samples is None:
+            samples = cardinality.sample_cardinality(self._source, trust_maps=True)
+        if samples is not None:
+            return cardinality.updates(samples, self.target_batch)
+        least, most = data_adapters.samples_of_loader(self._inner, self._rows_in_first)
+        fewest = cardinality.updates(least, self.target_batch)
+        return fewest if fewest == cardinality.updates(most, self.target_batch) else None
+
+    @property
+    def batch_size(self) -> int | None:
+        return self.target_batch
+
+    @property
+    def has_partial_batch(self) -> bool | None:
+        return None
+
+    @property
+    def partial_batch_size(self) -> int | None:
+        return None
+
+    def on_epoch_begin(self) -> None:
+        self._inner.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self._inner.on_epoch_end()
+
+
+def _untuned(dataset: Any) -> Any:
+    """A dataset over arrays without tf.data's tuner.
+
+    There is nothing to tune in it but how many slices are cut at once, and on a few cores the tuner takes more of them
+    than the slices do: 90 ms of an epoch of 640.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)

@@ -1,0 +1,115 @@
+"""Batches that a training loop of the user's own passes, one at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from autobatch.records import HostUse
+from autobatch.tensors.batch_structure import Structure, is_missing
+
+
+class OneBatch:
+    """A single effective batch, looked at by a search."""
+
+    def __init__(self, data: Any, samples: int) -> None:
+        self._data = data
+        self.sample_limit = samples
+        self.element_spec = element_spec_of(data)
+        self.structure = Structure(self.element_spec)
+
+    def host_uses(self) -> tuple[HostUse, ...]:
+        """Nothing: the pipeline is the user's own loop."""
+        return ()
+
+    def bytes_to_come(self, samples: int) -> int:
+        """0, for the same reason."""
+        return 0
+
+    def look(self) -> Any:
+        """The batch."""
+        return self._data
+
+
+def element_spec_of(data: Any) -> Any:
+    """The type specs of a batch of tensors or arrays."""
+    return tf.nest.map_structure(_spec_of, data)
+
+
+def _spec_of(part: Any) -> Any:
+    if part is None:
+        return None
+    if isinstance(part, np.ndarray):
+        return tf.TensorSpec(part.shape, tf.as_dtype(part.dtype))  # without the copy that a tensor is
+    is_composite = isinstance(part, (tf.RaggedTensor, tf.SparseTensor))
+    return tf.type_spec_from_value(part if is_composite else tf.convert_to_tensor(part))
+
+
+def _parts(nest: Any) -> dict[tuple[Any, ...], Any]:
+    """The parts of a batch, or their type specs, by where they stand in it; a part that is missing is None."""
+    return {tuple(path): None if is_missing(part) else part for path, part in keras.tree.flatten_with_path(nest)}
+
+
+def _written(path: tuple[Any, ...]) -> str:
+    return "batch" + "".join(f"[{key!r}]" for key in path)
+
+
+def _described(spec: Any) -> str:
+    if spec is None:
+        return "None"
+    kind = type(spec).__name__.removesuffix("Spec")
+    return f"a {kind} of dtype {spec.dtype.name} and shape {tuple(spec.shape) if spec.shape.rank is not None else '?'}"
+
+
+def require_alike(element_spec: Any, batch: Any) -> None:
+    """Refuse a batch that the step, made for batches of ``element_spec``, cannot take. Sizes may differ.
+
+    Raises:
+        TypeError: a part has another dtype, or is of another kind, as sparse instead of dense.
+        ValueError: a part is missing or new, or has another number of dimensions.
+    """
+    remedy = "Let all batches be alike, or call autobatch.wrap_step once for each kind."
+    known, received = _parts(element_spec), _parts(element_spec_of(batch))
+    if known.keys() != received.keys():
+        names = [", ".join(map(_written, parts)) or "nothing" for parts in (known, received)]
+        raise ValueError(
+            f"The first batch had the parts {names[0]}; this one has others. {remedy} Received: {names[1]}"
+        )
+    for path, spec in known.items():
+        part = received[path]
+        name, was = _written(path), f"was {_described(spec)} in the first batch"
+        if (spec is None) != (part is None) or type(spec) is not type(part):
+            raise TypeError(f"{name} {was}. {remedy} Received: {_described(part)}")
+        if spec is None:
+            continue
+        if spec.dtype != part.dtype:
+            raise TypeError(
+                f"{name} {was}. Give every batch the same dtype: tf.cast({name}, {spec.dtype.name!r}), or "
+                f".astype({spec.dtype.name!r}) of an array. Received: {_described(part)}"
+            )
+        if None not in (spec.shape.rank, part.shape.rank) and spec.shape.rank != part.shape.rank:
+            raise ValueError(f"{name} {was}. {remedy} Received: {_described(part)}")
+
+
+def widened(element_spec: Any, batch: Any) -> Any:
+    """``element_spec`` with every dimension left open in which ``batch`` differs; the same object if none does.
+
+    Samples padded to the longest of each batch have another length in each.
+    """
+    differs = False
+
+    def widen(spec: Any, part: Any) -> Any:
+        nonlocal differs
+        if not isinstance(spec, tf.TensorSpec) or spec.shape.rank is None:
+            return spec
+        sizes = tuple(np.shape(part))
+        known = spec.shape.as_list()
+        kept = [None if size != was else was for was, size in zip(known[1:], sizes[1:], strict=True)]
+        differs = differs or kept != known[1:]
+        return tf.TensorSpec([known[0], *kept], spec.dtype)
+
+    wider = tf.nest.map_structure(widen, element_spec, batch, check_types=False)
+    return wider if differs else element_spec

@@ -1,0 +1,390 @@
+"""What cannot be the full batch's when gradients are accumulated, said by name before training.
+
+Everything that sees one micro-batch at a time and is no sum over samples differs: no accumulation, whoever writes it,
+can change that. The list is made of what is found in the model and in the trace of its step, not of what might be;
+where neither shows it, the sentence says "may". ``docs/exactness-and-limits.md`` explains each kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from autobatch.differences.difference import Difference
+from autobatch.differences.naming import listed, named, named_pairs, optimizer_name, the_optimizer
+from autobatch.differences.trace_findings import TraceFindings
+from autobatch.graphs.draws import Kind
+from autobatch.metrics import whole_batch
+from autobatch.seams import models
+from autobatch.tensors.variables import components, distinct
+
+_MOST_VARIABLES = 6
+"""So many variables are named; of more, their number."""
+
+_RATES = ("rate", "dropout", "recurrent_dropout", "stddev")
+"""By these Keras's layers tell how much they draw; at zero they draw nothing."""
+
+_LINEAR = ("SGD",)
+"""Optimizers whose update is linear in the gradient, so that a repeated embedding row needs no summing beforehand."""
+
+_COMPARING = ("circle",)
+"""Keras's losses whose value for a sample depends on the others in the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A model, and what is known of its micro-step."""
+
+    model: Any
+    layers: list[Any]
+    optimizers: tuple[Any, ...]
+    traced: TraceFindings
+    tables_kept_as_rows: Sequence[Any]
+    written: Sequence[Any]
+
+
+def differences(
+    model: Any,
+    optimizers: tuple[Any, ...],
+    traced: TraceFindings | None = None,
+    tables_kept_as_rows: Sequence[Any] = (),
+    written: Sequence[Any] = (),
+) -> tuple[str, ...]:
+    """Return sentences on what in ``model`` depends on the micro-batch; none where nothing does.
+
+    ``traced`` is what the trace of the micro-step has shown, None before it; ``tables_kept_as_rows`` are the
+    embeddings' variables whose gradients reach the optimizer as in plain Keras; ``written`` the variables that a
+    micro-step writes.
+    """
+    layers = models.layers_of(model)
+    subject = _Subject(model, layers, optimizers, traced or TraceFindings(), tables_kept_as_rows, written)
+    return tuple(Difference(sentence, anchor) for anchor, find in KINDS for sentence in find(subject))
+
+
+def _normalising(subject: _Subject) -> Iterator[str]:
+    norms = [each for each in subject.layers if isinstance(each, keras.layers.BatchNormalization) and each.trainable]
+    if norms:
+        yield f"{named(norms)} normalises each micro-batch by its own mean and variance, not the full batch's."
+
+
+def _drawing(subject: _Subject) -> Iterator[str]:
+    """Yield what draws: told by the trace where there is one, else by the layers' generators and rates."""
+    draws = subject.traced.draws or ()
+    is_traced = subject.traced.draws is not None and not subject.model.run_eagerly
+    holding = [] if is_traced else [layer for layer in subject.layers if _holds_generator(layer)]
+    # Of an eager model these are said before its first micro-batch, which shows the others.
+    yield from _said_of_draws(Kind.NEW, [_pair(layer) for layer in holding if _keras_rates(layer)])
+    yield from _said_of_draws(Kind.UNKNOWN, [_pair(layer) for layer in holding if not _keras_rates(layer)])
+    said = {_pair(layer) for layer in holding}
+    for kind in Kind:
+        of_kind = [draw.layer for draw in draws if draw.kind is kind]
+        own = _step_of(subject.model) if None in of_kind else ""
+        yield from _said_of_draws(kind, [pair for pair in of_kind if pair and pair not in said], own)
+
+
+def _said_of_draws(kind: Kind, layers: list[tuple[str, str]], own: str = "") -> Iterator[str]:
+    """Yield a sentence on layers, by class and name, and on the step's ``own`` code, whose draws are of a kind."""
+    who = listed([part for part in (named_pairs(layers), own) if part])
+    is_one = len({class_name for class_name, _ in layers}) + bool(own) == 1
+    if not who:
+        return
+    if kind is Kind.REPEATED:
+        yield f"The seed of {who} does not change: each micro-batch gets the same random numbers."
+        return
+    verb = "may draw" if kind is Kind.UNKNOWN else "draws" if is_one else "draw"
+    yield f"{who if layers else who[0].upper() + who[1:]} {verb} new random numbers in each micro-batch."
+
+
+def _several_optimizers(subject: _Subject) -> Iterator[str]:
+    if len(subject.optimizers) < 2 or subject.traced.sees_updates is False:
+        return
+    if subject.traced.sees_updates:
+        names = listed([optimizer_name(subject.model, optimizer) for optimizer in subject.optimizers])
+        yield f"The optimizers {names} update once each, at the end: none sees what another has just changed."
+    else:
+        yield (
+            "The optimizers update once each, at the end: training may differ where a gradient is taken after another "
+            "optimizer's update."
+        )
+
+
+def _changed_gradients(subject: _Subject) -> Iterator[str]:
+    if subject.traced.changed_for:
+        names = listed([the_optimizer(subject.model, optimizer) for optimizer in subject.traced.changed_for])
+        gets = "gets" if len(subject.traced.changed_for) == 1 else "get"
+        yield (
+            f"The gradients are changed before {names} {gets} them, by clipping say: that acts on those of each "
+            "micro-batch. What the optimizer does itself (clipnorm, global_clipnorm, clipvalue) acts on the update's."
+        )
+
+
+def _spectral(subject: _Subject) -> Iterator[str]:
+    spectral = [layer for layer in subject.layers if isinstance(layer, keras.layers.SpectralNormalization)]
+    apart = _told_apart(subject)
+    if spectral and any(id(variable) in apart for variable in subject.written):
+        yield f"{named(spectral)} changes its kernel once for each micro-batch, not once for each update."
+
+
+def _changed_by_the_step(subject: _Subject) -> Iterator[str]:
+    """Yield a sentence on the variables that the user's own code changes in each micro-step."""
+    apart = _told_apart(subject)
+    settled = {id(handle) for handle in subject.traced.settled}
+    changed = [
+        variable
+        for variable in subject.written
+        if id(variable) not in apart
+        and id(variable.handle) not in settled
+        and not _is_seed(variable)
+        and not _is_of_a_metric(variable)
+    ]
+    if changed:
+        remaining = {id(variable): variable.name.partition(":")[0] for variable in changed}
+        own = [
+            variable.path
+            for variable in subject.model.variables
+            for part in components([variable])
+            if remaining.pop(id(part), "")
+        ]
+        names = list(dict.fromkeys([*own, *remaining.values()]))
+        yield f"train_step changes {_some_of(names)} itself: once for each micro-batch, not once for each update."
+
+
+def _averaged_apart(subject: _Subject) -> Iterator[str]:
+    if subject.traced.averaged_apart:
+        yield (
+            f"The statistics that {_some_of(subject.traced.averaged_apart)} follows are those of each micro-batch "
+            "where train_step computes with them."
+        )
+
+
+def _repeated_rows(subject: _Subject) -> Iterator[str]:
+    """Yield a sentence on embeddings whose repeated rows are summed before an optimizer that is not linear."""
+    as_rows = {id(table) for table in subject.tables_kept_as_rows}
+    repeated = subject.traced.repeated_rows
+    repeating = None if repeated is None else {id(table) for table in repeated}
+    embeddings = [
+        layer
+        for layer in subject.layers
+        if isinstance(layer, keras.layers.Embedding)
+        and layer.trainable
+        and any(
+            id(table) not in as_rows
+            and (repeating is None or any(id(part) in repeating for part in components([table])))
+            for table in distinct(layer.trainable_weights)
+        )
+    ]
+    summed = [(each, verb) for each in subject.optimizers if (verb := _done_to_each_row(_innermost(each)))]
+    if embeddings and summed:
+        optimizer, verb = summed[0]
+        yield (
+            f"The gradients of a row of {named(embeddings)} that occurs several times are summed before "
+            f"{the_optimizer(subject.model, optimizer)} {verb} them; Keras's TensorFlow backend {verb} each by itself."
+        )
+
+
+def _comparing(subject: _Subject) -> Iterator[str]:
+    comparing = [name for loss in _losses_of(subject.model) if (name := _name_of(loss)) in _COMPARING]
+    if comparing:
+        yield (
+            f"The loss {', '.join(dict.fromkeys(comparing))} compares samples with each other; it sees those of one "
+            "micro-batch at a time."
+        )
+    elif (layer := _layer_of(subject, subject.traced.comparing)) is not None:
+        yield f"In {named([layer])} a sample depends on the others of its batch: it sees those of its micro-batch."
+    elif subject.traced.comparing:
+        yield (
+            f"The loss compares samples with each other, in {subject.traced.comparing}; it sees those of one "
+            "micro-batch at a time."
+        )
+
+
+def _mixing(subject: _Subject) -> Iterator[str]:
+    """Yield a sentence on what makes a sample depend on the others of its batch, batch normalisation apart."""
+    layers: dict[int, Any] = {}
+    elsewhere: list[str] = []
+    for name in sorted(subject.traced.mixed):
+        layer = _layer_of(subject, name)
+        if layer is None:
+            elsewhere.append(name)
+        elif not isinstance(layer, keras.layers.BatchNormalization):
+            layers[id(layer)] = layer
+    if layers or elsewhere:
+        where = named(list(layers.values())) if layers else elsewhere[0]
+        yield f"In {where} a sample depends on the others of its batch: it sees those of its micro-batch."
+
+
+def _layer_of(subject: _Subject, operation: str) -> Any:
+    """Return the innermost layer in whose scope an operation's name stands; None if there is none."""
+    by_name = {layer.name: layer for layer in subject.layers[1:]}
+    scopes = [each for scope in reversed(operation.split("/")[:-1]) for each in (scope, _without_number(scope))]
+    return next((by_name[scope] for scope in scopes if scope in by_name), None)
+
+
+def _without_number(scope: str) -> str:
+    """Return a layer's name without what TensorFlow puts behind it where it is called again."""
+    return re.sub(r"_\d+$", "", scope)
+
+
+def _not_followed(subject: _Subject) -> Iterator[str]:
+    """Yield a sentence where it is not known how a loss is made of the samples."""
+    traced = subject.traced
+    own = _own_loss_code(subject.model)
+    because = f" (in {traced.untold})" if traced.untold else ""
+    if traced.is_told or not (own or traced.adding_layers or traced.untold):
+        return
+    if own:
+        made = f"{own}: how its loss is made of the samples is not known{because}"
+    elif traced.adding_layers:
+        made = f"How what {named(traced.adding_layers)} adds by add_loss is made of the samples is not known{because}"
+    else:
+        made = f"How the loss is made of the samples is not known{because}"
+    yield f"{made}. It is taken for a mean over the samples of a batch, and a sum is weighed as one."
+
+
+def _scalar_metrics(subject: _Subject) -> Iterator[str]:
+    if subject.traced.scalar_metrics:
+        yield (
+            f"The metric {', '.join(subject.traced.scalar_metrics)} makes one number of a batch; it is averaged over "
+            "the micro-batches by their samples, which is the full batch's only where it is a mean over samples."
+        )
+
+
+def _updated_in_parts(subject: _Subject) -> Iterator[str]:
+    yield from whole_batch.sentences(subject.traced.updated_in_parts)
+
+
+def _loose_logs(subject: _Subject) -> Iterator[str]:
+    # A loss that is not known is named by itself.
+    if subject.traced.loose_logs and not subject.traced.untold and not subject.traced.comparing:
+        names = ", ".join(repr(name) for name in subject.traced.loose_logs if name)
+        named_as = f" as {names}" if names else ""
+        yield f"What train_step returns{named_as} may not be the full batch's: each micro-batch makes its own."
+
+
+KINDS = (
+    ("batch-statistics", _normalising),
+    ("random-draws", _drawing),
+    ("several-optimizers", _several_optimizers),
+    ("changed-gradients", _changed_gradients),
+    ("assignments", _spectral),
+    ("assignments", _changed_by_the_step),
+    ("assignments", _averaged_apart),
+    ("repeated-rows", _repeated_rows),
+    ("losses", _comparing),
+    ("batch-statistics", _mixing),
+    ("losses", _not_followed),
+    ("metrics", _scalar_metrics),
+    ("metrics", _updated_in_parts),
+    ("metrics", _loose_logs),
+)
+"""The kinds of differences: where the page explains them, and what finds them."""
+
+
+def _holds_generator(layer: Any) -> bool:
+    """Return True if a layer has a generator of random numbers, unless it is Keras's and its rates are all zero."""
+    generators = [part for part in vars(layer).values() if isinstance(part, keras.random.SeedGenerator)]
+    rates = _keras_rates(layer)
+    return bool(generators) and (not rates or any(rate > 0 for rate in rates))
+
+
+def _keras_rates(layer: Any) -> list[float]:
+    """Return how much one of Keras's own layers draws; nothing where its class does not tell."""
+    library_class = next(cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] == "keras")
+    if library_class in (keras.layers.Layer, keras.Model):
+        return []
+    found = [getattr(layer, name, None) for name in _RATES]
+    return [rate for rate in found if isinstance(rate, (int, float))]
+
+
+def _pair(layer: Any) -> tuple[str, str]:
+    return type(layer).__name__, layer.name
+
+
+def _step_of(model: Any) -> str:
+    """Return the user's code that runs outside of every layer, in words."""
+    own = _own_loss_code(model)
+    return own[:1].lower() + own[1:] if own.startswith("The ") else own or "the loss"
+
+
+def _done_to_each_row(optimizer: Any) -> str:
+    """Return what an optimizer does to gradients that is not the same for a sum as for its parts; empty if nothing."""
+    if type(optimizer).__name__ not in _LINEAR:
+        return "squares"
+    clipping = [getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue")]
+    return "clips" if any(clipping) else ""
+
+
+def _own_loss_code(model: Any) -> str:
+    """What of the user's computes the loss, in words; empty where Keras does."""
+    if not isinstance(model, keras.Model):
+        return "The train_step of this loop"
+    for name in ("train_step", "compute_loss"):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            return f"{type(model).__name__}.{name}"
+    return ""
+
+
+def has_code_of_its_own(model: Any) -> bool:
+    """Return True if something of the user's may reduce a batch on the way to the loss: a step, a loss or a layer."""
+    if _own_loss_code(model):
+        return True
+    losses = [loss for loss in tf.nest.flatten(getattr(model, "loss", None)) if not isinstance(loss, (str, type(None)))]
+    own = [loss for loss in losses if not _is_keras(loss if hasattr(loss, "__name__") else type(loss))]
+    return bool(own) or any(not _is_keras(type(layer)) for layer in models.layers_of(model)[1:])
+
+
+def _is_keras(what: Any) -> bool:
+    return str(getattr(what, "__module__", "")).partition(".")[0] == "keras"
+
+
+def _told_apart(subject: _Subject) -> set[int]:
+    """Return the ids of variables that other sentences are about, or none: metrics', optimizers', statistics."""
+    # What a plain step was seen to write may be what micro-steps leave to the update.
+    known = [*subject.traced.once_an_update]
+    known += [variable for metric in subject.model.metrics for variable in metric.variables]
+    known += [variable for optimizer in subject.optimizers for variable in optimizer.variables]
+    for layer in subject.layers:
+        if isinstance(layer, keras.layers.BatchNormalization) and not subject.traced.applied:
+            known += layer.non_trainable_variables
+        if isinstance(layer, keras.layers.SpectralNormalization):
+            known += layer.variables
+    return {id(variable) for variable in components(known)}
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_VARIABLES
+    return f"{', '.join(names[:_MOST_VARIABLES])}{f' and {more} more' if more > 0 else ''}"
+
+
+def _is_seed(variable: Any) -> bool:
+    """Return True for the state of a ``keras.random.SeedGenerator`` and of a ``tf.random.Generator``."""
+    return "seed_generator_state" in str(variable.name) or str(variable.name).startswith("StateVar")
+
+
+def _is_of_a_metric(variable: Any) -> bool:
+    """Return True if it is of a metric that the model does not know: Keras makes their variables to be summed."""
+    return bool(variable.aggregation == tf.VariableAggregation.SUM)
+
+
+def _losses_of(model: Any) -> list[Any]:
+    """Return the losses given to ``compile``, and the model's attributes, for a ``train_step`` of its own."""
+    found = []
+    for attribute in vars(model).values():
+        parts = attribute if isinstance(attribute, (list, tuple)) else [attribute]
+        parts = list(attribute.values()) if isinstance(attribute, dict) else parts
+        found += [part for part in parts if isinstance(part, keras.losses.Loss)]
+    return [*tf.nest.flatten(getattr(model, "loss", None)), *found]
+
+
+def _name_of(loss: Any) -> str:
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+    return str(name).lower()
+
+
+def _innermost(optimizer: Any) -> Any:
+    return getattr(optimizer, "inner_optimizer", optimizer)

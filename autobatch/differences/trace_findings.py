@@ -1,0 +1,152 @@
+"""What the trace of a micro-step shows of a model's own code: what of it cannot be told to be exact.
+
+A loss is exact where the graph tells how it is made of the samples (:mod:`autobatch.losses.loss_terms`) and no sample
+depends on the others; a gradient, where nothing but linear operations lies between the tape and the optimizer. The
+sentences on what is not are in :mod:`autobatch.differences.rules`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.graphs import draws, linearity, writes
+from autobatch.graphs.dependence import Dependence
+from autobatch.tensors.variables import components
+
+
+class TraceFindings:
+    """Filled while one micro-step is traced; where it runs eagerly, with what is known without a graph."""
+
+    def __init__(self) -> None:
+        self.scalar_metrics: tuple[str, ...] = ()
+        """The names of metrics that make one number of a batch, of which that is not known to be a mean."""
+        self.updated_in_parts: dict[str, str] = {}
+        """By their names, why metrics that may be no sums over samples are updated with each micro-batch."""
+        self.loose_logs: tuple[str, ...] = ()
+        """The names of what the step returns that may not be the effective batch's; empty for what has no name."""
+        self.held_sample_bytes = 0
+        """What is kept of a sample until the effective batch is through, for metrics that are to see it whole."""
+        self.applied: list[Any] = []
+        """The optimizers that were applied, in order."""
+        self.adding_layers: list[Any] = []
+        """The layers that called ``add_loss`` with what depends on the data."""
+        self.changed_for: list[Any] = []
+        """The optimizers whose gradients were changed, other than linearly, between the tape and ``apply``."""
+        self.comparing = ""
+        """The name of an operation that puts samples of a batch together on the way to what is differentiated."""
+        self.mixed: frozenset[str] = frozenset()
+        """The names of operations through which a sample came to depend on the others of its batch."""
+        self.untold = ""
+        """The name of an operation because of which it is not known how a loss is made of the samples."""
+        self.is_told = False
+        """Whether the graph tells how all that is differentiated is made of the samples."""
+        self.draws: tuple[draws.Draw, ...] | None = None
+        """The random draws that a trace or an eager micro-batch has shown; None before."""
+        self.settled: list[Any] = []
+        """The handles of the variables whose assignments make no difference from the second micro-batch on."""
+        self.sees_updates: bool | None = None
+        """Whether what follows an optimizer's ``apply`` reads what that changes; None where it is not known."""
+        self.repeated_rows: list[Any] | None = None
+        """The tables whose gradients have a row for each look-up, of which some may be the same; None if not known."""
+        self._applied_at: list[tuple[Any, int, list[Any]]] = []
+        self._takes_gradients_after_an_update = False
+        self.once_an_update: list[Any] = []
+        """The Keras variables that are assigned once, behind the last micro-batch (:mod:`running_averages`)."""
+        self.averaged_apart: tuple[str, ...] = ()
+        """The paths of those whose statistics the step computes with itself."""
+        self.differentiated: list[Any] = []
+        """What tapes have differentiated, while the graph is there."""
+        self._gradients: list[Any] = []
+        self._on_arguments: dict[Any, bool] = {}
+
+    def note_dependence(self, found: Dependence) -> None:
+        """Note what a loss, or what a step differentiates or reports, depends on."""
+        self.mixed |= found.mixed
+        if found.unknown and not found.compares and not self.untold:
+            self.untold = found.unknown
+        if found.compares and not self.comparing:
+            self.comparing = found.unknown.partition(" ")[0]
+
+    def note_added_loss(self, layer: Any, losses: Any) -> None:
+        """Note that a layer calls ``add_loss``."""
+        parts = [part for part in tf.nest.flatten(losses) if tf.is_tensor(part)]
+        exact = [part for part in parts if _is_symbolic(part) and not self._depends_on_data(part)]
+        if len(exact) < len(parts) and all(layer is not known for known in self.adding_layers):
+            self.adding_layers.append(layer)
+
+    def note_differentiated(self, target: Any, gradients: Any) -> None:
+        """Note what a tape differentiated and what it returned."""
+        self._takes_gradients_after_an_update |= bool(self.applied)
+        parts = [part for part in tf.nest.flatten(target) if tf.is_tensor(part)]
+        self.differentiated += [part for part in parts if _is_symbolic(part)]
+        if all(_is_symbolic(part) for part in parts):
+            self.is_told = not self.untold
+            if self.untold and not self.comparing:
+                operations = map(linearity.comparing_operation, parts)
+                self.comparing = next((each.name for each in operations if each is not None), "")
+        self._gradients += [part for part in _dense_parts(gradients) if _is_symbolic(part)]
+
+    def note_applied(self, optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+        """Note the gradients that an optimizer is given, and their variables."""
+        self.applied.append(optimizer)
+        if not tf.executing_eagerly():
+            self._note_place(gradients, variables)
+        given = [part for part in _dense_parts(gradients) if _is_symbolic(part)]
+        if not self._gradients or not given:
+            return
+        following = linearity.what_follows(self._gradients)
+        for part in given:
+            operation = linearity.not_linear_in(part, self._gradients, lambda each: id(each) not in following)
+            # What a function does is not looked into.
+            if operation is not None and not operation.type.endswith("PartitionedCall"):
+                self.changed_for.append(optimizer)
+                return
+
+    def _note_place(self, gradients: list[Any], variables: list[Any]) -> None:
+        graph = tf.compat.v1.get_default_graph()
+        self._applied_at.append((graph, len(graph.get_operations()), variables))
+        rows = [
+            variable
+            for gradient, variable in zip(gradients, variables, strict=True)
+            if isinstance(gradient, tf.IndexedSlices) and not linearity.are_distinct(gradient.indices)
+        ]
+        self.repeated_rows = [*(self.repeated_rows or []), *components(rows)]
+
+    def note_end(self, logs: Any) -> None:
+        """Note what shows once the step has ended, and has returned these logs."""
+        if tf.executing_eagerly():
+            self.sees_updates = None if self._takes_gradients_after_an_update else False
+            return
+        graph = tf.compat.v1.get_default_graph()
+        self.draws = draws.draws_of(graph, tf.nest.flatten(logs, expand_composites=True))
+        if any(each is not graph for each, _, _ in self._applied_at):
+            return  # applied in a function of the user's: what comes before and after is not known
+        self.sees_updates = any(
+            writes.is_read_after(graph, variables, position) for _, position, variables in self._applied_at[:-1]
+        )
+        updated = [variable for _, _, variables in self._applied_at for variable in variables]
+        applied_at = min((position for _, position, _ in self._applied_at), default=0)
+        self.settled = writes.settled(graph, updated, applied_at)
+
+    def _depends_on_data(self, tensor: Any) -> bool:
+        return linearity.depends_on_arguments(tensor, self._on_arguments)
+
+    def take_over(self, other: TraceFindings) -> None:
+        """Take what a trace of the same code has shown of its losses."""
+        self.mixed, self.untold, self.is_told = other.mixed, other.untold, other.is_told
+        self.comparing, self.adding_layers = other.comparing, other.adding_layers
+
+    def forget_tensors(self) -> None:
+        """Let go of the graph; what was found stays."""
+        self._gradients, self._on_arguments, self._applied_at, self.differentiated = [], {}, [], []
+
+
+def _dense_parts(gradients: Any) -> list[Any]:
+    parts = tf.nest.flatten(gradients)
+    return [part.values if isinstance(part, tf.IndexedSlices) else part for part in parts if part is not None]
+
+
+def _is_symbolic(tensor: Any) -> bool:
+    return isinstance(tensor, tf.Tensor) and hasattr(tensor, "graph")

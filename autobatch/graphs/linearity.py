@@ -1,0 +1,179 @@
+"""What a traced graph tells: which variables it writes, and what a tensor of it is made of.
+
+Knows no optimizer, loss or model; what follows from it :mod:`autobatch.differences.trace_findings` and
+:mod:`autobatch.differences.rules`
+say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+_LINEAR = frozenset(
+    [
+        *("Identity", "IdentityN", "Cast", "StopGradient", "PreventGradient", "CheckNumerics", "Neg"),
+        *("Add", "AddV2", "AddN", "Sub", "Sum", "Mean", "UnsortedSegmentSum"),
+        *("Pack", "Unpack", "ConcatV2", "Split", "SplitV", "Slice", "StridedSlice", "GatherV2", "Tile", "BroadcastTo"),
+        *("Reshape", "Squeeze", "ExpandDims", "Transpose"),
+    ]
+)
+"""Operations whose result is linear in each of their inputs that is no shape, axis or index."""
+
+_EMPTY_OF_DATA = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike", "Range"])
+"""Operations whose result holds nothing of what is in their inputs; a range may be as long as a batch's longest."""
+
+_SAME_INDICES = {
+    **dict.fromkeys(["Identity", "Cast", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Slice", "StridedSlice"], 0),
+    "SelectV2": 2,
+}
+"""Operations whose elements are among those of one input, none of them twice, and which of their inputs that is."""
+
+_PRODUCTS = frozenset(["Mul", "MatMul", "BatchMatMulV2", "MulNoNan"])
+_QUOTIENTS = frozenset(["RealDiv", "Div", "DivNoNan"])
+
+
+def not_linear_in(result: Any, known: Iterable[Any], is_other: Callable[[Any], bool]) -> Any:
+    """The first operation through which ``result`` depends on ``known`` other than linearly; None if there is none.
+
+    ``is_other`` tells of a tensor whether it depends on nothing that matters: such factors and terms may be anything.
+    """
+    ends = {id(tensor) for tensor in known}
+    pending, seen = [result], set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in ends or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if is_other(tensor):
+            continue
+        operation = tensor.op
+        factors = [each for each in operation.inputs if not is_other(each)]
+        if (
+            operation.type in _LINEAR
+            or (operation.type in _PRODUCTS and len(factors) == 1)
+            or (operation.type in _QUOTIENTS and all(each is not operation.inputs[1] for each in factors))
+        ):
+            pending += factors
+        else:
+            return operation
+    return None
+
+
+def what_follows(tensors: Iterable[Any], *, but_for: Collection[str] = ()) -> set[int]:
+    """The ids of these tensors and of all that is made of them in their graph, by operations of other types."""
+    pending = list(tensors)
+    found: set[int] = set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) not in found:
+            found.add(id(tensor))
+            made_of_it = (operation for operation in tensor.consumers() if operation.type not in but_for)
+            pending += [output for operation in made_of_it for output in operation.outputs]
+    return found
+
+
+def comparing_operation(result: Any) -> Any:
+    """An operation on the way to ``result`` that puts samples of a batch together with others; None if none is seen.
+
+    Seen are products of two matrices that are both made of data (similarities of all with all, correlations over the
+    batch), and whatever takes a batch along its first dimension and, broadcast, along its second. The batch's size is
+    not known in the graph; what functions, branches and loops within it do is not looked into.
+    """
+    captured = _captured_by(result.graph)
+    made = (output for operation in result.graph.get_operations() for output in operation.outputs)
+    data = what_follows((each for each in made if _is_argument(each, captured)), but_for=_EMPTY_OF_DATA)
+    pending, seen = [result], set()
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in seen or id(tensor) not in data:
+            continue
+        seen.add(id(tensor))
+        operands = [each for each in tensor.op.inputs if id(each) in data]
+        if len(operands) == 2 and _puts_samples_together(tensor.op, *operands):
+            return tensor.op
+        pending += operands
+    return None
+
+
+def _puts_samples_together(operation: Any, one: Any, other: Any) -> bool:
+    if operation.type == "MatMul":
+        return not _is_a_weighted_sum(operation, one, other)
+    if operation.type == "Einsum":
+        terms = operation.get_attr("equation").decode().split("->")[0].split(",")
+        return "." not in "".join(terms) and (terms[0][:1] not in terms[1] or terms[1][:1] not in terms[0])
+    shapes = [each.shape.as_list()[:2] if each.shape.rank is not None else [] for each in (one, other)]
+    return sorted(shapes, key=repr) == [[1, None], [None, 1]] and one.shape.rank == other.shape.rank
+
+
+def _is_a_weighted_sum(operation: Any, one: Any, other: Any) -> bool:
+    """Whether a product of matrices is a sum over samples, each weighted, as a masked mean's is by ``tf.tensordot``."""
+    rows, inner = _shape_of(one, operation.get_attr("transpose_a"))
+    inner_too, columns = _shape_of(other, operation.get_attr("transpose_b"))
+    if inner is None and inner_too is None and 1 in (rows, columns):
+        return rows is not None and columns is not None
+    vectors = [each for each in (_unshaped(one), _unshaped(other)) if each.shape.as_list() == [None]]
+    ranks = sorted(_unshaped(each).shape.rank for each in (one, other))
+    results = [each.outputs[0].shape.rank for each in operation.outputs[0].consumers() if each.type == "Reshape"]
+    return bool(vectors) and bool(results) and all(rank == ranks[1] - 1 for rank in results)
+
+
+def _shape_of(matrix: Any, is_transposed: bool) -> tuple[int | None, int | None]:
+    rows, columns = matrix.shape.as_list()
+    return (columns, rows) if is_transposed else (rows, columns)
+
+
+def _unshaped(tensor: Any) -> Any:
+    """What a tensor was before it was reshaped and transposed, as far as its rank was known."""
+    while tensor.op.type in ("Reshape", "Transpose") and tensor.op.inputs[0].shape.rank is not None:
+        tensor = tensor.op.inputs[0]
+    return tensor
+
+
+def are_distinct(indices: Any) -> bool:
+    """Whether no index occurs twice in a tensor of them, as far as it can be told: they are a range, or constants."""
+    while indices.op.type in _SAME_INDICES:
+        at = _SAME_INDICES[indices.op.type]
+        # Keras takes a negative index to be counted from the end.
+        if indices.op.type == "SelectV2" and indices.op.inputs[0].op.type != "Less":
+            return False
+        indices = indices.op.inputs[at]
+    if indices.op.type == "Range":
+        start, _, delta = map(tf.get_static_value, indices.op.inputs)
+        return start is not None and delta is not None and bool(start >= 0 and delta > 0)
+    value = tf.get_static_value(indices)
+    return value is not None and bool((value >= 0).all()) and len(set(value.flat)) == value.size
+
+
+def depends_on_arguments(tensor: Any, known: dict[Any, bool]) -> bool:
+    """Whether a tensor depends on what its function is given, and not on variables and constants alone.
+
+    ``known`` keeps what was found out, for further tensors of the same graph.
+    """
+    captured = _captured_by(tensor.graph)
+    pending, seen = [tensor], set()
+    while pending:
+        each = pending.pop()
+        if each.ref() in seen or known.get(each.ref()) is False:
+            continue
+        seen.add(each.ref())
+        if known.get(each.ref()) or _is_argument(each, captured):
+            known[tensor.ref()] = True
+            return True
+        pending += each.op.inputs
+    known.update(dict.fromkeys(seen, False))
+    return False
+
+
+def _captured_by(graph: Any) -> dict[int, Any]:
+    """By the ids of a function's tensors, what they stand for outside of it."""
+    return {id(inner): outer for outer, inner in graph.captures}
+
+
+def _is_argument(tensor: Any, captured: Mapping[int, Any]) -> bool:
+    """Whether it is what a function is given, or a tensor of the graph around it, which may depend on that one's."""
+    if tensor.op.type != "Placeholder" or tensor.dtype == tf.resource:
+        return False
+    return id(tensor) not in captured or hasattr(captured[id(tensor)], "graph")

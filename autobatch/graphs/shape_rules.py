@@ -1,0 +1,394 @@
+"""What operations that move samples about make of them: shapes, slices, joins, lookups, draws. See ``sample_rules``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from autobatch.graphs.dependence import FREE, Dependence, merged, same_degree, unknown
+from autobatch.graphs.sample_rules import Node, rule
+
+
+def vector(entries: Sequence[int | None]) -> Dependence:
+    """A vector of numbers made of shapes, whose degrees are ``entries``."""
+    degrees = set(entries)
+    return Dependence(degree=degrees.pop() if len(degrees) == 1 else None, entries=tuple(entries))
+
+
+def _entries_of(value: Dependence, tensor: Any) -> tuple[int | None, ...] | None:
+    """The degree of each number of a vector that tells a shape; None where it is not known."""
+    if value.entries is not None:
+        return value.entries
+    if value.data or value.axis is not None:
+        return None
+    length = 1 if tensor.shape.rank == 0 else tensor.shape[0] if tensor.shape.rank == 1 else None
+    degree = value.degree if isinstance(value.degree, int) else None
+    return None if length is None else (degree,) * length
+
+
+@rule("Shape")
+def _shape(node: Node) -> Dependence:
+    return _shape_of(node, 0)
+
+
+@rule("ShapeN")
+def _shapes(node: Node) -> list[Dependence]:
+    return [_shape_of(node, place) for place in range(len(node.inputs))]
+
+
+def _shape_of(node: Node, place: int) -> Dependence:
+    value, rank = node.inputs[place], node.rank(place)
+    if node.op.inputs[place].shape.is_fully_defined():
+        return vector((0,) * (rank or 0))
+    if value.unknown or rank is None:
+        return node.lost()
+    if value.axis is None:
+        return vector((0,) * rank)
+    if value.selected:
+        # How many samples were picked is a sum over the samples.
+        counts = vector(tuple(int(axis == value.axis) for axis in range(rank)))
+        return replace(counts, data=True, weights=value.weights, added=frozenset({node.op.name}))
+    return vector(tuple(int(axis == value.axis) for axis in range(rank)))
+
+
+@rule("Size")
+def _size(node: Node) -> Dependence:
+    value = node.inputs[0]
+    if node.op.inputs[0].shape.is_fully_defined():
+        return FREE
+    if value.unknown:
+        return value
+    if value.axis is None:
+        return FREE
+    if not value.selected:
+        return Dependence(degree=1)
+    return Dependence(degree=1, data=True, weights=value.weights, added=frozenset({node.op.name}))
+
+
+@rule("Rank")
+def _rank(node: Node) -> Dependence:
+    return FREE
+
+
+@rule("ZerosLike")
+def _zeros_like(node: Node) -> Dependence:
+    value = _alike(node)
+    return value if value.unknown else replace(value, zero=True)
+
+
+@rule("OnesLike")
+def _ones_like(node: Node) -> Dependence:
+    return _alike(node)
+
+
+def _alike(node: Node) -> Dependence:
+    value = node.inputs[0]
+    if value.unknown:
+        return FREE if node.op.inputs[0].shape.is_fully_defined() else value
+    return Dependence(axis=value.axis, parts=value.parts, selected=value.selected, scattered=value.scattered)
+
+
+def _axis_in(entries: Sequence[int | None] | None) -> int | None:
+    """Which dimension of a shape counts samples; None if none does, -1 if that is not known."""
+    if entries is None or None in entries:
+        return -1
+    found = [axis for axis, degree in enumerate(entries) if degree]
+    return None if not found else found[0] if len(found) == 1 and entries[found[0]] == 1 else -1
+
+
+def made_in_shape(node: Node, place: int, content: Dependence) -> Dependence:
+    """What is made of ``content`` in a shape that is told by an input."""
+    axis = _axis_in(_entries_of(node.inputs[place], node.op.inputs[place]))
+    if axis == -1:
+        return node.lost("of a shape that is not known")
+    if axis is None:
+        return content
+    return replace(content, axis=axis, parts=None, entries=None)  # of as many entries as any other such tensor
+
+
+@rule("Fill")
+def _fill(node: Node) -> Dependence:
+    return made_in_shape(node, 0, replace(node.inputs[1], entries=None))
+
+
+@rule("Range")
+def _range(node: Node) -> Dependence:
+    start, limit, _ = node.inputs
+    if limit.degree == 1 and not limit.data and start.zero and node.constant(2) == 1:
+        return Dependence(axis=0, positions=True)
+    if not any(each.data for each in node.inputs) and any(each.degree != 0 for each in node.inputs):
+        return node.lost("its numbers count samples")
+    # As long as the batch's longest sample, say: its numbers are the same whatever the batch.
+    return FREE
+
+
+@rule("BroadcastTo")
+def _broadcast(node: Node) -> Dependence:
+    value = node.inputs[0]
+    length = node.op.inputs[1].shape[0] if node.op.inputs[1].shape.rank == 1 else None
+    if value.axis is not None:
+        rank = node.rank(0)
+        if rank is None or length is None:
+            return node.lost("of unknown rank")
+        return replace(value, axis=value.axis + length - rank, entries=None)
+    return made_in_shape(node, 1, replace(value, entries=None))
+
+
+@rule("Tile")
+def _tile(node: Node) -> Dependence:
+    value = node.inputs[0]
+    entries = _entries_of(node.inputs[1], node.op.inputs[1])
+    times = node.constant(1)
+    if value.axis is not None:
+        if times is not None and times[value.axis] == 1:
+            return replace(value, entries=None)
+        partly = _partly_constant(node.op.inputs[1])
+        if partly is not None and value.axis < len(partly) and partly[value.axis] == 1:
+            return replace(value, entries=None)
+        return node.lost("it repeats samples")
+    axis = _axis_in(entries)
+    if axis == -1:
+        return replace(value, entries=None) if not value.data else node.lost("times that are not known")
+    return value if axis is None else replace(value, axis=axis, parts=Fraction(1), entries=None)
+
+
+def _partly_constant(tensor: Any) -> list[int | None] | None:
+    """The numbers of a vector as far as they are constant."""
+    value = tf.get_static_value(tensor, partial=True)
+    return None if value is None else [None if each is None else int(each) for each in np.asarray(value).reshape(-1)]
+
+
+@rule("Reshape")
+def _reshape(node: Node) -> Dependence:
+    value = node.inputs[0]
+    before, after = node.op.inputs[0].shape, node.op.outputs[0].shape
+    if value.axis is None:
+        return replace(value, entries=value.entries if before.rank in (0, 1) and after.rank in (0, 1) else None)
+    if before.rank is None or after.rank is None:
+        return node.lost("of unknown rank")
+    if value.axis and before[: value.axis].is_fully_defined() and before[: value.axis] == after[: value.axis]:
+        return replace(value, entries=None)
+    told = _axis_in(_entries_of(node.inputs[1], node.op.inputs[1]))
+    leading = told if told not in (None, -1) else next((axis for axis, size in enumerate(after) if size != 1), None)
+    start = next((axis for axis, size in enumerate(before) if size != 1), 0)
+    if value.axis != start:
+        merged_axes = leading is not None and after[leading] is None
+        if merged_axes and not value.selected:
+            return replace(value, axis=leading, parts=None, scattered=True, entries=None, positions=False)
+        return node.lost("it moves samples about")
+    if leading is not None and before.rank > 1 and any(size != 1 for size in after[:leading]):
+        return node.lost("it sets samples against each other")  # the first dimensions change places, not their numbers
+    if leading is None or after[leading] is not None or value.scattered:
+        return node.lost("it cuts the batch")
+    inside, outside = _known_size(before[value.axis + 1 :]), _known_size(after[leading + 1 :])
+    parts = value.parts
+    if inside is None or outside is None or parts is None:
+        parts = parts if before == after else None
+    else:
+        parts = parts * inside / outside
+    if parts is not None and parts < 1:
+        return node.lost("it sets samples against each other")
+    return replace(value, axis=leading, parts=parts, entries=None, positions=value.positions and after.rank == 1)
+
+
+def _known_size(shape: Any) -> Fraction | None:
+    return None if shape.num_elements() is None else Fraction(shape.num_elements())
+
+
+@rule("Transpose")
+def _transpose(node: Node) -> Dependence:
+    value = node.inputs[0]
+    if value.axis is None:
+        return replace(value, entries=None)
+    order = node.constant(1)
+    if order is None:
+        return node.lost("in an order that is not known")
+    return replace(value, axis=list(order).index(value.axis), entries=None)
+
+
+@rule("ExpandDims")
+def _expand(node: Node) -> Dependence:
+    value, place, rank = node.inputs[0], node.constant(1), node.rank(0)
+    if value.axis is None:
+        return value if rank == 0 else replace(value, entries=None)
+    if place is None or rank is None:
+        return node.lost("at a place that is not known")
+    where = int(np.asarray(place).reshape(-1)[0]) % (rank + 1)
+    return replace(value, axis=value.axis + (where <= value.axis), entries=None)
+
+
+@rule("Squeeze")
+def _squeeze(node: Node) -> Dependence:
+    value, shape = node.inputs[0], node.op.inputs[0].shape
+    if value.axis is None:
+        return value
+    if shape.rank is None:
+        return node.lost("of unknown rank")
+    given = [axis % shape.rank for axis in node.op.get_attr("squeeze_dims")]
+    gone = given or [axis for axis, size in enumerate(shape) if size == 1]
+    if not given and node.op.outputs[0].shape.rank is None:
+        return node.lost("of dimensions that are not known")
+    if value.axis in gone:
+        return node.lost("it takes the batch for one sample")
+    return replace(value, axis=value.axis - sum(axis < value.axis for axis in gone), entries=None)
+
+
+@rule("StridedSlice")
+def _strided_slice(node: Node) -> Dependence:
+    value = node.inputs[0]
+    masks = {name: node.op.get_attr(f"{name}_mask") for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")}
+    begin, end, strides = (node.constant(place) for place in (1, 2, 3))
+    if value.entries is not None:
+        return _entries_sliced(value.entries, begin, end, strides, masks, value)
+    if value.axis is None:
+        return replace(value, zero=False)
+    rank, count = node.rank(0), node.op.inputs[1].shape[0]
+    if rank is None or count is None:
+        return node.lost("of unknown rank")
+    new = [bool(masks["new_axis"] >> place & 1) for place in range(count)]
+    ellipsis = next((place for place in range(count) if masks["ellipsis"] >> place & 1), count)
+    hidden = rank - sum(not new[place] for place in range(count) if place != ellipsis)
+    axis = made = 0
+    for place in range(count + 1):
+        if place == ellipsis:
+            if axis <= value.axis < axis + hidden:
+                return replace(value, axis=made + value.axis - axis, positions=False)
+            axis, made = axis + hidden, made + hidden
+        elif place < count and new[place]:
+            made += 1
+        elif place < count:
+            if axis == value.axis:
+                takes_all = masks["begin"] >> place & 1 and masks["end"] >> place & 1
+                if takes_all and strides is not None and strides[place] == 1:
+                    return replace(value, axis=made, positions=False)
+                return node.lost("it takes some of the samples")
+            axis += 1
+            made += not masks["shrink_axis"] >> place & 1
+    return node.lost("of unknown rank")
+
+
+def _entries_sliced(entries: Any, begin: Any, end: Any, strides: Any, masks: Any, value: Dependence) -> Dependence:
+    if begin is None or end is None or strides is None or len(begin) != 1:
+        return replace(value, degree=None, entries=None)
+    if masks["shrink_axis"] & 1:
+        return replace(value, degree=entries[int(begin[0])], entries=(entries[int(begin[0])],))
+    start = None if masks["begin"] & 1 else int(begin[0])
+    stop = None if masks["end"] & 1 else int(end[0])
+    taken = entries[start : stop : int(strides[0])]
+    return replace(vector(taken), data=value.data, weights=value.weights)
+
+
+@rule("Slice")
+def _slice(node: Node) -> Dependence:
+    value = node.inputs[0]
+    begin, size = _partly_constant(node.op.inputs[1]), _partly_constant(node.op.inputs[2])
+    if value.entries is not None and begin and size and None not in (*begin, *size):
+        start, length = begin[0] or 0, size[0]
+        taken = value.entries[start:] if length == -1 else value.entries[start : start + (length or 0)]
+        return replace(vector(taken), data=value.data)
+    if value.axis is None:
+        return replace(value, zero=False, entries=None)
+    entries = _entries_of(node.inputs[2], node.op.inputs[2])
+    whole = size is not None and size[value.axis] == -1
+    whole = whole or (entries is not None and entries[value.axis] == 1 and value.parts == 1)
+    if begin is None or begin[value.axis] != 0 or not whole:
+        return node.lost("it takes some of the samples")
+    return replace(value, positions=False)
+
+
+def _together(node: Node, operands: Sequence[Dependence]) -> Dependence:
+    """Pieces side by side: what is known of all of them."""
+    axes = {each.axis for each in operands}
+    if len(axes) > 1:
+        return node.lost("samples beside what is none")
+    first = next((each for each in operands if each.axis is not None and each.data), operands[0])
+    parts = {each.parts for each in operands}
+    linear = all(each.linear for each in operands)
+    result = replace(merged(first, operands), degree=same_degree(operands), linear=linear)
+    return replace(result, parts=first.parts if len(parts) == 1 else None, zero=all(each.zero for each in operands))
+
+
+@rule("ConcatV2")
+def _concat(node: Node) -> Dependence:
+    operands, axis = list(node.inputs[:-1]), node.constant(len(node.inputs) - 1)
+    tensors = node.op.inputs[:-1]
+    if all(each.axis is None for each in operands):
+        known = [_entries_of(each, tensor) for each, tensor in zip(operands, tensors, strict=True)]
+        result = _together(node, operands)
+        if any(each.entries is not None for each in operands) and None not in known:
+            entries = [degree for part in known for degree in part or ()]
+            return replace(vector(entries), data=result.data)
+        return result
+    rank = node.rank(0)
+    if axis is None or rank is None:
+        return node.lost("along a dimension that is not known")
+    where = int(axis) % rank
+    if any(each.axis == where for each in operands):
+        if any(each.axis not in (where, None) or each.axis is None for each in operands):
+            return node.lost("samples beside what is none")
+        parts = None if any(each.parts is None for each in operands) else sum(each.parts or 0 for each in operands)
+        result = _together(node, operands)
+        return replace(result, parts=None if parts is None else Fraction(parts), scattered=True)
+    result = _together(node, operands)
+    return replace(result, positions=bool(operands[0].positions))
+
+
+@rule("Pack")
+def _pack(node: Node) -> Dependence:
+    operands, rank = list(node.inputs), node.rank(0)
+    result = _together(node, operands)
+    if result.unknown:
+        return result
+    if result.axis is None:
+        entries = [_entries_of(each, tensor) for each, tensor in zip(operands, node.op.inputs, strict=True)]
+        if rank == 0 and None not in entries:
+            return replace(result, entries=tuple(part[0] for part in entries if part))
+        return replace(result, entries=None)
+    if rank is None:
+        return node.lost("of unknown rank")
+    where = node.op.get_attr("axis") % (rank + 1)
+    moved = result.axis + (where <= result.axis)
+    return replace(result, axis=moved, positions=operands[0].positions, entries=None)
+
+
+@rule("Unpack")
+def _unpack(node: Node) -> Any:
+    value, rank = node.inputs[0], node.rank(0)
+    if value.entries is not None:
+        return [replace(FREE, degree=degree, entries=(degree,)) for degree in value.entries]
+    if value.axis is None:
+        return value
+    if rank is None or (where := node.op.get_attr("axis") % rank) == value.axis:
+        return node.lost("it takes single samples")
+    return replace(value, axis=value.axis - (where < value.axis), positions=False)
+
+
+@rule("Split", "SplitV")
+def _split(node: Node) -> Dependence:
+    place = 1 if node.op.type == "Split" else 0
+    value, rank, axis = node.inputs[place], node.rank(place), node.constant(0 if place else 2)
+    if value.axis is None:
+        return replace(value, entries=None)
+    if rank is None or axis is None or int(axis) % rank == value.axis:
+        return node.lost("it takes some of the samples")
+    return value
+
+
+@rule("Pad", "PadV2", "MirrorPad")
+def _pad(node: Node) -> Dependence:
+    value, paddings = node.inputs[0], node.constant(1)
+    if value.axis is None:
+        return replace(value, entries=None)
+    if paddings is None or paddings[value.axis].any():
+        return node.lost("it adds to the batch")
+    return replace(value, positions=False)
+
+
+def of_argument(tensor: Any) -> Dependence:
+    """What is known of a tensor that a step is given: its first dimension counts samples."""
+    return Dependence(axis=0, data=True) if tensor.shape.rank != 0 else unknown(tensor.op.name)

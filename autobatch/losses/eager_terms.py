@@ -1,0 +1,124 @@
+"""Weighs losses where a step runs eagerly, and there is no graph to tell what they are made of.
+
+The step is traced once, and never run so: what :class:`autobatch.losses.loss_terms.LossTerms` are asked for in turn,
+and
+of which degree each was, then holds for every eager run of the same code. What is a function of several sums cannot be
+weighed without a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.losses.totals import Kind
+
+
+class EagerTerms:
+    """Weighs one eager run on one micro-batch of ``samples``.
+
+    ``told`` is what the trace was asked for in turn; empty where there was none. ``gradient_factor`` tells what the
+    gradient of a target is multiplied by that is not among them.
+    """
+
+    def __init__(
+        self, told: Iterable[tuple[str, Any]], fraction: Any, samples: int, gradient_factor: Callable[[Any], Any]
+    ) -> None:
+        told = tuple(told)
+        self._is_traced = bool(told)
+        self._told: Iterator[tuple[str, Any]] = iter(told)
+        self._fraction = fraction
+        self._samples = samples
+        self._gradient_factor = gradient_factor
+
+    def _next(self, kind: str) -> Any:
+        """What the trace has told at this place; None if it was not there, as where the code went another way."""
+        known = next(self._told, None)
+        if known is not None and known[0] == kind:
+            return known[1]
+        self._told = iter(())
+        return None
+
+    def is_one_for_each_sample(self, values: Any) -> bool:
+        """As :meth:`LossTerms.is_one_for_each_sample`; by its rank where it was not traced."""
+        known = self._next("reduction")
+        return len(values.shape) > 0 if known is None else bool(known)
+
+    def weighed_loss(self, loss: Any) -> Any:
+        """As :meth:`LossTerms.weighed_loss`."""
+        degree = self._next("loss")
+        return loss * self._power(degree, loss) if degree else loss
+
+    def note_exact(self, loss: Any) -> None:
+        """Nothing: the trace has taken it into account."""
+
+    def gradient(
+        self,
+        original: Callable[..., Any],
+        tape: Any,
+        target: Any,
+        sources: Any,
+        output_gradients: Any = None,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        """As :meth:`LossTerms.gradient`."""
+        degrees, of_samples = self._next("gradient") or (None, ())
+        targets = tf.nest.flatten(target)
+        above = [None] * len(targets) if output_gradients is None else tf.nest.flatten(output_gradients)
+        if degrees is None or len(degrees) != len(targets) or len(above) != len(targets):
+            factor = self._gradient_factor(target)
+            if factor is not None:
+                upstream = tf.ones_like(target) if output_gradients is None else output_gradients
+                output_gradients = upstream * factor
+            return original(tape, target, sources, output_gradients, *rest, **named)
+        if any(degrees):
+            upstreams = [
+                (tf.ones_like(each) if given is None else tf.convert_to_tensor(given)) * self._power(degree, each)
+                for each, given, degree in zip(targets, above, degrees, strict=True)
+            ]
+            output_gradients = tf.nest.pack_sequence_as(target, upstreams)
+        gradients = original(tape, target, sources, output_gradients, *rest, **named)
+        if not any(of_samples):
+            return gradients
+        flat = [
+            gradient * tf.cast(self._fraction, gradient.dtype) if own and tf.is_tensor(gradient) else gradient
+            for gradient, own in zip(tf.nest.flatten(gradients), of_samples, strict=True)
+        ]
+        return tf.nest.pack_sequence_as(gradients, flat)
+
+    def weighed(self, value: Any) -> Any:
+        """As :meth:`LossTerms.weighed`."""
+        if not tf.is_tensor(value) or not value.dtype.is_floating or value.shape.rank:
+            return value
+        is_traced = self._is_traced
+        degree = self._next("number")
+        if degree is None:
+            return None if is_traced else value
+        return value * self._power(degree, value) if degree else value
+
+    def _power(self, degree: Any, like: Any) -> Any:
+        return tf.cast((1.0 / self._fraction) ** float(degree or 0), like.dtype)
+
+    def kind_of(self, part: Any) -> Kind:
+        """As :meth:`LossTerms.kind_of`, as far as a value's shape tells."""
+        tensor = tf.convert_to_tensor(part)
+        if tensor.shape.rank:
+            return Kind.JOINED if int(tensor.shape[0]) == self._samples else Kind.LAST
+        return Kind.AVERAGED if tensor.dtype.is_floating else Kind.LAST
+
+    def has_numbers_of_the_batch(self, part: Any) -> bool:
+        """As :meth:`LossTerms.has_numbers_of_the_batch`; a value does not tell."""
+        return False
+
+    def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
+        """As :meth:`LossTerms.weighed_logs`."""
+        following = iter(kinds)
+        flat = []
+        for part in tf.nest.flatten(logs):
+            is_averaged = part is not None and next(following) is Kind.AVERAGED
+            weighed = self.weighed(tf.convert_to_tensor(part)) if is_averaged else None
+            flat.append(part if weighed is None else weighed)
+        return tf.nest.pack_sequence_as(logs, flat)

@@ -1,0 +1,1 @@
+"""Give metrics and logs the values of the whole effective batch."""

@@ -1,0 +1,199 @@
+"""The logs of one micro-batch after another, merged into those of the effective batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.losses.totals import Kind
+from autobatch.metrics.derived_logs import Derived
+from autobatch.metrics.results import MetricResults
+
+Logs = Any
+"""What a step returns: a nest of tensors, mostly a dictionary of scalars."""
+
+
+class MergedLogs:
+    """What a step's logs are made of, and how those of several micro-batches become one.
+
+    ``kinds`` tells it of each part, and ``returned_by`` the metric whose result it is and its place there, None for
+    what is none. Both are known once a step was run or traced. ``not_told`` are the names of parts that may not be the
+    effective batch's.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: list[Kind] = []
+        self.returned_by: list[tuple[Any, int] | None] = []
+        self.not_told: tuple[str, ...] = ()
+        self._structure: Logs = None
+        self._latest: list[Any] = []  # of the last micro-batch, where steps run eagerly
+        self._derived: list[Derived | None] = []
+
+    @property
+    def averaged(self) -> list[bool]:
+        """Which parts are single numbers that are averaged over the micro-batches."""
+        parts = [part for part in tf.nest.flatten(self._structure) if part is not None]
+        return [
+            kind in (Kind.AVERAGED, Kind.NOT_TOLD) and _is_scalar(part)
+            for kind, part in zip(self.kinds, parts, strict=True)
+        ]
+
+    def note_structure(self, logs: Logs) -> None:
+        """Note the logs as a traced step returns them."""
+        self._structure = logs
+
+    def note(
+        self, logs: Logs, results: MetricResults, batch: Sequence[Any], terms: Any, variables: Sequence[Any] | None
+    ) -> Logs:
+        """Note what a step has returned; return it with the parts weighed that are averaged.
+
+        ``batch`` are the tensors of the micro-batch. ``variables`` are those that the step touches, where a metric was
+        held back, None where none was.
+        """
+        parts = _named_parts(logs)
+        self._derived = [] if variables is None else [results.derived(part, variables) for _, part in parts]
+        self.returned_by = [results.returned_by(part) for _, part in parts]
+        kinds = kinds_of(logs, results, batch, terms)
+        if tf.executing_eagerly() and self.kinds:
+            kinds = [_settled(before, now) for before, now in zip(self.kinds, kinds, strict=True)]
+        self.kinds, self._structure = kinds, logs
+        names = [
+            name
+            for (name, part), kind in zip(parts, kinds, strict=True)
+            if kind is Kind.NOT_TOLD or (kind is Kind.JOINED and terms.has_numbers_of_the_batch(part))
+        ]
+        self.not_told = tuple(dict.fromkeys(names))
+        return terms.weighed_logs(logs, kinds)
+
+    def empty(self) -> list[Any]:
+        """Logs of no samples, to carry through the loop; nothing where there was no trace to learn from."""
+        if tf.executing_eagerly():
+            self.kinds = []
+        if self._structure is None or tf.executing_eagerly():
+            return []
+        parts = [part for part in tf.nest.flatten(self._structure) if part is not None]
+        empty = []
+        for part, kind in zip(parts, self.kinds, strict=True):
+            shape = [0 if size is None else size for size in part.shape]
+            empty.append(_least(shape, part.dtype, kind))
+        return empty
+
+    def merged(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
+        """The logs so far, with those of one more micro-batch that is ``fraction`` of the effective batch."""
+        parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
+        if tf.executing_eagerly():  # it is the last micro-batch that shows which are results, and which are joined
+            carried = carried or [(tf.zeros_like(part), part[:0] if part.shape.rank else part) for part in parts]
+            self._latest = parts
+            return [
+                (
+                    total + part * tf.cast(fraction, part.dtype) if _is_scalar(part) else total,
+                    tf.concat([before, part], 0) if part.shape.rank and before.shape[1:] == part.shape[1:] else part,
+                )
+                for (total, before), part in zip(carried, parts, strict=True)
+            ]
+        return [
+            _merged(before, part, kind, fraction) for before, part, kind in zip(carried, parts, self.kinds, strict=True)
+        ]
+
+    def as_of_now(self, parts: list[Any]) -> list[Any]:
+        """The logs with the results of metrics, and what is computed from them, as they are now."""
+
+        def result_of(metric: Any, place: int) -> Any:
+            return tf.nest.flatten(metric.result())[place]
+
+        values = [result_of(*by) if by is not None else None for by in self.returned_by]
+        values = [
+            derived.now(result_of) if derived is not None and kind is Kind.LAST else value
+            for derived, kind, value in zip(self._derived, self.kinds, values, strict=True)
+        ]
+        return [
+            part if value is None else tf.cast(value, part.dtype) for part, value in zip(parts, values, strict=True)
+        ]
+
+    def pack(self, parts: list[Any]) -> Logs:
+        """The logs in the structure in which the step returned them."""
+        if self._latest:
+            all_of_them = zip(parts, self._latest, self.kinds, strict=True)
+            parts = [
+                total if kind is Kind.AVERAGED else joined if kind is Kind.JOINED else latest
+                for (total, joined), latest, kind in all_of_them
+            ]
+            self._latest = []
+        remaining = iter(parts)
+        flat = [None if part is None else next(remaining) for part in tf.nest.flatten(self._structure)]
+        return tf.nest.pack_sequence_as(self._structure, flat)
+
+
+def kinds_of(logs: Logs, results: MetricResults, batch: Sequence[Any], terms: Any) -> list[Kind]:
+    """How each part of the logs becomes the effective batch's: results of metrics are so already."""
+    return [Kind.LAST if results.holds(name, part, batch) else terms.kind_of(part) for name, part in _named_parts(logs)]
+
+
+def _least(shape: list[int], dtype: Any, kind: Kind) -> Any:
+    """What nothing is changed by when it is merged with it."""
+    if kind is Kind.LARGEST and dtype != tf.bool:
+        return tf.fill(shape, tf.constant(dtype.min, dtype))
+    if kind is Kind.SMALLEST:
+        return tf.fill(shape, tf.constant(True if dtype == tf.bool else dtype.max, dtype))
+    return tf.zeros(shape, dtype)
+
+
+def _settled(before: Kind, now: Kind) -> Kind:
+    """What is known of a part after another eager micro-batch, which may show more than those before.
+
+    What was no result once is none, though its value was a result's before; what is as long as a micro-batch by chance
+    is not as long as each.
+    """
+    if Kind.AVERAGED in (before, now):
+        return Kind.AVERAGED
+    return now if before is now else Kind.LAST
+
+
+def _merged(before: Any, part: Any, kind: Kind, fraction: Any) -> Any:
+    if kind is Kind.AVERAGED or (kind is Kind.NOT_TOLD and _is_scalar(part)):
+        return before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype)
+    if kind is Kind.SUMMED:
+        return before + part
+    if kind is Kind.JOINED:
+        return tf.concat([before, part], 0)
+    if kind in (Kind.LARGEST, Kind.SMALLEST):
+        larger, smaller = (tf.logical_or, tf.logical_and) if part.dtype == tf.bool else (tf.maximum, tf.minimum)
+        return (larger if kind is Kind.LARGEST else smaller)(before, part)
+    return part
+
+
+def together(parts: Sequence[Any], kind: Kind) -> Any:
+    """What several replicas have of one part of the logs, put together; the first one's where all have the same."""
+    if kind is Kind.JOINED:
+        return tf.concat(parts, 0)
+    if kind in (Kind.AVERAGED, Kind.SUMMED):
+        return tf.add_n(parts)
+    if kind in (Kind.LARGEST, Kind.SMALLEST):
+        return functools.reduce(lambda one, other: _merged(one, other, kind, 1.0), parts)
+    return parts[0]
+
+
+def _named_parts(logs: Logs) -> list[tuple[str, Any]]:
+    """What is in the logs, each under the key of the dictionary that it is in."""
+    if not isinstance(logs, dict):
+        return [("", part) for part in tf.nest.flatten(logs) if part is not None]
+    # tf.nest sorts a dict by its keys; so must this.
+    return [(key, part) for key in sorted(logs) for part in tf.nest.flatten(logs[key]) if part is not None]
+
+
+def _is_scalar(part: Any) -> bool:
+    tensor = tf.convert_to_tensor(part)
+    return bool(tensor.dtype.is_floating and tensor.shape.rank == 0)
+
+
+def not_told_eagerly(logs: Logs, kinds: Sequence[Kind], terms: Any) -> tuple[str, ...]:
+    """The names of what a step returns that a trace can merge, and eager micro-batches cannot."""
+    found = []
+    for (name, part), kind in zip(_named_parts(logs), kinds, strict=True):
+        single = kind is Kind.AVERAGED and _is_scalar(part) and terms.is_weighed(part)
+        if kind not in (Kind.LAST, Kind.JOINED) and not single:
+            found.append(name)
+    return tuple(dict.fromkeys(found))

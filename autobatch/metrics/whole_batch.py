@@ -1,0 +1,312 @@
+"""Metrics that are given the whole effective batch at once, as plain Keras gives it to them.
+
+A mean of per-batch numbers, a last value or a count of calls is another number where a metric is updated once for each
+micro-batch. So an update that is not known to be a sum over samples is held back: what it is given in each micro-batch
+is kept on the host, put together, and the metric is updated once, on the host too, when the last micro-batch is
+through. The device needs no memory for it, and the outputs that are kept are small beside activations.
+
+Not held back are Keras's own metrics, but for functions that make one number of a batch; a class or a function whose
+traced update is seen to add sums over samples (:mod:`autobatch.metrics.row_sums`); and what cannot be:
+:data:`REASONS`.
+
+To look at an update it is traced once more than in plain Keras, on symbolic inputs: variables keep their values, but
+what Python does in it besides is done once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from autobatch.graphs import linearity
+from autobatch.metrics import row_sums
+from autobatch.seams import metrics, patching
+from autobatch.tensors.variables import components
+
+MOST_BYTES = 64 * 2**20
+"""Metrics whose inputs take more than this for an effective batch are updated with each micro-batch."""
+
+_OPEN_DIMENSION = 1024
+"""Stands for a dimension that varies, such as a length of text, when bytes are reckoned."""
+
+_UNKNOWN_SAMPLES = 1024
+"""Stands for the samples of an effective batch where they are not told beforehand."""
+
+REASONS = {
+    "bytes": f"what a full batch gives it takes more than {MOST_BYTES >> 20} MiB",
+    "inputs": "not all that it is given is a dense tensor whose first dimension counts samples",
+    "graph": "it is updated within a loop or a branch of the step",
+    "result": "its result cannot be read before its first update",
+    "trace": "its update cannot be traced by itself",
+    "model": "it uses variables that are not its own, those of a model say",
+}
+"""Why an update is not held back."""
+
+
+def sentences(updated_in_parts: Mapping[str, str]) -> list[str]:
+    """One sentence for each reason, on the metrics that are updated with each micro-batch for it."""
+    named: dict[str, list[str]] = {}
+    for name, reason in updated_in_parts.items():
+        named.setdefault(reason, []).append(name)
+    return [
+        f"The metric {', '.join(names)} is updated with each micro-batch, not with the full batch, because "
+        f"{REASONS[reason]}. Its result is the full batch's only where it is a sum or a mean over samples."
+        for reason, names in named.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Stands for a tensor among the arguments of an update: the places of it and of its mask among the held parts."""
+
+    place: int
+    mask: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """One held update of a metric: how to run it, and its arguments with :class:`_Given` for tensors."""
+
+    run: Callable[..., Any]
+    structure: Any
+    arguments: tuple[Any, ...]
+
+    def __call__(self, parts: Sequence[Any]) -> None:
+        """Run it with these tensors."""
+        filled = []
+        for each in self.arguments:
+            if isinstance(each, _Given):
+                tensor = parts[each.place]
+                if each.mask is not None:
+                    metrics.set_mask(tensor, parts[each.mask])
+                filled.append(tensor)
+            else:
+                filled.append(each)
+        args, kwargs = tf.nest.pack_sequence_as(self.structure, filled)
+        self.run(*args, **kwargs)
+
+
+class HeldUpdates:
+    """The updates of metrics that a traced micro-step holds back; :class:`.eager_updates.EagerUpdates` is for
+    steps that run eagerly.
+
+    ``samples`` are those of an effective batch; None if they are not known.
+    """
+
+    def __init__(self, samples: int | None) -> None:
+        self._samples = samples or _UNKNOWN_SAMPLES
+        self._updates: list[_Update] = []
+        self._specs: list[tuple[tf.TensorSpec, bool]] = []
+        self._known: dict[tuple[int, int], tuple[Any, str]] = {}
+        self.updated_in_parts: dict[str, str] = {}
+        """By their names, why metrics are updated with each micro-batch that are not known to be sums over samples."""
+
+    @property
+    def sample_bytes(self) -> int:
+        """What is held of one sample."""
+        return sum(_sample_bytes(spec) for spec, _ in self._specs)
+
+    @contextlib.contextmanager
+    def holding(self, leaves: Sequence[Any], fraction: Any, *, discard: bool = False) -> Iterator[list[Any]]:
+        """While a micro-step is traced, hold back updates; fills the list of tensors that the step is to return.
+
+        ``discard`` is for a trace that only counts: held updates go nowhere.
+        """
+        graph = tf.compat.v1.get_default_graph()
+        step = _TracedStep(graph, self._samples, self._known)
+        with metrics.updates_offered(step.offer, _is_per_sample):
+            yield step.parts
+        if not discard:
+            self._updates, self._specs, self.updated_in_parts = step.updates, step.specs, step.updated_in_parts
+
+    def empty(self) -> list[Any]:
+        """What is carried through the loop over micro-batches: lists of nothing, on the host."""
+        with tf.device("CPU:0"):
+            return [
+                tf.raw_ops.EmptyTensorList(
+                    element_shape=[-1 if size is None else size for size in spec.shape],
+                    max_num_elements=-1,
+                    element_dtype=spec.dtype,
+                )
+                for spec, _ in self._specs
+            ]
+
+    @staticmethod
+    def push(carried: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+        """Append what a micro-batch gave."""
+        with tf.device("CPU:0"):
+            return [
+                tf.raw_ops.TensorListPushBack(input_handle=held, tensor=part)
+                for held, part in zip(carried, parts, strict=True)
+            ]
+
+    def finish(self, carried: Sequence[Any]) -> bool:
+        """Update every held metric once, with what all micro-batches gave; tell if there was any."""
+        with tf.device("CPU:0"), patching.suspended():
+            parts = [_together(held, spec, joined) for held, (spec, joined) in zip(carried, self._specs, strict=True)]
+            for update in self._updates:
+                update(parts)
+        return bool(self._updates)
+
+
+def _together(held: Any, spec: tf.TensorSpec, joined: bool) -> Any:
+    shape = [-1 if size is None else size for size in spec.shape]
+    if not joined:
+        last = tf.raw_ops.TensorListPopBack(input_handle=held, element_shape=shape, element_dtype=spec.dtype)
+        return tf.ensure_shape(last.tensor, spec.shape)
+    whole = tf.raw_ops.TensorListConcatV2(
+        input_handle=held, element_shape=shape, leading_dims=tf.zeros([0], tf.int64), element_dtype=spec.dtype
+    )
+    return tf.ensure_shape(whole.tensor, spec.shape)
+
+
+def _is_per_sample(values: Any) -> bool:
+    shape = tf.TensorShape(getattr(values, "shape", None))
+    return shape.rank is None or (shape.rank > 0 and shape[0] is None)
+
+
+class _TracedStep:
+    """Decides on each update of one trace of the micro-step."""
+
+    def __init__(self, graph: Any, samples: int, known: dict[tuple[int, int], tuple[Any, str]]) -> None:
+        self._graph = graph
+        self._samples = samples
+        self._known = known
+        self._calls: dict[int, int] = {}
+        self._places: dict[int, int] = {}
+        self._on_arguments: dict[Any, bool] = {}
+        self.parts: list[Any] = []
+        self.specs: list[tuple[tf.TensorSpec, bool]] = []
+        self.updates: list[_Update] = []
+        self.updated_in_parts: dict[str, str] = {}
+
+    def offer(self, metric: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+        """Hold the update back unless there is a reason not to; tell if it is held."""
+        call = self._calls.get(id(metric), 0)
+        self._calls[id(metric)] = call + 1
+        # Where AutoGraph converts the step, it converts what the step calls.
+        run = tf.__internal__.autograph.tf_convert(run, tf.__internal__.autograph.control_status_ctx())
+        arguments = tf.nest.flatten((args, kwargs))
+        if (id(metric), call) not in self._known:
+            # Under a strategy, or where it only counts, the same metric is met again.
+            self._known[id(metric), call] = metric, self._why_not(metric, run, (args, kwargs), arguments)
+        reason = self._known[id(metric), call][1]
+        if reason in REASONS:
+            self.updated_in_parts.setdefault(metric.name, reason)
+        if reason:
+            return False
+        given = tuple(self._hold(each) if _is_tensor(each) else each for each in arguments)
+        structure = tf.nest.pack_sequence_as((args, kwargs), [None] * len(given))
+        self.updates.append(_Update(run, structure, given))
+        return True
+
+    def _why_not(self, metric: Any, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:
+        tensors = [each for each in arguments if _is_tensor(each)]
+        if any(not isinstance(each, tf.Tensor) for each in tensors):
+            return "inputs"
+        masks = [mask for each in tensors if (mask := metrics.mask_of(each)) is not None]
+        here = tf.compat.v1.get_default_graph()
+        if any(graph is not self._graph for graph in (here, *(each.graph for each in (*tensors, *masks)))):
+            return "graph"
+        changing = [each for each in (*tensors, *masks) if self._depends_on_data(each)]
+        if not changing or any(not _is_per_sample(each) for each in changing):
+            scalars = all(each.shape.rank == 0 for each in changing)
+            return "mean" if scalars and isinstance(metric, keras.metrics.Mean) else "inputs"
+        reason = _look_into(metric, run, structure, arguments)
+        if reason:
+            return reason
+        new = {id(each): each for each in (*tensors, *masks) if id(each) not in self._places}
+        held = [spec for spec, _ in self.specs] + [tf.TensorSpec(each.shape, each.dtype) for each in new.values()]
+        return "bytes" if sum(map(_sample_bytes, held)) * self._samples > MOST_BYTES else ""
+
+    def _depends_on_data(self, tensor: Any) -> bool:
+        return linearity.depends_on_arguments(tensor, self._on_arguments)
+
+    def _hold(self, tensor: Any) -> _Given:
+        mask = metrics.mask_of(tensor)
+        return _Given(self._place_of(tensor), None if mask is None else self._place_of(mask))
+
+    def _place_of(self, tensor: Any) -> int:
+        """The place of a tensor among the parts; what several metrics are given is held once."""
+        if id(tensor) not in self._places:
+            self._places[id(tensor)] = len(self.parts)
+            self.parts.append(tensor)
+            self.specs.append((tf.TensorSpec(tensor.shape, tensor.dtype), self._depends_on_data(tensor)))
+        return self._places[id(tensor)]
+
+
+def _is_tensor(argument: Any) -> bool:
+    """Whether an argument is a tensor of a graph, or made of such; a constant or a variable stays what it is."""
+    return tf.is_tensor(argument) and not isinstance(argument, tf.Variable) and hasattr(_a_part_of(argument), "graph")
+
+
+def _a_part_of(tensor: Any) -> Any:
+    return tf.nest.flatten(tensor, expand_composites=True)[0]
+
+
+def _sample_bytes(spec: tf.TensorSpec) -> int:
+    return math.prod(_OPEN_DIMENSION if size is None else size for size in spec.shape[1:]) * (spec.dtype.size or 8)
+
+
+def _look_into(metric: Any, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:
+    """Trace an update by itself; return why it is not to be held back, "sum" if it is a sum, nothing if it is to be.
+
+    This makes the variables that a metric makes at its first update, so that its result can be read before it.
+    """
+    symbols = [each for each in arguments if _is_tensor(each)]
+    masks = [metrics.mask_of(each) for each in symbols]
+    rows: list[Any] = []
+    trusted: list[tuple[Any, Any]] = []
+
+    def note(inner: Any, its_own: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        def alone() -> None:
+            its_own(*args, **kwargs)
+
+        trusted.append((inner, tf.nest.flatten((args, kwargs))))
+        tf.function(alone, autograph=False).get_concrete_function()
+
+    def update(tensors: Sequence[Any], their_masks: Sequence[Any]) -> None:
+        rows.extend([*tensors, *(mask for mask in their_masks if mask is not None)])
+        for tensor, mask in zip(tensors, their_masks, strict=True):
+            if mask is not None:
+                metrics.set_mask(tensor, mask)
+        remaining = iter(tensors)
+        filled = [next(remaining) if _is_tensor(each) else each for each in arguments]
+        args, kwargs = tf.nest.pack_sequence_as(structure, filled)
+        run(*args, **kwargs)
+
+    specs = [
+        [None if each is None else tf.TensorSpec(each.shape, each.dtype) for each in part] for part in (symbols, masks)
+    ]
+    try:
+        with patching.suspended(), metrics.additive_updates_noted(note):
+            graph = tf.function(update, autograph=False).get_concrete_function(*specs).graph
+    except Exception:  # noqa: BLE001 - what is wrong with it, the update itself raises in the user's own code
+        return "trace"
+    kinds = row_sums.Kinds(graph, rows)
+    writes = [*trusted, *(each for each in graph.get_operations() if each.type.startswith("Assign"))]
+    if bool(writes) and kinds.adds_sums_alone() and all(_sums_rows(kinds, given) for _, given in trusted):
+        return "sum"
+    own = {
+        id(variable) for each in (metric, *(inner for inner, _ in trusted)) for variable in components(each.variables)
+    }
+    others = [variable for variable in components(graph.variables) if id(variable) not in own]
+    return "model" if any(not _is_state(variable) for variable in others) else ""
+
+
+def _is_state(variable: Any) -> bool:
+    """Whether a variable is a seed's or a metric's."""
+    return "seed_generator_state" in str(variable.name) or variable.aggregation == tf.VariableAggregation.SUM
+
+
+def _sums_rows(kinds: row_sums.Kinds, given: Sequence[Any]) -> bool:
+    """True if one of Keras's metrics is given rows of samples, and nothing else that is no number."""
+    found = {kinds.of(each) for each in given if tf.is_tensor(each) and each.shape.rank != 0}
+    scalars = {kinds.of(each) for each in given if tf.is_tensor(each) and each.shape.rank == 0}
+    return found == {row_sums.ROWS} and scalars <= {row_sums.FREE}

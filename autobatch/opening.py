@@ -1,0 +1,72 @@
+"""Open trials on a live model: check what was given, read the data once, choose one device or replicas."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from autobatch.errors import AutobatchWarning
+
+if TYPE_CHECKING:
+    import keras
+
+    from autobatch.data.effective_batches import EffectiveBatches
+    from autobatch.trial.live_trials import LiveTrials
+
+
+SAMPLE_ROWS = 32
+"""Samples that are taken from the data where no target says how many; trials repeat them as needed."""
+
+
+def open_trials(
+    model: keras.Model,
+    dataset: Any,
+    y: Any = None,
+    *,
+    target_batch: int | None,
+    memory_limit_bytes: int | None,
+    headroom: float,
+) -> LiveTrials:
+    """Make trials on a live model; :meth:`LiveTrials.close` puts everything back. See :func:`tune`."""
+    require_compiled(model)
+
+    from autobatch.data import fit_data
+    from autobatch.replicas import devices
+    from autobatch.step import supported
+
+    fit_data.require_repeatable(dataset)
+    supported.require_supported(model)
+    agreement = devices.agree_for(model)
+    rows = SAMPLE_ROWS if target_batch is None else target_batch
+    batches, _ = fit_data.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True)
+    effective = None if target_batch is None else effective_batch(batches, target_batch)
+    return devices.open_on(
+        model,
+        batches,
+        agreement=agreement,
+        target_batch=effective,
+        user_limit_bytes=memory_limit_bytes,
+        headroom=headroom,
+    )
+
+
+def require_compiled(model: Any) -> None:
+    if not hasattr(model, "train_step"):
+        raise TypeError(f"model must be a Keras model. Received: {model!r} (of type {type(model).__name__})")
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            "The model is not compiled: call model.compile(optimizer, loss) first. "
+            f"Received: {getattr(model, 'name', model)!r}"
+        )
+
+
+def effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
+    if batches.sample_limit is None or batches.sample_limit >= target_batch:
+        return target_batch
+    warnings.warn(
+        f"target_batch={target_batch} is larger than the data set, which has {batches.sample_limit} samples: there "
+        f"will be one update an epoch, over {batches.sample_limit} samples.",
+        AutobatchWarning,
+        stacklevel=3,
+    )
+    return batches.sample_limit

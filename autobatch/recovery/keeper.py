@@ -1,0 +1,138 @@
+"""Where the values are kept that a step is undone with: beside the variables, in host memory, or nowhere.
+
+What every micro-batch changes (statistics, seeds, metrics) is small and always kept on the device: where one
+micro-batch is the whole effective batch by the step itself, which saves a call. The weights and the
+optimizer's variables change in the update alone. Next to themselves on the device they are kept for nothing until the
+update overwrites them, if the budget has room for that then. Where it has none, or where an update ran out of memory
+beside them, they are copied to the host before each step until :data:`PROVEN_UPDATES` updates have gone well, if they
+fit there: that takes time, but no device memory. From then on nothing is kept, for what an update needs does not change
+from one to the next. Where one micro-batch is the whole effective batch nothing is kept from then on either: keeping
+the weights would cost a small model more time than its step; unless there are several optimizers. But under XLA such a
+step's weights are always kept on the device: without a second reference to their buffers TensorFlow 2.21 loses them
+when the step runs out of memory.
+
+Trials take the same copies as training, so that what they prove is what training does.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from dataclasses import dataclass
+
+from autobatch.memory import limits
+from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.tensors.snapshots import InGraphSnapshot, Snapshot, SnapshotTaker
+from autobatch.tensors.variables import bytes_of
+
+PROVEN_UPDATES = 4
+"""So many updates in a row show that the optimizer's update fits beside all else that is held."""
+
+
+class SnapshotPlace(enum.Enum):
+    """Where the weights and the optimizer's variables are kept during a step."""
+
+    DEVICE = "device"
+    HOST = "host"
+    NOWHERE = "nowhere"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The values from before one step."""
+
+    weights_at: SnapshotPlace
+    snapshots: tuple[Snapshot | InGraphSnapshot, ...]
+
+    def restore(self) -> None:
+        """Give every kept variable its value back, and let go of it."""
+        for snapshot in self.snapshots:
+            snapshot.restore()
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of the values."""
+        for snapshot in self.snapshots:
+            snapshot.drop()
+
+
+class Keeper:
+    """Keeps what the steps of one training, and of the trials before it, are undone with.
+
+    Args:
+        step: the compiled steps.
+        device: TensorFlow's name of the device, such as "GPU:0".
+        user_limit_bytes, headroom: as for ``fit``.
+    """
+
+    def __init__(self, step: AccumulatedStep, device: str, *, user_limit_bytes: int | None, headroom: float) -> None:
+        self._step = step
+        self._device = device
+        self._user_limit_bytes = user_limit_bytes
+        self._headroom = headroom
+        self._recorders: dict[tuple[bool, bool], SnapshotTaker] = {}
+        self._room: bool | None = None
+        self._optimizers = len(step.optimizers)
+        self.ran_out_beside_copies = False
+        """Whether an update ran out of memory beside copies on the device: then there are to be none."""
+
+    def forget(self) -> None:
+        """Look anew at what there is to keep and at what room there is: something was traced, or memory ran out."""
+        self._recorders = {}
+        self._room = None
+
+    def take(self, *, whole: bool, proven: bool) -> Kept:
+        """Keep the values of now; everything that the step needs is traced.
+
+        ``whole`` tells that one micro-batch is the whole effective batch, ``proven`` that :data:`PROVEN_UPDATES`
+        updates have gone well.
+        """
+        step = self._step
+        if len(step.optimizers) != self._optimizers:  # an eager step has applied one that nobody knew of
+            self._optimizers = len(step.optimizers)
+            self.forget()
+        place = self._place(whole=whole, proven=proven)
+        copies = step.copies if whole else None
+        snapshots: list[Snapshot | InGraphSnapshot] = []
+        if copies is not None:
+            snapshots.append(copies)
+        if place is SnapshotPlace.DEVICE or copies is None:
+            key = place is SnapshotPlace.DEVICE, copies is None
+            if key not in self._recorders:
+                updated = step.updated_variables if place is SnapshotPlace.DEVICE else []
+                others = step.changed_before_update if copies is None else []
+                self._recorders[key] = SnapshotTaker([*updated, *others], beforehand=step.update_room.note_begun)
+            snapshots.append(self._recorders[key].take())
+        if place is SnapshotPlace.HOST:
+            snapshots.append(Snapshot.on_host(step.updated_variables))
+        return Kept(place, tuple(snapshots))
+
+    def _place(self, *, whole: bool, proven: bool) -> SnapshotPlace:
+        if whole and self._step.model.jit_compile:
+            # Running out of memory, it frees the buffers of the variables that it writes and nobody else holds on to.
+            return SnapshotPlace.DEVICE
+        if self._room is None:
+            self._room = not self.ran_out_beside_copies and self._has_room()
+        # Where one optimizer has updated, another's forward and backward pass may still be to come.
+        if proven and (whole or not self._room) and not (whole and len(self._step.updating_optimizers) > 1):
+            return SnapshotPlace.NOWHERE
+        if self._room:
+            return SnapshotPlace.DEVICE
+        return SnapshotPlace.HOST if self._host_has_room() else SnapshotPlace.NOWHERE
+
+    def _has_room(self) -> bool:
+        """Whether the budget has room for the copies and, at the same time, for the update itself."""
+        limit = limits.find_limit(self._device, self._user_limit_bytes)
+        in_use = limits.bytes_in_use(self._device)
+        if limit.limit_bytes is None or in_use is None:
+            return True
+        # A whole effective batch's gradients have no accumulators.
+        gradients_bytes = bytes_of(self._step.model.trainable_variables)
+        needed = bytes_of(self._step.updated_variables) + gradients_bytes + self._step.update_room_bytes
+        return in_use + needed <= limit.limit_bytes * (1 - self._headroom)
+
+    def _host_has_room(self) -> bool:
+        # An arena's limit on the CPU is enforced by TensorFlow's allocator, and the copies are not TensorFlow's.
+        found = limits.all_limits("CPU:0")
+        known = [limit.limit_bytes for limit in found if limit.limit_bytes is not None and not limit.enforced]
+        return bytes_of(self._step.updated_variables) <= min(known, default=sys.maxsize)

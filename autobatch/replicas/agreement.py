@@ -1,0 +1,141 @@
+"""How the workers of one training agree, with a timeout: each tells a few numbers, and all learn all of them.
+
+What is agreed on goes through TensorFlow's own collectives. A collective that a worker never enters would keep the
+others waiting for ever, so that each wait is watched: after the timeout the collectives of this process are aborted,
+which ends the wait here and, TensorFlow passing it on, on the other workers. A worker whose process has died is found
+by TensorFlow's own heartbeat, mostly within ten seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from autobatch.errors import WorkerLostError
+from autobatch.memory import oom
+from autobatch.seams import strategies
+
+TIMEOUT_SECONDS = 600.0
+"""How long a worker waits for the others: long enough for one of them to trace and compile what another has ready."""
+
+
+MOST_NUMBERS = 64
+"""What a worker tells is filled up to so many numbers: one that ran out of memory may not know how many it has."""
+
+
+_OF_COLLECTIVES = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.InternalError,
+)
+
+
+class SingleProcess:
+    """The agreement of one process with itself."""
+
+    index, count = 0, 1
+
+    def tell(self, numbers: list[float], what: str) -> Any:
+        """Tell ``numbers`` to all workers; return those of all, one row a worker."""
+        return np.asarray([numbers], "float64")
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Hold while others are waited for in a collective."""
+        yield
+
+    def give_up(self, message: str) -> None:
+        """Let the other workers know that there will be nothing more from this one."""
+
+    def share(self, samples: int) -> tuple[int, int]:
+        """The first of this worker's samples and the one after its last, of so many in all."""
+        return 0, samples
+
+
+class Workers(SingleProcess):
+    """The agreement of the processes of a ``MultiWorkerMirroredStrategy``."""
+
+    def __init__(self, strategy: Any, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self._strategy = strategy
+        self._timeout_seconds = timeout_seconds
+        self.index, self.count = strategies.worker_of(strategy)
+        self._gather = tf.function(self._gather_rows, autograph=False)
+
+    def _gather_rows(self, row: Any) -> Any:
+        device = strategies.devices_of(self._strategy)
+
+        def on_replica() -> Any:
+            with tf.device(device[strategies.replica_here()]):
+                own = tf.identity(row[None])
+            return tf.distribute.get_replica_context().all_gather(own, axis=0)
+
+        rows = self._strategy.experimental_local_results(self._strategy.run(on_replica))[0]
+        return rows[:: len(device)]
+
+    def tell(self, numbers: list[float], what: str) -> Any:
+        if len(numbers) > MOST_NUMBERS:
+            raise ValueError(
+                f"At most {MOST_NUMBERS} numbers can be agreed on: use fewer masked or weighted losses in one model. "
+                f"Received: {len(numbers)}"
+            )
+        padded = [*numbers, *[0.0] * (MOST_NUMBERS - len(numbers))]
+        with self.waiting(what):
+            return self._gather(tf.constant(padded, tf.float64)).numpy()
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Hold while others are waited for in a collective.
+
+        Raises:
+            WorkerLostError: one of them died, failed, or did not come within the timeout.
+        """
+        timed_out = threading.Event()
+
+        def abort() -> None:
+            timed_out.set()
+            strategies.abort_collectives(f"{what}: waited for {self._timeout_seconds:g} s")
+
+        timer = threading.Timer(self._timeout_seconds, abort)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except _OF_COLLECTIVES as error:
+            if isinstance(error, tf.errors.InternalError) and oom.diagnose(error).is_memory:
+                raise
+            raise self._lost(what, error, timed_out=timed_out.is_set()) from None
+        finally:
+            timer.cancel()
+
+    def _lost(self, what: str, error: tf.errors.OpError, *, timed_out: bool) -> WorkerLostError:
+        silent = strategies.unreachable_peers(self._strategy)
+        who = " and ".join(silent) if silent else "another worker"
+        happened = f"did not answer within {self._timeout_seconds:g} s" if timed_out else "is lost"
+        lines = str(error.message).splitlines()
+        reason = next((line for line in lines if "aborted" in line), lines[-1] if lines else "no message")
+        return WorkerLostError(
+            f"{who[0].upper()}{who[1:]} {happened}, while the workers agreed on {what}. The model holds the last "
+            "completed update, and this process cannot take part in another one: start all workers again, with "
+            "keras.callbacks.BackupAndRestore among the callbacks to go on from the last epoch. "
+            f"Received: {reason.strip()[:300]}"
+        )
+
+    def give_up(self, message: str) -> None:
+        strategies.abort_collectives(f"worker {self.index}: {message}")
+
+    def share(self, samples: int) -> tuple[int, int]:
+        return samples * self.index // self.count, samples * (self.index + 1) // self.count
+
+
+def agreement_for(strategy: Any, timeout_seconds: float | None = None) -> SingleProcess:
+    """How the processes of this strategy agree."""
+    if strategy is None or strategies.worker_of(strategy)[1] == 1:
+        return SingleProcess()
+    return Workers(strategy, TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds)

@@ -1,0 +1,52 @@
+"""State that all workers take from the chief: its weights, its optimizer, its epoch and its seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from autobatch.replicas.agreement import SingleProcess
+from autobatch.replicas.step import all_reduce
+from autobatch.seams import strategies
+from autobatch.tensors.variables import distinct
+
+
+class FromTheChief(keras.callbacks.Callback):  # type: ignore[misc]
+    """Gives every worker the chief's weights, optimizer and epoch when training begins."""
+
+    def __init__(self, strategy: Any, agreement: SingleProcess) -> None:
+        super().__init__()
+        self._strategy = strategy
+        self._agreement = agreement
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        model = self.model
+        epoch = self._agreement.tell([float(strategies.initial_epoch(model))], "the epoch to begin with")[0, 0]
+        strategies.begin_at_epoch(model, int(epoch))
+        optimizer = [] if model.optimizer is None else model.optimizer.variables
+        variables = distinct([*model.variables, *optimizer])
+        with self._agreement.waiting("the weights to begin with"):
+            tf.function(lambda: self._strategy.run(self._adopt, args=(variables,)), autograph=False)()
+
+    def _adopt(self, variables: list[Any]) -> None:
+        device = strategies.devices_of(self._strategy)[strategies.replica_here()]
+        leads = self._agreement.index == 0 and strategies.replica_here() == 0
+        carried = [variable.dtype if variable.dtype.is_floating else tf.int64 for variable in variables]
+        values = [tf.cast(variable, dtype) for variable, dtype in zip(variables, carried, strict=True)]
+        sums = all_reduce([value if leads else tf.zeros_like(value) for value in values], device)
+        for variable, total in zip(variables, sums, strict=True):
+            local = self._strategy.experimental_local_results(variable)[strategies.replica_here()]
+            local.assign(tf.cast(total, variable.dtype))
+
+
+def share_seed(agreement: SingleProcess) -> None:
+    """Let all workers shuffle alike where none was given a seed: they draw from the chief's."""
+    if agreement.count == 1:
+        return
+    own = strategies.global_seed()
+    drawn = int(tf.random.uniform([], maxval=2**31 - 1, dtype=tf.int32)) if own is None else own
+    rows = agreement.tell([float(own is not None), float(drawn)], "a seed")
+    if not rows[:, 0].any():
+        tf.random.set_seed(int(rows[0, 1]))

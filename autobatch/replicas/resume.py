@@ -1,0 +1,115 @@
+"""Going on after a restart: the plan kept beside the backup, and the chief's state on every worker.
+
+Keras's ``BackupAndRestore`` keeps weights, optimizer and epoch. Beside them lie the plan's micro-batch, so that a
+restart searches no more, and the one that training had come to, with which it begins. On several workers the chief
+alone writes, and what it has restored is what all begin with: a worker that was killed while the chief was writing
+cannot come back with an epoch more or less.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from autobatch.records import Plan
+from autobatch.recovery.transaction import Transaction
+from autobatch.replicas.agreement import SingleProcess
+from autobatch.replicas.chief_state import FromTheChief
+from autobatch.seams import strategies
+
+FILE_NAME = "autobatch_plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept of a run: the micro-batch that was planned, and the one that was used last, at most as large."""
+
+    planned: int
+    micro_batch: int
+
+
+def backup_of(callbacks: Any) -> Any:
+    """The ``BackupAndRestore`` among what was given as ``callbacks``, None if there is none."""
+    if callbacks is None:
+        return None
+    if not isinstance(callbacks, Iterable):
+        callbacks = getattr(callbacks, "callbacks", [callbacks])
+    return next((each for each in callbacks if isinstance(each, keras.callbacks.BackupAndRestore)), None)
+
+
+def remembered(callbacks: Any, agreement: SingleProcess, *, target_batch: int, replicas: int) -> Kept | None:
+    """What an earlier run of the same training has kept, as the chief finds it; None if there is none."""
+    backup = backup_of(callbacks)
+    if backup is None:
+        return None
+    found = _read(Path(backup.backup_dir) / FILE_NAME, target_batch, replicas)
+    numbers = [0.0, 0.0] if found is None else [float(found.planned), float(found.micro_batch)]
+    planned, micro_batch = map(int, agreement.tell(numbers, "the plan of an earlier run")[0, :2])
+    return Kept(planned, micro_batch) if planned else None
+
+
+def _read(path: Path, target_batch: int, replicas: int) -> Kept | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # none was kept, or its writer was killed before the first one was whole
+    same = isinstance(kept, dict) and (kept.get("target_batch"), kept.get("replicas")) == (target_batch, replicas)
+    micro_batch = kept.get("micro_batch") if same else None
+    if not isinstance(micro_batch, int) or micro_batch < 1:
+        return None
+    planned = kept.get("planned")
+    return Kept(planned if isinstance(planned, int) and planned > micro_batch else micro_batch, micro_batch)
+
+
+class PlanBackup(keras.callbacks.Callback):  # type: ignore[misc]
+    """Keeps the micro-batches in the backup's directory, for as long as that is there."""
+
+    def __init__(self, backup_dir: str, plan: Plan, transaction: Transaction) -> None:
+        super().__init__()
+        self._path = Path(backup_dir) / FILE_NAME
+        self._plan = plan
+        self._transaction = transaction
+        self._written: int | None = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        micro_batch = self._transaction.policy.micro_batch
+        if micro_batch == self._written or not self._path.parent.exists():
+            return
+        kept = {
+            "planned": self._plan.micro_batch,
+            "micro_batch": micro_batch,
+            "target_batch": self._plan.effective_batch,
+            "replicas": self._plan.replicas,
+        }
+        aside = self._path.with_suffix(f".{os.getpid()}.new")
+        aside.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        aside.replace(self._path)
+        self._written = micro_batch
+
+
+def callbacks_for(
+    given: Any, plan: Plan, transaction: Transaction, *, strategy: Any, agreement: SingleProcess
+) -> list[Any]:
+    """What is to be added to a training's callbacks."""
+    added: list[Any] = []
+    backup = backup_of(given)
+    if backup is not None and agreement.index == 0:
+        added.append(PlanBackup(backup.backup_dir, plan, transaction))
+    if agreement.count > 1:
+        if backup is not None and agreement.index > 0:
+            strategies.never_write(backup)
+        added.append(FromTheChief(strategy, agreement))
+    return added

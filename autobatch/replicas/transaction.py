@@ -1,0 +1,193 @@
+"""The transaction of several replicas: nobody enters the collective before all are known to have come so far.
+
+A step has three parts. First each replica of each worker works by itself, with no collective: it counts where losses
+are masked or weighted, then it sums its gradients. Here memory runs out, and nobody waits for the one that it happened
+to. Then the workers tell each other how it went. Only if it went well on all of them do they reduce and update;
+otherwise all roll back, all shrink alike, and all run their parts of the same samples again.
+
+In one process there is nothing to tell: an exception on any replica is seen by all.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.errors import UpdateInterruptedError, WorkerLostError
+from autobatch.memory import oom
+from autobatch.metrics.merged_logs import Logs
+from autobatch.recovery.keeper import Kept, SnapshotPlace
+from autobatch.recovery.micro_batch_policy import evened
+from autobatch.recovery.out_of_memory import CAUGHT
+from autobatch.recovery.transaction import Transaction, _RolledBackError
+from autobatch.replicas.agreement import SingleProcess
+from autobatch.replicas.keeper import ReplicatedKeeper
+from autobatch.replicas.lockstep import Phase, together
+from autobatch.replicas.step import ReplicatedStep
+from autobatch.tensors.batch_structure import cut
+from autobatch.tensors.snapshots import SnapshotTaker
+
+
+class ReplicatedTransaction(Transaction):
+    """Runs the steps of one training under a strategy. ``micro_batch`` is that of one replica.
+
+    ``effective_batch`` and the samples of a step count all replicas of all workers; each worker is given all of them
+    and takes its part.
+    """
+
+    _step: ReplicatedStep
+
+    def __init__(self, step: ReplicatedStep, micro_batch: int, *, agreement: SingleProcess, **options: Any) -> None:
+        super().__init__(step, micro_batch, **options)
+        self._agreement = agreement
+        if not isinstance(self._keeper, ReplicatedKeeper):
+            limit, share = self._user_limit_bytes, self._headroom
+            self._keeper = ReplicatedKeeper(step, agreement, user_limit_bytes=limit, headroom=share)
+        self._replicas = int(step.strategy.num_replicas_in_sync)
+        self._without_counts: set[int] = set()  # ids of the steps whose denominators follow from the samples
+        self._fitting_agreed: int | None = None
+        self._metric_logs: dict[str, Any] | None = None
+
+    def metrics_result(self) -> dict[str, Any] | None:
+        """The metrics of all replicas after the last step; None before the first."""
+        return self._metric_logs
+
+    def _train_once(self, data: Any, samples: int) -> Logs:
+        step, micro_batch = self._step, self.policy.micro_batch
+        kept: list[Kept] = []
+
+        def begin() -> None:
+            if step.prepare(whole=False):
+                self._keeper.forget()
+            kept.append(self._keeper.take(whole=False, proven=False))
+
+        local = self._locally(step, data, samples, micro_batch, Phase.UPDATE, begin, step.accumulate, kept)
+        logs = self._update(kept, local, samples)
+        self._metric_logs = step.metric_logs
+        return logs
+
+    def _evaluate_once(self, step: Any, data: Any, samples: int) -> Logs:
+        micro_batch = self._validation_policy.micro_batch
+        kept: list[Kept] = []
+
+        def begin() -> None:
+            if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
+                self._evaluation_recorders[id(step)] = SnapshotTaker(step.changed_before_update)
+            kept.append(Kept(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
+
+        self._locally(step, data, samples, micro_batch, Phase.EVALUATION, begin, step.evaluate, kept)
+        with self._agreement.waiting("the metrics of a validation batch"):
+            logs = step.evaluation_logs()
+        self._metric_logs = step.metric_logs
+        return logs
+
+    def _locally(
+        self,
+        step: ReplicatedStep,
+        data: Any,
+        samples: int,
+        micro_batch: int,
+        moment: Phase,
+        begin: Callable[[], None],
+        run: Callable[..., Any],
+        kept: list[Kept],
+    ) -> int:
+        """Do all that needs no collective, on every worker; return the micro-batch that was run.
+
+        Denominators that depend on the data are agreed on first; whether there are any, the first trace tells.
+
+        Raises:
+            _RolledBackError: memory ran out on some worker; all are as before.
+        """
+        part, mark = self._part(step, data, samples)
+        head = {
+            "number of samples": float(samples),
+            "first sample": mark,
+            "micro-batch": float(micro_batch),
+            "number of updates": float(self._updates),
+        }
+
+        # Evened for the largest share, so that a share of a sample less takes as many micro-batches, none larger.
+        largest = self._samples_here(samples)
+        micro_batch = evened(micro_batch, largest)
+
+        def count() -> list[float]:
+            begin()
+            return list(step.count(part, micro_batch)) if step.counts_needed else []
+
+        def work(totals: list[float]) -> list[float]:
+            run(part, micro_batch, total=float(samples), totals=totals)
+            return []
+
+        def all_of_it() -> list[float]:
+            begin()
+            return work([])
+
+        try:
+            if id(step) in self._without_counts:
+                self._together(all_of_it, moment, head)
+            else:
+                totals = self._together(count, Phase.COUNT, head)
+                if not step.counts_needed:
+                    self._without_counts.add(id(step))
+                self._together(lambda: work(totals), moment, head)
+        except _RolledBackError as failure:
+            self._roll_back(kept)
+            raise _RolledBackError(micro_batch, largest, failure.diagnosis) from None
+        return micro_batch
+
+    def _update(self, kept: list[Kept], local: int, samples: int) -> Logs:
+        try:
+            with self._agreement.waiting(f"update {self._updates}"):
+                return self._step.apply()
+        except WorkerLostError:
+            raise
+        except CAUGHT as error:
+            diagnosis = oom.diagnose(error)
+            self._agreement.give_up(f"its update failed: {diagnosis.detail}")
+            if not diagnosis.is_memory:
+                raise
+            error.__traceback__ = None
+        if kept[-1].weights_at is not SnapshotPlace.DEVICE:
+            raise UpdateInterruptedError(
+                f"The update ran out of memory half-way ({diagnosis.detail}), after the replicas had begun to add up "
+                "their gradients. The weights are unusable now: load the last checkpoint, and use a smaller model, an "
+                "optimizer with fewer slots, or devices with more memory."
+            )
+        self._roll_back(kept)
+        raise _RolledBackError(local, self._samples_here(samples), diagnosis)
+
+    def _part(self, step: Any, data: Any, samples: int) -> tuple[Any, float]:
+        """This worker's samples of an effective batch, and a mark by which to tell it from others."""
+        leaves = step.structure.leaves(data)
+        if self._agreement.count == 1:
+            return leaves, 0.0
+        start, stop = self._agreement.share(samples)
+        with tf.device("CPU:0"):
+            first = leaves[0]
+            seen = first[:1] if tf.is_tensor(first) and not isinstance(first, tf.SparseTensor) else None
+            mark = 0.0 if seen is None or isinstance(seen, tf.RaggedTensor) else float(zlib.crc32(bytes(seen.numpy())))
+            bounds = tf.constant(start, tf.int64), tf.constant(stop, tf.int64)
+            return [cut(leaf, *bounds) for leaf in leaves], mark
+
+    def _together(self, work: Callable[[], list[float]], moment: Phase, same: dict[str, float]) -> list[float]:
+        """Do this worker's part; return the sums over the workers of what it gave.
+
+        Raises:
+            _RolledBackError: memory ran out on some worker.
+        """
+        what = f"{'validation after ' if moment is Phase.EVALUATION else ''}update {self._updates}"
+        told = together(self._agreement, work, moment, what, same, fitting_now=super()._fitting_now)
+        if told.diagnosis is not None:
+            self._fitting_agreed = told.fitting_now
+            raise _RolledBackError(0, 0, told.diagnosis)
+        return [float(number) for number in told.rows.sum(axis=0)]
+
+    def _fitting_now(self) -> int | None:
+        return self._fitting_agreed
+
+    def _samples_here(self, samples: int) -> int:
+        return -(-samples // self._replicas)

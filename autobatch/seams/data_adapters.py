@@ -1,0 +1,96 @@
+"""Private parts of Keras's data adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from keras.src.trainers import data_adapters as _data_adapters
+from keras.src.trainers.data_adapters import array_data_adapter as _array_data_adapter
+from keras.src.trainers.data_adapters import array_slicing as _array_slicing
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter as DataAdapter
+
+# -- Keras's data adapters --------------------------------------------------------------------------------------------
+
+
+def are_arrays(*parts: Any) -> bool:
+    """Whether Keras would slice these parts of the data itself; None counts as such."""
+    return bool(_array_data_adapter.can_convert_arrays(parts))
+
+
+def packed_arrays(adapter: Any) -> Any:
+    """The structure of arrays that an array adapter slices, in the shape of the batches that it makes."""
+    return adapter._inputs
+
+
+def array_samples(adapter: Any) -> int:
+    """How many samples an array adapter has."""
+    return int(adapter._num_samples)
+
+
+def py_dataset_of(adapter: Any) -> Any:
+    """The ``keras.utils.PyDataset`` behind an adapter; None for every other kind of data."""
+    return getattr(adapter, "py_dataset", None)
+
+
+def torch_loader_of(adapter: Any) -> Any:
+    """The ``torch.utils.data.DataLoader`` behind an adapter; None for every other kind of data."""
+    return getattr(adapter, "_dataloader", None)
+
+
+def is_dataset_adapter(adapter: Any) -> bool:
+    """Whether the adapter passes on a ``tf.data.Dataset``."""
+    return isinstance(adapter, _data_adapters.TFDatasetAdapter)
+
+
+def batches_without_iterating(adapter: Any) -> Iterator[Any]:
+    """A PyDataset's batches by index, or those of a new iterator of a torch loader, as the adapter would give them."""
+    dataset = py_dataset_of(adapter)
+    if dataset is None:
+        yield from adapter.get_numpy_iterator()
+        return
+    index = 0
+    while dataset.num_batches is None or index < dataset.num_batches:
+        yield adapter._standardize_batch(dataset[index])
+        index += 1
+
+
+def samples_of_loader(adapter: Any, first_batch_samples: int | None) -> tuple[int | None, int | None]:
+    """How many samples an epoch of a PyDataset or a torch loader may be expected to have: at least, at most.
+
+    ``first_batch_samples`` is the size of its first batch, where it was looked at; the last may have fewer.
+    """
+    loader = torch_loader_of(adapter)
+    if (
+        loader is not None
+        and adapter.num_batches is not None
+        and loader.batch_size is not None
+        and not loader.drop_last
+    ):
+        return len(loader.sampler), len(loader.sampler)
+    is_loader = loader is not None or py_dataset_of(adapter) is not None
+    if not is_loader or not first_batch_samples or not adapter.num_batches:
+        return None, None
+    batches = int(adapter.num_batches)
+    return (batches - 1) * first_batch_samples + 1, batches * first_batch_samples
+
+
+def signature_of(adapter: Any) -> Any:
+    """The element spec of a PyDataset's or a torch loader's batches, once the adapter has made its dataset."""
+    return adapter._output_signature
+
+
+def data_adapter_for(**arguments: Any) -> Any:
+    """Keras's own adapter for the data that ``Model.fit`` accepts; the arguments are those of ``Model.fit``."""
+    return _data_adapters.get_data_adapter(**arguments)
+
+
+def is_array_adapter(adapter: Any) -> bool:
+    """Whether the adapter slices arrays, so that it makes batches of any size itself."""
+    return isinstance(adapter, _data_adapters.ArrayDataAdapter)
+
+
+def split_validation(x: Any, y: Any, sample_weight: Any, validation_split: float) -> tuple[Any, Any]:
+    """Split arrays as ``Model.fit(validation_split=...)`` does: ``((x, y, sample_weight), validation_data)``."""
+    train, validation = _array_slicing.train_validation_split((x, y, sample_weight), validation_split=validation_split)
+    return train, validation

@@ -1,0 +1,74 @@
+"""What is private in TensorFlow about functions that are traced, and what is replaced of them for a while.
+
+Seen with TensorFlow 2.20 and 2.21.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
+
+from autobatch.seams.patching import on_this_thread
+
+_PATCHING = threading.RLock()
+"""Held while calls are replaced; always taken after the one of :mod:`autobatch.seams.patching`."""
+
+_FUNCTION = type(tf.function(lambda: None))
+_CONSTANTS = (bool, int, float, complex, np.generic, np.ndarray, tf.Variable)
+
+
+def converted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as AutoGraph makes it, with Python's branches and loops over tensors as TensorFlow's."""
+
+    def call(
+        *args: Any, **kwargs: Any
+    ) -> Any:  # AutoGraph converts what a function calls, but not a method it is given
+        return function(*args, **kwargs)
+
+    enabled = _ag_ctx.ControlStatusCtx(status=_ag_ctx.Status.ENABLED)
+    result: Callable[..., Any] = tf.__internal__.autograph.tf_convert(call, enabled)
+    return result
+
+
+@contextlib.contextmanager
+def functions_inlined() -> Iterator[None]:
+    """While this lasts, a ``tf.function`` that is called runs as the Python function that it was made of.
+
+    It would keep its first trace: with what was replaced then, and with tensors of a graph that is not there any more.
+    So its own traces are neither used nor made. Keras's own functions are left alone.
+    """
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function = self.python_function
+        if inspect.isroutine(function) and str(function.__module__).partition(".")[0] == "keras":
+            return original(self, *args, **kwargs)
+        signature = self.input_signature
+        if signature is not None and not kwargs and len(signature) == len(args):
+            args = tuple(map(_as_specified, args, signature))
+        run = converted(function) if getattr(self, "_autograph", True) else function
+        return tf.nest.map_structure(_as_tensor, run(*args, **kwargs))
+
+    with _PATCHING:
+        original = _FUNCTION.__call__
+        _FUNCTION.__call__ = on_this_thread(original, call)
+        try:
+            yield
+        finally:
+            _FUNCTION.__call__ = original
+
+
+def _as_specified(argument: Any, spec: Any) -> Any:
+    if not isinstance(spec, tf.TensorSpec) or not isinstance(argument, (*_CONSTANTS, list, tuple)):
+        return argument
+    return tf.convert_to_tensor(argument, spec.dtype)
+
+
+def _as_tensor(value: Any) -> Any:
+    return tf.convert_to_tensor(value) if isinstance(value, _CONSTANTS) else value

@@ -1,0 +1,81 @@
+"""Replace ``GradientTape.gradient`` while a step is traced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.seams.patching import PATCHING as _PATCHING
+from autobatch.seams.patching import on_this_thread
+
+
+@contextlib.contextmanager
+def _gradient_replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While this lasts, ``GradientTape.gradient`` is what ``make`` makes of it.
+
+    Within a gradient it is what it was: what recomputes a part of a forward pass asks another tape for its own.
+    """
+    within: list[bool] = []
+
+    def outermost(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+        def gradient(*args: Any, **named: Any) -> Any:
+            if within:
+                return original(*args, **named)
+            within.append(True)
+            try:
+                return replacement(*args, **named)
+            finally:
+                within.pop()
+
+        return gradient
+
+    with _PATCHING:
+        original = tf.GradientTape.gradient
+        tf.GradientTape.gradient = on_this_thread(original, outermost(original, make(original)))
+        try:
+            yield
+        finally:
+            tf.GradientTape.gradient = original
+
+
+def gradients_weighed(
+    weigh: Callable[..., Any], note: Callable[[Any, Any], None]
+) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, ``GradientTape.gradient`` is ``weigh(original, tape, target, sources, ...)``.
+
+    ``note`` is told every target and its gradients.
+    """
+
+    def weighed(original: Callable[..., Any]) -> Callable[..., Any]:
+        def gradient(self: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
+            gradients = weigh(original, self, target, sources, *rest, **named)
+            note(target, gradients)
+            return gradients
+
+        return gradient
+
+    return _gradient_replaced(weighed)
+
+
+def without_gradients(weigh: Callable[..., Any]) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, ``GradientTape.gradient`` is zero for variables, so that a forward pass alone is traced.
+
+    ``weigh`` is called as under :func:`gradients_weighed`, with what makes zeros as the original. The gradients of
+    other tensors, which a loss may be made of, are what they are.
+    """
+
+    def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+        def zeros(tape: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
+            if any(isinstance(source, tf.Tensor) for source in tf.nest.flatten(sources)):
+                return original(tape, target, sources, *rest, **named)
+            return tf.nest.map_structure(lambda source: tf.zeros(source.shape, source.dtype), sources)
+
+        def gradient(self: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
+            return weigh(zeros, self, target, sources, *rest, **named)
+
+        return gradient
+
+    return _gradient_replaced(replacement)

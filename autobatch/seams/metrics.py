@@ -1,0 +1,248 @@
+"""What is replaced in Keras's metrics while a step runs on one micro-batch after another.
+
+Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21, as :mod:`autobatch.seams.models`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src import backend as _backend
+from keras.src.metrics.reduction_metrics import MeanMetricWrapper as _MeanMetricWrapper
+from keras.src.trainers.compile_utils import CompileMetrics as _CompileMetrics
+from keras.src.trainers.compile_utils import MetricsList as _MetricsList
+
+from autobatch.seams.patching import on_this_thread
+
+_PATCHING = threading.RLock()
+"""Held while something of Keras's is replaced; always taken after the one of :mod:`autobatch.seams.models`."""
+
+
+@contextlib.contextmanager
+def noting_results(note: Callable[[Any, Any], None]) -> Iterator[None]:
+    """While this lasts, ``note(metric, result)`` is told what the ``result`` of every metric returns.
+
+    Every class has a ``result`` of its own: there is no one place that all go through.
+    """
+
+    def noted(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def result(self: Any) -> Any:
+            returned = original(self)
+            note(self, returned)
+            return returned
+
+        return on_this_thread(original, result)
+
+    with _results_replaced(noted):
+        yield
+
+
+@contextlib.contextmanager
+def _results_replaced(make: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]) -> Iterator[None]:
+    with _PATCHING:
+        originals = {kind: vars(kind)["result"] for kind in _kinds(keras.metrics.Metric) if "result" in vars(kind)}
+        for kind, original in originals.items():
+            kind.result = make(original)
+        try:
+            yield
+        finally:
+            for kind, original in originals.items():
+                kind.result = original
+
+
+@contextlib.contextmanager
+def failing_results_replaced(instead: Callable[[Any, Callable[[], Any]], Any]) -> Iterator[None]:
+    """While this lasts, a ``result`` that raises returns what ``instead(metric, result)`` returns, or raises anew."""
+
+    def guarded(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def result(self: Any) -> Any:
+            try:
+                return original(self)
+            except Exception:  # noqa: BLE001 - whatever it is: the metric has not been updated yet
+                return instead(self, functools.partial(original, self))
+
+        return on_this_thread(original, result)
+
+    with _results_replaced(guarded):
+        yield
+
+
+def _kinds(kind: Any) -> set[Any]:
+    return {kind}.union(*(_kinds(more) for more in kind.__subclasses__()))
+
+
+@contextlib.contextmanager
+def single_numbers_weighed(
+    fraction: Any,
+    note: Callable[[str], None],
+    weigh: Callable[[Any], Any] = lambda values: values,
+    note_untold: Callable[[str], None] = lambda name: None,
+) -> Iterator[None]:
+    """While this lasts, a mean that is updated with one number and no weight counts it as ``fraction`` of an update.
+
+    Keras counts such a number as one, whatever the batch; so each micro-batch must count as its share of one. ``note``
+    is told the name of a metric of which that is not known to be exact: its number is what a function of the user's
+    made of a whole batch, or is weighed by what each sample weighs. ``weigh`` makes of a number what adds up, times its
+    fraction, to the effective batch's; of one of which that is not known it returns None, and ``note_untold`` is told
+    the metric's name.
+    """
+
+    def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
+        if _is_single(values):
+            per_sample = sample_weight is not None and not _is_single(sample_weight)
+            function = getattr(self, "_fn", None)
+            if per_sample or (function is not None and not isinstance(function, keras.losses.Loss)):
+                note(self.name)
+            weighed = weigh(values)
+            if weighed is None:
+                note_untold(self.name)
+            values = values if weighed is None else weighed
+            sample_weight = fraction if sample_weight is None else sample_weight
+        return original(self, values, sample_weight=sample_weight)
+
+    with _PATCHING:
+        original = keras.metrics.Mean.update_state
+        keras.metrics.Mean.update_state = on_this_thread(original, update_state)
+        try:
+            yield
+        finally:
+            keras.metrics.Mean.update_state = original
+
+
+_CONTAINERS = (keras.metrics.Metric, _CompileMetrics, _MetricsList, _MeanMetricWrapper)
+"""Classes whose ``update_state`` computes nothing itself: it calls others, or a function that somebody gave."""
+
+_OF_BATCHES = ("dice", "tversky", "circle")
+"""Keras's losses whose value, as a metric, is not made of the samples' own."""
+
+UpdateHandler = Callable[[Any, Callable[..., Any], Any, Any], bool]
+"""Takes a metric, its own ``update_state`` without ``self``, and the arguments; True if it has taken them over."""
+
+mask_of = _backend.get_keras_mask
+set_mask = _backend.set_keras_mask
+
+
+class _OneNumberError(Exception):
+    """A function of Keras's has made of a batch what is not a value for each sample."""
+
+
+@contextlib.contextmanager
+def updates_offered(offer: UpdateHandler, is_per_sample: Callable[[Any], bool]) -> Iterator[None]:
+    """While this lasts, every update of a metric that may be no sum over samples is offered to ``offer`` first.
+
+    Offered are updates of classes that are not Keras's, of functions that are not Keras's, and of those of Keras's
+    whose values ``is_per_sample`` denies. What is not taken runs as it is. Updates that a metric makes while it is
+    updated itself are part of its own.
+    """
+    running: list[Any] = []
+
+    def offered(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(self is metric for metric in running):
+                return original(self, *args, **kwargs)
+            own = functools.partial(original, self)
+            by_keras = _is_of_keras(original) and _makes_values_of_samples(self._fn)
+            if not by_keras and offer(self, own, args, kwargs):
+                return None
+            running.append(self)
+            checked.append(self if by_keras else None)
+            try:
+                return original(self, *args, **kwargs)
+            except _OneNumberError:
+                if offer(self, own, args, kwargs):
+                    return None
+                checked[-1] = None
+                return original(self, *args, **kwargs)
+            finally:
+                running.pop()
+                checked.pop()
+
+        return on_this_thread(original, update_state)
+
+    checked: list[Any] = []
+
+    def mean(self: Any, values: Any, sample_weight: Any = None) -> Any:
+        if (
+            checked
+            and checked[-1] is self
+            and not isinstance(self._fn, keras.losses.Loss)
+            and not is_per_sample(values)
+        ):
+            raise _OneNumberError
+        return original_mean(self, values, sample_weight=sample_weight)
+
+    with _PATCHING:
+        kinds = [kind for kind in _kinds(keras.metrics.Metric) if "update_state" in vars(kind)]
+        own = [kind for kind in kinds if kind is _MeanMetricWrapper or not _is_of_keras(vars(kind)["update_state"])]
+        originals = {kind: vars(kind)["update_state"] for kind in own}
+        original_mean = keras.metrics.Mean.update_state
+        for kind, original in originals.items():
+            kind.update_state = offered(original)
+        keras.metrics.Mean.update_state = on_this_thread(original_mean, mean)
+        try:
+            yield
+        finally:
+            keras.metrics.Mean.update_state = original_mean
+            for kind, original in originals.items():
+                kind.update_state = original
+
+
+@contextlib.contextmanager
+def additive_updates_noted(note: Callable[[Any, Callable[..., Any], Any, Any], None]) -> Iterator[None]:
+    """While this lasts, what is known to be a sum over samples is handed to ``note`` and not run.
+
+    That is the ``update_state`` of each of Keras's metrics but for the function that it may have been given.
+    """
+
+    def noted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_state(self: Any, *args: Any, **kwargs: Any) -> None:
+            note(self, functools.partial(original, self), args, kwargs)
+
+        return on_this_thread(original, update_state)
+
+    with _PATCHING:
+        kinds = [kind for kind in _kinds(keras.metrics.Metric) if "update_state" in vars(kind)]
+        known = [kind for kind in kinds if kind not in _CONTAINERS and _is_of_keras(vars(kind)["update_state"])]
+        originals = {kind: vars(kind)["update_state"] for kind in known}
+        for kind, original in originals.items():
+            kind.update_state = noted(original)
+        try:
+            yield
+        finally:
+            for kind, original in originals.items():
+                kind.update_state = original
+
+
+def _is_of_keras(function: Any) -> bool:
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return bool(module.partition(".")[0] == "keras")
+
+
+def _makes_values_of_samples(function: Any) -> bool:
+    """True if the function of a metric is one of Keras's that makes a value of each sample."""
+    if isinstance(function, functools.partial):
+        return _makes_values_of_samples(function.func)
+    name = getattr(function, "__name__", type(function).__name__)
+    if name.lower() in _OF_BATCHES:
+        return False
+    wrapped = getattr(function, "fn", None) if isinstance(function, keras.losses.Loss) else None
+    return _is_of_keras(type(function) if isinstance(function, keras.losses.Loss) else function) and (
+        wrapped is None or _makes_values_of_samples(wrapped)
+    )
+
+
+def function_of(metric: Any) -> Any:
+    """The function whose values a metric averages; None if it has none."""
+    return getattr(metric, "_fn", None) if isinstance(metric, _MeanMetricWrapper) else None
+
+
+def _is_single(values: Any) -> bool:
+    shape = getattr(values, "shape", None)
+    return bool((np.ndim(values) if shape is None else tf.TensorShape(shape).rank) == 0)

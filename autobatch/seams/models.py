@@ -1,0 +1,99 @@
+"""Private parts of Keras's models. Nothing outside of this room touches what is private in Keras or TensorFlow.
+
+Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21. ``tests/seams/test_keras.py`` fails loudly when one of
+them moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src import backend as _backend
+from keras.src.backend.common import global_state as _global_state
+from keras.src.models.functional import Functional as _Functional
+
+from autobatch.seams.functions import converted
+
+
+def untraced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The Python function that a ``tf.function`` was made of, to be traced anew; any other function as it is.
+
+    A ``tf.function`` keeps its first trace: with the ``apply`` that was there then, and with what it captured.
+    """
+    function = getattr(step, "python_function", None)
+    if function is None:
+        return step
+
+    return converted(function)
+
+
+def discarding_assignments(model: Any) -> Any:
+    """A context in which assignments to Keras variables go nowhere, so that a forward pass has no effect.
+
+    The model's variables are given to it with their values: weight regularizers read them from there. What layers add
+    to the loss is collected, as outside of it.
+    """
+    values = [(variable, variable.value) for variable in model.variables]
+    return _backend.StatelessScope(values, collect_losses=True)
+
+
+def global_seed_variables() -> list[Any]:
+    """The state of the seed generator that layers without a seed of their own share, if it exists yet."""
+    generator = _global_state.get_global_attribute("global_seed_generator")
+    return [] if generator is None else [generator.state]
+
+
+def build_on(model: Any, element_spec: Any) -> None:
+    """Create what variables of a compiled model can be created before its first step is traced.
+
+    ``element_spec`` describes a batch, its first dimension left open (a model built on another remembers that).
+    Functional and sequential models are built whole, metrics and optimizer too; what is left the first trace builds, as
+    in Keras's own ``fit``: a model with a ``call`` or a ``train_step`` of its own need not run on symbolic inputs.
+    """
+    strategy = getattr(model, "_distribute_strategy", None)
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
+        _build_on(model, element_spec)
+
+
+def _build_on(model: Any, element_spec: Any) -> None:
+    if isinstance(model, (keras.Sequential, _Functional)):
+        with contextlib.suppress(*_NOT_SYMBOLIC):
+            model._symbolic_build(data_batch=_symbolic_batch(element_spec))
+    if model.built and model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
+        model.optimizer.build(model.trainable_variables)
+
+
+_NOT_SYMBOLIC = (RuntimeError, ValueError, TypeError, AttributeError)
+"""What a model may raise on symbolic inputs. What is wrong with it, the trace raises from the user's own code."""
+
+
+def _symbolic_batch(element_spec: Any) -> tuple[Any, Any, Any]:
+    symbolic = tf.nest.map_structure(
+        lambda spec: None if spec is None else keras.KerasTensor(tuple(spec.shape), spec.dtype.name), element_spec
+    )
+    batch: tuple[Any, Any, Any] = keras.utils.unpack_x_y_sample_weight(symbolic)
+    return batch
+
+
+def is_built(model: Any) -> bool:
+    """Whether all layers of the model have their variables."""
+    return all(layer.built for layer in layers_of(model))
+
+
+def layers_of(model: Any) -> list[Any]:
+    """A model, its layers, theirs, and so on; empty for what is no layer."""
+    return list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
+
+
+def own_function(model: Any, kind: str) -> Callable[[Any], Any]:
+    """Keras's own "train" or "test" function of a model whose function is replaced at the moment."""
+    attribute = f"{kind}_function"
+    replaced = getattr(model, attribute)
+    getattr(model, f"make_{attribute}")(force=True)
+    own: Callable[[Any], Any] = getattr(model, attribute)
+    setattr(model, attribute, replaced)
+    return own

@@ -1,0 +1,76 @@
+"""Marks on the random operations of a trace: the layer whose call made them.
+
+Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21. ``tests/graphs/test_draws.py`` fails when a piece moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.common import global_state as _global_state
+from tensorflow.core.framework import attr_value_pb2 as _attr_value
+from tensorflow.python.framework import op_callbacks as _op_callbacks
+
+from autobatch.seams.patching import PATCHING as _PATCHING
+from autobatch.seams.patching import on_this_thread
+
+OWNER = "_autobatch_layer"
+"""The attribute of an operation that names the layer: TensorFlow leaves attributes with an underscore alone."""
+
+
+def running_layer() -> Any:
+    """The innermost layer whose call is running on this thread; None outside of any."""
+    scopes = _global_state.get_global_attribute("name_scope_stack") or []
+    callers = (scope.caller for scope in reversed(scopes))
+    return next((caller for caller in callers if isinstance(caller, keras.layers.Layer)), None)
+
+
+@contextlib.contextmanager
+def operations_marked(is_marked: Callable[[str], bool], mark: Callable[[], str]) -> Iterator[None]:
+    """While this lasts, operations for whose type ``is_marked`` holds get what ``mark`` returns as :data:`OWNER`.
+
+    Every operation of a graph goes through ``Graph._create_op_internal``, the calls of functions included.
+    """
+
+    def create(
+        self: Any,
+        op_type: str,
+        inputs: Any,
+        dtypes: Any = None,
+        input_types: Any = None,
+        name: Any = None,
+        attrs: Any = None,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        if is_marked(op_type):
+            attrs = {**(attrs or {}), OWNER: _attr_value.AttrValue(s=mark().encode())}
+        return original(self, op_type, inputs, dtypes, input_types, name, attrs, *rest, **named)
+
+    with _PATCHING:
+        original = tf.Graph._create_op_internal
+        tf.Graph._create_op_internal = on_this_thread(original, create)
+        try:
+            yield
+        finally:
+            tf.Graph._create_op_internal = original
+
+
+@contextlib.contextmanager
+def eager_operations_noted(note: Callable[[str], None]) -> Iterator[None]:
+    """While this lasts, ``note`` is told the type of every operation that runs eagerly on this thread."""
+
+    def callback(op_type: Any, *_: Any, graph: Any = None, **__: Any) -> None:
+        if graph is None:
+            note(op_type if isinstance(op_type, str) else op_type.decode())
+
+    with _PATCHING:
+        _op_callbacks.add_op_callback(callback)
+        try:
+            yield
+        finally:
+            _op_callbacks.remove_op_callback(callback)

@@ -1,0 +1,175 @@
+"""The only place that touches what is private in ``tf.distribute`` and in how Keras uses it.
+
+Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; ``tests/seams/test_strategies.py`` fails loudly when a
+piece moves. What a user sees of strategies (scopes, ``TF_CONFIG``, cluster resolvers, collectives) stays TensorFlow's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.eager import context as _context
+
+SUPPORTED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def strategy_of(model: Any) -> Any:
+    """The strategy that a Keras model was made under, None for a model of one device."""
+    return getattr(model, "_distribute_strategy", None)
+
+
+def require_supported(model: Any) -> None:
+    """Refuse what cannot be trained under the strategy that the model was made under.
+
+    Raises:
+        ValueError: names it, and what to do instead.
+    """
+    strategy = strategy_of(model)
+    if strategy is None and not tf.distribute.has_strategy():
+        return
+    if tf.distribute.has_strategy():
+        raise ValueError(
+            "autobatch.fit is called outside of the strategy's scope, on a model that was made and compiled inside it. "
+            f"Received: a call under {type(tf.distribute.get_strategy()).__name__}.scope()"
+        )
+    if not isinstance(strategy, SUPPORTED):
+        raise ValueError(
+            "Training a model made under a tf.distribute strategy is not supported but for MirroredStrategy and "
+            "MultiWorkerMirroredStrategy: make it under one of these, or outside of any strategy's scope. "
+            f"Received: {type(strategy).__name__}"
+        )
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        require_made_under(strategy, optimizer)
+    if getattr(model, "run_eagerly", False) or getattr(model, "jit_compile", False) is True:
+        raise ValueError(
+            f"run_eagerly and jit_compile=True are not supported under {type(strategy).__name__}: compile the model "
+            f"without them. Received: run_eagerly={model.run_eagerly}, jit_compile={model.jit_compile}"
+        )
+    synchronized = [layer.name for layer in model._flatten_layers() if getattr(layer, "synchronized", False)]
+    if synchronized:
+        raise ValueError(
+            "A layer that talks to the other replicas in every micro-batch would leave them waiting when one runs out "
+            "of memory. Use BatchNormalization without synchronized=True: its moving statistics are those of all "
+            f"replicas' samples all the same. Received: {', '.join(synchronized)}"
+        )
+
+
+def spans_workers(strategy: Any) -> bool:
+    """Whether the strategy joins several processes."""
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and bool(
+        strategy.extended._in_multi_worker_mode()
+    )
+
+
+def worker_of(strategy: Any) -> tuple[int, int]:
+    """This process's number among the workers of the strategy, and how many there are."""
+    if not spans_workers(strategy):
+        return 0, 1
+    devices = len(strategy.extended.worker_devices)
+    return int(strategy.extended._id_in_cluster), int(strategy.num_replicas_in_sync) // devices
+
+
+def devices_of(strategy: Any) -> tuple[str, ...]:
+    """The devices of this process's replicas, as "GPU:0"; the place in it is the replica's number here."""
+    specs = [tf.DeviceSpec.from_string(device) for device in strategy.extended.worker_devices]
+    return tuple(f"{spec.device_type}:{spec.device_index}" for spec in specs)
+
+
+def replica_here() -> int:
+    """The number of the replica that is being traced, among those of this process."""
+    context = tf.distribute.get_replica_context()
+    number = int(tf.get_static_value(context.replica_id_in_sync_group))
+    return number % len(context.strategy.extended.worker_devices)
+
+
+def in_own_row(tensor: Any) -> Any:
+    """A tensor with a row for each replica of the strategy, all zero but this one's: their sum has all of them."""
+    context = tf.distribute.get_replica_context()
+    row = int(tf.get_static_value(context.replica_id_in_sync_group))
+    padding = [[row, context.num_replicas_in_sync - 1 - row], *[[0, 0]] * tensor.shape.rank]
+    return tf.pad(tensor[None], padding)
+
+
+@contextlib.contextmanager
+def keras_on_one_device(model: Any, metrics_result: Callable[[], dict[str, Any] | None]) -> Iterator[None]:
+    """While this lasts, Keras's ``fit`` leaves distributing data and reading metrics to us.
+
+    Keras's own way fails under several workers (it hands ``PerReplica`` values to what takes tensors), and each metric
+    that it reads there is a collective of its own. ``metrics_result`` returns the metrics of all replicas, None where
+    nothing has run yet.
+    """
+    strategy, read = model._distribute_strategy, model.get_metrics_result
+
+    def get_metrics_result() -> dict[str, Any]:
+        known = metrics_result() if tf.executing_eagerly() else None
+        return dict(read() if known is None else known)
+
+    model._distribute_strategy = None
+    model.__dict__["get_metrics_result"] = get_metrics_result
+    try:
+        yield
+    finally:
+        model._distribute_strategy = strategy
+        del model.__dict__["get_metrics_result"]
+
+
+def abort_collectives(message: str) -> None:
+    """End every collective that is under way in this process, and all later ones; peers learn of it as well."""
+    _context.context().abort_collective_ops(tf.errors.DEADLINE_EXCEEDED, message)
+
+
+def unreachable_peers(strategy: Any, timeout_seconds: float = 2.0) -> tuple[str, ...]:
+    """The workers that do not answer a health check, as "worker 1"."""
+    spec = strategy.cluster_resolver.cluster_spec()
+    own = (strategy.cluster_resolver.task_type, strategy.cluster_resolver.task_id)
+    silent = []
+    for job in spec.jobs:
+        for task in range(spec.num_tasks(job)):
+            if (job, task) == own:
+                continue
+            try:
+                _context.context().check_collective_ops_peer_health(
+                    f"/job:{job}/replica:0/task:{task}", timeout_in_ms=int(1000 * timeout_seconds)
+                )
+            except tf.errors.OpError:
+                silent.append(f"{job} {task}")
+    return tuple(silent)
+
+
+def global_seed() -> int | None:
+    """The seed of ``tf.random.set_seed``, None where none was set."""
+    seed = _context.global_seed()
+    return None if seed is None else int(seed)
+
+
+def initial_epoch(model: Any) -> int:
+    """The epoch that a callback has restored, to begin with; 0 if none has."""
+    return int(getattr(model, "_initial_epoch", None) or 0)
+
+
+def begin_at_epoch(model: Any, epoch: int) -> None:
+    """Let ``fit`` begin with this epoch, as ``BackupAndRestore`` does."""
+    model._initial_epoch = epoch
+
+
+def never_write(backup: Any) -> None:
+    """Let a ``BackupAndRestore`` read alone: neither save nor delete."""
+    backup._save_model = lambda: None
+    backup.delete_checkpoint = False
+
+
+def require_made_under(strategy: Any, optimizer: Any) -> None:
+    """Refuse an optimizer that was made outside of the strategy's scope.
+
+    Raises:
+        ValueError: names it.
+    """
+    if optimizer._distribution_strategy is not strategy:
+        raise ValueError(
+            "The optimizer was made outside of the strategy's scope: make it, and call compile, inside of "
+            f"`with strategy.scope():`. Received: {optimizer.name!r}"
+        )

@@ -1,0 +1,105 @@
+"""The only place of the data modules that touches what is private in ``tf.data`` and in Keras's data adapters.
+
+Seen with TensorFlow 2.20 and 2.21 and with Keras 3.14 and 3.15. Where a name has moved, what is asked here answers
+"unknown" (None) and the callers do without; ``tests/seams/test_tf_data.py`` fails loudly.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework import graph_pb2 as _graph_pb2
+from tensorflow.python.data.ops import dataset_ops as _dataset_ops
+
+_MOST_GRAPH_BYTES = 256 * 2**20
+"""A dataset whose tensors are larger is not copied by way of its graph, which would hold them a second time."""
+
+
+# -- tf.data ----------------------------------------------------------------------------------------------------------
+
+
+def inputs_of(dataset: Any) -> list[Any]:
+    """The datasets that this one reads; empty for a source, and where tf.data does not tell."""
+    inputs = getattr(dataset, "_inputs", None)
+    return list(inputs()) if callable(inputs) else []
+
+
+def kind_of(dataset: Any) -> str:
+    """What the dataset does, as its class says: "Batch", "ParallelMap", "Shuffle", "TensorSlice", ..."""
+    name = type(dataset).__name__.lstrip("_")
+    return name.removesuffix("DatasetV1").removesuffix("V2").removesuffix("Dataset")
+
+
+def constant_of(dataset: Any, attribute: str) -> Any:
+    """The value of one of the dataset's arguments, such as ``_buffer_size``; None where it is not known beforehand."""
+    value = getattr(dataset, attribute, None)
+    if tf.is_tensor(value):
+        value = tf.get_static_value(value)
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
+
+
+def padding_of(dataset: Any) -> tuple[Any, Any] | None:
+    """``(padded_shapes, padding_values)`` of a padded batch; None if it is not one."""
+    if kind_of(dataset) != "PaddedBatch" or not hasattr(dataset, "_padded_shapes"):
+        return None
+    return dataset._padded_shapes, dataset._padding_values
+
+
+def tensors_in(dataset: Any) -> list[Any]:
+    """The tensors that a dataset and those that it reads hold themselves."""
+    held = list(getattr(dataset, "_tensors", None) or [])
+    for source in inputs_of(dataset):
+        held += tensors_in(source)
+    return held
+
+
+def independent_copy(dataset: Any, *, keep_order: bool, may_call_python: bool) -> Any:
+    """A dataset of the same elements that can be read without moving anything in ``dataset``; None if there is none.
+
+    Reading a dataset that shuffles anew each time draws from a seed generator, which a plain copy would share, and a
+    ``cache()`` that is not read to its end is of no use. So the copy has no caches, and its shuffles either have
+    generators of their own (``keep_order``) or are left out, which spares filling their buffers.
+
+    Python's generators and functions within the dataset are called by the copy as well. Where one cannot be called
+    again without losing something, as ``from_generator(lambda: iterator)``, there must be no copy: ``may_call_python``.
+    """
+    if sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in tensors_in(dataset)) > _MOST_GRAPH_BYTES:
+        return None
+    try:
+        serialized = dataset._as_serialized_graph(external_state_policy=tf.data.experimental.ExternalStatePolicy.IGNORE)
+        graph = _graph_pb2.GraphDef.FromString(serialized.numpy())
+        if _calls_python(graph) and not may_call_python:
+            return None
+        _cut_ties(graph, keep_order=keep_order)
+        variant = tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
+        return _dataset_ops._VariantDataset(variant, dataset.element_spec)
+    except (AttributeError, TypeError, ValueError, tf.errors.OpError):
+        return None
+
+
+def _calls_python(graph: Any) -> bool:
+    nodes = itertools.chain(graph.node, *(function.node_def for function in graph.library.function))
+    return any(node.op in ("PyFunc", "PyFuncStateless", "EagerPyFunc") for node in nodes)
+
+
+def _cut_ties(graph: Any, *, keep_order: bool) -> None:
+    instead: dict[str, str] = {}
+    own_generators = []
+    for node in graph.node:
+        shuffles = node.op.startswith("ShuffleDataset")
+        if node.op.startswith("CacheDataset") or (shuffles and not keep_order):
+            instead[node.name] = node.input[0]
+        elif shuffles and node.op == "ShuffleDatasetV3":
+            # buffer_size, seed, seed2 and the generator follow the dataset; a "dummy" makes the op create its own.
+            own_generators.append(f"{node.name}/own_seed_generator")
+            node.input[4] = own_generators[-1]
+    for name in own_generators:
+        graph.node.add(name=name, op="DummySeedGenerator")
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            while name.partition(":")[0] in instead:
+                name = instead[name.partition(":")[0]]
+            node.input[position] = name

@@ -1,0 +1,106 @@
+"""Private parts of Keras's variables and of its BatchNormalization.
+
+Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21, as :mod:`autobatch.seams.models`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src import backend as _backend
+from keras.src.backend.common.variables import Variable as _CommonVariable
+
+from autobatch.seams.patching import PATCHING, on_this_thread
+
+
+def inner_of(variable: Any) -> Any:
+    """The ``tf.Variable`` behind a Keras variable, even while a trace reads something else in its place."""
+    inner = getattr(variable, "_value", None)
+    return variable.value if inner is None else inner
+
+
+@contextlib.contextmanager
+def assignments_taken(take: Callable[[Any, Any], bool], instead_of: Callable[[Any], Any]) -> Iterator[None]:
+    """While this lasts, assignments to Keras variables go to ``take(variable, value)``.
+
+    What ``take`` returns False for is assigned as usual. ``instead_of(variable)`` is read in the variable's place,
+    unless it is None.
+    """
+
+    def direct_assign(self: Any, value: Any) -> None:
+        if not take(self, value):
+            original_assign(self, value)
+
+    def value(self: Any) -> Any:
+        found = instead_of(self)
+        return original_value.fget(self) if found is None else self._maybe_autocast(found)
+
+    with PATCHING:
+        original_assign = _backend.Variable._direct_assign
+        original_value: Any = _CommonVariable.value
+        _backend.Variable._direct_assign = on_this_thread(original_assign, direct_assign)
+        _CommonVariable.value = property(on_this_thread(original_value.fget, value))
+        try:
+            yield
+        finally:
+            _backend.Variable._direct_assign = original_assign
+            _CommonVariable.value = original_value
+
+
+MomentsHandler = Callable[[Any, Any, Callable[[], tuple[Any, Any, Any]]], tuple[Any, Any]]
+"""Takes a BatchNormalization, its inputs, and a function that computes weight, mean and variance; returns the latter
+two. The weight is the number of elements that were averaged: one for all channels, or under a mask one for each."""
+
+
+@contextlib.contextmanager
+def moments_handled(handler: MomentsHandler) -> Iterator[None]:
+    """While this lasts, every BatchNormalization in training mode gets its batch's mean and variance by ``handler``."""
+
+    def moments(self: Any, inputs: Any, mask: Any) -> Any:
+        def compute() -> tuple[Any, Any, Any]:
+            mean, variance = original(self, inputs, mask)
+            return _weight(inputs, mask, self._reduction_axes, mean), mean, variance
+
+        return handler(self, inputs, compute)
+
+    with PATCHING:
+        original = keras.layers.BatchNormalization._moments
+        keras.layers.BatchNormalization._moments = on_this_thread(original, moments)
+        try:
+            yield
+        finally:
+            keras.layers.BatchNormalization._moments = original
+
+
+def _weight(inputs: Any, mask: Any, axes: list[int], mean: Any) -> Any:
+    if mask is None:
+        return tf.cast(tf.size(inputs, tf.int64), tf.float32) / mean.shape.num_elements()
+    counted = tf.broadcast_to(tf.cast(tf.expand_dims(mask, -1), tf.float32), tf.shape(inputs))
+    return tf.reduce_sum(counted, axes)
+
+
+def has_own_call(layer: Any) -> bool:
+    """Whether a subclass of BatchNormalization changes how its statistics are updated."""
+    own = keras.layers.BatchNormalization
+    names = ("call", "_update_renorm_statistics")
+    return any(getattr(type(layer), name, None) is not getattr(own, name, None) for name in names)
+
+
+def statistics_of(layer: Any) -> list[Any]:
+    """The variables that a BatchNormalization updates itself in training."""
+    names = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
+    return [variable for name in names if (variable := getattr(layer, name, None)) is not None]
+
+
+def update_statistics(layer: Any, shape: list[int | None], mean: Any, variance: Any) -> None:
+    """Let a BatchNormalization update its statistics with this mean and variance, as its ``call`` does.
+
+    ``shape`` is that of inputs which it was called with.
+    """
+    with moments_handled(lambda *_: (mean, variance)):
+        inputs = tf.zeros([1 if size is None else size for size in [1, *shape[1:]]], mean.dtype)
+        keras.layers.BatchNormalization.call(layer, inputs, training=True)

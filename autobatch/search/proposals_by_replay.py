@@ -1,0 +1,65 @@
+"""Which size to run next where a trial's allocations were replayed (:mod:`autobatch.search.replay`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from autobatch.records import TrialResult
+from autobatch.search.bracket import Bracket
+from autobatch.search.moves import CLOSE_TO_PREDICTION, COARSE, Run, Stop, Terms, between
+
+_REPLAY_AIM = 0.985
+"""A replay's edge is aimed at with this margin."""
+
+_BELOW_REPLAY = 0.975
+"""Where it failed all the same, the next size is this much of the largest that may still fit ..."""
+
+_REPLAY_FAILURES = 2
+"""... unless that happened more often than this."""
+
+_NEARLY_WITHIN = 1.03
+"""A measured peak over the budget by more than this tells that the replay was wrong, and the line knows better."""
+
+_REPLAY_NEAR = 0.96
+"""In exact mode the sides are this near to each other when they are bisected."""
+
+_REPLAY_CREEP = 0.05
+"""Two sizes that fit and are nearer than this are steps of the proof, which double."""
+
+
+def by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResult], terms: Terms) -> Run | Stop | None:
+    """Towards ``edge``, where the replay finds no more room; None where it was seen to be wrong, and the line is next.
+
+    It is right to a few per cent: what lies where before a trial is not quite the same each time.
+    """
+    high, untried = bracket.smallest_failure, bracket.untried
+    if high is not None and edge >= high:
+        failures = sum(not trial.fits for trial in trials)
+        last = next(trial for trial in trials if trial.micro_batch == high)
+        far_over = (last.peak_bytes or 0) > _NEARLY_WITHIN * (terms.budget_bytes or 0)
+        if far_over or failures > _REPLAY_FAILURES:
+            return None
+        if terms.exact and low >= _REPLAY_NEAR * high:
+            return Run(between(bracket, low, high))
+        return Run(bracket.floor(math.ceil(_BELOW_REPLAY * (high - 1))))
+    if terms.exact:
+        if edge >= untried[0]:
+            return Run(bracket.floor(edge))
+        return Run(_beyond(bracket, low, trials))
+    if low >= CLOSE_TO_PREDICTION * edge:
+        return Stop(f"{low} fits, and no more than {edge} is predicted to: within 3 %")
+    if edge < untried[0]:
+        return Stop(f"the next useful size, {untried[0]}, is predicted not to fit")
+    certain, possible = bracket.floor(math.floor(_REPLAY_AIM * edge)), bracket.floor(edge)
+    # Where the margin would cost a whole candidate, the edge is worth the risk.
+    return Run(possible if possible > COARSE * certain or certain > edge else certain)
+
+
+def _beyond(bracket: Bracket, low: int, trials: Sequence[TrialResult]) -> int:
+    """One more than fits, to be seen failing; where it keeps fitting, the steps double."""
+    if bracket.smallest_failure is not None:
+        return between(bracket, low, bracket.smallest_failure)
+    fitting = sorted(trial.micro_batch for trial in trials if trial.fits)
+    step = 2 * (low - fitting[-2]) if len(fitting) > 1 and low - fitting[-2] <= _REPLAY_CREEP * low else 1
+    return bracket.floor(low + step) if step > 1 else bracket.untried[0]

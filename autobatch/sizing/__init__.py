@@ -1,0 +1,1 @@
+"""Search with trials, remember what was found, and report it."""

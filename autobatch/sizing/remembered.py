@@ -1,0 +1,159 @@
+"""Earlier results in place of a search: found by what they depend on, and run once before anything is made of them.
+
+What is returned was run now. A remembered size that fails, or that needs much less than it did, leads to a search as if
+nothing had been remembered, and that search's result takes its place.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autobatch.cache.entry import Remembered
+from autobatch.cache.key import Key, make_key
+from autobatch.errors import AutobatchWarning
+from autobatch.records import Outcome, Plan, SearchResult, TrialRequest, TrialResult
+from autobatch.search import planning
+
+if TYPE_CHECKING:
+    from autobatch.cache.store import ResultStore
+    from autobatch.trial.protocol import Trials
+
+
+_LESS = 0.9
+"""A peak below this share of the remembered one tells that there is room now for more than was found then ..."""
+
+_LESS_BYTES = 16 * 2**20
+"""... if it is by so much at least: what a process holds besides differs by a little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """A remembered result, confirmed: the plan of the sizes that were run now, and what the search had found."""
+
+    result: SearchResult
+    plan: Plan | None
+
+
+class RememberedResult:
+    """What is remembered for one search over ``trials``, and the place where its result will be kept.
+
+    ``target_batch`` is at most ``trials.largest_useful``.
+    """
+
+    def __init__(self, trials: Trials, *, target_batch: int | None, objective: str, exact: bool) -> None:
+        self._trials = trials
+        self._target_batch = target_batch
+        self._objective = objective
+        self._exact = exact
+        self._store = _open_store()
+        self._first_key = self._key()
+        self._found = None if self._store is None else self._store.find(self._first_key)
+
+    def confirm(self, run: Callable[[TrialRequest], TrialResult], tried: list[TrialResult]) -> Confirmed | None:
+        """Run what is remembered, adding each trial to ``tried``; None where there is nothing, or it is so no more.
+
+        One trial, of the remembered plan's micro-batch. An ``exact`` result whose plan is not of the largest size that
+        fits takes a second one, of that size: the proof is remembered with it, and not repeated.
+        """
+        found = self._found
+        if found is None:
+            return None
+        sizes = {found.micro_batch, found.largest_fit} if self._exact else {found.micro_batch}
+        for micro_batch in sorted(sizes):
+            trial = run(TrialRequest(micro_batch))
+            tried.append(trial)
+            if not trial.fits or (micro_batch == found.micro_batch and _needs_less(trial, found)):
+                return None
+        plan = None
+        if self._target_batch is not None:
+            plan = planning.make_plan(tried, target_batch=self._target_batch, objective=self._objective)
+        result = SearchResult(
+            largest_fit=max(sizes),
+            smallest_failure=found.smallest_failure if self._exact else None,
+            trials=tuple(tried),
+            memory_model=found.memory_model,
+            stopped_because=_words(found, len(tried), self._exact),
+        )
+        return Confirmed(result, plan)
+
+    def keep(self, result: SearchResult, plan: Plan | None) -> None:
+        """Remember a search that came to its end by itself."""
+        if self._store is None or result.largest_fit is None:
+            return
+        if any(trial.outcome is Outcome.TIMED_OUT for trial in result.trials):
+            return  # how long a trial takes depends on what else the machine does
+        micro_batch = result.largest_fit if plan is None else plan.micro_batch
+        trial = next(trial for trial in reversed(result.trials) if trial.fits and trial.micro_batch == micro_batch)
+        environment = self._trials.environment
+        most = self._trials.largest_useful if self._target_batch is None else self._target_batch
+        remembered = Remembered(
+            micro_batch=micro_batch,
+            largest_fit=result.largest_fit,
+            smallest_failure=result.smallest_failure,
+            is_bound=most is None or result.largest_fit < most,
+            limit_bytes=environment.limit_bytes or None,
+            peak_bytes=trial.peak_bytes or None,
+            memory_model=result.memory_model,
+            target_batch=self._target_batch,
+            model_name=self._trials.model_name,
+            device=environment.device,
+            stopped_because=result.stopped_because,
+            created_seconds=time.time(),
+        )
+        # The trials have built what was not built yet. The same model is known by both, before training and after.
+        for key in {self._first_key, self._key()}:
+            self._store.put(key, remembered)
+
+    def _key(self) -> Key:
+        return make_key(
+            self._trials.content,
+            self._trials.environment,
+            target_batch=self._target_batch,
+            largest_useful=self._trials.largest_useful,
+            objective=self._objective,
+            exact=self._exact,
+        )
+
+
+def _open_store() -> ResultStore | None:
+    try:
+        from autobatch.cache.folder import cache_folder
+        from autobatch.cache.store import ResultStore
+
+        return ResultStore(cache_folder())
+    except ImportError as error:  # Python can be built without SQLite
+        reason = f"this Python has no SQLite ({error})"
+    except RuntimeError as error:
+        reason = f"there is no home folder ({error}); AUTOBATCH_CACHE_DIR names a folder"
+    warnings.warn(f"Results are not remembered: {reason}.", AutobatchWarning, stacklevel=2)
+    return None
+
+
+def _needs_less(trial: TrialResult, found: Remembered) -> bool:
+    """Whether memory that bounded the search then is free now, so that another size would be found."""
+    if not found.is_bound or found.peak_bytes is None or trial.peak_bytes is None:
+        return False
+    return trial.peak_bytes < _LESS * found.peak_bytes and found.peak_bytes - trial.peak_bytes > _LESS_BYTES
+
+
+def _words(found: Remembered, trials: int, exact: bool) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.created_seconds))
+    parts = [f"remembered from {when}, confirmed with {'one trial' if trials == 1 else f'{trials} trials'}"]
+    if exact and found.smallest_failure is not None:
+        parts.append(f"that {found.smallest_failure} does not fit was shown then")
+    elif found.largest_fit > found.micro_batch:
+        parts.append(f"up to {found.largest_fit} fitted then")
+    parts.append(f"that search ended because {found.stopped_because}")
+    return "; ".join(parts)
+
+
+def without_repeats(
+    run: Callable[[TrialRequest], TrialResult], tried: Sequence[TrialResult]
+) -> Callable[[TrialRequest], TrialResult]:
+    """``run``, which answers at once for a size that was tried a moment ago: a failure takes ten seconds or more."""
+    known = {trial.micro_batch: trial for trial in tried}
+    return lambda request: known.get(request.micro_batch) or run(request)

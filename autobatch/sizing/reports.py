@@ -1,0 +1,122 @@
+"""Sizing reports: made of a search's result, or of a plan without a search; and the warning of what differs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from autobatch.differences import difference
+from autobatch.errors import AutobatchWarning, NoFeasibleBatchError
+from autobatch.memory.other_users import explain_pressure
+from autobatch.records import Plan, Report, SearchResult, TrialResult
+from autobatch.units import format_bytes
+
+if TYPE_CHECKING:
+    from autobatch.trial.live_trials import LiveTrials
+    from autobatch.trial.protocol import Trials
+
+
+def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Report:
+    accumulates = plan is None or plan.accumulation_steps > 1 or plan.replicas > 1
+    return Report(
+        plan=plan,
+        largest_fit=result.largest_fit,
+        smallest_failure=result.smallest_failure,
+        trials=result.trials,
+        memory_model=result.memory_model,
+        environment=trials.environment,
+        stopped_because=result.stopped_because,
+        model_name=trials.model_name,
+        warnings=trials.warnings if accumulates else (),
+        host_uses=trials.host_uses,
+    )
+
+
+def make_plan(micro_batch: int, effective_batch: int, replicas: int) -> Plan:
+    return Plan(micro_batch, -(-effective_batch // (micro_batch * replicas)), effective_batch, replicas)
+
+
+def say_what_differs(report: Report, *, listed_in: str) -> None:
+    """Warn in short that the plan's updates are not those of one batch; ``listed_in`` is where all differences are."""
+    plan = report.plan
+    if plan is None or not report.warnings:
+        return
+    micro_batches = f"Training with {plan.accumulation_steps * plan.replicas} micro-batches of {plan.micro_batches[0]}"
+    one_batch = f"one batch of {plan.effective_batch}"
+    message = difference.in_short(
+        report.warnings,
+        sure=f"{micro_batches} is not identical to {one_batch}",
+        unsure=f"{micro_batches} may not be identical to {one_batch}",
+        listed_in=listed_in,
+    )
+    warnings.warn(message, AutobatchWarning, stacklevel=3)
+
+
+def unsearched(
+    trials: LiveTrials, micro_batch: int, effective_batch: int, why: str = "no search: micro_batch was given"
+) -> Report:
+    plan = make_plan(micro_batch, effective_batch, trials.replicas)
+    accumulates = plan.accumulation_steps > 1 or plan.replicas > 1
+    if accumulates:
+        trials.trace()
+    return Report(
+        plan=plan,
+        largest_fit=None,
+        smallest_failure=None,
+        trials=(),
+        memory_model=None,
+        environment=trials.environment,
+        stopped_because=why,
+        model_name=trials.model_name,
+        warnings=trials.warnings if accumulates else (),
+        host_uses=trials.host_uses,
+    )
+
+
+def nothing_fits(trials: Trials, result: SearchResult) -> NoFeasibleBatchError:
+    smallest = min(result.trials, key=lambda trial: trial.micro_batch)
+    environment = trials.environment
+    known = [value for value in (smallest.peak_bytes, trials.fixed_bytes_hint) if value is not None]
+    needed = max(known, default=None)
+    if needed is not None and smallest.peak_bytes is None:
+        needed += smallest.requested_bytes or 0
+    if smallest.micro_batch > 1:
+        return NoFeasibleBatchError(
+            f"No micro-batch that fits was found before the search was stopped ({result.stopped_because}); the "
+            f"smallest that was tried is {smallest.micro_batch}. Allow more trials or more seconds.",
+            needed_bytes=needed,
+            limit_bytes=environment.limit_bytes,
+        )
+    return NoFeasibleBatchError(
+        f"Not even a micro-batch of {smallest.micro_batch} fits on {environment.device}: "
+        f"{_what_it_needs(trials, smallest, needed)} "
+        "Free memory, raise the limit, use smaller samples, a smaller model or an optimizer with fewer slots."
+        + "".join(f" {cause}" for cause in explain_pressure(environment.device)),
+        needed_bytes=needed,
+        limit_bytes=environment.limit_bytes,
+    )
+
+
+def _what_it_needs(trials: Trials, smallest: TrialResult, needed: int | None) -> str:
+    """Return in words what the smallest trial needed and what there is.
+
+    ``needed`` is a lower bound, unless the trial's peak is known: where the limit is above it, only what is known of it
+    is said.
+    """
+    environment = trials.environment
+    limit, budget = environment.limit_bytes, environment.budget_bytes
+    share = f", of which {environment.headroom:.0%} is headroom" if environment.headroom else ""
+    there_is = "unknown" if limit is None else f"{format_bytes(limit)} ({environment.limit_source}){share}"
+    if needed is None:
+        return f"it needs more than there is, and the limit is {there_is}."
+    if smallest.peak_bytes is not None or limit is None or needed > (limit if budget is None else budget):
+        return f"it needs at least {format_bytes(needed)}, and the limit is {there_is}."
+    known = []
+    if trials.fixed_bytes_hint is not None:
+        known.append(f"weights, optimizer and what else is held take at least {format_bytes(trials.fixed_bytes_hint)}")
+    if smallest.requested_bytes is not None:
+        known.append(f"the allocation that failed asked for {format_bytes(smallest.requested_bytes)} more")
+    return (
+        f"it ran out of memory, and the limit is {there_is}. Of that {', and '.join(known)}; the rest is other "
+        "tensors, or free in pieces too small."
+    )

@@ -1,0 +1,51 @@
+"""Loop over the micro-batches of an effective batch, inside of TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from autobatch.step.division import Division
+from autobatch.tensors.batch_structure import cut
+
+if TYPE_CHECKING:
+    pass
+
+
+def loop(leaves: list[Any], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:
+    """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn."""
+
+    def step(start: Any, carried: Any) -> tuple[Any, Any]:
+        with tf.device("CPU:0"):
+            is_larger = start < division.larger_samples
+            # tf.where would look for shapes to broadcast, in every micro-batch.
+            taken = tf.raw_ops.Select(condition=is_larger, x=division.larger, y=division.smaller)
+            stop = start + taken
+            fraction = tf.cast(taken, tf.float64) / tf.cast(samples, tf.float64)
+            part = [cut(leaf, start, stop) for leaf in leaves]
+        return stop, body(part, fraction, carried)
+
+    with tf.device("CPU:0"):
+        start = tf.constant(0, tf.int64)
+
+    def more(start: Any, _: Any) -> Any:
+        with tf.device("CPU:0"):  # a comparison on the device would wait for it at every micro-batch
+            return start < samples
+
+    if tf.executing_eagerly():
+        while int(start) < int(samples):
+            start, carried = step(start, carried)
+        return carried
+    invariants = tf.nest.map_structure(
+        lambda tensor: tf.TensorShape([None if d == 0 else d for d in tensor.shape]), carried
+    )
+    _, carried = tf.while_loop(
+        more,
+        step,
+        (start, carried),
+        shape_invariants=(start.shape, invariants),
+        parallel_iterations=1,
+    )
+    return carried

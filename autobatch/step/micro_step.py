@@ -1,0 +1,318 @@
+"""One micro-batch through ``train_step`` or ``test_step``, and the loop over the micro-batches of an update."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from autobatch.averages.running_averages import RunningAverages
+from autobatch.differences import rules
+from autobatch.differences.trace_findings import TraceFindings
+from autobatch.graphs import draws
+from autobatch.graphs.sample_flow import SampleFlow
+from autobatch.graphs.writes import written_variables
+from autobatch.losses.eager_terms import EagerTerms
+from autobatch.losses.loss_terms import LossTerms
+from autobatch.losses.loss_weights import LossWeights
+from autobatch.losses.totals import Mode, Totals
+from autobatch.metrics.eager_updates import EagerUpdates
+from autobatch.metrics.merged_logs import Logs, MergedLogs, kinds_of, not_told_eagerly
+from autobatch.metrics.results import MetricResults
+from autobatch.metrics.whole_batch import HeldUpdates
+from autobatch.seams import functions, losses, metrics, models
+from autobatch.seams.gradients import gradients_weighed, without_gradients
+from autobatch.seams.optimizers import capture_apply
+from autobatch.step.attributes import attributes_kept
+from autobatch.step.division import Division
+from autobatch.tensors.batch_structure import cut, sample_count
+from autobatch.tensors.snapshots import InGraphSnapshot
+from autobatch.tensors.variables import components
+
+if TYPE_CHECKING:
+    from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.step.micro_batch_loop import loop
+
+logger = logging.getLogger(__name__)
+
+
+class MicroStep:
+    """``train_step`` or ``test_step`` on one micro-batch; and how its logs become those of the effective batch."""
+
+    def __init__(
+        self,
+        owner: AccumulatedStep,
+        step: Callable[[Any], Logs],
+        *,
+        training: bool,
+        most_samples: int | None = None,
+    ) -> None:
+        self._owner = owner
+        self._step = models.untraced(step)
+        self._training = training
+        self.averages = RunningAverages(owner)
+        """What is assigned once an update; nothing in an evaluation."""
+        self._compiled: Callable[..., tuple[Logs, list[Any], Any]] = self._run_averaging
+        self._count_compiled: Callable[..., Any] = self._run_counting
+        self._second_references: InGraphSnapshot | None = None
+        self._told: tuple[tuple[str, Any], ...] = ()
+        self._learnt: TraceFindings | None = None
+        """What a trace has shown of a step that runs eagerly; None where it was not traced, or is."""
+        self.logs = MergedLogs()
+        self._held = EagerUpdates() if owner.model.run_eagerly else HeldUpdates(most_samples)
+        self._count_length: int | None = None
+        self.graph: tf.Graph | None = None
+        """What was traced; None before, and where the step runs eagerly."""
+
+    @property
+    def count_length(self) -> int | None:
+        """How many denominators depend on the data; known once a step was traced."""
+        return self._count_length
+
+    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any], Any]:
+        """Run one micro-batch: its logs, what metrics that are to see the whole batch are given, its statistics."""
+        if self._second_references is None:
+            return self._compiled(leaves, fraction, totals)
+        with tf.control_dependencies([self._second_references.keep()]):
+            return self._compiled(leaves, fraction, totals)
+
+    def release(self) -> None:
+        """Let go of what is held between micro-batches."""
+        if self._second_references is not None:
+            self._second_references.drop()
+        self.averages.release()
+
+    def trace(self) -> None:
+        """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
+        owner = self._owner
+        specs = owner.structure.specs
+        if self._training and len(owner.optimizers) == 1:
+            # A tf.function that creates variables while it is traced is traced a second time.
+            for variable in owner.model.trainable_variables:
+                owner.accumulator_for(variable)
+        signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
+        self._compiled = tf.function(
+            self._run_averaging, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
+        )
+        concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
+        self.logs.note_structure(concrete.structured_outputs[0])
+        self.graph = concrete.graph
+        owner.watch(concrete, micro_step=True)
+        owner.drop_unused_accumulators(self._training)
+        if owner.model.jit_compile:
+            # A step compiled by XLA that runs out of memory frees the buffers of the variables that it writes, although
+            # they stay the variables', unless there is a second reference (TensorFlow 2.21 on a CPU).
+            written = written_variables(concrete.graph, [*owner.variables, *owner.accumulators])
+            self._second_references = InGraphSnapshot(written)
+        self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
+        if self._count_length:
+            expected = self._count_length
+            self._count_compiled.get_concrete_function()  # type: ignore[attr-defined]
+            if self._count_length != expected:
+                raise ValueError(
+                    f"{type(owner.model).__name__} does not compute the same losses each time that it is traced, so "
+                    "that their denominators cannot be counted beforehand. Let what it computes depend on its inputs "
+                    f"alone, not on what earlier calls have left behind. Received: {expected} denominators, then "
+                    f"{self._count_length}"
+                )
+
+    def look_at_losses(self) -> None:
+        """Learn from a trace that is never run what the losses are made of, where the step runs eagerly.
+
+        What the user's code keeps of it in the model's attributes is put back. Code that cannot be traced tells
+        nothing.
+        """
+        owner = self._owner
+        if not rules.has_code_of_its_own(owner.model) or not models.is_built(owner.model):
+            return  # what is made in a trace that fails would stay without a value
+        traced = TraceFindings()
+
+        def look(leaves: list[Any], fraction: Any, totals: Any) -> Any:
+            normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
+            results = MetricResults()
+            with (
+                functions.functions_inlined(),
+                capture_apply(owner.optimizers, lambda *_: None),
+                losses.intercept_reductions(normalizer),
+                metrics.single_numbers_weighed(fraction, _ignored, terms.weighed),
+                metrics.noting_results(results.note),
+                gradients_weighed(terms.gradient, traced.note_differentiated),
+                losses.added_losses_noted(traced.note_added_loss),
+            ):
+                logs = self._step(owner.structure.pack(leaves))
+            batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
+            kinds = kinds_of(logs, results, batch, terms)
+            terms.weighed_logs(logs, kinds)
+            traced.loose_logs = not_told_eagerly(logs, kinds, terms)
+            assert isinstance(terms, LossTerms)
+            self._told = tuple(terms.told)
+            self._count_length = normalizer.totals.length - terms.counted
+            return leaves[0]
+
+        signature = [owner.structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
+        try:
+            with attributes_kept(owner.model) as changed:
+                tf.function(look, autograph=False, input_signature=signature).get_concrete_function()
+        except Exception as error:  # noqa: BLE001 - it was written to run eagerly, and may need to
+            logger.info("the step runs eagerly and cannot be traced: %r", error)
+            return
+        traced.forget_tensors()
+        if any(kind == "gradient" and None in told[0] for kind, told in self._told) and not traced.untold:
+            traced.untold, traced.is_told = "a step that runs eagerly", False
+        if changed and not traced.untold:  # what it does may depend on what it counts
+            traced.untold, traced.is_told = f"code that counts in {changed[0]}", False
+        self._learnt = traced
+        if self._training:
+            owner.traced = traced
+
+    def _run_averaging(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any], Any]:
+        logs, held = self._run(leaves, fraction, totals)
+        return logs, held, self.averages.statistics()
+
+    def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any]]:
+        owner = self._owner
+        traced = TraceFindings()
+        normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
+        results = MetricResults()
+        scalar_metrics: list[str] = []
+        untold_metrics: list[str] = []
+        with (
+            functions.functions_inlined(),
+            self._capturing(fraction, traced),
+            losses.intercept_reductions(normalizer),
+            metrics.single_numbers_weighed(fraction, scalar_metrics.append, terms.weighed, untold_metrics.append),
+            self._held.holding(leaves, fraction) as held,
+            metrics.noting_results(results.note),
+            gradients_weighed(terms.gradient, traced.note_differentiated),
+            losses.added_losses_noted(traced.note_added_loss),
+            self._noting_draws(traced),
+            self.averages.deferring(fraction, totals) if self._training else contextlib.nullcontext(),
+        ):
+            logs = self._step(owner.structure.pack(leaves))
+        if self._training and owner.model.trainable_variables and not traced.applied:
+            raise ValueError(
+                "train_step applied no Keras optimizer, so there are no gradients to accumulate. Give the gradients to "
+                "the apply or apply_gradients of a keras.optimizers.Optimizer; one that has an apply set on the "
+                "instance must be model.optimizer or an attribute of the model. "
+                f"Received: {type(owner.model).__name__}"
+            )
+        if self._training:
+            traced.averaged_apart = self.averages.named_in(traced.differentiated)
+            traced.once_an_update = self.averages.variables
+            traced.note_end(logs)
+            traced.forget_tensors()
+            if self._learnt is not None:
+                traced.take_over(self._learnt)
+            traced.updated_in_parts = dict(self._held.updated_in_parts)
+            traced.held_sample_bytes = self._held.sample_bytes
+            if not traced.untold and not traced.comparing:  # else it is the loss that is named
+                scalar_metrics += untold_metrics
+            traced.scalar_metrics = tuple(
+                name for name in dict.fromkeys(scalar_metrics) if name not in traced.updated_in_parts
+            )
+            owner.traced = traced
+            owner.on_traced()
+        batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
+        logs = self.logs.note(logs, results, batch, terms, components(owner.variables) if held else None)
+        traced.loose_logs = self.logs.not_told if self._learnt is None else self._learnt.loose_logs
+        self._count_length = normalizer.totals.length
+        return logs, held
+
+    def _weighing(
+        self, mode: Mode, leaves: list[Any], fraction: Any, totals: Any, traced: TraceFindings | None = None
+    ) -> tuple[LossWeights, LossTerms | EagerTerms]:
+        """What weighs the losses of one trace, or of one run where nothing is traced."""
+        needed = Totals(mode, totals)
+        if tf.executing_eagerly():
+            normalizer = LossWeights(fraction, needed)
+            eager = EagerTerms(self._told, fraction, int(sample_count(leaves)), normalizer.gradient_factor)
+            normalizer.terms = eager
+            return normalizer, eager
+        note = (lambda found: None) if traced is None else traced.note_dependence
+        terms = LossTerms(needed, fraction, sample_count(leaves), SampleFlow.of_leaves(leaves, ()), note)
+        return LossWeights(fraction, needed, terms), terms
+
+    def _capturing(self, fraction: Any, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
+        if not self._training:
+            return contextlib.nullcontext()
+        add = self._owner.capture_into_accumulators(fraction)
+
+        def take(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+            traced.note_applied(optimizer, gradients, variables)
+            self.averages.note_applied()
+            self._owner.update_room.note_gradients(gradients, variables)
+            add(optimizer, gradients, variables)
+
+        return capture_apply(self._owner.optimizers, take)
+
+    def _noting_draws(self, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
+        """Note what draws random numbers: in a trace, and in the first micro-batch that runs eagerly."""
+        if not self._training:
+            return contextlib.nullcontext()
+        if not tf.executing_eagerly():
+            return draws.marked()
+        traced.draws = self._owner.traced.draws
+        return draws.noted_eagerly(traced) if traced.draws is None else contextlib.nullcontext()
+
+    def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
+        owner = self._owner
+        normalizer, terms = self._weighing(Mode.COUNT, leaves, fraction, totals)
+        results = MetricResults()
+        with (
+            functions.functions_inlined(),
+            capture_apply(owner.optimizers, lambda *_: None),
+            losses.intercept_reductions(normalizer),
+            models.discarding_assignments(owner.model),
+            metrics.single_numbers_weighed(fraction, _ignored, terms.weighed),
+            metrics.noting_results(results.note),
+            without_gradients(terms.gradient),
+            self._held.holding(leaves, fraction, discard=True),
+        ):
+            logs = self._step(owner.structure.pack(leaves))
+        if not tf.executing_eagerly():
+            terms.weighed_logs(logs, self.logs.kinds)
+        counted = normalizer.totals.counted
+        self._count_length = normalizer.totals.length
+        return tf.concat(counted, 0) if counted else tf.zeros([0], tf.float64)
+
+    def count_over(self, leaves: list[Any], samples: Any, division: Division) -> Any:
+        """The denominators of the effective batch: a float64 vector, empty where none depends on the data."""
+        if self._count_length is None:  # an eager step has no trace to learn it from: count the first micro-batch
+            part = [cut(leaf, tf.constant(0, tf.int64), division.larger) for leaf in leaves]
+            self._run_counting(part, tf.constant(1.0, tf.float64), tf.zeros([0], tf.float64))
+        counts = tf.zeros([self._count_length], tf.float64)
+        if not self._count_length:
+            return counts
+        return loop(
+            leaves,
+            samples,
+            division,
+            counts,
+            lambda part, fraction, carried: carried + self._count_compiled(part, fraction, tf.zeros_like(counts)),
+        )
+
+    def empty(self) -> list[Any]:
+        """What to carry through the loop, of no samples: logs, what metrics are given, statistics."""
+        held = self._held.empty()
+        return [self.logs.empty(), [] if tf.executing_eagerly() else held, self.averages.empty()]
+
+    def merge(self, carried: list[Any], results: tuple[Logs, list[Any], Any], fraction: Any) -> list[Any]:
+        """What is carried, with the results of one more micro-batch."""
+        logs, given, statistics = results
+        return [
+            self.logs.merged(carried[0], logs, fraction),
+            self._held.push(carried[1], given),
+            self.averages.merged(carried[2], statistics),
+        ]
+
+    def finish(self, carried: list[Any]) -> tuple[list[Any], Any]:
+        """Update the metrics that were held back, with the whole batch; return the logs as of now, and statistics."""
+        parts, held, statistics = carried
+        return (self.logs.as_of_now(parts) if self._held.finish(held) else parts), statistics
+
+
+def _ignored(name: str) -> None:
+    pass

@@ -1,0 +1,41 @@
+"""Refuse models that cannot be trained here, with the reason and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from autobatch.seams import strategies
+from autobatch.seams.models import layers_of
+
+
+def require_supported(model: Any) -> None:
+    """Refuse models whose training goes another way than through Keras's own ``fit``.
+
+    Raises:
+        ValueError: the model was made under a distribution strategy that is not supported, or cannot be trained under
+            the one that it was made under, or makes its own train function.
+    """
+    strategies.require_supported(model)
+    if getattr(type(model), "make_train_function", None) is not keras.Model.make_train_function:
+        raise ValueError(
+            "This model overrides make_train_function, which autobatch would pass by. Put what it does in train_step. "
+            f"Received: {type(model).__name__}"
+        )
+    require_stateless(model)
+
+
+def require_stateless(model: Any) -> None:
+    """Refuse recurrent layers that hand a sample's state on to the one in the same place of the next batch.
+
+    Raises:
+        ValueError: names the layers.
+    """
+    stateful = [layer.name for layer in layers_of(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    if stateful:
+        raise ValueError(
+            "A recurrent layer with stateful=True hands each sample's state to the sample in the same place of the "
+            "next batch; cut into micro-batches, it would go to another sample of the same batch. Set stateful=False, "
+            f"or train this model by Model.fit. Received: {', '.join(stateful)}"
+        )

@@ -1,0 +1,80 @@
+"""What the steps of one model touch: the optimizers that they apply, and the variables, as far as is known by now."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.graphs import writes
+from autobatch.seams import models
+from autobatch.seams.optimizers import optimizers_of
+from autobatch.tensors.variables import distinct
+
+
+class TouchedVariables:
+    """Knows what the model tells by itself, and what traces and steps have shown since."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.optimizers = optimizers_of(model)
+        self._in_graphs: dict[int, Any] = {}
+        self._written: dict[int, Any] = {}
+        self._updated: list[Any] = []
+        self._updating_graph: Callable[[], Any] = lambda: None
+
+    def note_graph(self, graph: Any) -> None:
+        """Note the variables of a traced function."""
+        for variable in graph.variables:
+            self._in_graphs.setdefault(id(variable), variable)
+
+    def note_written(self, graph: Any) -> None:
+        """Note which variables a traced function writes by now."""
+        # While it is being traced, a graph does not tell its variables.
+        written = writes.written_variables(graph, [*self.variables, *graph.variables])
+        self._written.update((id(variable), variable) for variable in written)
+
+    def note_update(self, optimizer: Any, variables: list[Any]) -> bool:
+        """Note that a step applies an optimizer to these variables, build it outside of the trace; tell if it is new.
+
+        What the step's graph has written before its first update is no part of the update.
+        """
+        found = False
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        if graph is not None and self._updating_graph() is not graph:
+            self.note_written(graph)
+            self._updating_graph = weakref.ref(graph)
+        if all(optimizer is not known for known in self.optimizers):
+            self.optimizers = (*self.optimizers, optimizer)
+            found = True
+        self._updated = distinct([*self._updated, *variables])
+        if not optimizer.built:
+            with tf.init_scope():
+                optimizer.build(variables)
+        return found
+
+    def forget(self, variables: Iterable[Any]) -> None:
+        """Let go of variables that there are no more."""
+        for variable in variables:
+            self._in_graphs.pop(id(variable), None)
+            self._written.pop(id(variable), None)
+
+    @property
+    def variables(self) -> list[Any]:
+        """Every variable that a step traced so far can touch."""
+        own = [*self._model.variables, *(variable for metric in self._model.metrics for variable in metric.variables)]
+        own += [variable for optimizer in self.optimizers for variable in optimizer.variables]
+        return distinct([*own, *self._updated, *models.global_seed_variables(), *self._in_graphs.values()])
+
+    @property
+    def updated_variables(self) -> list[Any]:
+        """The variables that an optimizer's update changes: trainable weights and the optimizers' own."""
+        own = [variable for optimizer in self.optimizers for variable in optimizer.variables]
+        return distinct([*self._model.trainable_variables, *self._updated, *own])
+
+    @property
+    def written_variables(self) -> list[Any]:
+        """The variables that :meth:`note_written` has found."""
+        return list(self._written.values())

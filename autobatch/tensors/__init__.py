@@ -1,0 +1,1 @@
+"""Batches, variables and snapshots of variables, as TensorFlow has them."""

@@ -1,0 +1,123 @@
+"""Take and restore every variable that a step can touch.
+
+On the device a copy costs nothing until something is overwritten: reading a resource variable shares its buffer, and
+TensorFlow copies the buffer only when the variable is next updated in place. On the host it is a real copy, and no
+device memory is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.tensors.variables import components
+
+
+class Snapshot:
+    """The values of some variables at one moment."""
+
+    def __init__(self, variables: list[Any], values: list[Any]) -> None:
+        self._variables = variables
+        self._values = values
+
+    @classmethod
+    def on_host(cls, variables: Iterable[Any]) -> Snapshot:
+        """Copy the values to host memory, so that no device memory is held for them."""
+        found = components(variables)
+        return cls(found, [variable.numpy() for variable in found])
+
+    def restore(self) -> None:
+        """Give every variable its value back, bit for bit."""
+        for variable, value in zip(self._variables, self._values, strict=True):
+            variable.assign(value)
+
+    def drop(self) -> None:
+        """Let go of the values; from here on an update copies nothing."""
+        self._values = []
+        self._variables = []
+
+
+class InGraphSnapshot:
+    """Values that a traced step keeps by itself before it does anything else, in variables of their own.
+
+    That costs a call less than a snapshot taken before the step. Buffers are shared until a variable is updated.
+    """
+
+    def __init__(self, variables: Iterable[Any]) -> None:
+        self._pairs: list[tuple[Any, Any]] = []
+        for variable in components(variables):
+            with tf.device(variable.device):
+                copy = tf.Variable(
+                    tf.zeros([0], variable.dtype),
+                    shape=tf.TensorShape(None),
+                    trainable=False,
+                    name="autobatch_copy",
+                )
+            self._pairs.append((variable, copy))
+        with tf.device("CPU:0"):
+            self._times = tf.Variable(tf.constant(0, tf.int64), trainable=False, name="autobatch_times_kept")
+        self._called = 0
+        self.are_of_failed_call = False
+        """Whether the call that failed last, if none was begun since, came as far as to keep the values."""
+
+    def keep(self) -> Any:
+        """An operation that keeps the values, to be traced in front of everything else."""
+        kept = [copy.assign(variable.read_value(), read_value=False) for variable, copy in self._pairs]
+        with tf.control_dependencies(kept), tf.device("CPU:0"):
+            return self._times.assign_add(1, read_value=False)
+
+    @contextlib.contextmanager
+    def around_call(self) -> Iterator[None]:
+        """Around a call of what :meth:`keep` was traced into."""
+        self.forget()
+        self._called += 1
+        try:
+            yield
+        except BaseException:  # an interrupt, too, comes before the values are kept, or after
+            times = int(self._times)
+            self.are_of_failed_call = times == self._called
+            self._called = times
+            raise
+
+    def forget(self) -> None:
+        """Restore nothing if what comes next fails before the call; the values stay where they are."""
+        self.are_of_failed_call = False
+
+    def restore(self) -> None:
+        """Give every variable back, bit for bit, what it had before the call that failed, if that changed anything."""
+        if self.are_of_failed_call:
+            for variable, copy in self._pairs:
+                variable.assign(tf.ensure_shape(copy.read_value(), variable.shape))
+
+    def drop(self) -> None:
+        """Let go of the values."""
+        self.forget()
+        for variable, copy in self._pairs:
+            with tf.device(variable.device):
+                copy.assign(tf.zeros([0], variable.dtype))
+
+
+class SnapshotTaker:
+    """Takes snapshots of the same variables again and again, on the device, in one call each.
+
+    ``beforehand`` is traced into that call.
+    """
+
+    def __init__(self, variables: Iterable[Any], *, beforehand: Callable[[], object] = lambda: None) -> None:
+        self._variables = components(variables)
+
+        def read() -> list[Any]:
+            beforehand()
+            return [variable.read_value() for variable in self._variables]
+
+        self._read = tf.function(read, autograph=False, input_signature=[])
+        self._concrete: Callable[[], list[Any]] | None = None
+
+    def take(self) -> Snapshot:
+        """The values now; buffers are shared with the variables until those are updated."""
+        if self._concrete is None:  # quicker to call than a function that is looked up for its arguments
+            self._concrete = self._read.get_concrete_function()
+        return Snapshot(self._variables, list(self._concrete()))

@@ -1,0 +1,50 @@
+"""Cut tracebacks down to the user's own frames: worker processes and notebooks show no frame of autobatch's."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import traceback
+from pathlib import Path
+
+_OWN_CODE = str(Path(__file__).resolve().parent) + os.sep
+_LIBRARIES = tuple(
+    {str(Path(sysconfig.get_path(name)).resolve()) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
+
+
+def raised_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _is_own(frames[-1].filename)
+
+
+def user_traceback(error: BaseException) -> str:
+    """``error`` as Python prints it, from the user's first frame on."""
+    report = traceback.TracebackException.from_exception(error)
+    _trim(report)
+    if not report.stack and report.__cause__ is None and report.__context__ is None:
+        return "".join(report.format_exception_only())
+    return "".join(report.format())
+
+
+def _trim(report: traceback.TracebackException) -> None:
+    frames = list(report.stack)
+    users = [i for i, frame in enumerate(frames) if not _is_own(frame.filename) and not _is_library(frame.filename)]
+    others = [i for i, frame in enumerate(frames) if not _is_own(frame.filename) and not _is_import(frame.filename)]
+    first = next(iter(users or others), len(frames))
+    report.stack = traceback.StackSummary.from_list(frames[first:])
+    for link in (report.__cause__, report.__context__):
+        if link is not None:
+            _trim(link)
+
+
+def _is_own(filename: str) -> bool:
+    return os.path.abspath(filename).startswith(_OWN_CODE)
+
+
+def _is_import(filename: str) -> bool:
+    return filename.startswith("<frozen ")
+
+
+def _is_library(filename: str) -> bool:
+    return _is_import(filename) or os.path.abspath(filename).startswith(_LIBRARIES)

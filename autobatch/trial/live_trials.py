@@ -1,0 +1,318 @@
+"""Trials on the live model, in this process, that leave no trace.
+
+Each trial runs what training will run: the accumulated step with its accumulators and the optimizer's update, or
+Keras's plain step where one micro-batch is the whole effective batch. Everything that a step can touch is copied to
+host memory before the first trial and put back by :meth:`LiveTrials.close`, bit for bit.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from autobatch.differences import difference, rules
+from autobatch.errors import AutobatchWarning
+from autobatch.graphs import sample_bytes
+from autobatch.memory import arena, limits, oom
+from autobatch.records import (
+    Environment,
+    Limit,
+    Outcome,
+    Report,
+    SampleEstimate,
+    TrialRequest,
+    TrialResult,
+)
+from autobatch.recovery.keeper import Keeper, SnapshotPlace
+from autobatch.recovery.out_of_memory import CAUGHT
+from autobatch.recovery.sample_lengths import LengthRule
+from autobatch.seams import models
+from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.tensors.batch_structure import Structure
+from autobatch.tensors.snapshots import Snapshot
+from autobatch.tensors.variables import bytes_of
+from autobatch.trial import other_processes
+from autobatch.trial.content_digest import content_digest, surroundings_of
+from autobatch.trial.timing import Timing
+from autobatch.trial.waiting_batches import WaitingBatches
+from autobatch.trial.worst_case import Data, WorstCaseSample
+from autobatch.units import format_bytes
+from autobatch.version import __version__
+
+
+class LiveTrials:
+    """A :class:`autobatch.trial.protocol.Trials` on a compiled model and its data.
+
+    ``target_batch`` is None where only the largest micro-batch is wanted. ``user_limit_bytes`` counts as out of memory
+    wherever a trial's peak exceeds it, whatever the device itself allows.
+    """
+
+    replicas = 1
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Data,
+        *,
+        target_batch: int | None,
+        user_limit_bytes: int | None,
+        headroom: float,
+        clock: Callable[[], float] = time.perf_counter,
+        find_limit: Callable[[str, int | None], Limit] = limits.find_limit,
+        patience_seconds: float = other_processes.PATIENCE_SECONDS,
+    ) -> None:
+        self._model = model
+        self._target_batch = target_batch
+        self._user_limit_bytes = user_limit_bytes
+        self._headroom = headroom
+        self._find_limit = find_limit
+        self._patience_seconds = patience_seconds
+        self._snapshots: list[Snapshot] = []
+        self._saved: set[int] = set()
+        self._content: tuple[int, str] | None = None
+        self._tried_beside_copies: set[bool] = set()
+        self.device = limits.default_device()
+        if self.device.startswith("CPU"):
+            arena.reserve_in_one_piece()
+        self._sample = WorstCaseSample(batches)
+        self._pipeline = WaitingBatches(batches, self.device, target_batch=target_batch)
+        self.host_uses = batches.host_uses()
+        self.step = self._make_step(model, batches.element_spec, target_batch)
+        self.step.on_optimizer_found = self._save
+        self.keeper = self._make_keeper()
+        self._timing = Timing(self.step, self.keeper, self.batch_of, self.device, clock=clock)
+        models.build_on(model, self.step.structure.pack(self.step.structure.specs))
+        if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
+            warnings.warn(
+                f"memory_limit cannot be held to: TensorFlow's allocator on {self.device} keeps no figures. Call "
+                "autobatch.limit_memory before TensorFlow starts, or leave oneDNN on.",
+                AutobatchWarning,
+                stacklevel=4,
+            )
+        self.largest_useful = target_batch if batches.sample_limit is None else batches.sample_limit
+        if target_batch is not None and self.largest_useful is not None:
+            self.largest_useful = min(self.largest_useful, target_batch)
+        self.model_name = str(getattr(model, "name", type(model).__name__))
+        self.environment = self._look_around()
+        self.fixed_bytes_hint: int | None = self._fixed_bytes()
+
+    def _make_step(self, model: Any, element_spec: Any, effective_batch: int | None) -> AccumulatedStep:
+        return AccumulatedStep(model, element_spec, effective_batch=effective_batch)
+
+    def _make_keeper(self) -> Keeper:
+        return Keeper(self.step, self.device, user_limit_bytes=self._user_limit_bytes, headroom=self._headroom)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What will differ from the full batch where gradients are accumulated; complete once a trial was run."""
+        return rules.differences(
+            self._model,
+            self.step.updating_optimizers,
+            self.step.traced,
+            tables_kept_as_rows=self.step.tables_kept_as_rows,
+            written=self.step.variables_written_by_micro_steps,
+        )
+
+    def length_rule(self, report: Report, structure: Structure | None = None) -> LengthRule:
+        """How training is to size micro-batches of samples that are shorter or longer than the trials'.
+
+        ``structure`` tells which dimensions vary, where more of them do than in the data that the trials saw.
+        """
+        return LengthRule.after_search(structure or self._sample.structure, self._sample.leaves, report)
+
+    @property
+    def content(self) -> str:
+        """A digest of model, data, optimizer and loss, of the device's name and the limits that somebody set."""
+        # Only what the trials build changes it.
+        variables = len(self._model.variables)
+        if self._content is None or self._content[0] != variables:
+            self._content = variables, self._digest()
+        return self._content[1]
+
+    def _digest(self) -> str:
+        surroundings = surroundings_of(self.device, self._user_limit_bytes)
+        return content_digest(self._model, self._sample.describe(), surroundings)
+
+    def require_no_clock(self, max_seconds: float | None) -> None:
+        """Refuse ``max_seconds`` where it cannot be held to; one process can."""
+
+    def trace(self) -> None:
+        """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial.
+
+        Of a model that runs eagerly some of them show in the first step alone: they are said then.
+        """
+        try:
+            self.step.prepare(whole=False)
+        except CAUGHT as error:
+            if not oom.diagnose(error).is_memory:
+                raise  # what ran out of memory here will again in the first step, which recovers
+        if self._model.run_eagerly:
+            known = self.warnings
+            self.step.on_traced = lambda: self._say_what_else_differs(known)
+
+    def _say_what_else_differs(self, known: tuple[str, ...]) -> None:
+        self.step.on_traced = lambda: None
+        found = [sentence for sentence in self.warnings if sentence not in known]
+        if found:
+            # No report holds these, so all of them are said.
+            clauses = "; ".join(difference.clause_of(sentence) for sentence in found)
+            warnings.warn(
+                f"The first micro-batch shows what else differs from the full batch: {clauses}. "
+                f"See {difference.page_of(found[0])}.",
+                AutobatchWarning,
+                stacklevel=2,
+            )
+
+    def estimate_sample(self) -> SampleEstimate | None:
+        """What a sample needs, from the traced step; None where it is not traced or cannot be told.
+
+        What the user's own code raises while it is traced is passed on.
+        """
+        if self._model.run_eagerly:
+            return None
+        self.trace()
+        graph = self.step.micro_graph
+        return None if graph is None else sample_bytes.of_graph(graph)
+
+    def _fixed_bytes(self) -> int:
+        """A lower bound on every peak: what is held already, weights and slots among it, and the accumulators."""
+        slots = sum(bytes_of(optimizer.variables) for optimizer in self.step.optimizers)
+        held = (limits.bytes_in_use(self.device) or 0) + self._pipeline.least_bytes
+        return max(held, bytes_of(self._model.variables) + slots) + self.step.least_accumulator_bytes
+
+    def _look_around(self) -> Environment:
+        limit = self._limit_now()
+        budget = None if limit.limit_bytes is None else int(limit.limit_bytes * (1 - self._headroom))
+        versions = (("autobatch", __version__), ("tensorflow", tf.__version__), ("keras", keras.__version__))
+        return Environment(
+            device=self.device,
+            limit_bytes=limit.limit_bytes,
+            limit_source=limit.source,
+            budget_bytes=budget,
+            headroom=self._headroom,
+            precision=str(self._model.dtype_policy.name),
+            jit_compile=bool(self._model.jit_compile),
+            versions=(*versions, ("python", platform.python_version())),
+        )
+
+    def run(self, request: TrialRequest) -> TrialResult:
+        """Run one size for real; what the user's own code raises is passed on."""
+        if self._model.run_eagerly and not models.is_built(self._model):
+            raise ValueError(
+                "This model runs eagerly and is not built yet, so that its state before a trial cannot be kept. Build "
+                "it first, by calling it on a batch or by model.build(input_shape); or give micro_batch, which skips "
+                f"the search. Received: {type(self._model).__name__}"
+            )
+        whole = self._target_batch is not None and request.micro_batch >= self._target_batch
+        before = self._limit_now()
+        result = self._run_or_run_out(request, whole)
+        if result.fits or result.peak_bytes is not None:
+            return result  # a peak over the budget is this process's own
+        taken = other_processes.taken_since(before, self._limit_now, requested_bytes=result.requested_bytes)
+        if taken is None:
+            return result
+        if not other_processes.wait_until_back(before, self._limit_now, patience_seconds=self._patience_seconds):
+            return replace(result, detail=f"{result.detail} ({taken}, and did not give it back)")
+        return replace(self._run_or_run_out(request, whole), retried=True)
+
+    def _limit_now(self) -> Limit:
+        return self._find_limit(self.device, self._user_limit_bytes)
+
+    def _run_or_run_out(self, request: TrialRequest, whole: bool) -> TrialResult:
+        try:
+            return self._run(request, whole)
+        except CAUGHT as error:
+            diagnosis = oom.diagnose(error)
+            if not diagnosis.is_memory:
+                raise
+            error.__traceback__ = None  # it keeps the failed step's tensors alive
+        gc.collect()
+        return TrialResult(
+            request.micro_batch,
+            Outcome.OUT_OF_MEMORY,
+            requested_bytes=diagnosis.requested_bytes,
+            detail=diagnosis.detail,
+        )
+
+    def _run(self, request: TrialRequest, whole: bool) -> TrialResult:
+        if self.step.prepare(whole=whole):
+            self.keeper.forget()
+        self._save()
+        for_metrics = 0 if whole else self.step.traced.held_sample_bytes
+        self._pipeline.hold(request.micro_batch * (1 if whole else 2), for_metrics)
+        limits.reset_peak(self.device)
+        held = limits.bytes_in_use(self.device)
+        timed = self._timing.of_plain_step(request) if whole else self._timing.of_accumulated_step(request)
+        peak = limits.peak_bytes(self.device)
+        over = self._is_over(peak)
+        if not over:
+            self._try_beside_copies(whole, request.micro_batch)
+        return TrialResult(
+            request.micro_batch,
+            Outcome.OUT_OF_MEMORY if over else Outcome.FITS,
+            peak_bytes=peak,
+            step_seconds=timed.step_seconds,
+            apply_seconds=timed.apply_seconds,
+            first_step_seconds=timed.first_seconds,
+            detail=f"its peak of {format_bytes(peak or 0)} is over the budget" if over else "",
+            sample_peak_bytes=timed.sample_peak_bytes,
+            held_bytes=held,
+            allocations=timed.allocations,
+        )
+
+    def batch_of(self, samples: int) -> Any:
+        """A batch of so many samples, of the longest ones seen, on the host."""
+        return self._sample.micro_batch(samples)
+
+    def _try_beside_copies(self, whole: bool, micro_batch: int) -> None:
+        """Run an update beside the copies of the weights that training keeps; if that is too much, it keeps none.
+
+        What an update needs does not depend on the micro-batch, so once is enough; it is no part of a trial's peak.
+        """
+        if whole in self._tried_beside_copies or self.keeper.ran_out_beside_copies:
+            return
+        self._tried_beside_copies.add(whole)
+        data = self.batch_of(micro_batch)
+        limits.reset_peak(self.device)
+        try:
+            kept = self.keeper.take(whole=False, proven=True)
+            if kept.weights_at is SnapshotPlace.DEVICE:
+                self._timing.seconds((lambda: self.step.plain(data)) if whole else self.step.apply)
+            kept.drop()
+        except CAUGHT as error:
+            if not oom.diagnose(error).is_memory:
+                raise
+            error.__traceback__ = None
+            self.keeper.ran_out_beside_copies = self.step.update_has_begun()
+        else:
+            self.keeper.ran_out_beside_copies = self._is_over(limits.peak_bytes(self.device))
+        self.keeper.forget()
+
+    def _is_over(self, peak_bytes: int | None) -> bool:
+        budget = self.environment.budget_bytes
+        return peak_bytes is not None and budget is not None and peak_bytes > budget
+
+    def _save(self) -> None:
+        """Copy what was not copied before; called once everything is traced and nothing has run."""
+        new = [variable for variable in self.step.variables if id(variable) not in self._saved]
+        if new and tf.executing_eagerly():  # what a trace has found is copied when the trace has ended
+            self._snapshots.append(Snapshot.on_host(new))
+            self._saved.update(id(variable) for variable in new)
+
+    def close(self) -> None:
+        """Put every variable back as it was before the first trial."""
+        for snapshot in self._snapshots:
+            snapshot.restore()
+            snapshot.drop()
+        self._snapshots, self._saved = [], set()
+        self._pipeline.drop()
+        self.step.on_optimizer_found = lambda: None
+        gc.collect()

@@ -1,0 +1,105 @@
+"""The worst case that a trial runs: a micro-batch of any size, of the longest samples seen in the user's own data.
+
+Where all samples hold the same, the first effective batch is repeated. Where they vary (ragged and sparse tensors,
+strings), the longest one fills the whole micro-batch: memory then grows with its size in a straight line, which the
+search relies on, and no micro-batch of the samples seen needs more. Nothing is read here but what
+:meth:`autobatch.data.effective_batches.EffectiveBatches.look` shows, which leaves the data as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from autobatch.records import HostUse
+from autobatch.tensors.batch_structure import Structure, repeat_to, row_sizes, sample_count
+
+
+class Data(Protocol):
+    """The data that trials run on: :class:`autobatch.data.effective_batches.EffectiveBatches`, or one batch of a
+    loop."""
+
+    @property
+    def element_spec(self) -> Any: ...
+
+    @property
+    def structure(self) -> Structure: ...
+
+    @property
+    def sample_limit(self) -> int | None: ...
+
+    def host_uses(self) -> tuple[HostUse, ...]:
+        """What these data will hold in host memory while they are trained on."""
+        ...
+
+    def bytes_to_come(self, samples: int) -> int:
+        """What effective batches under way will take in training besides ``samples`` of them."""
+        ...
+
+    def look(self) -> Any:
+        """A batch of the data, which are left as they were."""
+        ...
+
+
+class WorstCaseSample:
+    """Samples to fill micro-batches with.
+
+    Raises:
+        ValueError: there are no data.
+    """
+
+    def __init__(self, batches: Data) -> None:
+        self.structure = batches.structure
+        with tf.device("CPU:0"):
+            leaves = self.structure.leaves(batches.look())
+            self.leaves = _longest_only(leaves)
+
+    @property
+    def rows(self) -> int:
+        """How many different samples there are to repeat."""
+        return int(sample_count(self.leaves))
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """What one sample holds: each leaf's kind, dtype and sizes, those that vary in steps of a fifth.
+
+        Else a shuffled data set, which begins with other samples each time, would be another one each time.
+        """
+        return [_describe(leaf, spec) for leaf, spec in zip(self.leaves, self.structure.specs, strict=True)]
+
+    def micro_batch(self, samples: int) -> Any:
+        """A batch of ``samples`` of them, in the structure that ``train_step`` takes, on the host."""
+        with tf.device("CPU:0"):
+            return self.structure.pack([repeat_to(leaf, samples) for leaf in self.leaves])
+
+
+def _longest_only(leaves: list[Any]) -> list[Any]:
+    sizes = [size for leaf in leaves if (size := row_sizes(leaf)) is not None]
+    if not sizes:
+        return leaves
+    row = int(np.argmax(np.sum(sizes, axis=0)))
+    return [_row(leaf, row) for leaf in leaves]
+
+
+def _describe(leaf: Any, spec: Any) -> tuple[str, str, tuple[int, ...]]:
+    kind = type(spec).__name__
+    varying = row_sizes(leaf)
+    if varying is not None:
+        return kind, leaf.dtype.name, (_step(int(np.max(varying, initial=0))),)
+    known = [None] * (leaf.shape.rank - 1) if spec.shape.rank is None else spec.shape.as_list()[1:]
+    sizes = zip(leaf.shape.as_list()[1:], known, strict=True)
+    return kind, leaf.dtype.name, tuple(_step(size) if fixed is None else size for size, fixed in sizes)
+
+
+def _step(size: int) -> int:
+    """Four steps to each doubling, so that sizes in one step differ by a fifth at the most."""
+    return int(4 * math.log2(size)) if size else -1
+
+
+def _row(leaf: Any, row: int) -> Any:
+    if isinstance(leaf, tf.SparseTensor):
+        rest = leaf.dense_shape[1:]
+        return tf.sparse.slice(leaf, tf.concat([[row], tf.zeros_like(rest)], 0), tf.concat([[1], rest], 0))
+    return leaf[row : row + 1]

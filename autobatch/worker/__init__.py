@@ -1,0 +1,1 @@
+"""Run trials in a process of their own."""

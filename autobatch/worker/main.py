@@ -1,0 +1,222 @@
+"""Trials in a process of their own: the worker's side.
+
+Started by `worker.py` as ``python -m autobatch.worker.main REQUEST_FD REPLY_FD``. Nothing here imports TensorFlow
+or Keras before the target needs them: its file may set what TensorFlow reads when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import hashlib
+import importlib
+import importlib.util
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from autobatch.errors import AutobatchError, AutobatchWarning, NoFeasibleBatchError, NotApplicableError, TargetError
+from autobatch.memory import arena, oom
+from autobatch.records import Outcome, TrialRequest, TrialResult, Variant
+from autobatch.tracebacks import raised_here, user_traceback
+from autobatch.trial.protocol import Trials
+from autobatch.worker import variants
+from autobatch.worker.messages import Message, pack, pack_result, unpack
+from autobatch.worker.target import call_target, load_target, needed_keras
+
+
+def main(arguments: list[str]) -> int:
+    request_fd, reply_fd = (int(argument) for argument in arguments)
+    for descriptor in (request_fd, reply_fd):
+        os.set_inheritable(descriptor, False)  # processes that the user's code starts must not hold the pipes open
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the parent asks with it where a worker hangs
+    requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    threading.Thread(target=_read_requests, args=(request_fd, requests), daemon=True).start()
+
+    def reply(message: Message) -> None:
+        frame = pack(message)
+        try:
+            while frame:
+                frame = frame[os.write(reply_fd, frame) :]
+        except BrokenPipeError:
+            _die()
+
+    _serve(requests, reply)
+    return 0
+
+
+def _read_requests(descriptor: int, requests: queue.SimpleQueue[Message]) -> None:
+    """Pass on what the parent asks; when the parent is gone, so are we, even in the middle of a trial."""
+    buffer = bytearray()
+    while chunk := os.read(descriptor, 1 << 16):
+        buffer += chunk
+        while (message := unpack(buffer)) is not None:
+            requests.put(message)
+    _die()
+
+
+def _die() -> None:
+    if os.getpgrp() == os.getpid():  # else the group is not ours to kill
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None]) -> None:
+    options = requests.get()
+    reply({"kind": "loading"})
+    # The boundary to the user's code: whatever it raises, sys.exit() and KeyboardInterrupt included, is for the parent.
+    try:
+        trials, fingerprint, rematerialised, notes = _open(options)
+        reply(
+            {
+                "kind": "ready",
+                "environment": dataclasses.asdict(trials.environment),
+                "largest_useful": trials.largest_useful,
+                "fixed_bytes_hint": trials.fixed_bytes_hint,
+                "model_name": trials.model_name,
+                "warnings": [*trials.warnings, *notes],
+                "host_uses": [[use.name, use.held_bytes] for use in trials.host_uses],
+                "fingerprint": fingerprint,
+                "content": trials.content,
+                "rematerialised": rematerialised,
+                "replicas": trials.replicas,
+            }
+        )
+    except BaseException as error:  # noqa: BLE001 - see above
+        reply(_failure(error, options["target"]))
+        return
+    while (message := requests.get())["kind"] != "close":
+        if message["kind"] == "estimate":
+            try:
+                found = trials.estimate_sample()
+                reply({"kind": "estimate", "estimate": None if found is None else dataclasses.asdict(found)})
+            except BaseException as error:  # noqa: BLE001 - the same boundary
+                reply(_failure(error, options["target"]))
+                return
+            continue
+        request = TrialRequest(message["micro_batch"], message["timed_steps"], message["record_allocations"])
+        try:
+            result = trials.run(request)
+        except BaseException as error:  # noqa: BLE001 - the same boundary
+            diagnosis = oom.diagnose(error)
+            if not diagnosis.is_memory:
+                reply(_failure(error, options["target"]))
+                return
+            # Out of memory where the trial did not expect it: the size is answered, but this process is not to be
+            # trusted with another.
+            detail, requested = diagnosis.detail, diagnosis.requested_bytes
+            result = TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY, requested_bytes=requested, detail=detail)
+            reply({"kind": "result", "result": pack_result(result), "worker_ends": True})
+            return
+        reply({"kind": "result", "result": pack_result(result), "worker_ends": False})
+    # Trials are not closed: there is nothing to put back in a process that ends here.
+
+
+def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
+    """Load the target, call it, and open the trials of what it returns; with what `_serve` tells of them."""
+    target = options["target"]
+    notes: list[str] = []
+    build = load_target(options)
+    _limit_devices(target, options["memory_limit_bytes"])
+    variant = Variant(**options["variant"])
+    precision = variant.precision or options["precision"]
+    if precision is not None:
+        needed_keras().config.set_dtype_policy(precision)
+    with contextlib.ExitStack() as stack:
+        if options["strategy"] is not None:
+            import tensorflow as tf
+
+            stack.enter_context(tf.distribute.MirroredStrategy().scope())
+        model, dataset, y, rematerialised = _build(options, variant, build)
+    module, _, function = options["opener"].partition(":")
+    open_trials = getattr(importlib.import_module(module), function)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AutobatchWarning)
+        trials: Trials = open_trials(
+            model,
+            dataset,
+            y,
+            target_batch=options["target_batch"],
+            memory_limit_bytes=options["memory_limit_bytes"],
+            headroom=options["headroom"],
+        )
+    notes += [str(warning.message) for warning in caught if issubclass(warning.category, AutobatchWarning)]
+    if variant.precision is not None:
+        variants.require_policy(model, variant.precision)
+    elif precision not in (None, trials.environment.precision):
+        notes.append(f"Precision {precision} was asked for, but {target} sets {trials.environment.precision} itself.")
+    return trials, _fingerprint(model), rematerialised, notes
+
+
+def _build(options: Message, variant: Variant, build: Callable[[], object]) -> tuple[Any, object, object, list[str]]:
+    """What the target returns, changed as the variant says, and the names of the layers that are rematerialised."""
+    names: list[str] = []
+    if variant.rematerialise:
+        (model, dataset, y), names = variants.rematerialised(
+            lambda: call_target(options["target"], build), variant.rematerialise
+        )
+    else:
+        model, dataset, y = call_target(options["target"], build)
+    if variant.slotless_optimizer:
+        variants.take_slots_away(model)
+    if variant.jit_compile is not None:
+        variants.set_jit(model, variant.jit_compile)
+    elif options["jit_compile"] is not None:
+        model.jit_compile = options["jit_compile"]
+    return model, dataset, y, names
+
+
+def _fingerprint(model: Any) -> str:
+    """The model's variables in short: equal for two models that are built alike."""
+    variables = [f"{tuple(v.shape)}:{v.dtype}:{v.trainable}" for v in getattr(model, "variables", ())]
+    digest = hashlib.sha256("\n".join(variables).encode()).hexdigest()[:8]
+    return f"{len(variables)} variables ({digest})"
+
+
+def _limit_devices(target: str, limit_bytes: int | None) -> None:
+    """Set what the environment cannot: the limit of a GPU, and that a failed allocation fails at once."""
+    if limit_bytes is not None:
+        if not arena.devices_started():
+            arena.limit_memory(limit_bytes)
+        elif sys.modules["tensorflow"].config.get_visible_devices("GPU"):
+            raise TargetError(
+                f"{target} starts TensorFlow's devices while its file is imported, before a GPU can be limited. "
+                "Make tensors and models inside the function."
+            )
+    if "tensorflow" in sys.modules:
+        arena.without_allocation_wait()
+
+
+def _failure(error: BaseException, target: str) -> Message:
+    """The message that tells the parent of ``error``."""
+    if isinstance(error, NoFeasibleBatchError):
+        sizes = {"needed_bytes": error.needed_bytes, "limit_bytes": error.limit_bytes}
+        return {"kind": "no_feasible_batch", "message": str(error), **sizes}
+    if isinstance(error, NotApplicableError):
+        return {"kind": "not_applicable", "message": str(error)}
+    diagnosis = oom.diagnose(error)
+    if diagnosis.is_memory:
+        return {"kind": "memory_error", "message": diagnosis.detail, "requested_bytes": diagnosis.requested_bytes}
+    # Raised in autobatch itself: a model or data that it cannot take. Further out it is the user's own error.
+    if isinstance(error, (AutobatchError, ValueError, TypeError)) and raised_here(error):
+        prefix = "" if isinstance(error, TargetError) else f"{target}: "
+        return {"kind": "target_error", "message": prefix + str(error)}
+    if isinstance(error, SystemExit):
+        message = f"{target} called sys.exit({error.code!r})"
+    else:
+        message = traceback.format_exception_only(type(error), error)[-1].strip()
+    return {"kind": "user_error", "message": message, "traceback": user_traceback(error)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

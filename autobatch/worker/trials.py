@@ -1,0 +1,347 @@
+"""Trials in a process of their own: the parent's side, which imports no TensorFlow.
+
+A worker is spawned with the limit's arena in its environment and imports the user's code once. Parent and worker speak
+over a pair of pipes of their own, in frames of JSON with a length in front, so that nothing the user's code prints can
+get between; what it prints goes to a file whose tail is read when the worker dies.
+
+However a worker ends - segmentation fault, abort, kill, hang - it is one trial's outcome if `memory.oom` says that it
+was memory, or if it was the time; the next trial then starts a new worker. Any other death is the user's to know about.
+The worker leads a process group, which is killed as a whole; it ends by itself when the parent is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+
+from autobatch.errors import NoFeasibleBatchError, NotApplicableError, TargetError, UserCodeError, WorkerError
+from autobatch.memory import arena, oom
+from autobatch.memory.visible_devices import visible_devices
+from autobatch.records import Environment, HostUse, Outcome, SampleEstimate, TrialRequest, TrialResult, Variant
+from autobatch.units import format_bytes, parse_bytes
+from autobatch.worker.messages import Message, unpack_environment, unpack_result
+from autobatch.worker.process import WorkerDied, WorkerLate, WorkerProcess, exit_words
+
+OPENER = "autobatch.opening:open_trials"
+"""What the worker calls with the user's model and data; it returns a ``trial.protocol.Trials``."""
+
+AS_IT_IS = Variant()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ready:
+    """What a worker tells once the model is built and its trials are open."""
+
+    environment: Environment
+    largest_useful: int | None
+    fixed_bytes_hint: int | None
+    model_name: str
+    warnings: tuple[str, ...]
+    host_uses: tuple[HostUse, ...]
+    fingerprint: str
+    content: str
+    rematerialised: tuple[str, ...]
+    replicas: int
+
+
+class WorkerTrials:
+    """The trials of one target, each run in a worker process; implements ``trial.protocol.Trials``.
+
+    Args:
+        target: ``file.py:function``, ``package.module:function`` or ``keras:Name``.
+        target_batch: the effective batch to plan for, None to look for the largest micro-batch.
+        memory_limit: what the worker's device may use, in bytes or as text; None for what there is.
+        headroom: share of the limit to be kept free.
+        trial_timeout_seconds: how long building the model, and one trial, may take; None for ever.
+        device: "CPU", "GPU" or "GPU:1"; None for TensorFlow's own choice.
+        precision: a Keras dtype policy set before the target is called; None leaves it alone.
+        jit_compile: XLA on or off; None leaves the model as it was compiled.
+        variant: the model built or compiled in another way; goes before ``precision`` and ``jit_compile``.
+        input_shape, classes: of a ``keras:Name`` target.
+        strategy: "mirrored" calls the target under a MirroredStrategy over all devices; None leaves that to it.
+        opener: for tests, another ``module:function`` in place of :data:`OPENER`.
+
+    Raises:
+        TargetError: the target cannot be used.
+        UserCodeError: it failed, with its traceback.
+        NoFeasibleBatchError: there is not even room for the model.
+        WorkerError: no worker could be started, or two workers built different models.
+        NotApplicableError: the variant would change nothing, or cannot be made of this model.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        target_batch: int | None = None,
+        memory_limit: int | str | None = None,
+        headroom: float = 0.05,
+        trial_timeout_seconds: float | None = 600.0,
+        device: str | None = None,
+        precision: str | None = None,
+        jit_compile: bool | None = None,
+        variant: Variant = AS_IT_IS,
+        input_shape: tuple[int, ...] = (224, 224, 3),
+        classes: int = 1000,
+        strategy: str | None = None,
+        opener: str | None = None,
+    ) -> None:
+        if os.name != "posix":
+            raise WorkerError("Trials in a worker process need Linux or macOS. On Windows, run autobatch under WSL2.")
+        self._target = target
+        self._timeout_seconds = trial_timeout_seconds
+        self._limit_bytes = None if memory_limit is None else parse_bytes(memory_limit)
+        self._environment = _worker_environment(self._limit_bytes, device)
+        self._open_message = {
+            "kind": "open",
+            "target": target,
+            "opener": opener or OPENER,
+            "target_batch": target_batch,
+            "memory_limit_bytes": self._limit_bytes,
+            "headroom": headroom,
+            "precision": precision,
+            "jit_compile": jit_compile,
+            "variant": dataclasses.asdict(variant),
+            "input_shape": list(input_shape),
+            "classes": classes,
+            "strategy": strategy,
+        }
+        self._process: WorkerProcess | None = None
+        self._ready = self._start()
+
+    @property
+    def replicas(self) -> int:
+        return self._ready.replicas
+
+    @property
+    def environment(self) -> Environment:
+        return self._ready.environment
+
+    @property
+    def largest_useful(self) -> int | None:
+        return self._ready.largest_useful
+
+    @property
+    def fixed_bytes_hint(self) -> int | None:
+        return self._ready.fixed_bytes_hint
+
+    @property
+    def model_name(self) -> str:
+        return self._ready.model_name
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self._ready.warnings
+
+    @property
+    def host_uses(self) -> tuple[HostUse, ...]:
+        return self._ready.host_uses
+
+    @property
+    def content(self) -> str:
+        return self._ready.content
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's variables in short: equal for two models that are built alike."""
+        return self._ready.fingerprint
+
+    @property
+    def rematerialised(self) -> tuple[str, ...]:
+        """The names of the layers that the variant rematerialises."""
+        return self._ready.rematerialised
+
+    def estimate_sample(self) -> SampleEstimate | None:
+        """See ``trial.protocol.Trials``; None as well where the worker did not live to tell: a trial will say why."""
+        if self._process is None:
+            self._restart()
+        assert self._process is not None
+        try:
+            self._process.send({"kind": "estimate"})
+            message = self._process.receive(self._deadline())
+        except (WorkerLate, WorkerDied):
+            self.kill()
+            return None
+        except BaseException:
+            self.kill()
+            raise
+        if message["kind"] != "estimate":
+            self._raise(message)
+        fields = message["estimate"]
+        return None if fields is None else SampleEstimate(**fields)
+
+    def run(self, request: TrialRequest) -> TrialResult:
+        """Run one size; see ``trial.protocol.Trials``."""
+        if self._process is None:
+            self._restart()
+        process = self._process
+        assert process is not None
+        try:
+            process.send({"kind": "trial", **dataclasses.asdict(request)})
+            message = process.receive(self._deadline())
+        except WorkerLate:
+            self.kill()
+            detail = f"did not finish within {self._timeout_seconds:g} s; the worker was ended"
+            return TrialResult(request.micro_batch, Outcome.TIMED_OUT, detail=detail)
+        except WorkerDied as death:
+            return self._outcome_of_death(request, process, death.returncode)
+        except BaseException:
+            self.kill()  # an interrupt, above all: its reply would be taken for the next trial's
+            raise
+        if message["kind"] != "result":
+            self._raise(message)
+        if message["worker_ends"]:
+            self.kill()
+        return unpack_result(message["result"])
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def kill(self) -> None:
+        """End the worker and all that it has started, without waiting for its exit hooks."""
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def __enter__(self) -> WorkerTrials:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.kill()
+
+    def _deadline(self) -> float | None:
+        return None if self._timeout_seconds is None else time.monotonic() + self._timeout_seconds
+
+    def _start(self) -> _Ready:
+        """A new worker, once it has built the model."""
+        self._process = WorkerProcess(self._environment)
+        try:
+            return self._wait_until_ready(self._process)
+        except BaseException:  # an interrupt, too, must leave no worker behind
+            self.kill()
+            raise
+
+    def _wait_until_ready(self, process: WorkerProcess) -> _Ready:
+        deadline = self._deadline()
+        loading = False
+        try:
+            process.send(self._open_message)
+            while (message := process.receive(deadline))["kind"] == "loading":
+                loading = True
+        except WorkerLate:
+            raise UserCodeError(
+                f"{self._target} was not ready for its first trial after {self._timeout_seconds:g} s. "
+                "If it only needs longer, raise the timeout.",
+                traceback_text=process.stack_and_log(),
+            ) from None
+        except WorkerDied as death:
+            raise self._death_at_start(process, death.returncode, loading) from None
+        if message["kind"] != "ready":
+            self._raise(message)
+        return _Ready(
+            environment=unpack_environment(message["environment"]),
+            largest_useful=message["largest_useful"],
+            fixed_bytes_hint=message["fixed_bytes_hint"],
+            model_name=message["model_name"],
+            warnings=tuple(message["warnings"]),
+            host_uses=tuple(HostUse(name, held_bytes) for name, held_bytes in message["host_uses"]),
+            fingerprint=message["fingerprint"],
+            content=message["content"],
+            rematerialised=tuple(message["rematerialised"]),
+            replicas=message["replicas"],
+        )
+
+    def _restart(self) -> None:
+        """A new worker, which must build the same model as the first."""
+        ready = self._start()
+        if ready.fingerprint != self._ready.fingerprint:
+            self.kill()
+            raise WorkerError(
+                f"{self._target} does not build the same model each time: first {self._ready.fingerprint}, then "
+                f"{ready.fingerprint}. Trials of different models cannot be compared; make it deterministic."
+            )
+
+    def _death_at_start(self, process: WorkerProcess, returncode: int, loading: bool) -> Exception:
+        tail = process.log_tail()
+        if not loading:
+            return WorkerError(
+                f"The worker process ended before it did anything ({exit_words(returncode)}). It said:\n{tail.strip()}"
+            )
+        diagnosis = oom.diagnose_exit(returncode, tail, arena=self._has_arena)
+        if diagnosis.is_memory:
+            return self._model_does_not_fit(diagnosis.requested_bytes, diagnosis.detail)
+        return UserCodeError(
+            f"{self._target} ended its process while the model was built ({exit_words(returncode)}).",
+            traceback_text=tail,
+        )
+
+    def _outcome_of_death(self, request: TrialRequest, process: WorkerProcess, returncode: int) -> TrialResult:
+        tail = process.log_tail()
+        self.kill()
+        diagnosis = oom.diagnose_exit(returncode, tail, arena=self._has_arena)
+        if not diagnosis.is_memory:
+            raise UserCodeError(
+                f"The worker process ended in a trial of micro-batch {request.micro_batch} "
+                f"({exit_words(returncode)}), and not for want of memory: {diagnosis.detail}",
+                traceback_text=tail,
+            )
+        return TrialResult(
+            request.micro_batch,
+            Outcome.OUT_OF_MEMORY,
+            requested_bytes=diagnosis.requested_bytes,
+            detail=f"the worker process ended: {diagnosis.detail}",
+        )
+
+    def _model_does_not_fit(self, requested_bytes: int | None, detail: str) -> NoFeasibleBatchError:
+        limit = "" if self._limit_bytes is None else f" into the limit of {format_bytes(self._limit_bytes)}"
+        return NoFeasibleBatchError(
+            f"The model itself does not fit{limit}: memory ran out while it was built, before the first trial "
+            f"({detail}). Raise the memory limit or make the model smaller.",
+            needed_bytes=requested_bytes,
+            limit_bytes=self._limit_bytes,
+        )
+
+    def _raise(self, message: Message) -> None:
+        """Raise what a message of failure tells; the worker that sent it is done with."""
+        self.kill()
+        kind, text = message["kind"], message.get("message", "")
+        if kind == "target_error":
+            raise TargetError(text)
+        if kind == "not_applicable":
+            raise NotApplicableError(text)
+        if kind == "user_error":
+            raise UserCodeError(text, traceback_text=message["traceback"])
+        if kind == "memory_error":
+            raise self._model_does_not_fit(message["requested_bytes"], text)
+        if kind == "no_feasible_batch":
+            raise NoFeasibleBatchError(
+                text, needed_bytes=message["needed_bytes"], limit_bytes=message["limit_bytes"] or self._limit_bytes
+            )
+        raise WorkerError(f"The worker process sent a message of an unknown kind. Received: {kind!r}")
+
+    @property
+    def _has_arena(self) -> bool:
+        return self._limit_bytes is not None or arena.arena_limit_bytes("CPU:0") is not None
+
+
+def _worker_environment(limit_bytes: int | None, device: str | None) -> dict[str, str]:
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1", **os.environ}
+    # The worker must find this autobatch, wherever it was imported from; last, so that nothing of the user's is hidden.
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
+    if limit_bytes is not None:
+        environment |= arena.arena_environment(limit_bytes)
+    if device is not None:
+        environment |= visible_devices(device)
+    return environment

@@ -1,0 +1,112 @@
+"""A model built or compiled in another way, inside a worker: what :class:`autobatch.records.Variant` asks for.
+
+Each function changes what it says, or raises ``NotApplicableError`` where that would change nothing. Keras is imported
+when it is first needed.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from autobatch.errors import NotApplicableError
+
+_Built = tuple[Any, object, object]  # model, dataset, y
+
+
+def rematerialised(call: Callable[[], _Built], what: str) -> tuple[_Built, list[str]]:
+    """What ``call`` returns, made under ``keras.RematScope``, and the names of the layers that it covers.
+
+    The scope's mode "full" covers the model as well, which then fails in a compiled step; see
+    :func:`autobatch.seams.rematerialisation.rematerialisable_layers`. So the layers are named, once it is known which
+    there
+    are: Keras looks for a layer's name among them when the layer is called.
+    """
+    import keras
+
+    covered = _Names()
+    if what == "activations":
+        scope = keras.RematScope(mode="activations")
+    else:
+        scope = keras.RematScope(mode="list_of_layers", layer_names=covered)
+    with scope:
+        returned = call()
+
+    from autobatch.seams import rematerialisation
+
+    if what == "activations":
+        layers = rematerialisation.activated_layers(returned[0])
+    else:
+        layers = rematerialisation.rematerialisable_layers(returned[0])
+    covered.names = list(dict.fromkeys(layer.name for layer in layers))
+    if not covered.names:
+        raise NotApplicableError(_NO_ACTIVATION if what == "activations" else _NO_LAYER)
+    return returned, covered.names
+
+
+class _Names:
+    """Names that are known only later. A list would not do: Keras copies those that it keeps in a layer."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+
+_NO_LAYER = (
+    "TensorFlow's recompute_grad takes no keyword arguments in a compiled step, and every layer of the model gets "
+    "training or mask as one, or was made before the function was called"
+)
+_NO_ACTIVATION = "no layer of the model has an activation, or all were made before the function was called"
+
+
+def take_slots_away(model: Any) -> None:
+    """Replace the optimizer by SGD without momentum, with its learning rate, clipping and weight decay."""
+    import keras
+
+    from autobatch.seams.optimizers import optimizers_of
+
+    optimizers = optimizers_of(model)
+    outer = getattr(model, "optimizer", None)
+    if len(optimizers) != 1 or outer is not optimizers[0]:
+        raise NotApplicableError(
+            f"only a model with one optimizer, model.optimizer, can be tried; it has {len(optimizers)}"
+        )
+    inner = getattr(outer, "inner_optimizer", outer)
+    if type(inner) is keras.optimizers.SGD and not inner.momentum and not inner.use_ema:
+        raise NotApplicableError("the optimizer, SGD without momentum, has no slots")
+    plain = keras.optimizers.SGD(
+        float(inner.learning_rate),
+        weight_decay=inner.weight_decay,
+        clipnorm=inner.clipnorm,
+        clipvalue=inner.clipvalue,
+        global_clipnorm=inner.global_clipnorm,
+    )
+    model.optimizer = plain if outer is inner else keras.optimizers.LossScaleOptimizer(plain)
+    del optimizers, outer, inner
+    gc.collect()  # slots that were built already
+
+
+def set_jit(model: Any, jit_compile: bool) -> None:
+    """Turn XLA on or off where it has a say."""
+    if jit_compile and getattr(model, "run_eagerly", False):
+        raise NotApplicableError("the model runs eagerly (run_eagerly=True), and XLA compiles only what is traced")
+    model.jit_compile = jit_compile
+
+
+def layers_of(model: Any) -> list[Any]:
+    """A model, its layers, theirs, and so on."""
+    from autobatch.seams import models
+
+    return models.layers_of(model)
+
+
+def require_policy(model: Any, policy: str) -> None:
+    """Refuse a model none of whose layers took the global policy that was set before it was built."""
+    found = sorted({layer.dtype_policy.name for layer in layers_of(model) if layer.variables})
+    if found and policy not in found:
+        raise NotApplicableError(
+            f"the model's layers set their own dtype policy ({', '.join(found)}), so that the global one has no effect"
+        )

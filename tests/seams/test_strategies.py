@@ -1,0 +1,139 @@
+"""What is private in tf.distribute and in Keras's use of it is where :mod:`autobatch.seams.strategies` says."""
+
+from __future__ import annotations
+
+import keras
+import pytest
+import tensorflow as tf
+from keras.src.losses import loss as loss_module
+from models import arrays, classifier
+from tensorflow.python.eager import context
+
+import autobatch
+from autobatch.errors import WorkersDisagreeError
+from autobatch.memory import oom
+from autobatch.replicas.agreement import SingleProcess, agreement_for
+from autobatch.replicas.lockstep import Phase, together
+from autobatch.replicas.resume import FILE_NAME
+from autobatch.seams import losses, optimizers, strategies
+
+
+@pytest.fixture(scope="module")
+def mirrored():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        return strategy, classifier()
+
+
+def test_a_model_and_its_optimizer_know_their_strategy(mirrored):
+    strategy, model = mirrored
+    assert strategies.strategy_of(model) is strategy
+    assert model.optimizer._distribution_strategy is strategy
+    assert strategies.strategy_of(classifier()) is None
+    strategies.require_supported(model)
+    assert strategies.devices_of(strategy) == ("CPU:0",)
+    assert strategies.worker_of(strategy) == (0, 1)
+    assert isinstance(agreement_for(strategy), SingleProcess)
+
+
+def test_what_is_replaced_is_there_and_is_put_back(mirrored):
+    _, model = mirrored
+    scale = loss_module.scale_loss_for_distribution
+    with losses.losses_unscaled():
+        assert loss_module.scale_loss_for_distribution is not scale
+    assert loss_module.scale_loss_for_distribution is scale
+    assert callable(model.optimizer._all_reduce_sum_gradients)
+    with optimizers.gradients_already_reduced([model.optimizer]):
+        assert model.optimizer._all_reduce_sum_gradients([1]) == [1]
+    assert "_all_reduce_sum_gradients" not in model.optimizer.__dict__
+    with strategies.keras_on_one_device(model, lambda: {"loss": 3.0}):
+        assert model._distribute_strategy is None
+        assert model.get_metrics_result() == {"loss": 3.0}
+    assert strategies.strategy_of(model) is not None
+    assert "get_metrics_result" not in model.__dict__
+
+
+def test_tensorflows_context_has_what_watches_the_workers():
+    for name in ("abort_collective_ops", "check_collective_ops_peer_health"):
+        assert callable(getattr(context.context(), name))
+    tf.random.set_seed(5)
+    assert strategies.global_seed() == 5
+
+
+def test_backups_are_written_by_one_method(tmp_path):
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+    assert callable(backup._save_model)
+    strategies.never_write(backup)
+    backup.on_epoch_end(0)
+    backup.on_train_end()
+    assert not (tmp_path / "backup").exists()
+
+
+class Two(SingleProcess):
+    """An agreement with another worker that tells what it is given."""
+
+    count = 2
+
+    def __init__(self, change):
+        self.change = change
+
+    def tell(self, numbers, what):
+        import numpy as np
+
+        other = list(numbers)
+        self.change(other)
+        return np.asarray([numbers, other], "float64")
+
+
+def test_agreeing_adds_up_what_the_workers_gave():
+    told = together(Two(lambda other: None), lambda: [2.0, 3.0], Phase.COUNT, "update 1", {"micro-batch": 4.0})
+    assert told.diagnosis is None
+    assert told.rows.sum(axis=0).tolist() == [4.0, 6.0]
+
+
+def test_the_smallest_size_that_any_worker_holds_to_fit_wins():
+    def ran_out(other):
+        other[2], other[3], other[4] = 1.0, 7.0, 4096.0
+
+    told = together(Two(ran_out), lambda: [], Phase.UPDATE, "update 1", {"micro-batch": 9.0})
+    assert told.diagnosis.kind is oom.Kind.DEVICE
+    assert told.diagnosis.is_memory
+    assert told.diagnosis.requested_bytes == 4096
+    assert told.fitting_now == 7
+
+
+def test_what_must_be_the_same_is_compared_by_name():
+    def differ(other):
+        other[1] = 5.0
+
+    with pytest.raises(WorkersDisagreeError, match=r"differ in the micro-batch at update 1.*worker 0: 4, worker 1: 5"):
+        together(Two(differ), lambda: [], Phase.UPDATE, "update 1", {"micro-batch": 4.0})
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf")])
+def test_a_timeout_must_be_some_seconds(value):
+    with pytest.raises(ValueError, match="worker_timeout must be a number of seconds above 0"):
+        autobatch.fit(classifier(), *arrays(), target_batch=16, worker_timeout=value)
+
+
+def test_the_plan_is_kept_beside_a_backup_and_spares_the_next_search(tmp_path):
+    x, y = arrays()
+
+    class Die(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+
+    options = {"target_batch": 16, "epochs": 2, "verbose": 0, "shuffle": False}
+    with pytest.raises(KeyboardInterrupt):
+        autobatch.fit(classifier(), x, y, micro_batch=6, callbacks=[backup(), Die()], **options)
+    assert (tmp_path / "backup" / FILE_NAME).exists()
+    history = autobatch.fit(classifier(), x, y, callbacks=[backup()], **options)
+    assert history.epoch == [1]
+    assert history.plan.micro_batch == 6
+    assert history.report.trials == ()
+    assert "kept beside the backup" in history.report.stopped_because
+    assert not (tmp_path / "backup").exists()
