@@ -5,10 +5,12 @@ Importing this imports no TensorFlow; using it does.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autobatch import arguments, display
+from autobatch.opening import effective_batch, open_trials, require_compiled
 from autobatch.records import Report, TrialResult
 from autobatch.search import planning
 from autobatch.sizing.reports import say_what_differs, unsearched
@@ -17,10 +19,23 @@ from autobatch.sizing.search_trials import search_with as search_with  # the com
 if TYPE_CHECKING:
     import keras
 
-    from autobatch.train.wrapped_step import WrappedStep
-    from autobatch.training_history import TrainingHistory
+    from autobatch import training_history
+    from autobatch.train import wrapped_step
     from autobatch.trial.protocol import Trials
-from autobatch.opening import effective_batch, open_trials, require_compiled
+else:
+
+    class _OnUse:
+        """A module that is imported when a name of it is looked up, as ``typing.get_type_hints`` does."""
+
+        def __init__(self, module: str) -> None:
+            self._module = module
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(importlib.import_module(self._module), name)
+
+    keras = _OnUse("keras")
+    training_history = _OnUse("autobatch.training_history")
+    wrapped_step = _OnUse("autobatch.train.wrapped_step")
 
 
 def fit(
@@ -36,7 +51,7 @@ def fit(
     cache: bool = True,
     worker_timeout: float = 600.0,
     **fit_options: Any,
-) -> TrainingHistory:
+) -> training_history.TrainingHistory:
     """Train a compiled Keras model at an effective batch of ``target_batch``, in whatever memory there is.
 
     Args:
@@ -216,7 +231,7 @@ def wrap_step(
     headroom: float = 0.05,
     jit_compile: bool = False,
     cache: bool = True,
-) -> WrappedStep:
+) -> wrapped_step.WrappedStep:
     """Give a training loop of your own the search, the accumulation and the recovery of :func:`fit`.
 
     ``for batch in dataset: loss = step(batch)`` then makes one update a batch, of up to ``target_batch`` samples.

@@ -17,6 +17,7 @@ _FACTORS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_MOST_BYTES = 2**63 - 1  # what TensorFlow and the drivers count with
 _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -27,7 +28,7 @@ def parse_bytes(value: int | str, *, name: str = "memory_limit") -> int:
 
     Raises:
         TypeError: ``value`` is neither an int nor a str.
-        ValueError: it cannot be read, or is not above zero.
+        ValueError: it cannot be read, or is not above zero, or is more than any machine can count.
     """
     remedy = f'{name} is a number of bytes above 0, or text such as "512MiB" or "1.5GB".'
     if isinstance(value, bool) or not isinstance(value, (int, str)):
@@ -41,6 +42,8 @@ def parse_bytes(value: int | str, *, name: str = "memory_limit") -> int:
         if not math.isfinite(number):  # as with more digits than there are floats
             raise ValueError(f"{remedy} Received: {value!r}")
         size = int(number)
+    if size > _MOST_BYTES:
+        raise ValueError(f"{name} must be less than 8 EiB (2**63 bytes). Received: {value!r}")
     if size <= 0:
         raise ValueError(f"{remedy} Received: {value!r}")
     return size

@@ -36,6 +36,12 @@ def untouched():
         ({"target_batch": 8, "memory_limit": "lots"}, ValueError, "memory_limit.*Received: 'lots'"),
         ({"target_batch": 8, "memory_limit": 0}, ValueError, "memory_limit.*Received: 0"),
         ({"target_batch": 8, "memory_limit": -5}, ValueError, "memory_limit.*Received: -5"),
+        (
+            {"target_batch": 8, "memory_limit": 2**63},
+            ValueError,
+            "memory_limit must be less than 8 EiB.*Received: 9223",
+        ),
+        ({"target_batch": 8, "memory_limit": "9999999999TB"}, ValueError, "must be less than 8 EiB.*Received: '9999"),
         ({"target_batch": 8, "memory_limit": 1.5}, TypeError, "memory_limit.*Received: 1.5"),
         ({"target_batch": 8, "headroom": 1}, ValueError, "headroom.*Received: 1"),
         ({"target_batch": 8, "headroom": -0.1}, ValueError, "headroom.*Received: -0.1"),

@@ -21,8 +21,9 @@ _EXIT_CODES = """\
 exit codes:
   0    done
   1    not even one sample fits, or --fail-under was missed
-  2    the command line, or the TARGET that it names, cannot be used; no COMMAND was given
-  3    your own code failed; its traceback is on standard error
+  2    the command line, or its TARGET, cannot be used; no COMMAND was given
+  3    your own code failed, or a worker process did; what it said is on
+       standard error
   130  interrupted with Ctrl-C
 """
 
@@ -70,8 +71,8 @@ def _complain(message: str, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="autobatch",
-        description="Find the micro-batch that fits in memory and is fastest, and the accumulation that\na target "
-        "batch needs, for a Keras model.",
+        description="Find the micro-batch that fits in memory and is fastest, and the accumulation\n"
+        "that a target batch needs, for a Keras model.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 examples:
   autobatch report train.py:build --target-batch 256 --memory-limit 512MiB
-  autobatch report keras:ResNet50 --input 160,160,3 --format html --output report.html
+  autobatch report keras:ResNet50 --format html --output report.html
 """
 _PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64")
 
@@ -26,8 +26,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "report",
         help="find out by trials what fits, and print the sizing report",
-        description="Run training steps of TARGET in a worker process, find the micro-batch that fits and is\n"
-        "fastest, and print the sizing report.",
+        description="Run training steps of TARGET in a worker process, find the micro-batch that\n"
+        "fits and is fastest, and print the sizing report.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

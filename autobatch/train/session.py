@@ -85,6 +85,8 @@ def train(
             raise
         finally:
             step.release_accumulators()
+    if not isinstance(history, keras.callbacks.History):  # a fit of the user's own, which returns something else
+        history = getattr(model, "history", None)
     return TrainingHistory.of(history, plan=plan, report=report, recoveries=tuple(transaction.recoveries))
 
 

@@ -37,6 +37,14 @@ def test_the_options_of_a_report_stand_in_groups(capfd):
             assert re.search(r"(  |\n {10,})[\w\"(]", entry), f"{name}: no help text for {entry}"
 
 
+@pytest.mark.parametrize("command", [[], ["report"], ["show"], ["devices"], ["cache"], ["cache", "list"]])
+def test_the_help_fits_into_a_terminal_of_80_columns(command, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = _help_of(capfd, *command)
+    wide = [line for line in text.splitlines() if len(line) > 80]
+    assert [line for line in wide if not line.lstrip().startswith("[--")] == [], "but for what argparse cannot break"
+
+
 def test_the_examples_in_the_help_can_be_run(capfd, tmp_path, monkeypatch):
     lines = re.findall(r"^  (autobatch report .*)$", _help_of(capfd, "report").partition("examples:")[2], re.MULTILINE)
     assert len(lines) == 2

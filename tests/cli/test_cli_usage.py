@@ -80,6 +80,10 @@ def test_python_m_is_the_command():
         (["report", "x:y", "--memory-limit", "lots"], """or text such as "512MiB" or "1.5GB". Received: 'lots'"""),
         (["report", "x:y", "--memory-limit", "0"], "Received: '0'"),
         (["report", "x:y", "--memory-limit", "9" * 400], "is a number of bytes above 0"),
+        (
+            ["report", "x:y", "--memory-limit", "99999999TB"],
+            "must be less than 8 EiB (2**63 bytes). Received: '99999999TB'",
+        ),
         (["report", "x:y", "--memory-limit", "10"], "at least 1 MiB"),
         (["report", "x:y", "--memory-limit", "0%"], "a percentage is above 0"),
         (["report", "x:y", "--memory-limit", "101%"], "a percentage is above 0"),
