@@ -83,7 +83,7 @@ def serve(name: str) -> None:
     model = entry.build()
     x, y = entry.data()
     trials = opening.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
-    trials.step.prepare(whole=False)
+    trials.step.prepare()
     estimate = trials.estimate_sample()
     trials.run(TrialRequest(1, timed_steps=0))
     environment = trials.environment

@@ -24,6 +24,7 @@ from autobatch.averages import batch_statistics
 from autobatch.averages.batch_statistics import Kind, Statistic
 from autobatch.averages.recipes import Recipe, recipe_of, statistic_at
 from autobatch.graphs import linearity, writes
+from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.seams import strategies
 from autobatch.seams.variables import assignments_taken, has_own_call, moments_handled, statistics_of, update_statistics
 from autobatch.tensors.variables import components, unwrap
@@ -32,8 +33,9 @@ from autobatch.tensors.variables import components, unwrap
 class RunningAverages:
     """What the micro-steps of one model defer to the end of the update; nothing before one was traced or run."""
 
-    def __init__(self, owner: Any) -> None:
-        self._owner = owner
+    def __init__(self, model: Any, touched: TouchedVariables) -> None:
+        self._model = model
+        self._touched = touched
         self._traces: dict[int, _Trace | _Run] = {}
         """One for each replica."""
 
@@ -51,12 +53,12 @@ class RunningAverages:
 
     def _apart(self) -> set[int]:
         """The ids of variables that are always assigned at once."""
-        owners = [*self._owner.model.metrics, *self._owner.optimizers]
+        owners = [*self._model.metrics, *self._touched.optimizers]
         return {id(variable) for owner in owners for variable in owner.variables}
 
     def note_applied(self) -> None:
         """Note that the micro-step has come to an update."""
-        self._here.note_applied(self._owner.updated_variables)
+        self._here.note_applied(self._touched.updated_variables)
 
     @property
     def _here(self) -> _Trace | _Run:

@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 
 from autobatch.memory import limits
-from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.snapshots import InGraphSnapshot, Snapshot, SnapshotTaker
 from autobatch.tensors.variables import bytes_of
 
@@ -65,7 +65,7 @@ class Keeper:
         user_limit_bytes, headroom: as for ``fit``.
     """
 
-    def __init__(self, step: AccumulatedStep, device: str, *, user_limit_bytes: int | None, headroom: float) -> None:
+    def __init__(self, step: CompiledStep, device: str, *, user_limit_bytes: int | None, headroom: float) -> None:
         self._step = step
         self._device = device
         self._user_limit_bytes = user_limit_bytes

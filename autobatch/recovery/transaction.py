@@ -20,155 +20,19 @@ micro-batch would not make an update smaller.
 
 from __future__ import annotations
 
-import gc
-import logging
-from collections.abc import Callable, Iterable
 from typing import Any
 
-import tenacity
-
-from autobatch.errors import NoFeasibleBatchError, UpdateInterruptedError
-from autobatch.memory import limits, oom
-from autobatch.memory.other_users import explain_pressure
+from autobatch.errors import UpdateInterruptedError
 from autobatch.metrics.merged_logs import Logs
-from autobatch.records import MemoryModel, Recovery
-from autobatch.recovery.keeper import PROVEN_UPDATES, Keeper, Kept, SnapshotPlace
-from autobatch.recovery.micro_batch_policy import MicroBatchPolicy
+from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
+from autobatch.recovery.keeper import PROVEN_UPDATES, Kept, SnapshotPlace
 from autobatch.recovery.out_of_memory import CAUGHT
-from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.step.accumulated_step import AccumulatedStep
-from autobatch.tensors.batch_structure import count_samples
 from autobatch.tensors.snapshots import SnapshotTaker
-from autobatch.units import format_bytes
-
-logger = logging.getLogger("autobatch")
 
 
-class _RolledBackError(Exception):
-    """A step ran out of memory and was undone. It carries no traceback, which would keep the failed tensors alive."""
-
-    def __init__(
-        self,
-        micro_batch: int,
-        samples: int,
-        diagnosis: oom.Diagnosis,
-        *,
-        length_ratio: float = 1.0,
-        beside_copies: bool = False,
-    ) -> None:
-        super().__init__(diagnosis.detail)
-        self.micro_batch = micro_batch
-        self.samples = samples
-        self.diagnosis = diagnosis
-        self.length_ratio = length_ratio
-        self.beside_copies = beside_copies
-
-
-class Transaction:
-    """Runs the steps of one training so that running out of memory never spoils it.
-
-    Args:
-        step: the model's compiled steps.
-        micro_batch: the largest size to use, proven or chosen.
-        begin_at: the size to begin with, if that is another one.
-        effective_batch: samples in all updates but an epoch's last; None where batches may have any size.
-        device: TensorFlow's name of the device, such as "GPU:0".
-        memory_model: predicts the peak; picks the next size after a failure.
-        lengths: sizes the micro-batch by the length of the samples; None leaves it as it is.
-        keeper: that of the trials before, which knows what they found; None makes one.
-        user_limit_bytes, headroom: as for ``fit``.
-    """
-
-    def __init__(
-        self,
-        step: AccumulatedStep,
-        micro_batch: int,
-        *,
-        device: str,
-        begin_at: int | None = None,
-        effective_batch: int | None = None,
-        memory_model: MemoryModel | None = None,
-        lengths: LengthRule | None = None,
-        keeper: Keeper | None = None,
-        user_limit_bytes: int | None = None,
-        headroom: float = 0.0,
-    ) -> None:
-        self.recoveries: list[Recovery] = []
-        self.policy = MicroBatchPolicy(micro_batch, begin_at=begin_at)
-        self._validation_policy = MicroBatchPolicy(micro_batch, begin_at=begin_at)
-        self._step = step
-        self._keeper = keeper or Keeper(step, device, user_limit_bytes=user_limit_bytes, headroom=headroom)
-        self._good_updates = 0
-        self._evaluations: dict[str, AccumulatedStep] = {}
-        self._evaluation_recorders: dict[int, SnapshotTaker] = {}
-        self._device = device
-        self._effective_batch = effective_batch
-        self._memory_model = memory_model
-        self._lengths = lengths or LengthRule(step.structure, None)
-        self._user_limit_bytes = user_limit_bytes
-        self._headroom = headroom
-        self._updates = 0
-
-    def follow(self, before: Transaction) -> None:
-        """Go on where another transaction of the same training ended: its sizes, its recoveries, its updates."""
-        self.recoveries = before.recoveries
-        self.policy = before.policy
-        self._updates = before._updates
-        before._step.release_accumulators()
-
-    def train(self, data: Any) -> Logs:
-        """Make one update with an effective batch, whatever it takes.
-
-        Raises:
-            NoFeasibleBatchError: not even one sample fits; the model holds the last completed update.
-            UpdateInterruptedError: see this module's docstring.
-        """
-        logs = self._run(data, self._train_once, self.policy, "train")
-        self._updates += 1
-        self._good_updates += 1
-        before = self.policy.micro_batch
-        self.policy.succeeded(self._samples_here(count_samples(data)))
-        if self.policy.micro_batch > before:
-            self._good_updates = 0  # no update has been made beside so much yet
-        return logs
-
-    def evaluate(self, data: Any, element_spec: Any) -> Logs:
-        """Run ``test_step`` over one validation batch, of any size."""
-        key = repr(element_spec)
-        if key not in self._evaluations:
-            self._evaluations[key] = self._step.for_data(element_spec)
-        step = self._evaluations[key]
-        logs = self._run(
-            data, lambda data, samples: self._evaluate_once(step, data, samples), self._validation_policy, "validation"
-        )
-        self._validation_policy.succeeded(self._samples_here(count_samples(data)))
-        return logs
-
-    def _samples_here(self, samples: int) -> int:
-        """Of the samples of a step, those that are cut into micro-batches together."""
-        return samples
-
-    def _run(self, data: Any, once: Callable[[Any, int], Logs], policy: MicroBatchPolicy, phase: str) -> Logs:
-        samples = count_samples(data)
-        try:
-            return once(data, samples)
-        except _RolledBackError as first:
-            failure: _RolledBackError = first
-
-        def shrink(state: tenacity.RetryCallState) -> None:
-            error = state.outcome.exception() if state.outcome is not None else None
-            if isinstance(error, _RolledBackError):
-                self._shrink(policy, phase, error)
-
-        self._shrink(policy, phase, failure)
-        again = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_RolledBackError),
-            stop=tenacity.stop_never,  # _shrink ends it: sizes fall at every try, down to 1
-            wait=tenacity.wait_none(),  # the allocator has waited already
-            before_sleep=shrink,
-            reraise=True,
-        )
-        return again(once, data, samples)
+class Transaction(AbstractTransaction[AccumulatedStep]):
+    """Runs the steps of one training on one device so that running out of memory never spoils it."""
 
     def _train_once(self, data: Any, samples: int) -> Logs:
         micro_batch = self.policy.micro_batch
@@ -183,11 +47,13 @@ class Transaction:
             if step.prepare(whole=whole):
                 self._keeper.forget()
             kept = self._keeper.take(whole=whole, proven=self._good_updates >= PROVEN_UPDATES)
-            logs = step.plain(data) if whole else step.accumulate(data, micro_batch)
-            if not whole:
-                step.apply()
+            if whole:
+                logs = step.plain(data)
+            else:
+                step.accumulate(data, micro_batch)
+                logs = step.apply()
         except CAUGHT as error:
-            diagnosis = self._diagnose(error)
+            diagnosis = self.diagnose(error)
         else:
             return logs
         updating_beside = kept.weights_at if kept is not None and step.update_has_begun() else None
@@ -198,8 +64,8 @@ class Transaction:
                 "unusable now: load the last checkpoint, and use a smaller model, an optimizer with fewer slots, or a "
                 "device with more memory."
             )
-        self._roll_back(() if kept is None else (kept,))
-        raise _RolledBackError(
+        self.roll_back(() if kept is None else (kept,))
+        raise RolledBackError(
             step.train_divider.division(samples, micro_batch).larger,
             samples,
             diagnosis,
@@ -214,77 +80,9 @@ class Transaction:
             if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
                 self._evaluation_recorders[id(step)] = SnapshotTaker(step.changed_before_update)
             kept.append(Kept(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
-            return step.evaluate(data, micro_batch)
+            step.evaluate(data, micro_batch)
+            return step.evaluation_logs()
         except CAUGHT as error:
-            diagnosis = self._diagnose(error)
-        self._roll_back(kept)
-        raise _RolledBackError(step.test_divider.division(samples, micro_batch).larger, samples, diagnosis)
-
-    @staticmethod
-    def _diagnose(error: BaseException) -> oom.Diagnosis:
-        """Tell what ``error`` is; raise it again if it is not about memory, let go of its traceback if it is."""
-        diagnosis = oom.diagnose(error)
-        if not diagnosis.is_memory:
-            raise error
-        error.__traceback__ = None
-        return diagnosis
-
-    @staticmethod
-    def _roll_back(kept: Iterable[Kept]) -> None:
-        gc.collect()
-        for each in kept:
-            each.restore()
-
-    def _shrink(self, policy: MicroBatchPolicy, phase: str, failure: _RolledBackError) -> None:
-        before = failure.micro_batch
-        self._good_updates = 0
-        self._keeper.forget()
-        after = self._smaller(policy, failure)
-        if after is None:
-            limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes
-            raise NoFeasibleBatchError(
-                f"Not even one sample fits in memory any more ({failure.diagnosis.detail}; the limit now is "
-                f"{'unknown' if limit is None else format_bytes(limit)}). The model holds the last completed update. "
-                "Free memory on the device, make the samples smaller, or use a smaller model."
-                + "".join(f" {cause}" for cause in explain_pressure(self._device)),
-                needed_bytes=failure.diagnosis.requested_bytes,
-                limit_bytes=limit,
-            )
-        self.recoveries.append(Recovery(self._updates, phase, before, after, failure.diagnosis.detail))
-        steps = -(-failure.samples // after)
-        change = f"micro-batch {before} -> {after} ({steps} accumulation steps)"
-        if failure.beside_copies:
-            change = f"micro-batch {before} as before, without a copy of the weights on the device"
-        logger.warning(
-            "Out of memory in update %d, %s (%s): rolled back; %s; the same samples run again.",
-            self._updates,
-            phase,
-            failure.diagnosis.detail,
-            change,
-        )
-
-    def _smaller(self, policy: MicroBatchPolicy, failure: _RolledBackError) -> int | None:
-        """The size to run the same samples with again; None if one sample failed."""
-        before, ratio, samples = failure.micro_batch, failure.length_ratio, failure.samples
-        if failure.beside_copies:
-            self._keeper.ran_out_beside_copies = True
-            return before
-        if before > policy.micro_batch:  # more than was tried, of short samples: nothing is wrong with what was
-            self._lengths.failed(before / policy.micro_batch)
-            return self._lengths.sized(policy.micro_batch, ratio, samples)
-        if ratio <= 1:
-            return policy.failed(before, samples=samples, fitting_now=self._fitting_now())
-        if before <= 1:
-            return None
-        # What this size is at the length that was tried is what the policy counts in: several sizes may be this one.
-        smaller = policy.failed(policy.micro_batch, samples=samples, fitting_now=None)
-        while smaller is not None and min(samples, self._lengths.sized(smaller, ratio, samples)) >= before:
-            smaller = policy.shrink()
-        return None if smaller is None else min(samples, self._lengths.sized(smaller, ratio, samples))
-
-    def _fitting_now(self) -> int | None:
-        model = self._memory_model
-        limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes
-        if model is None or limit is None or model.per_sample_bytes <= 0:
-            return None
-        return int((limit * (1 - self._headroom) - model.fixed_bytes) // model.per_sample_bytes)
+            diagnosis = self.diagnose(error)
+        self.roll_back(kept)
+        raise RolledBackError(step.test_divider.division(samples, micro_batch).larger, samples, diagnosis)

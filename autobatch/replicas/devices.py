@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from autobatch.records import Plan
+from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.transaction import Transaction
 from autobatch.replicas import resume
 from autobatch.replicas.agreement import SingleProcess, agreement_for
@@ -16,6 +17,7 @@ from autobatch.replicas.transaction import ReplicatedTransaction
 from autobatch.replicas.trials import ReplicatedTrials
 from autobatch.seams import strategies
 from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.step.compiled_step import CompiledStep
 from autobatch.trial.live_trials import LiveTrials
 from autobatch.trial.worst_case import Data
 
@@ -28,16 +30,17 @@ def agree_for(model: Any, timeout_seconds: float | None = None) -> SingleProcess
 
 
 def open_transaction(
-    step: AccumulatedStep, micro_batch: int, *, agreement: SingleProcess, **options: Any
-) -> Transaction:
+    step: CompiledStep, micro_batch: int, *, agreement: SingleProcess, **options: Any
+) -> AnyTransaction:
     """The transaction for the steps of one device, or for those of several replicas."""
     if isinstance(step, ReplicatedStep):
         return ReplicatedTransaction(step, micro_batch, agreement=agreement, **options)
+    assert isinstance(step, AccumulatedStep)
     return Transaction(step, micro_batch, **options)
 
 
 def callbacks_for(
-    given: Any, plan: Plan, transaction: Transaction, *, model: Any, agreement: SingleProcess
+    given: Any, plan: Plan, transaction: AnyTransaction, *, model: Any, agreement: SingleProcess
 ) -> list[Any]:
     """What is to be added to a training's callbacks: see :mod:`autobatch.replicas.resume`."""
     strategy = strategies.strategy_of(model)
@@ -52,7 +55,7 @@ def remembered(
 
 
 @contextlib.contextmanager
-def in_fit(model: Any, transaction: Transaction) -> Iterator[None]:
+def in_fit(model: Any, transaction: AnyTransaction) -> Iterator[None]:
     """While this lasts, Keras's ``fit`` hands our data on as they are and reads no metrics of its own."""
     if not isinstance(transaction, ReplicatedTransaction):
         yield

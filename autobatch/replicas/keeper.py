@@ -12,11 +12,10 @@ from autobatch.tensors.variables import bytes_of
 class ReplicatedKeeper(Keeper):
     """Keeps the values of all replicas of this process: the weights on their devices, or nowhere."""
 
-    _step: ReplicatedStep
-
     def __init__(
         self, step: ReplicatedStep, agreement: SingleProcess, *, user_limit_bytes: int | None, headroom: float
     ):
+        self._devices = step.devices
         super().__init__(step, step.devices[0], user_limit_bytes=user_limit_bytes, headroom=headroom)
         self._agreement = agreement
 
@@ -30,10 +29,10 @@ class ReplicatedKeeper(Keeper):
     def _has_room(self) -> bool:
         """Whether each device has room for its copies and, at the same time, for the update itself."""
         weights = [bytes_of([variable]) for variable in self._step.model.trainable_variables]
-        copies_bytes = bytes_of(self._step.updated_variables) // len(self._step.devices)
+        copies_bytes = bytes_of(self._step.updated_variables) // len(self._devices)
         # The sums and what is reduced take the weights' size once more each, and the update its temporaries.
         each = copies_bytes + 4 * sum(weights) + 2 * max(weights, default=0)
-        for device in self._step.devices:
+        for device in self._devices:
             limit = limits.find_limit(device, self._user_limit_bytes).limit_bytes
             in_use = limits.bytes_in_use(device)
             if limit is not None and in_use is not None and in_use + each > limit * (1 - self._headroom):

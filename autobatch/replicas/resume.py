@@ -18,7 +18,7 @@ from typing import Any
 import keras
 
 from autobatch.records import Plan
-from autobatch.recovery.transaction import Transaction
+from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.replicas.agreement import SingleProcess
 from autobatch.replicas.chief_state import FromTheChief
 from autobatch.seams import strategies
@@ -70,7 +70,7 @@ def _read(path: Path, target_batch: int, replicas: int) -> Kept | None:
 class PlanBackup(keras.callbacks.Callback):  # type: ignore[misc]
     """Keeps the micro-batches in the backup's directory, for as long as that is there."""
 
-    def __init__(self, backup_dir: str, plan: Plan, transaction: Transaction) -> None:
+    def __init__(self, backup_dir: str, plan: Plan, transaction: AnyTransaction) -> None:
         super().__init__()
         self._path = Path(backup_dir) / FILE_NAME
         self._plan = plan
@@ -101,7 +101,7 @@ class PlanBackup(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 def callbacks_for(
-    given: Any, plan: Plan, transaction: Transaction, *, strategy: Any, agreement: SingleProcess
+    given: Any, plan: Plan, transaction: AnyTransaction, *, strategy: Any, agreement: SingleProcess
 ) -> list[Any]:
     """What is to be added to a training's callbacks."""
     added: list[Any] = []

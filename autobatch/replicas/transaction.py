@@ -19,10 +19,10 @@ import tensorflow as tf
 from autobatch.errors import UpdateInterruptedError, WorkerLostError
 from autobatch.memory import oom
 from autobatch.metrics.merged_logs import Logs
+from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
 from autobatch.recovery.keeper import Kept, SnapshotPlace
 from autobatch.recovery.micro_batch_policy import evened
 from autobatch.recovery.out_of_memory import CAUGHT
-from autobatch.recovery.transaction import Transaction, _RolledBackError
 from autobatch.replicas.agreement import SingleProcess
 from autobatch.replicas.keeper import ReplicatedKeeper
 from autobatch.replicas.lockstep import Phase, together
@@ -31,14 +31,12 @@ from autobatch.tensors.batch_structure import cut
 from autobatch.tensors.snapshots import SnapshotTaker
 
 
-class ReplicatedTransaction(Transaction):
+class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
     """Runs the steps of one training under a strategy. ``micro_batch`` is that of one replica.
 
     ``effective_batch`` and the samples of a step count all replicas of all workers; each worker is given all of them
     and takes its part.
     """
-
-    _step: ReplicatedStep
 
     def __init__(self, step: ReplicatedStep, micro_batch: int, *, agreement: SingleProcess, **options: Any) -> None:
         super().__init__(step, micro_batch, **options)
@@ -60,7 +58,7 @@ class ReplicatedTransaction(Transaction):
         kept: list[Kept] = []
 
         def begin() -> None:
-            if step.prepare(whole=False):
+            if step.prepare():
                 self._keeper.forget()
             kept.append(self._keeper.take(whole=False, proven=False))
 
@@ -69,7 +67,7 @@ class ReplicatedTransaction(Transaction):
         self._metric_logs = step.metric_logs
         return logs
 
-    def _evaluate_once(self, step: Any, data: Any, samples: int) -> Logs:
+    def _evaluate_once(self, step: ReplicatedStep, data: Any, samples: int) -> Logs:
         micro_batch = self._validation_policy.micro_batch
         kept: list[Kept] = []
 
@@ -100,7 +98,7 @@ class ReplicatedTransaction(Transaction):
         Denominators that depend on the data are agreed on first; whether there are any, the first trace tells.
 
         Raises:
-            _RolledBackError: memory ran out on some worker; all are as before.
+            RolledBackError: memory ran out on some worker; all are as before.
         """
         part, mark = self._part(step, data, samples)
         head = {
@@ -134,9 +132,9 @@ class ReplicatedTransaction(Transaction):
                 if not step.counts_needed:
                     self._without_counts.add(id(step))
                 self._together(lambda: work(totals), moment, head)
-        except _RolledBackError as failure:
-            self._roll_back(kept)
-            raise _RolledBackError(micro_batch, largest, failure.diagnosis) from None
+        except RolledBackError as failure:
+            self.roll_back(kept)
+            raise RolledBackError(micro_batch, largest, failure.diagnosis) from None
         return micro_batch
 
     def _update(self, kept: list[Kept], local: int, samples: int) -> Logs:
@@ -157,10 +155,10 @@ class ReplicatedTransaction(Transaction):
                 "their gradients. The weights are unusable now: load the last checkpoint, and use a smaller model, an "
                 "optimizer with fewer slots, or devices with more memory."
             )
-        self._roll_back(kept)
-        raise _RolledBackError(local, self._samples_here(samples), diagnosis)
+        self.roll_back(kept)
+        raise RolledBackError(local, self._samples_here(samples), diagnosis)
 
-    def _part(self, step: Any, data: Any, samples: int) -> tuple[Any, float]:
+    def _part(self, step: ReplicatedStep, data: Any, samples: int) -> tuple[Any, float]:
         """This worker's samples of an effective batch, and a mark by which to tell it from others."""
         leaves = step.structure.leaves(data)
         if self._agreement.count == 1:
@@ -177,13 +175,13 @@ class ReplicatedTransaction(Transaction):
         """Do this worker's part; return the sums over the workers of what it gave.
 
         Raises:
-            _RolledBackError: memory ran out on some worker.
+            RolledBackError: memory ran out on some worker.
         """
         what = f"{'validation after ' if moment is Phase.EVALUATION else ''}update {self._updates}"
         told = together(self._agreement, work, moment, what, same, fitting_now=super()._fitting_now)
         if told.diagnosis is not None:
             self._fitting_agreed = told.fitting_now
-            raise _RolledBackError(0, 0, told.diagnosis)
+            raise RolledBackError(0, 0, told.diagnosis)
         return [float(number) for number in told.rows.sum(axis=0)]
 
     def _fitting_now(self) -> int | None:

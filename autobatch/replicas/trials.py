@@ -124,7 +124,7 @@ class ReplicatedTrials(LiveTrials):
         micro_batch, here = request.micro_batch, len(self._devices)
 
         def first_two() -> float:
-            self.step.prepare(whole=False)
+            self.step.prepare()
             self._save()
             self._pipeline.hold(2 * micro_batch * here, self.step.traced.held_sample_bytes)
             for device in self._devices:

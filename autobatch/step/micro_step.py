@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -14,6 +14,7 @@ from autobatch.differences import rules
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs import draws
 from autobatch.graphs.sample_flow import SampleFlow
+from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.graphs.writes import written_variables
 from autobatch.losses.eager_terms import EagerTerms
 from autobatch.losses.loss_terms import LossTerms
@@ -25,35 +26,68 @@ from autobatch.metrics.results import MetricResults
 from autobatch.metrics.whole_batch import HeldUpdates
 from autobatch.seams import functions, losses, metrics, models
 from autobatch.seams.gradients import gradients_weighed, without_gradients
-from autobatch.seams.optimizers import capture_apply
+from autobatch.seams.optimizers import ApplyHandler, capture_apply
 from autobatch.step.attributes import attributes_kept
 from autobatch.step.division import Division
-from autobatch.tensors.batch_structure import cut, sample_count
-from autobatch.tensors.snapshots import InGraphSnapshot
-from autobatch.tensors.variables import components
-
-if TYPE_CHECKING:
-    from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.step.micro_batch_loop import loop
+from autobatch.tensors.batch_structure import Structure, cut, sample_count
+from autobatch.tensors.snapshots import InGraphSnapshot
 
 logger = logging.getLogger(__name__)
 
 
+class Sink(Protocol):
+    """What gradients are added to: :class:`autobatch.step.accumulators.Accumulators`, of one device or of several."""
+
+    @property
+    def variables(self) -> list[Any]:
+        """The sums."""
+
+    def expect(self, variables: Iterable[Any]) -> None:
+        """Make the sums of variables that are sure to get gradients."""
+
+    def capture(self, fraction: Any) -> ApplyHandler:
+        """Return what takes an optimizer's ``apply``."""
+
+    def settle(self) -> None:
+        """Let go of what was made and is not used."""
+
+
 class MicroStep:
-    """``train_step`` or ``test_step`` on one micro-batch; and how its logs become those of the effective batch."""
+    """``train_step`` or ``test_step`` on one micro-batch; and how its logs become those of the effective batch.
+
+    Args:
+        model: a compiled Keras model.
+        structure: that of the data.
+        step: the model's ``train_step`` or ``test_step``.
+        touched: learns the variables that a trace shows.
+        sink: takes the gradients; None in an evaluation.
+        findings: those of an earlier trace of the same step.
+        on_traced: is called when :attr:`findings` are complete; in eager code after every micro-batch.
+        most_samples: the most samples in an effective batch; None if nobody knows.
+    """
 
     def __init__(
         self,
-        owner: AccumulatedStep,
+        model: Any,
+        structure: Structure,
         step: Callable[[Any], Logs],
+        touched: TouchedVariables,
         *,
-        training: bool,
+        sink: Sink | None,
+        findings: TraceFindings | None = None,
+        on_traced: Callable[[], None] = lambda: None,
         most_samples: int | None = None,
     ) -> None:
-        self._owner = owner
+        self._model = model
+        self._structure = structure
         self._step = models.untraced(step)
-        self._training = training
-        self.averages = RunningAverages(owner)
+        self._touched = touched
+        self._sink = sink
+        self._on_traced = on_traced
+        self.findings = findings or TraceFindings()
+        """What the last trace of a training step has shown."""
+        self.averages = RunningAverages(model, touched)
         """What is assigned once an update; nothing in an evaluation."""
         self._compiled: Callable[..., tuple[Logs, list[Any], Any]] = self._run_averaging
         self._count_compiled: Callable[..., Any] = self._run_counting
@@ -62,7 +96,7 @@ class MicroStep:
         self._learnt: TraceFindings | None = None
         """What a trace has shown of a step that runs eagerly; None where it was not traced, or is."""
         self.logs = MergedLogs()
-        self._held = EagerUpdates() if owner.model.run_eagerly else HeldUpdates(most_samples)
+        self._held = EagerUpdates() if model.run_eagerly else HeldUpdates(most_samples)
         self._count_length: int | None = None
         self.graph: tf.Graph | None = None
         """What was traced; None before, and where the step runs eagerly."""
@@ -87,25 +121,26 @@ class MicroStep:
 
     def trace(self) -> None:
         """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
-        owner = self._owner
-        specs = owner.structure.specs
-        if self._training and len(owner.optimizers) == 1:
+        model, sink, specs = self._model, self._sink, self._structure.specs
+        if sink is not None and len(self._touched.optimizers) == 1:
             # A tf.function that creates variables while it is traced is traced a second time.
-            for variable in owner.model.trainable_variables:
-                owner.accumulator_for(variable)
+            sink.expect(model.trainable_variables)
         signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
         self._compiled = tf.function(
-            self._run_averaging, autograph=False, jit_compile=bool(owner.model.jit_compile), input_signature=signature
+            self._run_averaging, autograph=False, jit_compile=bool(model.jit_compile), input_signature=signature
         )
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
         self.logs.note_structure(concrete.structured_outputs[0])
         self.graph = concrete.graph
-        owner.watch(concrete, micro_step=True)
-        owner.drop_unused_accumulators(self._training)
-        if owner.model.jit_compile:
+        self._touched.note_graph(concrete.graph)
+        self._touched.note_written(concrete.graph)
+        if sink is not None:
+            sink.settle()
+        if model.jit_compile:
             # A step compiled by XLA that runs out of memory frees the buffers of the variables that it writes, although
             # they stay the variables', unless there is a second reference (TensorFlow 2.21 on a CPU).
-            written = written_variables(concrete.graph, [*owner.variables, *owner.accumulators])
+            sums = [] if sink is None else sink.variables
+            written = written_variables(concrete.graph, [*self._touched.variables, *sums])
             self._second_references = InGraphSnapshot(written)
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
         if self._count_length:
@@ -113,7 +148,7 @@ class MicroStep:
             self._count_compiled.get_concrete_function()  # type: ignore[attr-defined]
             if self._count_length != expected:
                 raise ValueError(
-                    f"{type(owner.model).__name__} does not compute the same losses each time that it is traced, so "
+                    f"{type(model).__name__} does not compute the same losses each time that it is traced, so "
                     "that their denominators cannot be counted beforehand. Let what it computes depend on its inputs "
                     f"alone, not on what earlier calls have left behind. Received: {expected} denominators, then "
                     f"{self._count_length}"
@@ -125,8 +160,8 @@ class MicroStep:
         What the user's code keeps of it in the model's attributes is put back. Code that cannot be traced tells
         nothing.
         """
-        owner = self._owner
-        if not rules.has_code_of_its_own(owner.model) or not models.is_built(owner.model):
+        model = self._model
+        if not rules.has_code_of_its_own(model) or not models.is_built(model):
             return  # what is made in a trace that fails would stay without a value
         traced = TraceFindings()
 
@@ -135,14 +170,14 @@ class MicroStep:
             results = MetricResults()
             with (
                 functions.functions_inlined(),
-                capture_apply(owner.optimizers, lambda *_: None),
+                capture_apply(self._touched.optimizers, lambda *_: None),
                 losses.intercept_reductions(normalizer),
                 metrics.single_numbers_weighed(fraction, _ignored, terms.weighed),
                 metrics.noting_results(results.note),
                 gradients_weighed(terms.gradient, traced.note_differentiated),
                 losses.added_losses_noted(traced.note_added_loss),
             ):
-                logs = self._step(owner.structure.pack(leaves))
+                logs = self._step(self._structure.pack(leaves))
             batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
             kinds = kinds_of(logs, results, batch, terms)
             terms.weighed_logs(logs, kinds)
@@ -152,9 +187,9 @@ class MicroStep:
             self._count_length = normalizer.totals.length - terms.counted
             return leaves[0]
 
-        signature = [owner.structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
+        signature = [self._structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
         try:
-            with attributes_kept(owner.model) as changed:
+            with attributes_kept(model) as changed:
                 tf.function(look, autograph=False, input_signature=signature).get_concrete_function()
         except Exception as error:  # noqa: BLE001 - it was written to run eagerly, and may need to
             logger.info("the step runs eagerly and cannot be traced: %r", error)
@@ -165,15 +200,14 @@ class MicroStep:
         if changed and not traced.untold:  # what it does may depend on what it counts
             traced.untold, traced.is_told = f"code that counts in {changed[0]}", False
         self._learnt = traced
-        if self._training:
-            owner.traced = traced
+        if self._sink is not None:
+            self.findings = traced
 
     def _run_averaging(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any], Any]:
         logs, held = self._run(leaves, fraction, totals)
         return logs, held, self.averages.statistics()
 
     def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any]]:
-        owner = self._owner
         traced = TraceFindings()
         normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
         results = MetricResults()
@@ -189,17 +223,17 @@ class MicroStep:
             gradients_weighed(terms.gradient, traced.note_differentiated),
             losses.added_losses_noted(traced.note_added_loss),
             self._noting_draws(traced),
-            self.averages.deferring(fraction, totals) if self._training else contextlib.nullcontext(),
+            self.averages.deferring(fraction, totals) if self._sink is not None else contextlib.nullcontext(),
         ):
-            logs = self._step(owner.structure.pack(leaves))
-        if self._training and owner.model.trainable_variables and not traced.applied:
+            logs = self._step(self._structure.pack(leaves))
+        if self._sink is not None and self._model.trainable_variables and not traced.applied:
             raise ValueError(
                 "train_step applied no Keras optimizer, so there are no gradients to accumulate. Give the gradients to "
                 "the apply or apply_gradients of a keras.optimizers.Optimizer; one that has an apply set on the "
                 "instance must be model.optimizer or an attribute of the model. "
-                f"Received: {type(owner.model).__name__}"
+                f"Received: {type(self._model).__name__}"
             )
-        if self._training:
+        if self._sink is not None:
             traced.averaged_apart = self.averages.named_in(traced.differentiated)
             traced.once_an_update = self.averages.variables
             traced.note_end(logs)
@@ -213,10 +247,10 @@ class MicroStep:
             traced.scalar_metrics = tuple(
                 name for name in dict.fromkeys(scalar_metrics) if name not in traced.updated_in_parts
             )
-            owner.traced = traced
-            owner.on_traced()
+            self.findings = traced
+            self._on_traced()
         batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
-        logs = self.logs.note(logs, results, batch, terms, components(owner.variables) if held else None)
+        logs = self.logs.note(logs, results, batch, terms, self._touched.variables if held else None)
         traced.loose_logs = self.logs.not_told if self._learnt is None else self._learnt.loose_logs
         self._count_length = normalizer.totals.length
         return logs, held
@@ -236,42 +270,40 @@ class MicroStep:
         return LossWeights(fraction, needed, terms), terms
 
     def _capturing(self, fraction: Any, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
-        if not self._training:
+        if self._sink is None:
             return contextlib.nullcontext()
-        add = self._owner.capture_into_accumulators(fraction)
+        add = self._sink.capture(fraction)
 
         def take(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
             traced.note_applied(optimizer, gradients, variables)
             self.averages.note_applied()
-            self._owner.update_room.note_gradients(gradients, variables)
             add(optimizer, gradients, variables)
 
-        return capture_apply(self._owner.optimizers, take)
+        return capture_apply(self._touched.optimizers, take)
 
     def _noting_draws(self, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
         """Note what draws random numbers: in a trace, and in the first micro-batch that runs eagerly."""
-        if not self._training:
+        if self._sink is None:
             return contextlib.nullcontext()
         if not tf.executing_eagerly():
             return draws.marked()
-        traced.draws = self._owner.traced.draws
+        traced.draws = self.findings.draws
         return draws.noted_eagerly(traced) if traced.draws is None else contextlib.nullcontext()
 
     def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
-        owner = self._owner
         normalizer, terms = self._weighing(Mode.COUNT, leaves, fraction, totals)
         results = MetricResults()
         with (
             functions.functions_inlined(),
-            capture_apply(owner.optimizers, lambda *_: None),
+            capture_apply(self._touched.optimizers, lambda *_: None),
             losses.intercept_reductions(normalizer),
-            models.discarding_assignments(owner.model),
+            models.discarding_assignments(self._model),
             metrics.single_numbers_weighed(fraction, _ignored, terms.weighed),
             metrics.noting_results(results.note),
             without_gradients(terms.gradient),
             self._held.holding(leaves, fraction, discard=True),
         ):
-            logs = self._step(owner.structure.pack(leaves))
+            logs = self._step(self._structure.pack(leaves))
         if not tf.executing_eagerly():
             terms.weighed_logs(logs, self.logs.kinds)
         counted = normalizer.totals.counted

@@ -12,13 +12,13 @@ import keras
 from autobatch.data.effective_batches import EffectiveBatches, EffectiveIterator
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
+from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.keeper import Keeper
 from autobatch.recovery.sample_lengths import LengthRule
-from autobatch.recovery.transaction import Transaction
 from autobatch.replicas import devices
 from autobatch.replicas.agreement import SingleProcess
 from autobatch.seams import models
-from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.step.compiled_step import CompiledStep
 from autobatch.training_history import TrainingHistory
 from autobatch.watch.memory_watch import ONCE_STEADY, MemoryWatch
 
@@ -27,7 +27,7 @@ def train(
     model: Any,
     batches: EffectiveBatches,
     *,
-    step: AccumulatedStep,
+    step: CompiledStep,
     report: Report,
     device: str,
     user_limit_bytes: int | None,
@@ -108,7 +108,7 @@ def _callback_list(model: Any, batches: EffectiveBatches, options: dict[str, Any
 
 
 @contextlib.contextmanager
-def _functions_replaced(model: Any, transaction: Transaction) -> Iterator[None]:
+def _functions_replaced(model: Any, transaction: AnyTransaction) -> Iterator[None]:
     """While this lasts, ``model.fit`` and ``model.evaluate`` run the transaction's steps.
 
     What a callback trains or tests on by itself, by ``train_on_batch``, ``test_on_batch`` or a ``fit`` of its own, goes

@@ -36,6 +36,7 @@ from autobatch.recovery.out_of_memory import CAUGHT
 from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.seams import models
 from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.snapshots import Snapshot
 from autobatch.tensors.variables import bytes_of
@@ -56,6 +57,7 @@ class LiveTrials:
     """
 
     replicas = 1
+    step: CompiledStep
 
     def __init__(
         self,
@@ -104,8 +106,13 @@ class LiveTrials:
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()
 
-    def _make_step(self, model: Any, element_spec: Any, effective_batch: int | None) -> AccumulatedStep:
+    def _make_step(self, model: Any, element_spec: Any, effective_batch: int | None) -> CompiledStep:
         return AccumulatedStep(model, element_spec, effective_batch=effective_batch)
+
+    @property
+    def _on_one_device(self) -> AccumulatedStep:
+        assert isinstance(self.step, AccumulatedStep)
+        return self.step
 
     def _make_keeper(self) -> Keeper:
         return Keeper(self.step, self.device, user_limit_bytes=self._user_limit_bytes, headroom=self._headroom)
@@ -150,7 +157,7 @@ class LiveTrials:
         Of a model that runs eagerly some of them show in the first step alone: they are said then.
         """
         try:
-            self.step.prepare(whole=False)
+            self.step.prepare()
         except CAUGHT as error:
             if not oom.diagnose(error).is_memory:
                 raise  # what ran out of memory here will again in the first step, which recovers
@@ -179,7 +186,7 @@ class LiveTrials:
         if self._model.run_eagerly:
             return None
         self.trace()
-        graph = self.step.micro_graph
+        graph = self._on_one_device.micro_graph
         return None if graph is None else sample_bytes.of_graph(graph)
 
     def _fixed_bytes(self) -> int:
@@ -243,14 +250,18 @@ class LiveTrials:
         )
 
     def _run(self, request: TrialRequest, whole: bool) -> TrialResult:
-        if self.step.prepare(whole=whole):
+        if self._on_one_device.prepare(whole=whole):
             self.keeper.forget()
         self._save()
         for_metrics = 0 if whole else self.step.traced.held_sample_bytes
         self._pipeline.hold(request.micro_batch * (1 if whole else 2), for_metrics)
         limits.reset_peak(self.device)
         held = limits.bytes_in_use(self.device)
-        timed = self._timing.of_plain_step(request) if whole else self._timing.of_accumulated_step(request)
+        timed = (
+            self._timing.of_plain_step(request, self._on_one_device.plain)
+            if whole
+            else self._timing.of_accumulated_step(request)
+        )
         peak = limits.peak_bytes(self.device)
         over = self._is_over(peak)
         if not over:
@@ -285,7 +296,7 @@ class LiveTrials:
         try:
             kept = self.keeper.take(whole=False, proven=True)
             if kept.weights_at is SnapshotPlace.DEVICE:
-                self._timing.seconds((lambda: self.step.plain(data)) if whole else self.step.apply)
+                self._timing.seconds((lambda: self._on_one_device.plain(data)) if whole else self.step.apply)
             kept.drop()
         except CAUGHT as error:
             if not oom.diagnose(error).is_memory:

@@ -14,7 +14,7 @@ from autobatch.memory import allocations, limits
 from autobatch.records import AllocationTrace, TrialRequest
 from autobatch.recovery.keeper import Keeper
 from autobatch.recovery.out_of_memory import CAUGHT
-from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.step.compiled_step import CompiledStep
 
 ENOUGH_SECONDS = 4.0
 """Once a trial's steps have taken this long, one timed repeat is precise enough."""
@@ -41,7 +41,7 @@ class Timing:
 
     def __init__(
         self,
-        step: AccumulatedStep,
+        step: CompiledStep,
         keeper: Keeper,
         batch_of: Callable[[int], Any],
         device: str,
@@ -55,13 +55,13 @@ class Timing:
         self._clock = clock
         self._has_accumulated = False
 
-    def of_plain_step(self, request: TrialRequest) -> Timed:
+    def of_plain_step(self, request: TrialRequest, plain: Callable[[Any], Any]) -> Timed:
         """Time Keras's own step on one micro-batch, which is the whole effective batch."""
         with self._recorded(request) as recorded, self._undone_under_xla():
             data = self._batch_of(request.micro_batch)
-            first = self.seconds(lambda: self._step.plain(data))
+            first = self.seconds(lambda: plain(data))
         repeats = request.timed_steps if first < ENOUGH_SECONDS else 1
-        steps = [self.seconds(lambda: self._step.plain(data)) for _ in range(max(1, repeats))]
+        steps = [self.seconds(lambda: plain(data)) for _ in range(max(1, repeats))]
         return Timed(first, statistics.median(steps), 0.0, None, recorded())
 
     @contextlib.contextmanager

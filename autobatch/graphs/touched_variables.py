@@ -1,4 +1,4 @@
-"""What the steps of one model touch: the optimizers that they apply, and the variables, as far as is known by now."""
+"""Track the optimizers and variables that a model's compiled steps use. Tracing adds to it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import tensorflow as tf
 from autobatch.graphs import writes
 from autobatch.seams import models
 from autobatch.seams.optimizers import optimizers_of
-from autobatch.tensors.variables import distinct
+from autobatch.tensors.variables import components, distinct
 
 
 class TouchedVariables:
-    """Knows what the model tells by itself, and what traces and steps have shown since."""
+    """The optimizers and variables of one model's steps: those known from the model, and those that traces have shown.
+
+    Of a variable that a strategy mirrors, each copy in this process counts.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self.optimizers = optimizers_of(model)
+        self._ignored: dict[int, Any] = {}
         self._in_graphs: dict[int, Any] = {}
         self._written: dict[int, Any] = {}
         self._updated: list[Any] = []
@@ -55,26 +59,42 @@ class TouchedVariables:
                 optimizer.build(variables)
         return found
 
+    def ignore(self, variables: Iterable[Any]) -> None:
+        """Take variables for a step's own means, which are no state of the model's."""
+        self._ignored.update((id(variable), variable) for variable in variables)
+
     def forget(self, variables: Iterable[Any]) -> None:
         """Let go of variables that there are no more."""
         for variable in variables:
-            self._in_graphs.pop(id(variable), None)
-            self._written.pop(id(variable), None)
+            for known in (self._ignored, self._in_graphs, self._written):
+                known.pop(id(variable), None)
+
+    def _of_the_model(self, variables: Iterable[Any]) -> list[Any]:
+        return [variable for variable in components(variables) if id(variable) not in self._ignored]
 
     @property
     def variables(self) -> list[Any]:
         """Every variable that a step traced so far can touch."""
         own = [*self._model.variables, *(variable for metric in self._model.metrics for variable in metric.variables)]
         own += [variable for optimizer in self.optimizers for variable in optimizer.variables]
-        return distinct([*own, *self._updated, *models.global_seed_variables(), *self._in_graphs.values()])
+        return self._of_the_model(
+            [*own, *self._updated, *models.global_seed_variables(), *self._in_graphs.values()],
+        )
 
     @property
     def updated_variables(self) -> list[Any]:
         """The variables that an optimizer's update changes: trainable weights and the optimizers' own."""
         own = [variable for optimizer in self.optimizers for variable in optimizer.variables]
-        return distinct([*self._model.trainable_variables, *self._updated, *own])
+        return components([*self._model.trainable_variables, *self._updated, *own])
 
     @property
     def written_variables(self) -> list[Any]:
         """The variables that :meth:`note_written` has found."""
-        return list(self._written.values())
+        return self._of_the_model(self._written.values())
+
+    @property
+    def changed_before_update(self) -> list[Any]:
+        """What a step can touch before its update or beside it: statistics, metrics, seeds, what a layer assigns."""
+        before = {id(variable) for variable in self.written_variables}
+        in_update = {id(variable) for variable in self.updated_variables} - before
+        return [variable for variable in self.variables if id(variable) not in in_update]

@@ -1,0 +1,223 @@
+"""Sums of the gradients of an update's micro-batches, on one device.
+
+Each variable that gets a gradient has one sum, of its own size. Of large embeddings' tables the rows are kept instead
+(:mod:`autobatch.step.embedding_rows`). Which of them there are is known once a micro-batch was traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from autobatch.graphs.touched_variables import TouchedVariables
+from autobatch.seams import models
+from autobatch.seams.optimizers import ApplyHandler
+from autobatch.step.embedding_rows import RowBuffer, tables_of
+from autobatch.step.gradient_sums import Shares, add_to
+from autobatch.tensors.batch_structure import Structure
+from autobatch.tensors.variables import bytes_of, distinct
+
+
+class Update(NamedTuple):
+    """One optimizer's update: the variables that it is applied to, and which of them got a gradient."""
+
+    optimizer: Any
+    variables: list[Any]
+    has_gradient: list[bool]
+
+    @property
+    def summed(self) -> list[Any]:
+        """The ``tf.Variable`` of each variable that got a gradient."""
+        pairs = zip(self.variables, self.has_gradient, strict=True)
+        return [_inner(variable) for variable, has_gradient in pairs if has_gradient]
+
+
+class Accumulators:
+    """The sums of one device.
+
+    Args:
+        model: a compiled Keras model.
+        structure: that of the data.
+        touched: is asked to ignore the sums.
+        note_update: is called with the optimizer, the gradients and the variables of each update in a trace.
+        most_samples: the most samples in an update; None keeps no rows.
+        device: where the sums are; None puts each beside its variable.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        structure: Structure,
+        touched: TouchedVariables,
+        note_update: Callable[[Any, list[Any], list[Any]], None],
+        *,
+        most_samples: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self._model = model
+        self._structure = structure
+        self._touched = touched
+        self._note_update = note_update
+        self._device = device
+        self._most_samples = most_samples
+        self._sums: dict[int, Any] = {}
+        self._rows: dict[int, RowBuffer] = {}
+        self.updates: list[Update] = []
+        """The updates of the trace or the eager run that was captured last."""
+
+    @property
+    def variables(self) -> list[Any]:
+        """The sums, in the order in which they were made; empty until a micro-batch was traced."""
+        return list(self._sums.values())
+
+    @property
+    def row_variables(self) -> list[Any]:
+        """The variables that rows are kept in."""
+        return [variable for buffer in self._rows.values() for variable in buffer.variables]
+
+    @property
+    def tables_kept_as_rows(self) -> set[int]:
+        """The ids of the tables whose rows are kept."""
+        return set(self._rows)
+
+    @property
+    def least_bytes(self) -> int:
+        """A lower bound on what the sums will take; known before anything is traced."""
+        return bytes_of(self._model.trainable_variables) - bytes_of(self._possible_tables())
+
+    def holds(self, samples: int) -> bool:
+        """Return True if there is room for an update of so many samples."""
+        return not self._rows or self._most_samples is None or samples <= self._most_samples
+
+    def expect(self, variables: Iterable[Any]) -> None:
+        """Make the sums of variables that are sure to get gradients, before anything is traced."""
+        for variable in variables:
+            self._sum_of(_inner(variable))
+
+    def expect_rows(self) -> None:
+        """Make buffers for the rows of every table that they may serve; they take no memory yet."""
+        for table in self._possible_tables():
+            buffer = self._rows[id(table)] = RowBuffer(table, _dtype_of_sum(table))
+            self._touched.ignore(buffer.variables)
+
+    def _possible_tables(self) -> list[Any]:
+        if self._most_samples is None or self._model.jit_compile or self._model.run_eagerly:
+            return []
+        return tables_of(models.layers_of(self._model))
+
+    def _sum_of(self, inner: Any) -> Any:
+        if id(inner) not in self._sums:
+            # Beside a buffer of rows it takes no memory before the trace shows which of the two is used.
+            beside_rows = id(inner) in self._rows
+            with tf.init_scope(), tf.device(self._device or inner.device):
+                self._sums[id(inner)] = tf.Variable(
+                    tf.zeros([0] if beside_rows else inner.shape, _dtype_of_sum(inner)),
+                    shape=tf.TensorShape(None) if beside_rows else None,
+                    trainable=False,
+                    name="autobatch_accumulator",
+                )
+            self._touched.ignore([self._sums[id(inner)]])
+        return self._sums[id(inner)]
+
+    def capture(self, fraction: Any) -> ApplyHandler:
+        """Return what takes an optimizer's ``apply``: it adds the gradients, times ``fraction``, to the sums."""
+        updates = self.updates = []
+
+        def add(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+            if any(optimizer is update.optimizer for update in updates):
+                raise ValueError(
+                    "train_step applies the same optimizer more than once, so that there is no single update to "
+                    "accumulate for. Apply it once with all gradients, or use one optimizer for each set of "
+                    f"variables. Received: {optimizer.name!r}"
+                )
+            self._note_update(optimizer, gradients, variables)
+            updates.append(Update(optimizer, variables, [gradient is not None for gradient in gradients]))
+            shares = Shares(fraction)
+            for variable, gradient in zip(variables, gradients, strict=True):
+                if gradient is not None:
+                    self._add(_inner(variable), gradient, shares)
+
+        return add
+
+    def _add(self, inner: Any, gradient: Any, shares: Shares) -> None:
+        accumulator = self._sum_of(inner)
+        buffer = self._rows.get(id(inner))
+        if buffer is not None and self._keeps_rows(buffer, gradient):
+            buffer.add(gradient, shares.of(accumulator.dtype)[0])
+        else:
+            add_to(accumulator, gradient, shares)
+
+    def _keeps_rows(self, buffer: RowBuffer, gradient: Any) -> bool:
+        if not isinstance(gradient, tf.IndexedSlices) or self._most_samples is None:
+            return False
+        return buffer.takes(gradient, self._structure, self._most_samples)
+
+    def settle(self) -> None:
+        """Let go of the sums of variables that got no gradient; choose between rows and a sum for each table."""
+        summed = {id(inner): inner for update in self.updates for inner in update.summed}
+        rows = {key: buffer for key, buffer in self._rows.items() if buffer.rows_per_sample is not None}
+        sums = {key: value for key, value in self._sums.items() if key in summed and key not in rows}
+        for buffer in rows.values():
+            assert self._most_samples is not None
+            buffer.reserve(self._most_samples)
+        for key in self._rows.keys() - rows.keys():
+            if key in sums:
+                sums[key].assign(tf.zeros(summed[key].shape, sums[key].dtype))
+        self._touched.forget(value for key, value in self._sums.items() if key not in sums)
+        self._touched.forget(each for key in self._rows.keys() - rows.keys() for each in self._rows[key].variables)
+        self._sums, self._rows = sums, rows
+
+    def zero(self, zero: Any) -> None:
+        """Set all sums to ``zero``, a float32 scalar that is not known beforehand, and forget all rows.
+
+        Of a constant zero TensorFlow would keep a copy of each shape.
+        """
+        for accumulator in self._sums.values():
+            accumulator.assign(tf.fill(tf.shape(accumulator), tf.cast(zero, accumulator.dtype)))
+        for buffer in self._rows.values():
+            buffer.clear()
+
+    def sums(self) -> dict[int, Any]:
+        """The values of the sums, by the id of the ``tf.Variable`` that each is the gradient of."""
+        return {key: accumulator.read_value() for key, accumulator in self._sums.items()}
+
+    def gradients_of(self, update: Update, sums: Mapping[int, Any] | None = None) -> list[Any]:
+        """The gradients of the effective batch for one update, None where a variable has none.
+
+        ``sums`` are used in place of the device's own, such as those of all replicas together.
+        """
+        pairs = zip(update.variables, update.has_gradient, strict=True)
+        return [self._gradient(_inner(each), sums) if has_gradient else None for each, has_gradient in pairs]
+
+    def _gradient(self, inner: Any, sums: Mapping[int, Any] | None) -> Any:
+        if id(inner) in self._rows:
+            return self._rows[id(inner)].gradient()
+        value = self._sums[id(inner)].read_value() if sums is None else sums[id(inner)]
+        value.set_shape(inner.shape)
+        return tf.cast(value, inner.dtype)
+
+    def release(self) -> None:
+        """Let go of the sums and their memory.
+
+        TensorFlow's registry of gradient functions keeps a traced update, and the buffers that it names, for the life
+        of the process; so the buffers are emptied first.
+        """
+        for accumulator in self._sums.values():
+            with tf.device(accumulator.device):
+                empty = tf.zeros([0], accumulator.dtype)
+            tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=empty)
+        for buffer in self._rows.values():
+            buffer.release()
+        self._touched.forget([*self._sums.values(), *self.row_variables])
+        self._sums, self._rows, self.updates = {}, {}, []
+
+
+def _inner(variable: Any) -> Any:
+    return distinct([variable])[0]
+
+
+def _dtype_of_sum(inner: Any) -> Any:
+    """Sums of 16-bit gradients are kept in 32 bits: else what a micro-batch adds is lost in what is there."""
+    return tf.float32 if inner.dtype.size < 4 else inner.dtype

@@ -1,0 +1,109 @@
+"""Keras's own step on a whole effective batch, as one micro-batch: nothing is accumulated.
+
+Its update begins when every gradient is there. What the step changes before is copied by the step itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.graphs.touched_variables import TouchedVariables
+from autobatch.graphs.writes import written_variables
+from autobatch.metrics.merged_logs import Logs
+from autobatch.seams import models
+from autobatch.seams.functions import functions_inlined
+from autobatch.seams.optimizers import apply_of, capture_apply
+from autobatch.step.update_room import UpdateReserve
+from autobatch.tensors.batch_structure import Structure
+from autobatch.tensors.functions import called_directly
+from autobatch.tensors.snapshots import InGraphSnapshot
+
+
+class WholeBatchStep:
+    """One model's compiled step; it is traced by :meth:`prepare`.
+
+    Args:
+        model: a compiled Keras model.
+        structure: that of the data.
+        touched: learns the variables that the trace shows.
+        reserve: makes sure of the update's memory.
+        note_update: is called with the optimizer, the gradients and the variables of each update in the trace.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        structure: Structure,
+        touched: TouchedVariables,
+        reserve: UpdateReserve,
+        note_update: Callable[[Any, list[Any], list[Any]], None],
+    ) -> None:
+        self._model = model
+        self._structure = structure
+        self._touched = touched
+        self._reserve = reserve
+        self._note_update = note_update
+        self._compiled: Callable[..., Logs] | None = None
+        self.copies: InGraphSnapshot | None = None
+        """Of what the step changes before its update; None where it runs eagerly."""
+
+    def prepare(self) -> bool:
+        """Trace the step if it was not traced; return True if it was now."""
+        missing = self._compiled is None
+        if missing:
+            self._compiled = self._trace()
+        return missing
+
+    def run(self, leaves: list[Any]) -> Logs:
+        """Run the step on all samples at once."""
+        if self.copies is not None:
+            self.copies.forget()
+        self.prepare()
+        assert self._compiled is not None
+        return self._compiled(leaves)
+
+    def has_not_reached_update(self) -> bool:
+        """Return True if the call that has just failed did so before any of its updates."""
+        return self.copies is not None and not self.copies.are_of_failed_call
+
+    def _trace(self) -> Callable[..., Logs]:
+        def update(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+            self._note_update(optimizer, gradients, variables)
+            present = [gradient for gradient in gradients if gradient is not None]
+            with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
+                held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
+                # XLA allocates all that a compiled step needs before anything runs, and writes nothing before its end.
+                with contextlib.nullcontext() if self._model.jit_compile else self._reserve.update_of(variables):
+                    apply_of(optimizer)(held, variables)
+
+        train_step = models.untraced(self._model.train_step)
+
+        def step(leaves: list[Any]) -> Logs:
+            with functions_inlined(), capture_apply(self._touched.optimizers, update):
+                return train_step(self._structure.pack(leaves))
+
+        if self._model.run_eagerly:
+            return step
+        inner = tf.function(
+            step, autograph=False, jit_compile=bool(self._model.jit_compile), input_signature=[self._structure.specs]
+        ).get_concrete_function()
+        self._touched.note_graph(inner.graph)
+        changed = written_variables(inner.graph, self._touched.changed_before_update)
+        self.copies = copies = InGraphSnapshot(changed)
+
+        def kept_step(leaves: list[Any]) -> Logs:
+            with tf.control_dependencies([self._reserve.note_begun(False), copies.keep()]):
+                return inner(leaves)
+
+        compiled = tf.function(kept_step, autograph=False, input_signature=[self._structure.specs])
+        call = called_directly(compiled)
+
+        def run(leaves: list[Any]) -> Logs:
+            with copies.around_call():
+                return call(leaves)
+
+        return run
