@@ -6,6 +6,7 @@ import inspect
 import operator
 from typing import Any
 
+from autobatch.types import Model
 from autobatch.units import parse_bytes
 
 
@@ -90,7 +91,7 @@ def cache(value: Any) -> bool:
     return value
 
 
-def require_fit_options(model: Any, options: dict[str, Any]) -> None:
+def require_fit_options(model: Model, options: dict[str, Any]) -> None:
     """Refuse options that this model's ``fit`` does not have, ``batch_size``, and what is given by another name here.
 
     Raises:

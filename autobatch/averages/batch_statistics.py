@@ -16,6 +16,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.types import Tensor
+
 
 class Kind(enum.Enum):
     """How two micro-batches' statistics make that of both."""
@@ -95,7 +97,7 @@ def _side_by_side(rows: list[Any]) -> Any:
     return rows[0] if len(rows) == 1 else tf.concat(rows, axis=0)
 
 
-def moments(weight: Any, mean: Any, variance: Any) -> Any:
+def moments(weight: Any, mean: Tensor, variance: Tensor) -> Any:
     """Weight, mean, and weighted variance of one micro-batch in one tensor; zeros where the weight is zero."""
     # The mean of nothing is no number.
     return tf.where(weight > 0, tf.stack([weight, mean, weight * variance]), tf.zeros([], mean.dtype))

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from autobatch.averages.batch_statistics import Kind, Statistic
 from autobatch.graphs import linearity, writes
+from autobatch.types import Operation, Tensor
 
 _REDUCTIONS = {
     "Mean": Kind.MOMENTS,
@@ -45,7 +46,7 @@ class Recipe:
         """Compute the value in the graph of now; ``known`` tells the statistics by the ids of the trace's tensors."""
         made = dict(known)
 
-        def tensor_of(tensor: Any) -> Any:
+        def tensor_of(tensor: Tensor) -> Any:
             if id(tensor) not in made:
                 operation = tensor.op
                 if operation.type == "Placeholder":
@@ -61,7 +62,7 @@ class Recipe:
         return tensor_of(self.value)
 
 
-def _copied(operation: Any, inputs: list[Any]) -> list[Any]:
+def _copied(operation: Operation, inputs: list[Any]) -> list[Any]:
     attributes = {name: value for name, value in operation.node_def.attr.items() if not name.startswith("_")}
     graph = tf.compat.v1.get_default_graph()
     dtypes = [output.dtype for output in operation.outputs]
@@ -103,14 +104,14 @@ def recipe_of(value: Any, statistic_of: Callable[[Any], Statistic | None]) -> Re
     return Recipe(value, tuple(statistics.values()), tuple(handles), tuple(readings))
 
 
-def _can_be_copied(operation: Any) -> bool:
+def _can_be_copied(operation: Operation) -> bool:
     calls = any(attribute.type in ("func", "list(func)") for attribute in operation.op_def.attr)
     sizes = operation.type in _SIZES and not all(each.shape.is_fully_defined() for each in operation.inputs)
     takes_variable = any(each.dtype == tf.resource for each in operation.inputs)
     return not (calls or sizes or takes_variable or operation.op_def.is_stateful)
 
 
-def statistic_at(tensor: Any, apart: Collection[int]) -> Statistic | None:
+def statistic_at(tensor: Tensor, apart: Collection[int]) -> Statistic | None:
     """The statistic of a batch that a tensor is by its operation; None if it is none, or may not be put together.
 
     ``apart`` are the ids of tensors that tell a micro-batch's share of the whole: what they scale is none of the data's
@@ -134,7 +135,7 @@ def _is_of_one_size(source: Any) -> bool:
     return source.shape.rank is None or source.shape.is_fully_defined()
 
 
-def _moments(tensor: Any, source: Any) -> Statistic:
+def _moments(tensor: Tensor, source: Any) -> Statistic:
     weight = tf.cast(tf.size(source, tf.int64), tf.float32) / max(1, tensor.shape.num_elements())
     found = _deviations(tensor.op)
     if found is None:
@@ -166,7 +167,7 @@ def _deviations(averaging: Any) -> tuple[Any, Any] | None:
     return (mean, values) if same else None
 
 
-def _count(tensor: Any) -> Statistic | None:
+def _count(tensor: Tensor) -> Statistic | None:
     """The number of samples, or of rows made of them, as a sum."""
     operation = tensor.op
     if operation.type == "StridedSlice":
@@ -204,7 +205,7 @@ def _is_scaled_or_compared(source: Any, apart: Collection[int]) -> bool:
     return linearity.comparing_operation(source) is not None
 
 
-def _is_a_size(tensor: Any) -> bool:
+def _is_a_size(tensor: Tensor) -> bool:
     """Whether a number is made of the sizes of tensors that are as large as the batch."""
     pending, seen = [tensor], set()
     while pending:
@@ -218,5 +219,5 @@ def _is_a_size(tensor: Any) -> bool:
     return False
 
 
-def _is_of_unknown_size(tensor: Any) -> bool:
+def _is_of_unknown_size(tensor: Tensor) -> bool:
     return not tensor.shape.is_fully_defined()

@@ -28,12 +28,13 @@ from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.seams import strategies
 from autobatch.seams.variables import assignments_taken, has_own_call, moments_handled, statistics_of, update_statistics
 from autobatch.tensors.variables import components, unwrap
+from autobatch.types import Layer, Model, Tensor, Variable
 
 
 class RunningAverages:
     """What the micro-steps of one model defer to the end of the update; nothing before one was traced or run."""
 
-    def __init__(self, model: Any, touched: TouchedVariables) -> None:
+    def __init__(self, model: Model, touched: TouchedVariables) -> None:
         self._model = model
         self._touched = touched
         self._traces: dict[int, _Trace | _Run] = {}
@@ -65,7 +66,7 @@ class RunningAverages:
         return self._traces[_replica()]
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         """The variables that are assigned once an update."""
         return [variable for trace in self._traces.values() for variable in trace.variables]
 
@@ -127,13 +128,13 @@ class _Pending:
     def __init__(self) -> None:
         self._values: dict[int, Any] = {}
 
-    def get(self, variable: Any) -> Any:
+    def get(self, variable: Variable) -> Any:
         return self._values.get(id(variable))
 
-    def set(self, variable: Any, value: Any) -> None:
+    def set(self, variable: Variable, value: Any) -> None:
         self._values[id(variable)] = value
 
-    def forget(self, variable: Any) -> None:
+    def forget(self, variable: Variable) -> None:
         self._values.pop(id(variable), None)
 
     def clear(self) -> None:
@@ -159,7 +160,7 @@ class _Trace:
         self._layout: batch_statistics.Layout = []
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         return [variable for variable, _ in self._recipes.values()]
 
     @property
@@ -167,13 +168,13 @@ class _Trace:
         found = {id(each): each for _, recipe in self._recipes.values() for each in recipe.statistics}
         return list(found.values())
 
-    def note_moments(self, layer: Any, inputs: Any, compute: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any]:
+    def note_moments(self, layer: Layer, inputs: Any, compute: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any]:
         weight, mean, variance = compute()
         statistic = Statistic(Kind.MOMENTS, (mean, variance), weight)
         self._known.update({id(mean): statistic, id(variance): statistic})
         return mean, variance
 
-    def take(self, variable: Any, value: Any) -> bool:
+    def take(self, variable: Variable, value: Any) -> bool:
         recipe = None
         # What a function of its own assigns, a branch say, cannot be told.
         if tf.compat.v1.get_default_graph() is self._graph and not _is_apart(variable, self._apart):
@@ -202,7 +203,7 @@ class _Trace:
         updated = [operation for operation in weights if id(operation) not in self._read_before]
         return None if updated and (len(updated) < len(weights) or recipe.statistics) else bool(updated)
 
-    def _statistic_of(self, tensor: Any) -> Statistic | None:
+    def _statistic_of(self, tensor: Tensor) -> Statistic | None:
         if id(tensor) not in self._known:
             statistic = statistic_at(tensor, self._shares)
             self._known[id(tensor)] = statistic
@@ -284,10 +285,10 @@ class _Run:
         """By the layer's id and the number of its call in the step."""
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         return []
 
-    def note_moments(self, layer: Any, inputs: Any, compute: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any]:
+    def note_moments(self, layer: Layer, inputs: Any, compute: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any]:
         weight, mean, variance = compute()
         if not has_own_call(layer):
             self._deferred.update(id(variable) for variable in statistics_of(layer))
@@ -296,7 +297,7 @@ class _Run:
             self._states[key] = layer, inputs.shape, batch_statistics.packed([statistic])[0]
         return mean, variance
 
-    def take(self, variable: Any, value: Any) -> bool:
+    def take(self, variable: Variable, value: Any) -> bool:
         if id(variable) not in self._deferred:
             return False
         self.pending.set(variable, value)
@@ -332,7 +333,7 @@ class _Run:
         pass
 
 
-def _is_apart(variable: Any, apart: set[int]) -> bool:
+def _is_apart(variable: Variable, apart: set[int]) -> bool:
     """Whether it is none of a layer's own: weights, seeds, and what metrics sum up, known to the model or not."""
     is_seed = "seed_generator_state" in str(variable.name)
     return variable.trainable or is_seed or variable.aggregation == "sum" or id(variable) in apart

@@ -17,6 +17,7 @@ import tensorflow as tf
 from autobatch.seams import data_adapters
 from autobatch.seams.data_adapters import DataAdapter
 from autobatch.tensors.batch_structure import row_sizes
+from autobatch.types import Tensor
 
 _PART_NAMES = ("x", "y", "sample_weight")
 
@@ -171,7 +172,7 @@ def longest_rows(parts: Any, most: int) -> Any | None:
     return np.argsort(-np.sum(sizes, axis=0), kind="stable")[:most]
 
 
-def _sizes(leaf: Any) -> Any:
+def _sizes(leaf: Tensor) -> Any:
     if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)) or tf.is_tensor(leaf):
         return row_sizes(leaf)
     if hasattr(leaf, "tocsr"):
@@ -184,7 +185,7 @@ def _sizes(leaf: Any) -> Any:
 def take_rows(parts: Any, rows: Any) -> Any:
     """The same structure of arrays, of these samples only."""
 
-    def take(leaf: Any) -> Any:
+    def take(leaf: Tensor) -> Any:
         if leaf is None:
             return None
         if hasattr(leaf, "iloc"):

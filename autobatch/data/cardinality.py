@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.seams import tf_data
+from autobatch.types import Dataset, ElementSpec
 
 Shape = Sequence["int | None"]
 
@@ -22,7 +23,7 @@ MAPS = ("Map", "ParallelMap", "Take", "Skip", "Repeat", "Shard")
 """What may change elements, but makes neither batches of samples nor samples of batches."""
 
 
-def is_of_samples(dataset: Any, input_shapes: Sequence[tuple[str, Shape]] = ()) -> bool:
+def is_of_samples(dataset: Dataset, input_shapes: Sequence[tuple[str, Shape]] = ()) -> bool:
     """Whether the dataset's elements are single samples rather than batches.
 
     The first of these that tells decides:
@@ -70,7 +71,7 @@ def _agree(one: Shape, other: Shape) -> bool:
     return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
 
 
-def _paired(element_spec: Any, input_shapes: Sequence[tuple[str, Shape]]) -> list[tuple[Any, Shape]]:
+def _paired(element_spec: ElementSpec, input_shapes: Sequence[tuple[str, Shape]]) -> list[tuple[Any, Shape]]:
     """The shapes of the inputs among an element's parts, each with that of the model's input that it goes to."""
     x = element_spec[0] if isinstance(element_spec, tuple) else element_spec
     if isinstance(x, dict) and all(name in x for name, _ in input_shapes):
@@ -86,7 +87,7 @@ def _paired(element_spec: Any, input_shapes: Sequence[tuple[str, Shape]]) -> lis
 # -- how many samples -------------------------------------------------------------------------------------------------
 
 
-def sample_cardinality(dataset: Any, *, trust_maps: bool = False) -> int | None:
+def sample_cardinality(dataset: Dataset, *, trust_maps: bool = False) -> int | None:
     """How many samples a dataset of batches has; None where tf.data does not tell without reading it, or it is endless.
 
     ``trust_maps`` supposes that a ``map`` over batches leaves the number of samples in each as it is, which nearly
@@ -118,18 +119,18 @@ def sample_cardinality(dataset: Any, *, trust_maps: bool = False) -> int | None:
     return None
 
 
-def is_endless(dataset: Any) -> bool:
+def is_endless(dataset: Dataset) -> bool:
     """Whether the dataset never ends, as far as tf.data can tell."""
     return bool(int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY)
 
 
-def behind(dataset: Any, kinds: Sequence[str]) -> Any:
+def behind(dataset: Dataset, kinds: Sequence[str]) -> Any:
     while tf_data.kind_of(dataset) in kinds and len(tf_data.inputs_of(dataset)) == 1:
         dataset = tf_data.inputs_of(dataset)[0]
     return dataset
 
 
-def samples_in_batch(dataset: Any) -> int | None:
+def samples_in_batch(dataset: Dataset) -> int | None:
     """The size of the batches that a ``batch`` makes; None for every other dataset, and where it is not constant."""
     if tf_data.kind_of(dataset) not in _BATCHES_OF_ONE_SIZE:
         return None
@@ -137,7 +138,7 @@ def samples_in_batch(dataset: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def samples_in_element(dataset: Any) -> int | None:
+def samples_in_element(dataset: Dataset) -> int | None:
     """The size of the batches that are a dataset's elements, as the ``batch`` that made them says."""
     return samples_in_batch(behind(dataset, (*ONE_FOR_ONE, *MAPS)))
 

@@ -27,6 +27,7 @@ from autobatch.records import HostUse
 from autobatch.seams import data_adapters, tf_data
 from autobatch.seams.data_adapters import DataAdapter
 from autobatch.tensors.batch_structure import Structure
+from autobatch.types import Dataset
 
 _BATCHES_UNDER_WAY = 1 + host_memory.AUTOTUNED_PREFETCH
 
@@ -346,7 +347,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self._inner.on_epoch_end()
 
 
-def _untuned(dataset: Any) -> Any:
+def _untuned(dataset: Dataset) -> Any:
     """A dataset over arrays without tf.data's tuner.
 
     There is nothing to tune in it but how many slices are cut at once, and on a few cores the tuner takes more of them

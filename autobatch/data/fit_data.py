@@ -12,12 +12,13 @@ from autobatch.data import arrays, cardinality
 from autobatch.data.effective_batches import EffectiveBatches
 from autobatch.seams import data_adapters
 from autobatch.step import supported
+from autobatch.types import Batch, Dataset, Model
 
 _DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
 
 
 def prepare_data(
-    model: Any, dataset: Any, y: Any, *, target_batch: int, options: dict[str, Any], only_look: bool = False
+    model: Model, dataset: Dataset, y: Any, *, target_batch: int, options: dict[str, Any], only_look: bool = False
 ) -> tuple[EffectiveBatches, dict[str, Any]]:
     """Turn ``fit``'s data and those of its options that concern data into effective batches.
 
@@ -53,7 +54,7 @@ def prepare_data(
     return batches, remaining
 
 
-def require_repeatable(dataset: Any) -> None:
+def require_repeatable(dataset: Dataset) -> None:
     """Refuse data that can be read only once where they are only looked at."""
     if isinstance(dataset, types.GeneratorType):
         raise ValueError(
@@ -63,7 +64,7 @@ def require_repeatable(dataset: Any) -> None:
         )
 
 
-def _unpack(dataset: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+def _unpack(dataset: Dataset, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
     """Accept ``(x, y)`` and ``(x, y, sample_weight)`` as one argument, as ``validation_data`` does in Keras."""
     if isinstance(dataset, tuple) and y is None and 1 <= len(dataset) <= 3:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(dataset)
@@ -76,7 +77,7 @@ def _unpack(dataset: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
     return dataset, y, sample_weight
 
 
-def _input_shapes(model: Any) -> list[tuple[str, Any]]:
+def _input_shapes(model: Model) -> list[tuple[str, Any]]:
     """Name and shape of each of the model's inputs, as far as they are known before it has seen data."""
     inputs = getattr(model, "inputs", None)
     if inputs:
@@ -89,7 +90,7 @@ def _input_shapes(model: Any) -> list[tuple[str, Any]]:
     return [("", tuple(shape))] if single and shape else []
 
 
-def _validation_data(data: Any, batch_size: int | None, target_batch: int, input_shapes: Any) -> Any:
+def _validation_data(data: Batch, batch_size: int | None, target_batch: int, input_shapes: Any) -> Any:
     """Validation data as Keras takes them: samples of a ``tf.data.Dataset`` in batches, mapped files read as needed."""
     if isinstance(data, tf.data.Dataset):
         is_of_samples = cardinality.is_of_samples(data, input_shapes)

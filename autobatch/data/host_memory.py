@@ -21,6 +21,7 @@ from autobatch.memory import limits
 from autobatch.records import HostUse, Limit
 from autobatch.seams import data_adapters, tf_data
 from autobatch.tensors.batch_structure import row_sizes, sample_count
+from autobatch.types import Batch, Dataset, ElementSpec, Tensor
 from autobatch.units import format_bytes
 
 AUTOTUNED_PREFETCH = 2
@@ -37,7 +38,7 @@ def uses_of_arrays(x: Any, y: Any, sample_weight: Any) -> tuple[HostUse, ...]:
     return tuple(uses)
 
 
-def _copied_bytes(leaf: Any) -> int:
+def _copied_bytes(leaf: Tensor) -> int:
     if tf.is_tensor(leaf) or isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)) or arrays.is_mapped(leaf):
         return 0
     if hasattr(leaf, "tocsr"):
@@ -54,7 +55,7 @@ def _item_bytes(array: Any) -> int:
     return floatx_bytes  # pandas' own and torch's types: numbers of about that size
 
 
-def uses_of_dataset(dataset: Any, *, sample_bytes: int) -> tuple[HostUse, ...]:
+def uses_of_dataset(dataset: Dataset, *, sample_bytes: int) -> tuple[HostUse, ...]:
     """What a dataset and those that it reads buffer: shuffles, caches in memory and prefetches, the last one first.
 
     Args:
@@ -84,7 +85,7 @@ def uses_of_dataset(dataset: Any, *, sample_bytes: int) -> tuple[HostUse, ...]:
     return tuple(uses)
 
 
-def _element_bytes(element_spec: Any, sample_bytes: int, rows: int) -> int:
+def _element_bytes(element_spec: ElementSpec, sample_bytes: int, rows: int) -> int:
     total = 0
     for spec in tf.nest.flatten(element_spec):
         shape = getattr(spec, "shape", None)
@@ -116,7 +117,7 @@ def uses_of_loader(loader: Any, *, sample_bytes: int, batch_samples: int | None)
     return ()
 
 
-def uses_of_validation(data: Any, *, sample_bytes: int) -> tuple[HostUse, ...]:
+def uses_of_validation(data: Batch, *, sample_bytes: int) -> tuple[HostUse, ...]:
     """What validation holds besides, as long as training lasts; the names begin with "validation".
 
     Args:
@@ -143,7 +144,7 @@ def fixed_bytes(spec: Any) -> int | None:
     return None if None in spec.shape[1:] else int(np.prod(spec.shape[1:], dtype=np.int64)) * int(spec.dtype.size)
 
 
-def mean_bytes(leaves: list[Any]) -> int:
+def mean_bytes(leaves: list[Tensor]) -> int:
     """What one sample of a batch takes, in bytes, on the average."""
     total = 0
     for leaf in leaves:

@@ -10,12 +10,13 @@ import tensorflow as tf
 
 from autobatch.records import HostUse
 from autobatch.tensors.batch_structure import Structure, is_missing
+from autobatch.types import Batch, ElementSpec
 
 
 class OneBatch:
     """A single effective batch, looked at by a search."""
 
-    def __init__(self, data: Any, samples: int) -> None:
+    def __init__(self, data: Batch, samples: int) -> None:
         self._data = data
         self.sample_limit = samples
         self.element_spec = element_spec_of(data)
@@ -34,7 +35,7 @@ class OneBatch:
         return self._data
 
 
-def element_spec_of(data: Any) -> Any:
+def element_spec_of(data: Batch) -> Any:
     """The type specs of a batch of tensors or arrays."""
     return tf.nest.map_structure(_spec_of, data)
 
@@ -64,7 +65,7 @@ def _described(spec: Any) -> str:
     return f"a {kind} of dtype {spec.dtype.name} and shape {tuple(spec.shape) if spec.shape.rank is not None else '?'}"
 
 
-def require_alike(element_spec: Any, batch: Any) -> None:
+def require_alike(element_spec: ElementSpec, batch: Batch) -> None:
     """Refuse a batch that the step, made for batches of ``element_spec``, cannot take. Sizes may differ.
 
     Raises:
@@ -94,7 +95,7 @@ def require_alike(element_spec: Any, batch: Any) -> None:
             raise ValueError(f"{name} {was}. {remedy} Received: {_described(part)}")
 
 
-def widened(element_spec: Any, batch: Any) -> Any:
+def widened(element_spec: ElementSpec, batch: Batch) -> Any:
     """``element_spec`` with every dimension left open in which ``batch`` differs; the same object if none does.
 
     Samples padded to the longest of each batch have another length in each.

@@ -12,6 +12,7 @@ import tensorflow as tf
 from autobatch.data.cardinality import MAPS, ONE_FOR_ONE, behind, is_endless, samples_in_batch
 from autobatch.seams import tf_data
 from autobatch.tensors.batch_structure import NONE_SPEC
+from autobatch.types import Dataset
 
 # -- cutting anew -----------------------------------------------------------------------------------------------------
 
@@ -24,7 +25,7 @@ class Rebatched:
     longest of an effective batch with what ``padded_batch`` padded them with, as far as the dataset shows it.
     """
 
-    def __init__(self, dataset: Any, target_batch: int) -> None:
+    def __init__(self, dataset: Dataset, target_batch: int) -> None:
         self.element_spec = dataset.element_spec
         self.pads = False
         self.dataset = _cut_before_padding(dataset, target_batch)
@@ -39,7 +40,7 @@ class Rebatched:
             self.dataset = self.dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
         self.dataset = self.dataset.prefetch(tf.data.AUTOTUNE)
 
-    def _cut(self, dataset: Any, target_batch: int) -> Any:
+    def _cut(self, dataset: Dataset, target_batch: int) -> Any:
         self.element_spec = dataset.element_spec
         specs = tf.nest.flatten(dataset.element_spec)
         varying = [_ragged_rank(spec) for spec in specs]
@@ -51,7 +52,7 @@ class Rebatched:
         self.element_spec = recut.element_spec
         return recut
 
-    def _pad_together(self, dataset: Any, target_batch: int, varying: list[int]) -> Any:
+    def _pad_together(self, dataset: Dataset, target_batch: int, varying: list[int]) -> Any:
         """By way of ragged tensors, which can be batched whatever their lengths, next to leaves of every kind."""
         spec = dataset.element_spec
         leaf_specs = tf.nest.flatten(spec)
@@ -99,7 +100,7 @@ def _ragged_rank(spec: Any) -> int:
     return max((axis for axis, size in enumerate(spec.shape) if axis and size is None), default=0)
 
 
-def _without_optionals(dataset: Any) -> Any:
+def _without_optionals(dataset: Dataset) -> Any:
     """Keras's adapters put an empty Optional where a part is missing, which cannot be cut; None can."""
     spec = dataset.element_spec
     leaves = tf.nest.flatten(spec)
@@ -116,7 +117,7 @@ def _without_optionals(dataset: Any) -> Any:
     return dataset.map(drop)
 
 
-def _cut_before_padding(dataset: Any, target_batch: int) -> Any:
+def _cut_before_padding(dataset: Dataset, target_batch: int) -> Any:
     """Where ``padded_batch`` comes last, the same with the effective batch: what the user would have written for it."""
     plain = behind(dataset, ("Prefetch", "Options"))
     padding = tf_data.padding_of(plain)
@@ -129,7 +130,7 @@ def _cut_before_padding(dataset: Any, target_batch: int) -> Any:
     )
 
 
-def _padding_values(dataset: Any) -> list[Any]:
+def _padding_values(dataset: Dataset) -> list[Any]:
     """What each leaf was padded with: as its ``padded_batch`` says, where one is found that made these leaves."""
     dtypes = [getattr(spec, "dtype", None) for spec in tf.nest.flatten(dataset.element_spec)]
     zeros = ["" if dtype == tf.string else 0 for dtype in dtypes]

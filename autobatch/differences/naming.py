@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import keras
+
+from autobatch.types import Layer, Model, Optimizer
 
 MOST_NAMES = 3
 """The most layers of one class, and the most classes, that a sentence names; it counts the others."""
 
 
-def named(layers: Iterable[Any]) -> str:
+def named(layers: Iterable[Layer]) -> str:
     """Return layers by class and name: ``Dropout (a, b) and RandomFlip (c)``."""
     return named_pairs([(type(layer).__name__, layer.name) for layer in layers])
 
@@ -36,7 +37,7 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
-def optimizer_name(model: Any, optimizer: Any) -> str:
+def optimizer_name(model: Model, optimizer: Optimizer) -> str:
     """Return the attribute of the model that holds an optimizer; the optimizer's own name if none does.
 
     A loop's own optimizers have no such attribute.
@@ -55,7 +56,7 @@ def optimizer_name(model: Any, optimizer: Any) -> str:
     return str(optimizer.name)
 
 
-def the_optimizer(model: Any, optimizer: Any) -> str:
+def the_optimizer(model: Model, optimizer: Optimizer) -> str:
     """Return an optimizer as the subject of a sentence; that of ``compile`` is "the optimizer"."""
     name = optimizer_name(model, optimizer)
     return "the optimizer" if name == "optimizer" else name

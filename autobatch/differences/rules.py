@@ -22,6 +22,7 @@ from autobatch.graphs.draws import Kind
 from autobatch.metrics import whole_batch
 from autobatch.seams import models
 from autobatch.tensors.variables import components, distinct
+from autobatch.types import Layer, Model, Optimizer, Variable
 
 _MOST_VARIABLES = 6
 """So many variables are named; of more, their number."""
@@ -40,20 +41,20 @@ _COMPARING = ("circle",)
 class _Subject:
     """A model, and what is known of its micro-step."""
 
-    model: Any
-    layers: list[Any]
-    optimizers: tuple[Any, ...]
+    model: Model
+    layers: list[Layer]
+    optimizers: tuple[Optimizer, ...]
     traced: TraceFindings
     tables_kept_as_rows: Sequence[Any]
-    written: Sequence[Any]
+    written: Sequence[Variable]
 
 
 def differences(
-    model: Any,
-    optimizers: tuple[Any, ...],
+    model: Model,
+    optimizers: tuple[Optimizer, ...],
     traced: TraceFindings | None = None,
     tables_kept_as_rows: Sequence[Any] = (),
-    written: Sequence[Any] = (),
+    written: Sequence[Variable] = (),
 ) -> tuple[str, ...]:
     """Return sentences on what in ``model`` depends on the micro-batch; none where nothing does.
 
@@ -285,14 +286,14 @@ KINDS = (
 """The kinds of differences: where the page explains them, and what finds them."""
 
 
-def _holds_generator(layer: Any) -> bool:
+def _holds_generator(layer: Layer) -> bool:
     """Return True if a layer has a generator of random numbers, unless it is Keras's and its rates are all zero."""
     generators = [part for part in vars(layer).values() if isinstance(part, keras.random.SeedGenerator)]
     rates = _keras_rates(layer)
     return bool(generators) and (not rates or any(rate > 0 for rate in rates))
 
 
-def _keras_rates(layer: Any) -> list[float]:
+def _keras_rates(layer: Layer) -> list[float]:
     """Return how much one of Keras's own layers draws; nothing where its class does not tell."""
     library_class = next(cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] == "keras")
     if library_class in (keras.layers.Layer, keras.Model):
@@ -301,17 +302,17 @@ def _keras_rates(layer: Any) -> list[float]:
     return [rate for rate in found if isinstance(rate, (int, float))]
 
 
-def _pair(layer: Any) -> tuple[str, str]:
+def _pair(layer: Layer) -> tuple[str, str]:
     return type(layer).__name__, layer.name
 
 
-def _step_of(model: Any) -> str:
+def _step_of(model: Model) -> str:
     """Return the user's code that runs outside of every layer, in words."""
     own = _own_loss_code(model)
     return own[:1].lower() + own[1:] if own.startswith("The ") else own or "the loss"
 
 
-def _done_to_each_row(optimizer: Any) -> str:
+def _done_to_each_row(optimizer: Optimizer) -> str:
     """Return what an optimizer does to gradients that is not the same for a sum as for its parts; empty if nothing."""
     if type(optimizer).__name__ not in _LINEAR:
         return "squares"
@@ -319,7 +320,7 @@ def _done_to_each_row(optimizer: Any) -> str:
     return "clips" if any(clipping) else ""
 
 
-def _own_loss_code(model: Any) -> str:
+def _own_loss_code(model: Model) -> str:
     """What of the user's computes the loss, in words; empty where Keras does."""
     if not isinstance(model, keras.Model):
         return "The train_step of this loop"
@@ -329,7 +330,7 @@ def _own_loss_code(model: Any) -> str:
     return ""
 
 
-def has_code_of_its_own(model: Any) -> bool:
+def has_code_of_its_own(model: Model) -> bool:
     """Return True if something of the user's may reduce a batch on the way to the loss: a step, a loss or a layer."""
     if _own_loss_code(model):
         return True
@@ -361,17 +362,17 @@ def _some_of(names: Sequence[str]) -> str:
     return f"{', '.join(names[:_MOST_VARIABLES])}{f' and {more} more' if more > 0 else ''}"
 
 
-def _is_seed(variable: Any) -> bool:
+def _is_seed(variable: Variable) -> bool:
     """Return True for the state of a ``keras.random.SeedGenerator`` and of a ``tf.random.Generator``."""
     return "seed_generator_state" in str(variable.name) or str(variable.name).startswith("StateVar")
 
 
-def _is_of_a_metric(variable: Any) -> bool:
+def _is_of_a_metric(variable: Variable) -> bool:
     """Return True if it is of a metric that the model does not know: Keras makes their variables to be summed."""
     return bool(variable.aggregation == tf.VariableAggregation.SUM)
 
 
-def _losses_of(model: Any) -> list[Any]:
+def _losses_of(model: Model) -> list[Any]:
     """Return the losses given to ``compile``, and the model's attributes, for a ``train_step`` of its own."""
     found = []
     for attribute in vars(model).values():
@@ -386,5 +387,5 @@ def _name_of(loss: Any) -> str:
     return str(name).lower()
 
 
-def _innermost(optimizer: Any) -> Any:
+def _innermost(optimizer: Optimizer) -> Any:
     return getattr(optimizer, "inner_optimizer", optimizer)

@@ -14,6 +14,7 @@ import tensorflow as tf
 from autobatch.graphs import draws, linearity, writes
 from autobatch.graphs.dependence import Dependence
 from autobatch.tensors.variables import components
+from autobatch.types import Layer, Optimizer, Tensor, Variable
 
 
 class TraceFindings:
@@ -58,7 +59,7 @@ class TraceFindings:
         """The paths of those whose statistics the step computes with itself."""
         self.differentiated: list[Any] = []
         """What tapes have differentiated, while the graph is there."""
-        self._gradients: list[Any] = []
+        self._gradients: list[Tensor] = []
         self._on_arguments: dict[Any, bool] = {}
 
     def note_dependence(self, found: Dependence) -> None:
@@ -69,7 +70,7 @@ class TraceFindings:
         if found.compares and not self.comparing:
             self.comparing = found.unknown.partition(" ")[0]
 
-    def note_added_loss(self, layer: Any, losses: Any) -> None:
+    def note_added_loss(self, layer: Layer, losses: Any) -> None:
         """Note that a layer calls ``add_loss``."""
         parts = [part for part in tf.nest.flatten(losses) if tf.is_tensor(part)]
         exact = [part for part in parts if _is_symbolic(part) and not self._depends_on_data(part)]
@@ -88,7 +89,7 @@ class TraceFindings:
                 self.comparing = next((each.name for each in operations if each is not None), "")
         self._gradients += [part for part in _dense_parts(gradients) if _is_symbolic(part)]
 
-    def note_applied(self, optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+    def note_applied(self, optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
         """Note the gradients that an optimizer is given, and their variables."""
         self.applied.append(optimizer)
         if not tf.executing_eagerly():
@@ -104,7 +105,7 @@ class TraceFindings:
                 self.changed_for.append(optimizer)
                 return
 
-    def _note_place(self, gradients: list[Any], variables: list[Any]) -> None:
+    def _note_place(self, gradients: list[Tensor], variables: list[Variable]) -> None:
         graph = tf.compat.v1.get_default_graph()
         self._applied_at.append((graph, len(graph.get_operations()), variables))
         rows = [
@@ -130,7 +131,7 @@ class TraceFindings:
         applied_at = min((position for _, position, _ in self._applied_at), default=0)
         self.settled = writes.settled(graph, updated, applied_at)
 
-    def _depends_on_data(self, tensor: Any) -> bool:
+    def _depends_on_data(self, tensor: Tensor) -> bool:
         return linearity.depends_on_arguments(tensor, self._on_arguments)
 
     def take_over(self, other: TraceFindings) -> None:
@@ -148,5 +149,5 @@ def _dense_parts(gradients: Any) -> list[Any]:
     return [part.values if isinstance(part, tf.IndexedSlices) else part for part in parts if part is not None]
 
 
-def _is_symbolic(tensor: Any) -> bool:
+def _is_symbolic(tensor: Tensor) -> bool:
     return isinstance(tensor, tf.Tensor) and hasattr(tensor, "graph")

@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.types import Tensor, Variable
+
 
 def copied(result: Any, ends: Sequence[Any], values: Sequence[Any]) -> Any:
     """``result`` as it would be if the tensors ``ends``, which it is computed from, were ``values``.
@@ -41,7 +43,7 @@ def copied(result: Any, ends: Sequence[Any], values: Sequence[Any]) -> Any:
     return made.get(result.name, result)
 
 
-def gradients_of(result: Any, sources: Sequence[Any], above: Any) -> list[Any]:
+def gradients_of(result: Any, sources: Sequence[Any], above: Any) -> list[Tensor]:
     """The derivatives of ``result`` for each source, None where it does not depend on it."""
     if not sources:
         return []
@@ -49,7 +51,7 @@ def gradients_of(result: Any, sources: Sequence[Any], above: Any) -> list[Any]:
     return [None if each is None else tf.convert_to_tensor(each) for each in found]
 
 
-def sources_of(tensors: Sequence[Any], candidates: Sequence[Any]) -> set[int]:
+def sources_of(tensors: Sequence[Tensor], candidates: Sequence[Variable]) -> set[int]:
     """The places of those candidates that any of the tensors is computed from."""
     place_of = {candidate.name: place for place, candidate in enumerate(candidates)}
     found: set[int] = set()

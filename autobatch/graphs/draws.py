@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.seams import random_operations
+from autobatch.types import Graph
 
 _DRAWING = re.compile(
     r"(Stateless|Parameterized)?(Random(Uniform|StandardNormal|Normal|Gamma|Poisson|Shuffle|Crop|Binomial)"
@@ -90,7 +91,7 @@ def _layer_of(mark: str) -> tuple[str, str] | None:
     return (kind, name) if name else None
 
 
-def draws_of(graph: Any, results: Iterable[Any]) -> tuple[Draw, ...]:
+def draws_of(graph: Graph, results: Iterable[Any]) -> tuple[Draw, ...]:
     """Return what is drawn in a graph on the way to ``results`` or into a variable, each draw once.
 
     ``graph`` was made while :func:`marked` lasted; it may still grow.

@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.types import Graph, Operation, Tensor
+
 _LINEAR = frozenset(
     [
         *("Identity", "IdentityN", "Cast", "StopGradient", "PreventGradient", "CheckNumerics", "Neg"),
@@ -62,7 +64,7 @@ def not_linear_in(result: Any, known: Iterable[Any], is_other: Callable[[Any], b
     return None
 
 
-def what_follows(tensors: Iterable[Any], *, but_for: Collection[str] = ()) -> set[int]:
+def what_follows(tensors: Iterable[Tensor], *, but_for: Collection[str] = ()) -> set[int]:
     """The ids of these tensors and of all that is made of them in their graph, by operations of other types."""
     pending = list(tensors)
     found: set[int] = set()
@@ -98,7 +100,7 @@ def comparing_operation(result: Any) -> Any:
     return None
 
 
-def _puts_samples_together(operation: Any, one: Any, other: Any) -> bool:
+def _puts_samples_together(operation: Operation, one: Any, other: Any) -> bool:
     if operation.type == "MatMul":
         return not _is_a_weighted_sum(operation, one, other)
     if operation.type == "Einsum":
@@ -108,7 +110,7 @@ def _puts_samples_together(operation: Any, one: Any, other: Any) -> bool:
     return sorted(shapes, key=repr) == [[1, None], [None, 1]] and one.shape.rank == other.shape.rank
 
 
-def _is_a_weighted_sum(operation: Any, one: Any, other: Any) -> bool:
+def _is_a_weighted_sum(operation: Operation, one: Any, other: Any) -> bool:
     """Whether a product of matrices is a sum over samples, each weighted, as a masked mean's is by ``tf.tensordot``."""
     rows, inner = _shape_of(one, operation.get_attr("transpose_a"))
     inner_too, columns = _shape_of(other, operation.get_attr("transpose_b"))
@@ -125,7 +127,7 @@ def _shape_of(matrix: Any, is_transposed: bool) -> tuple[int | None, int | None]
     return (columns, rows) if is_transposed else (rows, columns)
 
 
-def _unshaped(tensor: Any) -> Any:
+def _unshaped(tensor: Tensor) -> Any:
     """What a tensor was before it was reshaped and transposed, as far as its rank was known."""
     while tensor.op.type in ("Reshape", "Transpose") and tensor.op.inputs[0].shape.rank is not None:
         tensor = tensor.op.inputs[0]
@@ -147,7 +149,7 @@ def are_distinct(indices: Any) -> bool:
     return value is not None and bool((value >= 0).all()) and len(set(value.flat)) == value.size
 
 
-def depends_on_arguments(tensor: Any, known: dict[Any, bool]) -> bool:
+def depends_on_arguments(tensor: Tensor, known: dict[Any, bool]) -> bool:
     """Whether a tensor depends on what its function is given, and not on variables and constants alone.
 
     ``known`` keeps what was found out, for further tensors of the same graph.
@@ -167,12 +169,12 @@ def depends_on_arguments(tensor: Any, known: dict[Any, bool]) -> bool:
     return False
 
 
-def _captured_by(graph: Any) -> dict[int, Any]:
+def _captured_by(graph: Graph) -> dict[int, Any]:
     """By the ids of a function's tensors, what they stand for outside of it."""
     return {id(inner): outer for outer, inner in graph.captures}
 
 
-def _is_argument(tensor: Any, captured: Mapping[int, Any]) -> bool:
+def _is_argument(tensor: Tensor, captured: Mapping[int, Any]) -> bool:
     """Whether it is what a function is given, or a tensor of the graph around it, which may depend on that one's."""
     if tensor.op.type != "Placeholder" or tensor.dtype == tf.resource:
         return False

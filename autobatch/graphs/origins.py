@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from autobatch.seams import graph_functions
+from autobatch.types import Tensor
 
 
-def origins(tensor: Any, batch: Sequence[Any], results: Sequence[Any]) -> tuple[bool, bool]:
+def origins(tensor: Tensor, batch: Sequence[Tensor], results: Sequence[Any]) -> tuple[bool, bool]:
     """Whether ``tensor`` of a graph is computed from one of ``batch``, and whether from one of ``results``."""
     origins = _computed_from(tensor, batch, results)
     return bool(origins - {_RESULT}), _RESULT in origins
@@ -17,7 +18,7 @@ def origins(tensor: Any, batch: Sequence[Any], results: Sequence[Any]) -> tuple[
 _RESULT = -1
 
 
-def _computed_from(tensor: Any, sources: Sequence[Any], results: Sequence[Any]) -> set[int]:
+def _computed_from(tensor: Tensor, sources: Sequence[Any], results: Sequence[Any]) -> set[int]:
     """Places of those ``sources`` that ``tensor`` is computed from, and ``_RESULT`` if it is from one of ``results``.
 
     What was computed on the way to a result does not count.
@@ -41,7 +42,7 @@ def _computed_from(tensor: Any, sources: Sequence[Any], results: Sequence[Any]) 
     return found
 
 
-def _inputs_of(tensor: Any, results: Sequence[Any], found: set[int]) -> list[Any]:
+def _inputs_of(tensor: Tensor, results: Sequence[Any], found: set[int]) -> list[Any]:
     operation = tensor.op
     graph = graph_functions.called_graph(operation)
     if graph is None or len(graph.outputs) != len(operation.outputs):

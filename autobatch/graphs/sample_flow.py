@@ -15,6 +15,7 @@ from autobatch.graphs import lookup_rules, product_rules, shape_rules
 from autobatch.graphs.dependence import FREE, Dependence, joined, merged, unknown
 from autobatch.graphs.sample_rules import apply_rule
 from autobatch.seams import graph_functions
+from autobatch.types import Graph, Operation, Tensor
 
 _RULES = (lookup_rules, product_rules, shape_rules)
 """The modules whose rules register themselves when they are imported."""
@@ -38,7 +39,7 @@ class SampleFlow:
         self.aliases: list[Any] = []  # keeps what :meth:`define` was given alive, so that no name is given twice
 
     @classmethod
-    def of_leaves(cls, leaves: Iterable[Any], others: Iterable[Any]) -> SampleFlow:
+    def of_leaves(cls, leaves: Iterable[Tensor], others: Iterable[Any]) -> SampleFlow:
         """The flow from a micro-batch's leaves; ``others`` are arguments that are alike in all micro-batches."""
         arguments: dict[str, Dependence] = {}
         for leaf in leaves:
@@ -54,12 +55,12 @@ class SampleFlow:
         arguments.update((other.name, FREE) for other in others)
         return cls(arguments)
 
-    def define(self, tensor: Any, value: Dependence) -> None:
+    def define(self, tensor: Tensor, value: Dependence) -> None:
         """Say what is known of a tensor, whatever it was computed from."""
         self.aliases.append(tensor)
         self._known[tensor.name] = value
 
-    def of(self, tensor: Any) -> Dependence:
+    def of(self, tensor: Tensor) -> Dependence:
         """What is known of a tensor."""
         pending = [tensor]
         while pending:
@@ -76,7 +77,7 @@ class SampleFlow:
             pending.pop()
         return self._known[tensor.name]
 
-    def _outputs(self, op: Any) -> list[Dependence]:
+    def _outputs(self, op: Operation) -> list[Dependence]:
         inputs = [self._known[each.name] for each in op.inputs]
         if op.type in ("Const", "VarHandleOp", "Placeholder"):
             return [self._of_source(op)]
@@ -91,20 +92,20 @@ class SampleFlow:
         return apply_rule(op, inputs)
 
     @staticmethod
-    def _of_source(op: Any) -> Dependence:
+    def _of_source(op: Operation) -> Dependence:
         if op.type != "Const":
             return FREE
         value = tf.get_static_value(op.outputs[0])
         zero = value is not None and value.dtype.kind in "fiu" and value.size <= 64 and not value.any()
         return replace(FREE, zero=bool(zero))
 
-    def _through(self, graph: Any, inputs: list[Dependence], op: Any) -> list[Dependence]:
+    def _through(self, graph: Graph, inputs: list[Dependence], op: Operation) -> list[Dependence]:
         if graph is None or len(graph.inputs) != len(inputs) or len(graph.outputs) < len(op.outputs):
             return [self._lost(op, inputs)] * len(op.outputs)
         inner = SampleFlow({each.name: value for each, value in zip(graph.inputs, inputs, strict=True)})
         return [inner.of(output) for output in graph.outputs[: len(op.outputs)]]
 
-    def _branches(self, op: Any, inputs: list[Dependence]) -> list[Dependence]:
+    def _branches(self, op: Operation, inputs: list[Dependence]) -> list[Dependence]:
         found: list[list[Dependence]] = []
         for graph in graph_functions.branch_graphs(op):
             found.append(self._through(graph, inputs[1:], op))
@@ -122,7 +123,7 @@ class SampleFlow:
         # Which branch runs may depend on the batch, as where a mask has no gaps; a number of the batch is no sum then.
         return [value if value.axis is not None else replace(value, linear=False) for value in results]
 
-    def _loop(self, op: Any, inputs: list[Dependence]) -> list[Dependence]:
+    def _loop(self, op: Operation, inputs: list[Dependence]) -> list[Dependence]:
         body = graph_functions.body_graph(op)
         if body is None:
             return [self._lost(op, inputs)] * len(op.outputs)
@@ -136,6 +137,6 @@ class SampleFlow:
         return [self._lost(op, inputs)] * len(op.outputs)
 
     @staticmethod
-    def _lost(op: Any, inputs: list[Dependence]) -> Dependence:
+    def _lost(op: Operation, inputs: list[Dependence]) -> Dependence:
         depends = any(each.data or each.axis is not None or each.unknown for each in inputs)
         return unknown(op.name) if depends else merged(FREE, inputs)

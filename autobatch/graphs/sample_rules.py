@@ -25,6 +25,7 @@ from autobatch.graphs.dependence import (
     summed,
     unknown,
 )
+from autobatch.types import Operation
 
 Rule = Callable[["Node"], Any]
 """Returns a :class:`Dependence` for all outputs of the operation, or a list with one for each."""
@@ -36,7 +37,7 @@ RULES: dict[str, Rule] = {}
 class Node:
     """An operation of a graph, and what is known of its inputs."""
 
-    op: Any
+    op: Operation
     inputs: Sequence[Dependence]
 
     def rank(self, place: int) -> int | None:
@@ -59,7 +60,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def apply_rule(op: Any, inputs: Sequence[Dependence]) -> list[Dependence]:
+def apply_rule(op: Operation, inputs: Sequence[Dependence]) -> list[Dependence]:
     """What is known of the outputs of ``op``, given what is known of its inputs."""
     node = Node(op, inputs)
     found = RULES.get(op.type)

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from autobatch.graphs.dependence import FREE, Dependence, merged, same_degree, unknown
 from autobatch.graphs.sample_rules import Node, rule
+from autobatch.types import Tensor
 
 
 def vector(entries: Sequence[int | None]) -> Dependence:
@@ -20,7 +21,7 @@ def vector(entries: Sequence[int | None]) -> Dependence:
     return Dependence(degree=degrees.pop() if len(degrees) == 1 else None, entries=tuple(entries))
 
 
-def _entries_of(value: Dependence, tensor: Any) -> tuple[int | None, ...] | None:
+def _entries_of(value: Dependence, tensor: Tensor) -> tuple[int | None, ...] | None:
     """The degree of each number of a vector that tells a shape; None where it is not known."""
     if value.entries is not None:
         return value.entries
@@ -157,7 +158,7 @@ def _tile(node: Node) -> Dependence:
     return value if axis is None else replace(value, axis=axis, parts=Fraction(1), entries=None)
 
 
-def _partly_constant(tensor: Any) -> list[int | None] | None:
+def _partly_constant(tensor: Tensor) -> list[int | None] | None:
     """The numbers of a vector as far as they are constant."""
     value = tf.get_static_value(tensor, partial=True)
     return None if value is None else [None if each is None else int(each) for each in np.asarray(value).reshape(-1)]
@@ -389,6 +390,6 @@ def _pad(node: Node) -> Dependence:
     return replace(value, positions=False)
 
 
-def of_argument(tensor: Any) -> Dependence:
+def of_argument(tensor: Tensor) -> Dependence:
     """What is known of a tensor that a step is given: its first dimension counts samples."""
     return Dependence(axis=0, data=True) if tensor.shape.rank != 0 else unknown(tensor.op.name)

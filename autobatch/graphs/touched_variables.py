@@ -12,6 +12,7 @@ from autobatch.graphs import writes
 from autobatch.seams import models
 from autobatch.seams.optimizers import optimizers_of
 from autobatch.tensors.variables import components, distinct
+from autobatch.types import Graph, Model, Optimizer, Variable
 
 
 class TouchedVariables:
@@ -20,7 +21,7 @@ class TouchedVariables:
     Of a variable that a strategy mirrors, each copy in this process counts.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
         self.optimizers = optimizers_of(model)
         self._ignored: dict[int, Any] = {}
@@ -29,18 +30,18 @@ class TouchedVariables:
         self._updated: list[Any] = []
         self._updating_graph: Callable[[], Any] = lambda: None
 
-    def note_graph(self, graph: Any) -> None:
+    def note_graph(self, graph: Graph) -> None:
         """Note the variables of a traced function."""
         for variable in graph.variables:
             self._in_graphs.setdefault(id(variable), variable)
 
-    def note_written(self, graph: Any) -> None:
+    def note_written(self, graph: Graph) -> None:
         """Note which variables a traced function writes by now."""
         # While it is being traced, a graph does not tell its variables.
         written = writes.written_variables(graph, [*self.variables, *graph.variables])
         self._written.update((id(variable), variable) for variable in written)
 
-    def note_update(self, optimizer: Any, variables: list[Any]) -> bool:
+    def note_update(self, optimizer: Optimizer, variables: list[Variable]) -> bool:
         """Note that a step applies an optimizer to these variables, build it outside of the trace; tell if it is new.
 
         What the step's graph has written before its first update is no part of the update.
@@ -59,21 +60,21 @@ class TouchedVariables:
                 optimizer.build(variables)
         return found
 
-    def ignore(self, variables: Iterable[Any]) -> None:
+    def ignore(self, variables: Iterable[Variable]) -> None:
         """Take variables for a step's own means, which are no state of the model's."""
         self._ignored.update((id(variable), variable) for variable in variables)
 
-    def forget(self, variables: Iterable[Any]) -> None:
+    def forget(self, variables: Iterable[Variable]) -> None:
         """Let go of variables that there are no more."""
         for variable in variables:
             for known in (self._ignored, self._in_graphs, self._written):
                 known.pop(id(variable), None)
 
-    def _of_the_model(self, variables: Iterable[Any]) -> list[Any]:
+    def _of_the_model(self, variables: Iterable[Variable]) -> list[Any]:
         return [variable for variable in components(variables) if id(variable) not in self._ignored]
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         """Every variable that a step traced so far can touch."""
         own = [*self._model.variables, *(variable for metric in self._model.metrics for variable in metric.variables)]
         own += [variable for optimizer in self.optimizers for variable in optimizer.variables]
@@ -82,18 +83,18 @@ class TouchedVariables:
         )
 
     @property
-    def updated_variables(self) -> list[Any]:
+    def updated_variables(self) -> list[Variable]:
         """The variables that an optimizer's update changes: trainable weights and the optimizers' own."""
         own = [variable for optimizer in self.optimizers for variable in optimizer.variables]
         return components([*self._model.trainable_variables, *self._updated, *own])
 
     @property
-    def written_variables(self) -> list[Any]:
+    def written_variables(self) -> list[Variable]:
         """The variables that :meth:`note_written` has found."""
         return self._of_the_model(self._written.values())
 
     @property
-    def changed_before_update(self) -> list[Any]:
+    def changed_before_update(self) -> list[Variable]:
         """What a step can touch before its update or beside it: statistics, metrics, seeds, what a layer assigns."""
         before = {id(variable) for variable in self.written_variables}
         in_update = {id(variable) for variable in self.updated_variables} - before

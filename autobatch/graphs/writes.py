@@ -12,12 +12,13 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.tensors.variables import components
+from autobatch.types import Graph, Operation, Tensor, Variable
 
 READING = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp"])
 """Operations that take a variable's handle and leave its value alone."""
 
 
-def written_variables(graph: Any, candidates: Iterable[Any]) -> list[Any]:
+def written_variables(graph: Graph, candidates: Iterable[Variable]) -> list[Variable]:
     """Those of the variables that a function's graph writes by now, itself or in functions that it calls."""
     handles = {id(outer): inner for outer, inner in graph.captures if inner.dtype == tf.resource}
     return [
@@ -27,13 +28,13 @@ def written_variables(graph: Any, candidates: Iterable[Any]) -> list[Any]:
     ]
 
 
-def written_handles(graph: Any) -> set[int]:
+def written_handles(graph: Graph) -> set[int]:
     """The ids of the handles of all variables that a function's graph writes by now."""
     resources = [(outer, inner) for outer, inner in graph.captures if inner.dtype == tf.resource]
     return {id(given(outer)) for outer, inner in resources if is_written(inner)}
 
 
-def given(tensor: Any) -> Any:
+def given(tensor: Tensor) -> Any:
     """What stands, outside of all graphs, for a tensor that a graph captures; None if the graph is called with it."""
     while hasattr(tensor, "graph"):
         outer = next((outer for outer, inner in tensor.graph.captures if inner is tensor), None)
@@ -43,7 +44,7 @@ def given(tensor: Any) -> Any:
     return tensor
 
 
-def is_written(handle: Any) -> bool:
+def is_written(handle: Tensor) -> bool:
     """Whether an operation of its graph, or of a function that the graph calls, changes the variable of a handle."""
     for operation in handle.consumers():
         if operation.type == "Identity":
@@ -57,7 +58,7 @@ def is_written(handle: Any) -> bool:
     return False
 
 
-def _makes(operation: Any, handle: Any) -> bool:
+def _makes(operation: Operation, handle: Tensor) -> bool:
     """Whether it gives a variable that is made while its function is traced for the first time its first value."""
     if operation.type not in ("If", "StatelessIf"):
         return False
@@ -74,7 +75,7 @@ _SAME_ELEMENTS = frozenset(["Identity", "Cast", "Reshape", "ExpandDims", "Squeez
 _CLAMPS = frozenset(["Maximum", "Minimum"])
 
 
-def is_read_after(graph: Any, variables: Iterable[Any], position: int) -> bool:
+def is_read_after(graph: Graph, variables: Iterable[Variable], position: int) -> bool:
     """Return True if an operation made from ``position`` on reads one of the variables."""
     own = {id(variable.handle) for variable in components(variables)}
     handles = {id(inner) for outer, inner in graph.captures if id(outer) in own}
@@ -82,7 +83,7 @@ def is_read_after(graph: Any, variables: Iterable[Any], position: int) -> bool:
     return any(id(taken) in handles for operation in later for taken in operation.inputs)
 
 
-def settled(graph: Any, updated: Iterable[Any], applied_at: int) -> list[Any]:
+def settled(graph: Graph, updated: Iterable[Any], applied_at: int) -> list[Any]:
     """Return the handles of the variables that a graph writes to no effect but in its first run.
 
     ``updated`` are the variables that optimizers change, ``applied_at`` is the number of operations that the graph had
@@ -105,14 +106,14 @@ def settled(graph: Any, updated: Iterable[Any], applied_at: int) -> list[Any]:
 class _Look:
     """What :func:`settled` knows of a graph: handles are told by their ids."""
 
-    def __init__(self, graph: Any, *, written: set[int], updated: set[int], applied_at: int) -> None:
+    def __init__(self, graph: Graph, *, written: set[int], updated: set[int], applied_at: int) -> None:
         self._outer_of = {id(inner): outer for outer, inner in graph.captures}
         self._places = {id(operation): place for place, operation in enumerate(graph.get_operations())}
         self._written = written
         self._updated = updated
         self._applied_at = applied_at
 
-    def is_settled(self, handle: Any) -> bool:
+    def is_settled(self, handle: Tensor) -> bool:
         writing = [each for each in handle.consumers() if each.type not in READING]
         if len(writing) != 1 or writing[0].type != "AssignVariableOp" or id(writing[0]) not in self._places:
             return False
@@ -127,7 +128,7 @@ class _Look:
         earlier = [each for each in handle.consumers() if each.type == "ReadVariableOp"]
         return all(id(each) in read or self._places.get(id(each), 0) > place for each in earlier)
 
-    def _is_same_again(self, value: Any, handle: Any, changing: set[int], read: set[int]) -> bool:
+    def _is_same_again(self, value: Any, handle: Tensor, changing: set[int], read: set[int]) -> bool:
         """Return True if ``value`` is constant, or the variable's own behind masks and clamps."""
         operation = value.op
         if operation.type == "ReadVariableOp" and operation.inputs[0] is handle:
@@ -145,7 +146,7 @@ class _Look:
             return False
         return self._is_same_again(others[0], handle, changing, read)
 
-    def _is_constant(self, tensor: Any, changing: set[int]) -> bool:
+    def _is_constant(self, tensor: Tensor, changing: set[int]) -> bool:
         pending, seen = [tensor], set()
         while pending:
             each = pending.pop()
@@ -165,7 +166,7 @@ class _Look:
                 pending += operation.inputs
         return True
 
-    def _is_mask(self, tensor: Any) -> bool:
+    def _is_mask(self, tensor: Tensor) -> bool:
         """Return True if a constant holds nothing but zeros and ones."""
         while tensor.op.type in _SAME_ELEMENTS and tensor.dtype != tf.bool:
             tensor = tensor.op.inputs[0]

@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.losses.totals import Kind
+from autobatch.types import Tensor
 
 
 class EagerTerms:
@@ -24,7 +25,7 @@ class EagerTerms:
     """
 
     def __init__(
-        self, told: Iterable[tuple[str, Any]], fraction: Any, samples: int, gradient_factor: Callable[[Any], Any]
+        self, told: Iterable[tuple[str, Any]], fraction: Tensor, samples: int, gradient_factor: Callable[[Any], Any]
     ) -> None:
         told = tuple(told)
         self._is_traced = bool(told)

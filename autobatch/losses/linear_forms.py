@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from autobatch.graphs.copies import copied
 from autobatch.graphs.sample_flow import SampleFlow
+from autobatch.types import Tensor
 
 Form = list[tuple[Any, Any]]
 """Terms ``(B, x)``: ``B`` is a number of the batch, None for 1; ``x`` has an entry for each sample, None for 1."""
@@ -31,7 +32,7 @@ def as_plain_sums(target: Any, flow: SampleFlow) -> tuple[Any, list[Any]]:
     """
     ends: list[Any] = []
     values: list[Any] = []
-    leaves: list[Any] = []
+    leaves: list[Tensor] = []
     pending, seen = [target], set()
     while pending:
         tensor = pending.pop()
@@ -51,7 +52,7 @@ def as_plain_sums(target: Any, flow: SampleFlow) -> tuple[Any, list[Any]]:
     return (copied(target, ends, values), leaves) if ends else (target, [])
 
 
-def _rewritten(total: Any, flow: SampleFlow, leaves: list[Any]) -> Any:
+def _rewritten(total: Any, flow: SampleFlow, leaves: list[Tensor]) -> Any:
     """A sum or mean over samples, of one rewritten; None where its terms are not of the form."""
     terms = total.op.inputs[0]
     found = flow.of(terms)
@@ -78,7 +79,7 @@ def _rewritten(total: Any, flow: SampleFlow, leaves: list[Any]) -> Any:
     return mean_over_samples * tf.cast(tf.shape(terms)[axis], total.dtype)
 
 
-def _form(tensor: Any, flow: SampleFlow, leaves: list[Any]) -> Form | None:
+def _form(tensor: Tensor, flow: SampleFlow, leaves: list[Tensor]) -> Form | None:
     found, op = flow.of(tensor), tensor.op
     if found.unknown or not tensor.dtype.is_floating:
         return None
@@ -121,7 +122,7 @@ def _form(tensor: Any, flow: SampleFlow, leaves: list[Any]) -> Form | None:
     return None
 
 
-def _chosen(tensor: Any, flow: SampleFlow, leaves: list[Any]) -> Form | None:
+def _chosen(tensor: Tensor, flow: SampleFlow, leaves: list[Tensor]) -> Form | None:
     """One of two for each entry, by what the samples themselves tell."""
     condition, *values = tensor.op.inputs
     found = flow.of(condition)

@@ -25,6 +25,7 @@ from autobatch.graphs.sample_flow import SampleFlow
 from autobatch.losses.linear_forms import as_plain_sums
 from autobatch.losses.terms import Maker, Part, Terms
 from autobatch.losses.totals import Kind, Mode, Totals
+from autobatch.types import Tensor
 
 _EXTREMES = {"Max": Kind.LARGEST, "Any": Kind.LARGEST, "Min": Kind.SMALLEST, "All": Kind.SMALLEST}
 """Operations whose result for a batch is the largest, or smallest, of those for its parts."""
@@ -40,7 +41,7 @@ class LossTerms:
     def __init__(
         self,
         totals: Totals,
-        fraction: Any,
+        fraction: Tensor,
         samples: Any,
         flow: SampleFlow,
         note: Callable[[Dependence], None] = lambda found: None,
@@ -341,5 +342,5 @@ def unknown_within_keras(found: Dependence) -> Dependence:
     return found if found.compares else Dependence(data=True)
 
 
-def _is_symbolic(tensor: Any) -> bool:
+def _is_symbolic(tensor: Tensor) -> bool:
     return isinstance(tensor, tf.Tensor) and hasattr(tensor, "graph")

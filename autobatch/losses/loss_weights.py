@@ -34,6 +34,7 @@ from autobatch.losses.eager_terms import EagerTerms
 from autobatch.losses.loss_terms import LossTerms
 from autobatch.losses.totals import Mode, Totals
 from autobatch.seams import losses
+from autobatch.types import Tensor
 
 
 class LossWeights:
@@ -46,7 +47,7 @@ class LossWeights:
 
     def __init__(
         self,
-        fraction: Any,
+        fraction: Tensor,
         totals: Totals,
         terms: LossTerms | None = None,
     ) -> None:

@@ -11,6 +11,7 @@ import tensorflow as tf
 from autobatch.graphs.dependence import Dependence, unknown
 from autobatch.graphs.sample_flow import SampleFlow
 from autobatch.losses.linear_forms import as_plain_sums
+from autobatch.types import Tensor
 
 MOST_NUMBERS = 2**20
 """A sum of more numbers than this, as of a matrix of all features by all, is not counted beforehand."""
@@ -20,7 +21,7 @@ MOST_NUMBERS = 2**20
 class Part:
     """One of the sums that a number of the batch is a function of."""
 
-    tensor: Any
+    tensor: Tensor
     dependence: Dependence
     count: Any = None
     """For a mean over samples picked by their data, how many were picked here; None for a sum of known degree."""
@@ -38,7 +39,7 @@ class Terms:
     sums: list[Part] = field(default_factory=list)
     target: Any = None
     """The tensor as a function of ``sums``."""
-    leaves: list[Any] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
     """Tensors with an entry for each sample, of which some of ``sums`` were made anew, unknown to any tape."""
 
 
@@ -126,6 +127,6 @@ class Maker:
         return sums, ""
 
 
-def _can_be_counted(tensor: Any) -> bool:
+def _can_be_counted(tensor: Tensor) -> bool:
     numbers = tensor.shape.num_elements()
     return numbers is not None and numbers <= MOST_NUMBERS

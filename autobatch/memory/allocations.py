@@ -19,11 +19,11 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from autobatch.memory import arena, profile_reader
 from autobatch.memory.profile_reader import Event
 from autobatch.records import AllocationTrace
+from autobatch.types import Variable
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Recording:
 
 
 @contextlib.contextmanager
-def recording(device: str, variables: Iterable[Any]) -> Iterator[Recording]:
+def recording(device: str, variables: Iterable[Variable]) -> Iterator[Recording]:
     """Record what the block allocates on ``device``, whose ``variables`` are looked up first.
 
     The recording is complete once the block has ended; it stays empty where nothing can be recorded, and where the
@@ -299,7 +299,7 @@ def _unaccounted(regions: list[tuple[int, int]], taken: dict[int, int], rest: in
     return blocks
 
 
-def _addresses(variables: Iterable[Any]) -> dict[int, int]:
+def _addresses(variables: Iterable[Variable]) -> dict[int, int]:
     """Where the variables' buffers lie on their device, as address to bytes; those that cannot be told are left out."""
     import tensorflow as tf
 

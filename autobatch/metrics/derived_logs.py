@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.tensors.variables import components
+from autobatch.types import Tensor
 
 
 class Derived:
@@ -33,7 +34,7 @@ class Derived:
         return value
 
 
-def derived_from(tensor: Any, noted: Sequence[tuple[Any, int, Any]], readable: Sequence[Any]) -> Derived | None:
+def derived_from(tensor: Tensor, noted: Sequence[tuple[Any, int, Any]], readable: Sequence[Any]) -> Derived | None:
     """How ``tensor`` of a graph is made of results of metrics; None if of none, or of anything else but variables.
 
     ``noted`` are metrics, places in their results, and what stood there; ``readable`` are variables that may be read.

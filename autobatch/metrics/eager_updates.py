@@ -17,6 +17,7 @@ import tensorflow as tf
 from autobatch.metrics import whole_batch
 from autobatch.seams import metrics, patching
 from autobatch.tensors.batch_structure import sample_count
+from autobatch.types import Metric, Tensor
 
 
 class EagerUpdates:
@@ -34,7 +35,7 @@ class EagerUpdates:
         self.sample_bytes = 0  # not known: an eager step is not traced
 
     @contextlib.contextmanager
-    def holding(self, leaves: Sequence[Any], fraction: Any, *, discard: bool = False) -> Iterator[list[Any]]:
+    def holding(self, leaves: Sequence[Tensor], fraction: Tensor, *, discard: bool = False) -> Iterator[list[Any]]:
         """While a micro-step runs, hold back updates, or run them if it is the last; nothing is to be returned."""
         samples = int(sample_count(list(leaves)))
         if not discard:
@@ -43,7 +44,7 @@ class EagerUpdates:
         is_last = self._seen >= whole
         calls: dict[int, int] = {}
 
-        def offer(metric: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+        def offer(metric: Metric, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
             key = id(metric), calls.get(id(metric), 0)
             calls[id(metric)] = key[1] + 1
             arguments = tf.nest.flatten((args, kwargs))
@@ -68,7 +69,7 @@ class EagerUpdates:
         ):
             yield []
 
-    def _result_after_update(self, metric: Any, result: Callable[[], Any]) -> Any:
+    def _result_after_update(self, metric: Metric, result: Callable[[], Any]) -> Any:
         """Update a metric with what was held back, as its result cannot be read without; from now on hold nothing."""
         held = [key for key in self._pieces if key[0] == id(metric)]
         for key in held:
@@ -78,7 +79,7 @@ class EagerUpdates:
             self.updated_in_parts[metric.name] = "result"
         return result()
 
-    def _build(self, metric: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def _build(self, metric: Metric, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Let a metric make the variables that it makes at its first update: its result is read before it."""
         if id(metric) not in self._met:
             self._met[id(metric)] = metric
@@ -110,7 +111,7 @@ class _Pieces:
 
     def __init__(
         self,
-        metric: Any,
+        metric: Metric,
         run: Callable[..., Any],
         structure: Any,
         arguments: Sequence[Any],
@@ -124,7 +125,7 @@ class _Pieces:
         self.reason = self._why_not(metric, [each for each in arguments if _is_array(each)], samples, whole)
 
     @staticmethod
-    def _why_not(metric: Any, arrays: Sequence[Any], samples: int, whole: int) -> str:
+    def _why_not(metric: Metric, arrays: Sequence[Any], samples: int, whole: int) -> str:
         if arrays and all(_has_rows(each, samples) for each in arrays):
             bytes_here = sum(
                 np.size(each) * (each.dtype.size if tf.is_tensor(each) else each.itemsize) for each in arrays
@@ -148,7 +149,7 @@ class _Pieces:
             self._run(*args, **kwargs)
 
 
-def _nothing(metric: Any, result: Callable[[], Any]) -> Any:
+def _nothing(metric: Metric, result: Callable[[], Any]) -> Any:
     return 0.0
 
 

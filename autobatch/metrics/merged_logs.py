@@ -11,6 +11,7 @@ import tensorflow as tf
 from autobatch.losses.totals import Kind
 from autobatch.metrics.derived_logs import Derived
 from autobatch.metrics.results import MetricResults
+from autobatch.types import Metric, Tensor, Variable
 
 Logs = Any
 """What a step returns: a nest of tensors, mostly a dictionary of scalars."""
@@ -46,7 +47,12 @@ class MergedLogs:
         self._structure = logs
 
     def note(
-        self, logs: Logs, results: MetricResults, batch: Sequence[Any], terms: Any, variables: Sequence[Any] | None
+        self,
+        logs: Logs,
+        results: MetricResults,
+        batch: Sequence[Tensor],
+        terms: Any,
+        variables: Sequence[Variable] | None,
     ) -> Logs:
         """Note what a step has returned; return it with the parts weighed that are averaged.
 
@@ -81,7 +87,7 @@ class MergedLogs:
             empty.append(_least(shape, part.dtype, kind))
         return empty
 
-    def merged(self, carried: list[Any], logs: Logs, fraction: Any) -> list[Any]:
+    def merged(self, carried: list[Any], logs: Logs, fraction: Tensor) -> list[Any]:
         """The logs so far, with those of one more micro-batch that is ``fraction`` of the effective batch."""
         parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
         if tf.executing_eagerly():  # it is the last micro-batch that shows which are results, and which are joined
@@ -101,7 +107,7 @@ class MergedLogs:
     def as_of_now(self, parts: list[Any]) -> list[Any]:
         """The logs with the results of metrics, and what is computed from them, as they are now."""
 
-        def result_of(metric: Any, place: int) -> Any:
+        def result_of(metric: Metric, place: int) -> Any:
             return tf.nest.flatten(metric.result())[place]
 
         values = [result_of(*by) if by is not None else None for by in self.returned_by]
@@ -127,7 +133,7 @@ class MergedLogs:
         return tf.nest.pack_sequence_as(self._structure, flat)
 
 
-def kinds_of(logs: Logs, results: MetricResults, batch: Sequence[Any], terms: Any) -> list[Kind]:
+def kinds_of(logs: Logs, results: MetricResults, batch: Sequence[Tensor], terms: Any) -> list[Kind]:
     """How each part of the logs becomes the effective batch's: results of metrics are so already."""
     return [Kind.LAST if results.holds(name, part, batch) else terms.kind_of(part) for name, part in _named_parts(logs)]
 
@@ -152,7 +158,7 @@ def _settled(before: Kind, now: Kind) -> Kind:
     return now if before is now else Kind.LAST
 
 
-def _merged(before: Any, part: Any, kind: Kind, fraction: Any) -> Any:
+def _merged(before: Any, part: Any, kind: Kind, fraction: Tensor) -> Any:
     if kind is Kind.AVERAGED or (kind is Kind.NOT_TOLD and _is_scalar(part)):
         return before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype)
     if kind is Kind.SUMMED:

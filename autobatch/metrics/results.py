@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from autobatch.graphs.origins import origins
 from autobatch.metrics.derived_logs import Derived, derived_from
+from autobatch.types import Metric, Tensor, Variable
 
 
 class MetricResults:
@@ -28,7 +29,7 @@ class MetricResults:
         self._noted: list[tuple[Any, int, Any]] = []
         """Metric, place among the parts of its result, part."""
 
-    def note(self, metric: Any, result: Any) -> None:
+    def note(self, metric: Metric, result: Any) -> None:
         """Take down what ``metric.result()`` returned: a tensor, a variable, or a nest of them."""
         self._noted += [(metric, place, part) for place, part in enumerate(tf.nest.flatten(result))]
 
@@ -36,12 +37,12 @@ class MetricResults:
         """The metric that returned ``part`` itself, and the place in its result."""
         return next(((metric, place) for metric, place, noted in self._noted if noted is part), None)
 
-    def derived(self, part: Any, variables: Sequence[Any]) -> Derived | None:
+    def derived(self, part: Any, variables: Sequence[Variable]) -> Derived | None:
         """How ``part`` of a graph is made of results and variables; None if it is one itself, or of anything else."""
         is_symbolic = tf.is_tensor(part) and hasattr(part, "graph")
         return derived_from(part, self._noted, variables) if is_symbolic and self.returned_by(part) is None else None
 
-    def holds(self, name: str, part: Any, batch: Sequence[Any]) -> bool:
+    def holds(self, name: str, part: Any, batch: Sequence[Tensor]) -> bool:
         """Whether ``part``, under ``name`` in the logs, stands for all micro-batches so far.
 
         ``batch`` are the tensors of the micro-batch.

@@ -13,6 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.types import Graph, Operation, Tensor
+
 FREE, ROWS, SUM, SHAPE, READ, UNKNOWN = "free", "rows", "sum", "shape", "read", "unknown"
 """What a tensor is: free of data; a row for each sample, made of that sample's rows alone; a sum over such rows; the
 shape of rows; the value of a variable; anything else."""
@@ -41,7 +43,7 @@ _WITHOUT_EFFECT = frozenset(["ReadVariableOp", "Placeholder", "Assert", "VarHand
 class Kinds:
     """The kinds of all tensors of a graph, of which ``rows`` are given and have a row for each sample."""
 
-    def __init__(self, graph: Any, rows: Iterable[Any]) -> None:
+    def __init__(self, graph: Graph, rows: Iterable[Any]) -> None:
         self._kinds: dict[str, str] = {tensor.name: ROWS for tensor in rows}
         self._variable_of: dict[str, Any] = {}
         self._captured = {inner.name: outer for outer, inner in graph.captures}
@@ -51,7 +53,7 @@ class Kinds:
             for output in operation.outputs:
                 self._kinds.setdefault(output.name, kind)
 
-    def of(self, tensor: Any) -> str:
+    def of(self, tensor: Tensor) -> str:
         """The kind of one of the graph's tensors, or of a number."""
         if not tf.is_tensor(tensor) or not hasattr(tensor, "graph"):
             return FREE
@@ -70,7 +72,7 @@ class Kinds:
                 return False
         return True
 
-    def _adds_to(self, handle: Any, value: Any) -> bool:
+    def _adds_to(self, handle: Tensor, value: Any) -> bool:
         while value.op.type == "Identity":
             value = value.op.inputs[0]
         if value.op.type not in ("Add", "AddV2", "Sub"):
@@ -80,7 +82,7 @@ class Kinds:
             before, added = added, before
         return self.of(before) == READ and self._variable_of[before.name] is handle and self.of(added) == SUM
 
-    def _kind_of(self, operation: Any) -> str:
+    def _kind_of(self, operation: Operation) -> str:
         kind, inputs = operation.type, list(operation.inputs)
         if kind == "Placeholder":
             outer = self._captured.get(operation.outputs[0].name)
@@ -105,7 +107,7 @@ class Kinds:
         return self._made_of_rows(operation, kinds)
 
     @staticmethod
-    def _made_of_sums(operation: Any, kinds: list[str]) -> str:
+    def _made_of_sums(operation: Operation, kinds: list[str]) -> str:
         kind = operation.type
         if kind == "Cast":
             source, target = operation.inputs[0].dtype, operation.outputs[0].dtype
@@ -121,7 +123,7 @@ class Kinds:
         return SUM if linear else UNKNOWN
 
     @staticmethod
-    def _made_of_shapes(operation: Any, kinds: list[str]) -> str:
+    def _made_of_shapes(operation: Operation, kinds: list[str]) -> str:
         kind, inputs = operation.type, operation.inputs
         if kind in ("Identity", "Cast"):
             return SHAPE
@@ -136,7 +138,7 @@ class Kinds:
         return SUM if kind == "Prod" and kinds == [SHAPE, FREE] else UNKNOWN
 
     @staticmethod
-    def _made_of_rows(operation: Any, kinds: list[str]) -> str:
+    def _made_of_rows(operation: Operation, kinds: list[str]) -> str:
         kind, inputs = operation.type, list(operation.inputs)
         rows = [each for each, its_kind in zip(inputs, kinds, strict=True) if its_kind == ROWS]
         ranks = {each.shape.rank for each in rows}
@@ -175,12 +177,12 @@ def _spreads_over_rows(shape: Any, rank: int) -> bool:
     return shape.rank is not None and (shape.rank < rank or (shape.rank == rank and shape[0] == 1))
 
 
-def _axes(tensor: Any, rank: int) -> list[int] | None:
+def _axes(tensor: Tensor, rank: int) -> list[int] | None:
     value = tf.get_static_value(tensor)
     return None if value is None else [int(axis) % rank for axis in value.ravel()]
 
 
-def _of_product(operation: Any, kinds: list[str]) -> str:
+def _of_product(operation: Operation, kinds: list[str]) -> str:
     if operation.type != "MatMul":
         return UNKNOWN
     transposed = operation.get_attr("transpose_a"), operation.get_attr("transpose_b")
@@ -189,7 +191,7 @@ def _of_product(operation: Any, kinds: list[str]) -> str:
     return SUM if kinds == [ROWS, ROWS] and transposed == (True, False) else UNKNOWN
 
 
-def _keeps_rows(operation: Any, first_is_rows: bool, rank: int) -> bool:
+def _keeps_rows(operation: Operation, first_is_rows: bool, rank: int) -> bool:
     """True if an operation moves or picks what is in each row, and leaves the rows where they are."""
     kind, inputs = operation.type, list(operation.inputs)
     if kind == "GatherV2" and not first_is_rows:  # a table of constants, and what to look up in it
@@ -229,7 +231,7 @@ def _reshapes_rows(shape: Any, target: Any) -> bool:
     return bool(shape[1:].is_fully_defined() and math.prod(shape[1:]) % math.prod(target[1:].tolist()) == 0)
 
 
-def _joins_rows(operation: Any, kinds: Sequence[str]) -> bool:
+def _joins_rows(operation: Operation, kinds: Sequence[str]) -> bool:
     """True if rows are put beside rows, none behind another."""
     if operation.type == "Pack":
         return set(kinds) == {ROWS} and operation.get_attr("axis") != 0

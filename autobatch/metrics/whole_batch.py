@@ -28,6 +28,7 @@ from autobatch.graphs import linearity
 from autobatch.metrics import row_sums
 from autobatch.seams import metrics, patching
 from autobatch.tensors.variables import components
+from autobatch.types import Graph, Metric, Tensor, Variable
 
 MOST_BYTES = 64 * 2**20
 """Metrics whose inputs take more than this for an effective batch are updated with each micro-batch."""
@@ -113,7 +114,7 @@ class HeldUpdates:
         return sum(_sample_bytes(spec) for spec, _ in self._specs)
 
     @contextlib.contextmanager
-    def holding(self, leaves: Sequence[Any], fraction: Any, *, discard: bool = False) -> Iterator[list[Any]]:
+    def holding(self, leaves: Sequence[Tensor], fraction: Tensor, *, discard: bool = False) -> Iterator[list[Any]]:
         """While a micro-step is traced, hold back updates; fills the list of tensors that the step is to return.
 
         ``discard`` is for a trace that only counts: held updates go nowhere.
@@ -174,7 +175,7 @@ def _is_per_sample(values: Any) -> bool:
 class _TracedStep:
     """Decides on each update of one trace of the micro-step."""
 
-    def __init__(self, graph: Any, samples: int, known: dict[tuple[int, int], tuple[Any, str]]) -> None:
+    def __init__(self, graph: Graph, samples: int, known: dict[tuple[int, int], tuple[Any, str]]) -> None:
         self._graph = graph
         self._samples = samples
         self._known = known
@@ -186,7 +187,7 @@ class _TracedStep:
         self.updates: list[_Update] = []
         self.updated_in_parts: dict[str, str] = {}
 
-    def offer(self, metric: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    def offer(self, metric: Metric, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         """Hold the update back unless there is a reason not to; tell if it is held."""
         call = self._calls.get(id(metric), 0)
         self._calls[id(metric)] = call + 1
@@ -206,7 +207,7 @@ class _TracedStep:
         self.updates.append(_Update(run, structure, given))
         return True
 
-    def _why_not(self, metric: Any, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:
+    def _why_not(self, metric: Metric, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:
         tensors = [each for each in arguments if _is_tensor(each)]
         if any(not isinstance(each, tf.Tensor) for each in tensors):
             return "inputs"
@@ -225,14 +226,14 @@ class _TracedStep:
         held = [spec for spec, _ in self.specs] + [tf.TensorSpec(each.shape, each.dtype) for each in new.values()]
         return "bytes" if sum(map(_sample_bytes, held)) * self._samples > MOST_BYTES else ""
 
-    def _depends_on_data(self, tensor: Any) -> bool:
+    def _depends_on_data(self, tensor: Tensor) -> bool:
         return linearity.depends_on_arguments(tensor, self._on_arguments)
 
-    def _hold(self, tensor: Any) -> _Given:
+    def _hold(self, tensor: Tensor) -> _Given:
         mask = metrics.mask_of(tensor)
         return _Given(self._place_of(tensor), None if mask is None else self._place_of(mask))
 
-    def _place_of(self, tensor: Any) -> int:
+    def _place_of(self, tensor: Tensor) -> int:
         """The place of a tensor among the parts; what several metrics are given is held once."""
         if id(tensor) not in self._places:
             self._places[id(tensor)] = len(self.parts)
@@ -246,7 +247,7 @@ def _is_tensor(argument: Any) -> bool:
     return tf.is_tensor(argument) and not isinstance(argument, tf.Variable) and hasattr(_a_part_of(argument), "graph")
 
 
-def _a_part_of(tensor: Any) -> Any:
+def _a_part_of(tensor: Tensor) -> Any:
     return tf.nest.flatten(tensor, expand_composites=True)[0]
 
 
@@ -254,7 +255,7 @@ def _sample_bytes(spec: tf.TensorSpec) -> int:
     return math.prod(_OPEN_DIMENSION if size is None else size for size in spec.shape[1:]) * (spec.dtype.size or 8)
 
 
-def _look_into(metric: Any, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:
+def _look_into(metric: Metric, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:
     """Trace an update by itself; return why it is not to be held back, "sum" if it is a sum, nothing if it is to be.
 
     This makes the variables that a metric makes at its first update, so that its result can be read before it.
@@ -264,14 +265,14 @@ def _look_into(metric: Any, run: Callable[..., Any], structure: Any, arguments: 
     rows: list[Any] = []
     trusted: list[tuple[Any, Any]] = []
 
-    def note(inner: Any, its_own: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def note(inner: Variable, its_own: Callable[..., Any], args: Any, kwargs: Any) -> None:
         def alone() -> None:
             its_own(*args, **kwargs)
 
         trusted.append((inner, tf.nest.flatten((args, kwargs))))
         tf.function(alone, autograph=False).get_concrete_function()
 
-    def update(tensors: Sequence[Any], their_masks: Sequence[Any]) -> None:
+    def update(tensors: Sequence[Tensor], their_masks: Sequence[Any]) -> None:
         rows.extend([*tensors, *(mask for mask in their_masks if mask is not None)])
         for tensor, mask in zip(tensors, their_masks, strict=True):
             if mask is not None:
@@ -300,7 +301,7 @@ def _look_into(metric: Any, run: Callable[..., Any], structure: Any, arguments: 
     return "model" if any(not _is_state(variable) for variable in others) else ""
 
 
-def _is_state(variable: Any) -> bool:
+def _is_state(variable: Variable) -> bool:
     """Whether a variable is a seed's or a metric's."""
     return "seed_generator_state" in str(variable.name) or variable.aggregation == tf.VariableAggregation.SUM
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from autobatch.types import Model
+
 _shells: list[Any] = []
 """The shells that display what is ours."""
 
@@ -17,7 +19,7 @@ _unloaded: list[Any] = []
 """The shells where the user has unloaded the extension; nothing is put there again but by loading it."""
 
 
-def load(shell: Any) -> None:
+def load(shell: Model) -> None:
     """Give ``shell`` the magic ``%autobatch`` and the display."""
     from autobatch.notebook import magic
 
@@ -27,7 +29,7 @@ def load(shell: Any) -> None:
     magic.register(shell)
 
 
-def unload(shell: Any) -> None:
+def unload(shell: Model) -> None:
     """Take out of ``shell`` all that :func:`load` and :func:`attach` have put there."""
     from autobatch.notebook import formats, magic, progress
 
@@ -56,7 +58,7 @@ def show_progress(shown: bool = True) -> None:
     progress.shown = shown
 
 
-def _display_in(shell: Any) -> None:
+def _display_in(shell: Model) -> None:
     from autobatch.notebook import formats, progress
     from autobatch.notebook.front_end import has_kernel
 

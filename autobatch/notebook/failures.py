@@ -12,10 +12,10 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from autobatch.errors import AutobatchError
 from autobatch.notebook.magic_line import FILE_NAME
+from autobatch.types import Model
 
 _OWN_CODE = str(Path(__file__).resolve().parents[1]) + os.sep
 _LIBRARIES = tuple(
@@ -23,7 +23,7 @@ _LIBRARIES = tuple(
 )
 
 
-def prepare(error: BaseException, shell: Any) -> None:
+def prepare(error: BaseException, shell: Model) -> None:
     """Make IPython show ``error`` as this room wants it."""
     if isinstance(error, KeyboardInterrupt):
         _show(error, lambda: ["KeyboardInterrupt: the search was stopped; the model is as it was."])

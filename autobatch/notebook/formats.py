@@ -8,6 +8,7 @@ from typing import Any
 from autobatch.notebook import style
 from autobatch.records import MemoryModel, Plan, Report
 from autobatch.report import html, sentences
+from autobatch.types import Model
 
 _just_shown: list[tuple[Report, int]] = []
 """The report that a magic has shown, and in which execution of a cell."""
@@ -31,7 +32,7 @@ def memory_model_html(model: MemoryModel) -> str:
 _HTML = {Report: report_html, Plan: plan_html, MemoryModel: memory_model_html}
 
 
-def register(shell: Any) -> None:
+def register(shell: Model) -> None:
     """Display the records in ``shell`` so; the records themselves know nothing of it."""
     formatters = shell.display_formatter.formatters
     for record, to_html in _HTML.items():
@@ -40,7 +41,7 @@ def register(shell: Any) -> None:
     shell.display_formatter.ipython_display_formatter.for_type(Report, _unless_just_shown)
 
 
-def unregister(shell: Any) -> None:
+def unregister(shell: Model) -> None:
     """Let ``shell`` display the records as any other object again."""
     formatters = shell.display_formatter.formatters
     for record in _HTML:
@@ -49,7 +50,7 @@ def unregister(shell: Any) -> None:
     shell.display_formatter.ipython_display_formatter.pop(Report, None)
 
 
-def was_shown(report: Report, shell: Any) -> None:
+def was_shown(report: Report, shell: Model) -> None:
     """Remember that ``report`` stands in this cell's output: as the cell's value it would stand there twice."""
     _just_shown[:] = [(report, shell.execution_count)]
 

@@ -16,6 +16,7 @@ from autobatch.errors import NoFeasibleBatchError
 from autobatch.notebook import style
 from autobatch.records import Environment, Report, TrialResult
 from autobatch.report import html, sentences
+from autobatch.types import Tensor
 from autobatch.units import format_bytes, format_seconds
 
 shown = True
@@ -56,7 +57,7 @@ class SearchDisplay:
         self._clock = clock
         self._started = clock()
         self._trials: list[TrialResult] = []
-        self._handle: Any = None
+        self._handle: Tensor = None
         where = [sentences.printable(model_name), sentences.printable(environment.device)]
         if environment.limit_bytes is not None:
             where.append(f"limit {format_bytes(environment.limit_bytes)}")

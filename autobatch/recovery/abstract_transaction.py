@@ -25,6 +25,7 @@ from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import count_samples
 from autobatch.tensors.snapshots import SnapshotTaker
+from autobatch.types import Batch, ElementSpec
 from autobatch.units import format_bytes
 
 logger = logging.getLogger("autobatch")
@@ -105,7 +106,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._updates = before._updates
         before._step.release_accumulators()
 
-    def train(self, data: Any) -> Logs:
+    def train(self, data: Batch) -> Logs:
         """Make one update with an effective batch, whatever it takes.
 
         Raises:
@@ -121,7 +122,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
             self._good_updates = 0  # no update has been made beside so much yet
         return logs
 
-    def evaluate(self, data: Any, element_spec: Any) -> Logs:
+    def evaluate(self, data: Batch, element_spec: ElementSpec) -> Logs:
         """Run ``test_step`` over one validation batch, of any size."""
         key = repr(element_spec)
         if key not in self._evaluations:
@@ -137,7 +138,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         """Of the samples of a step, those that are cut into micro-batches together."""
         return samples
 
-    def _run(self, data: Any, once: Callable[[Any, int], Logs], policy: MicroBatchPolicy, phase: str) -> Logs:
+    def _run(self, data: Batch, once: Callable[[Any, int], Logs], policy: MicroBatchPolicy, phase: str) -> Logs:
         samples = count_samples(data)
         try:
             return once(data, samples)
@@ -160,7 +161,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         return again(once, data, samples)
 
     @abc.abstractmethod
-    def _train_once(self, data: Any, samples: int) -> Logs:
+    def _train_once(self, data: Batch, samples: int) -> Logs:
         """Make one update, or be as before it.
 
         Raises:
@@ -168,7 +169,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         """
 
     @abc.abstractmethod
-    def _evaluate_once(self, step: StepT, data: Any, samples: int) -> Logs:
+    def _evaluate_once(self, step: StepT, data: Batch, samples: int) -> Logs:
         """Run a validation batch, or be as before it.
 
         Raises:

@@ -24,6 +24,7 @@ import tensorflow as tf
 from autobatch.records import MemoryModel, Report
 from autobatch.recovery.micro_batch_policy import evened
 from autobatch.tensors.batch_structure import Structure
+from autobatch.types import Batch, Tensor
 
 
 class LengthRule:
@@ -74,7 +75,7 @@ class LengthRule:
             budget_bytes=environment.budget_bytes,
         )
 
-    def ratio(self, data: Any) -> float:
+    def ratio(self, data: Batch) -> float:
         """How long the samples of an effective batch are, relative to those that were tried: 1 is as long."""
         if not self._varying:
             return 1.0
@@ -111,7 +112,7 @@ def _varying_leaves(structure: Structure) -> list[int]:
     ]
 
 
-def _elements(leaf: Any) -> int:
+def _elements(leaf: Tensor) -> int:
     """Elements of a sample once the batch is padded to its longest, at least 1."""
     if isinstance(leaf, tf.RaggedTensor):
         with tf.device("CPU:0"):

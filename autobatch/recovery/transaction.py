@@ -20,8 +20,6 @@ micro-batch would not make an update smaller.
 
 from __future__ import annotations
 
-from typing import Any
-
 from autobatch.errors import UpdateInterruptedError
 from autobatch.metrics.merged_logs import Logs
 from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
@@ -29,12 +27,13 @@ from autobatch.recovery.keeper import PROVEN_UPDATES, Kept, SnapshotPlace
 from autobatch.recovery.out_of_memory import CAUGHT
 from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.tensors.snapshots import SnapshotTaker
+from autobatch.types import Batch
 
 
 class Transaction(AbstractTransaction[AccumulatedStep]):
     """Runs the steps of one training on one device so that running out of memory never spoils it."""
 
-    def _train_once(self, data: Any, samples: int) -> Logs:
+    def _train_once(self, data: Batch, samples: int) -> Logs:
         micro_batch = self.policy.micro_batch
         # An epoch's last, smaller batch goes the way of the others: the plain step was never run beside accumulators.
         whole = micro_batch >= max(samples, self._effective_batch or samples)
@@ -73,7 +72,7 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
             beside_copies=updating_beside is SnapshotPlace.DEVICE,
         )
 
-    def _evaluate_once(self, step: AccumulatedStep, data: Any, samples: int) -> Logs:
+    def _evaluate_once(self, step: AccumulatedStep, data: Batch, samples: int) -> Logs:
         micro_batch = self._validation_policy.micro_batch
         kept: list[Kept] = []
         try:

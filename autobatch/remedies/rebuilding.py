@@ -21,6 +21,7 @@ from autobatch.memory import arena, limits, nvml
 from autobatch.records import Environment, Report, Variant
 from autobatch.remedies import in_workers, measuring
 from autobatch.trial.protocol import Trials
+from autobatch.types import Batch, Model
 from autobatch.units import format_bytes
 from autobatch.worker import variants
 from autobatch.worker.trials import WorkerTrials
@@ -41,7 +42,7 @@ def build():
 
 
 def report_with_remedies(
-    model: Any,
+    model: Model,
     batch_of: Callable[[int], Any],
     trials: Trials,
     search: Callable[[Trials], Report],
@@ -112,7 +113,7 @@ def build(folder: str) -> tuple[Any, Any]:
     return model, dataset
 
 
-def _write(folder: Path, model: Any, batch_of: Callable[[int], Any], samples: int) -> dict[str, Any]:
+def _write(folder: Path, model: Model, batch_of: Callable[[int], Any], samples: int) -> dict[str, Any]:
     """Write model, batch and target into ``folder``; return what the worker must be started with.
 
     Raises:
@@ -169,7 +170,7 @@ def _own_classes(described: Any) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def _own_functions(model: Any) -> list[tuple[str, str]]:
+def _own_functions(model: Model) -> list[tuple[str, str]]:
     """Module and name of the loss and of activations that are functions of the user's own; Keras writes names alone."""
     import keras
 
@@ -203,7 +204,7 @@ def _is(value: Any, policy: str) -> bool:
     )
 
 
-def _on_host(batch: Any) -> Any:
+def _on_host(batch: Batch) -> Any:
     import tensorflow as tf
 
     for leaf in tf.nest.flatten(batch):

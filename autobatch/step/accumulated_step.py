@@ -26,6 +26,7 @@ from autobatch.step.whole_batch_step import WholeBatchStep
 from autobatch.tensors.batch_structure import count_samples, sample_count
 from autobatch.tensors.functions import called_directly
 from autobatch.tensors.snapshots import InGraphSnapshot
+from autobatch.types import Batch, ElementSpec, Model, Tensor, Variable
 
 
 class AccumulatedStep(CompiledStep):
@@ -34,7 +35,7 @@ class AccumulatedStep(CompiledStep):
     With ``effective_batch``, the most samples in an update, large embeddings' gradients are kept as rows.
     """
 
-    def __init__(self, model: Any, element_spec: Any, *, effective_batch: int | None = None) -> None:
+    def __init__(self, model: Model, element_spec: ElementSpec, *, effective_batch: int | None = None) -> None:
         super().__init__(model, element_spec)
         # A trial runs two full micro-batches; rounding can add one sample to the target.
         self._most_samples = None if effective_batch is None else effective_batch + 1
@@ -51,7 +52,7 @@ class AccumulatedStep(CompiledStep):
         samples = self._most_samples
         return Accumulators(self.model, self.structure, self._touched, self.note_update, most_samples=samples)
 
-    def for_data(self, element_spec: Any) -> AccumulatedStep:
+    def for_data(self, element_spec: ElementSpec) -> AccumulatedStep:
         return AccumulatedStep(self.model, element_spec, effective_batch=self._most_samples)
 
     def prepare(self, *, whole: bool = False) -> bool:
@@ -85,11 +86,11 @@ class AccumulatedStep(CompiledStep):
         return self._sums.updates
 
     @property
-    def accumulators(self) -> list[Any]:
+    def accumulators(self) -> list[Variable]:
         return self._sums.variables
 
     @property
-    def tables_kept_as_rows(self) -> list[Any]:
+    def tables_kept_as_rows(self) -> list[Variable]:
         return [variable for variable in self.updated_variables if id(variable) in self._sums.tables_kept_as_rows]
 
     @property
@@ -108,12 +109,12 @@ class AccumulatedStep(CompiledStep):
         self._accumulate = self._apply = None
         self._sums, self._logs = self._no_sums(), {}
 
-    def plain(self, data: Any) -> Logs:
+    def plain(self, data: Batch) -> Logs:
         """Run Keras's own step on the whole effective batch; the update begins when every gradient is there."""
         self._ran_whole = True
         return self._whole.run(self.structure.leaves(data))
 
-    def accumulate(self, data: Any, micro_batch: int) -> Logs:
+    def accumulate(self, data: Batch, micro_batch: int) -> Logs:
         self._ran_whole = False
         self._logs = {}
         samples = count_samples(data)
@@ -146,7 +147,7 @@ class AccumulatedStep(CompiledStep):
         self._touched.note_graph(concrete.graph)
         return concrete  # type: ignore[no-any-return]
 
-    def evaluate(self, data: Any, micro_batch: int) -> Logs:
+    def evaluate(self, data: Batch, micro_batch: int) -> Logs:
         self.prepare_evaluation()
         assert self._evaluate is not None
         division = self.test_divider.tensor(count_samples(data), micro_batch)
@@ -157,14 +158,14 @@ class AccumulatedStep(CompiledStep):
         return self._logs
 
     def _trace_loop(self, micro: MicroStep, *, zero_first: bool) -> Callable[..., Logs]:
-        def run(leaves: list[Any], vector: Any) -> Logs:
+        def run(leaves: list[Tensor], vector: Any) -> Logs:
             with tf.device("CPU:0"):
                 samples, division = sample_count(leaves), Division(*tf.unstack(vector))
             if zero_first:
                 self._sums.zero(tf.cast(division.larger < 0, tf.float32))
             totals = micro.count_over(leaves, samples, division)
 
-            def body(part: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
+            def body(part: list[Any], fraction: Tensor, carried: list[Any]) -> list[Any]:
                 return micro.merge(carried, micro(part, fraction, totals), fraction)
 
             logs, statistics = micro.finish(loop(leaves, samples, division, micro.empty(), body))

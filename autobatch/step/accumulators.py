@@ -18,13 +18,14 @@ from autobatch.step.embedding_rows import RowBuffer, tables_of
 from autobatch.step.gradient_sums import Shares, add_to
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.variables import bytes_of, distinct
+from autobatch.types import Model, Optimizer, Tensor, Variable
 
 
 class Update(NamedTuple):
     """One optimizer's update: the variables that it is applied to, and which of them got a gradient."""
 
-    optimizer: Any
-    variables: list[Any]
+    optimizer: Optimizer
+    variables: list[Variable]
     has_gradient: list[bool]
 
     @property
@@ -48,7 +49,7 @@ class Accumulators:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         structure: Structure,
         touched: TouchedVariables,
         note_update: Callable[[Any, list[Any], list[Any]], None],
@@ -68,12 +69,12 @@ class Accumulators:
         """The updates of the trace or the eager run that was captured last."""
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         """The sums, in the order in which they were made; empty until a micro-batch was traced."""
         return list(self._sums.values())
 
     @property
-    def row_variables(self) -> list[Any]:
+    def row_variables(self) -> list[Variable]:
         """The variables that rows are kept in."""
         return [variable for buffer in self._rows.values() for variable in buffer.variables]
 
@@ -91,7 +92,7 @@ class Accumulators:
         """Return True if there is room for an update of so many samples."""
         return not self._rows or self._most_samples is None or samples <= self._most_samples
 
-    def expect(self, variables: Iterable[Any]) -> None:
+    def expect(self, variables: Iterable[Variable]) -> None:
         """Make the sums of variables that are sure to get gradients, before anything is traced."""
         for variable in variables:
             self._sum_of(_inner(variable))
@@ -107,7 +108,7 @@ class Accumulators:
             return []
         return tables_of(models.layers_of(self._model))
 
-    def _sum_of(self, inner: Any) -> Any:
+    def _sum_of(self, inner: Variable) -> Any:
         if id(inner) not in self._sums:
             # Beside a buffer of rows it takes no memory before the trace shows which of the two is used.
             beside_rows = id(inner) in self._rows
@@ -121,11 +122,11 @@ class Accumulators:
             self._touched.ignore([self._sums[id(inner)]])
         return self._sums[id(inner)]
 
-    def capture(self, fraction: Any) -> ApplyHandler:
+    def capture(self, fraction: Tensor) -> ApplyHandler:
         """Return what takes an optimizer's ``apply``: it adds the gradients, times ``fraction``, to the sums."""
         updates = self.updates = []
 
-        def add(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+        def add(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
             if any(optimizer is update.optimizer for update in updates):
                 raise ValueError(
                     "train_step applies the same optimizer more than once, so that there is no single update to "
@@ -141,7 +142,7 @@ class Accumulators:
 
         return add
 
-    def _add(self, inner: Any, gradient: Any, shares: Shares) -> None:
+    def _add(self, inner: Variable, gradient: Tensor, shares: Shares) -> None:
         accumulator = self._sum_of(inner)
         buffer = self._rows.get(id(inner))
         if buffer is not None and self._keeps_rows(buffer, gradient):
@@ -149,7 +150,7 @@ class Accumulators:
         else:
             add_to(accumulator, gradient, shares)
 
-    def _keeps_rows(self, buffer: RowBuffer, gradient: Any) -> bool:
+    def _keeps_rows(self, buffer: RowBuffer, gradient: Tensor) -> bool:
         if not isinstance(gradient, tf.IndexedSlices) or self._most_samples is None:
             return False
         return buffer.takes(gradient, self._structure, self._most_samples)
@@ -183,7 +184,7 @@ class Accumulators:
         """The values of the sums, by the id of the ``tf.Variable`` that each is the gradient of."""
         return {key: accumulator.read_value() for key, accumulator in self._sums.items()}
 
-    def gradients_of(self, update: Update, sums: Mapping[int, Any] | None = None) -> list[Any]:
+    def gradients_of(self, update: Update, sums: Mapping[int, Any] | None = None) -> list[Tensor]:
         """The gradients of the effective batch for one update, None where a variable has none.
 
         ``sums`` are used in place of the device's own, such as those of all replicas together.
@@ -191,7 +192,7 @@ class Accumulators:
         pairs = zip(update.variables, update.has_gradient, strict=True)
         return [self._gradient(_inner(each), sums) if has_gradient else None for each, has_gradient in pairs]
 
-    def _gradient(self, inner: Any, sums: Mapping[int, Any] | None) -> Any:
+    def _gradient(self, inner: Variable, sums: Mapping[int, Any] | None) -> Any:
         if id(inner) in self._rows:
             return self._rows[id(inner)].gradient()
         value = self._sums[id(inner)].read_value() if sums is None else sums[id(inner)]
@@ -214,10 +215,10 @@ class Accumulators:
         self._sums, self._rows, self.updates = {}, {}, []
 
 
-def _inner(variable: Any) -> Any:
+def _inner(variable: Variable) -> Any:
     return distinct([variable])[0]
 
 
-def _dtype_of_sum(inner: Any) -> Any:
+def _dtype_of_sum(inner: Variable) -> Any:
     """Sums of 16-bit gradients are kept in 32 bits: else what a micro-batch adds is lost in what is there."""
     return tf.float32 if inner.dtype.size < 4 else inner.dtype

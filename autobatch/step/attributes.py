@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from autobatch.seams import models
+from autobatch.types import Model
 
 _NUMBERS = (int, float, str, bytes, type(None))
 
 
 @contextlib.contextmanager
-def attributes_kept(model: Any) -> Iterator[list[str]]:
+def attributes_kept(model: Model) -> Iterator[list[str]]:
     """Put back the numbers, lists, dictionaries and sets that a model and its layers hold, when this ends.
 
     A trace leaves tensors in them that have no value. Yields the names of the numbers that were changed, once it ends.

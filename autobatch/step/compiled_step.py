@@ -20,6 +20,7 @@ from autobatch.step.update_room import UpdateReserve, guessed_bytes
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.tensors.variables import distinct
+from autobatch.types import Batch, ElementSpec, Model, Optimizer, Tensor, Variable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +34,7 @@ class CompiledStep(abc.ABC):
         element_spec: describes a batch of any size, a nest of type specs.
     """
 
-    def __init__(self, model: Any, element_spec: Any) -> None:
+    def __init__(self, model: Model, element_spec: ElementSpec) -> None:
         self.model = model
         self.structure = Structure(element_spec)
         self.update_room = UpdateReserve()
@@ -47,7 +48,7 @@ class CompiledStep(abc.ABC):
         self._findings = TraceFindings()
 
     @abc.abstractmethod
-    def for_data(self, element_spec: Any) -> Self:
+    def for_data(self, element_spec: ElementSpec) -> Self:
         """The steps of the same model on other data."""
 
     @abc.abstractmethod
@@ -63,7 +64,7 @@ class CompiledStep(abc.ABC):
         """Trace what :meth:`evaluate` needs; return True if anything was missing."""
 
     @abc.abstractmethod
-    def accumulate(self, data: Any, micro_batch: int) -> Any:
+    def accumulate(self, data: Batch, micro_batch: int) -> Any:
         """Sum the gradients of an effective batch, ``micro_batch`` samples at a time; no weight changes.
 
         Returns:
@@ -75,7 +76,7 @@ class CompiledStep(abc.ABC):
         """Update the weights once with what :meth:`accumulate` summed; return the logs of the whole update."""
 
     @abc.abstractmethod
-    def evaluate(self, data: Any, micro_batch: int) -> Any:
+    def evaluate(self, data: Batch, micro_batch: int) -> Any:
         """Run ``model.test_step`` over a batch, ``micro_batch`` samples at a time.
 
         Returns:
@@ -92,7 +93,7 @@ class CompiledStep(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def accumulators(self) -> list[Any]:
+    def accumulators(self) -> list[Variable]:
         """The accumulators, in the order in which they were made."""
 
     @property
@@ -111,7 +112,7 @@ class CompiledStep(abc.ABC):
         return None
 
     @property
-    def tables_kept_as_rows(self) -> list[Any]:
+    def tables_kept_as_rows(self) -> list[Variable]:
         """The embeddings' tables whose gradients are not summed but kept, a row for each token."""
         return []
 
@@ -125,32 +126,32 @@ class CompiledStep(abc.ABC):
         return self._findings if self._micro is None else self._micro.findings
 
     @property
-    def optimizers(self) -> tuple[Any, ...]:
+    def optimizers(self) -> tuple[Optimizer, ...]:
         """The optimizers known from the model, and those that a step was seen to apply."""
         return self._touched.optimizers
 
     @property
-    def updating_optimizers(self) -> tuple[Any, ...]:
+    def updating_optimizers(self) -> tuple[Optimizer, ...]:
         """The optimizers that the traced step applies; before, all that it could apply."""
         return tuple(update.optimizer for update in self._updates) or self.optimizers
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         """Every variable that a step traced so far can touch, accumulators apart."""
         return self._touched.variables
 
     @property
-    def updated_variables(self) -> list[Any]:
+    def updated_variables(self) -> list[Variable]:
         """The variables that an optimizer's update changes: trainable weights and the optimizers' own."""
         return self._touched.updated_variables
 
     @property
-    def changed_before_update(self) -> list[Any]:
+    def changed_before_update(self) -> list[Variable]:
         """What a step can touch before its update or beside it: statistics, metrics, seeds, what a layer assigns."""
         return self._touched.changed_before_update
 
     @property
-    def variables_written_by_micro_steps(self) -> list[Any]:
+    def variables_written_by_micro_steps(self) -> list[Variable]:
         """What traced micro-steps write, accumulators apart; of the plain step, what it writes before its update."""
         return self._touched.written_variables
 
@@ -159,7 +160,7 @@ class CompiledStep(abc.ABC):
         """What the optimizers' temporaries need; a guess before an update was traced."""
         return self.update_room.bytes or guessed_bytes(distinct(self.model.trainable_variables))
 
-    def note_update(self, optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+    def note_update(self, optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
         """Note that a step applies an optimizer, known or not, to these variables."""
         found = self._touched.note_update(optimizer, variables)
         self.update_room.note_gradients(gradients, variables)

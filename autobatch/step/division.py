@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from autobatch.types import Model
+
 
 class Division(NamedTuple):
     """The sizes of micro-batches, in turn: ``larger`` for the first ``larger_samples`` samples, ``smaller`` after.
@@ -66,7 +68,7 @@ class Divider:
     ``whole`` counts the samples of most batches; None takes the largest batch so far.
     """
 
-    def __init__(self, model: Any, whole: int | None = None) -> None:
+    def __init__(self, model: Model, whole: int | None = None) -> None:
         self._model = model
         self._whole = whole
         self._most_samples = 0

@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.variables import distinct
+from autobatch.types import Layer, Tensor, Variable
 
 WORTH_IT = 0.5
 """The buffer is used where it takes less than this share of the dense accumulator."""
@@ -40,7 +41,7 @@ class RowBuffer:
     ``table`` is the ``tf.Variable``. It holds nothing before :meth:`reserve`; everything else may be traced before.
     """
 
-    def __init__(self, table: Any, dtype: Any) -> None:
+    def __init__(self, table: Variable, dtype: Any) -> None:
         self._table = table
         self._index_dtype: Any = tf.int64
         self.rows_per_sample: int | None = None
@@ -56,11 +57,11 @@ class RowBuffer:
             self._filled = tf.Variable(tf.constant(0, tf.int64), trainable=False, name="autobatch_rows_filled")
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         """All variables of the buffer."""
         return [self._values, self._indices, self._filled]
 
-    def takes(self, gradient: Any, structure: Structure, samples: int) -> bool:
+    def takes(self, gradient: Tensor, structure: Structure, samples: int) -> bool:
         """Whether a buffer for so many samples is certain to hold all rows and is worth it; to be asked in a trace."""
         rows = _rows_per_sample(gradient.indices, structure)
         if rows is None:
@@ -83,7 +84,7 @@ class RowBuffer:
         with tf.device("CPU:0"):
             self._filled.assign(0)
 
-    def add(self, gradient: Any, scale: Any) -> None:
+    def add(self, gradient: Tensor, scale: Any) -> None:
         """Put the rows of one micro-batch's gradient, times ``scale``, behind those that are there."""
         self._index_dtype = gradient.indices.dtype
         with tf.device("CPU:0"):
@@ -106,7 +107,7 @@ class RowBuffer:
         self._indices.assign(tf.zeros([0], tf.int64))
 
 
-def tables_of(layers: Iterable[Any]) -> list[Any]:
+def tables_of(layers: Iterable[Layer]) -> list[Any]:
     """The ``tf.Variable`` of each embedding that is trained: the tables that a :class:`RowBuffer` may serve."""
     found = [layer for layer in layers if isinstance(layer, keras.layers.Embedding) and layer.built and layer.trainable]
     return distinct(weight for layer in found for weight in layer.trainable_weights if len(weight.shape) == 2)

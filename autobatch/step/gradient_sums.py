@@ -6,11 +6,13 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.types import Tensor, Variable
+
 
 class Shares:
     """A micro-batch's share of the effective batch, in each dtype that gradients are summed in; on the host."""
 
-    def __init__(self, fraction: Any) -> None:
+    def __init__(self, fraction: Tensor) -> None:
         self._fraction = fraction
         self._by_dtype: dict[Any, tuple[Any, Any]] = {}
 
@@ -23,7 +25,7 @@ class Shares:
         return self._by_dtype[dtype]
 
 
-def add_to(accumulator: Any, gradient: Any, shares: Shares) -> None:
+def add_to(accumulator: Variable, gradient: Tensor, shares: Shares) -> None:
     """Add a dense gradient, or rows of one, to a variable that sums them."""
     scale, negative = shares.of(accumulator.dtype)
     if isinstance(gradient, tf.IndexedSlices):

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from autobatch.seams import models
+from autobatch.types import Metric, Model, Optimizer, Variable
 
 
 class LoopModel:
@@ -19,9 +20,11 @@ class LoopModel:
 
     compiled = True
     steps_per_execution = 1
-    metrics: tuple[Any, ...] = ()
+    metrics: tuple[Metric, ...] = ()
 
-    def __init__(self, train_step: Callable[[Any], Any], model: Any, optimizer: Any, *, jit_compile: bool) -> None:
+    def __init__(
+        self, train_step: Callable[[Any], Any], model: Model, optimizer: Optimizer, *, jit_compile: bool
+    ) -> None:
         self.train_step = train_step
         self.optimizers = require_optimizers(optimizer)
         self.optimizer = self.optimizers[0]
@@ -38,11 +41,11 @@ class LoopModel:
         return getattr(self.model, "dtype_policy", keras.config.dtype_policy())
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         return list(self.model.variables)
 
     @property
-    def trainable_variables(self) -> list[Any]:
+    def trainable_variables(self) -> list[Variable]:
         return list(self.model.trainable_variables)
 
     def _flatten_layers(self) -> list[Any]:
@@ -53,7 +56,7 @@ class LoopModel:
         return bool(self.model.built)
 
 
-def require_optimizers(optimizer: Any) -> tuple[Any, ...]:
+def require_optimizers(optimizer: Optimizer) -> tuple[Any, ...]:
     """The optimizers that ``wrap_step`` was given, one or several.
 
     Raises:

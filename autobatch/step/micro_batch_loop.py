@@ -9,12 +9,13 @@ import tensorflow as tf
 
 from autobatch.step.division import Division
 from autobatch.tensors.batch_structure import cut
+from autobatch.types import Tensor
 
 if TYPE_CHECKING:
     pass
 
 
-def loop(leaves: list[Any], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:
+def loop(leaves: list[Tensor], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:
     """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn."""
 
     def step(start: Any, carried: Any) -> tuple[Any, Any]:

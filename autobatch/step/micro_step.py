@@ -32,6 +32,7 @@ from autobatch.step.division import Division
 from autobatch.step.micro_batch_loop import loop
 from autobatch.tensors.batch_structure import Structure, cut, sample_count
 from autobatch.tensors.snapshots import InGraphSnapshot
+from autobatch.types import Model, Optimizer, Tensor, Variable
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,13 @@ class Sink(Protocol):
     """What gradients are added to: :class:`autobatch.step.accumulators.Accumulators`, of one device or of several."""
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         """The sums."""
 
-    def expect(self, variables: Iterable[Any]) -> None:
+    def expect(self, variables: Iterable[Variable]) -> None:
         """Make the sums of variables that are sure to get gradients."""
 
-    def capture(self, fraction: Any) -> ApplyHandler:
+    def capture(self, fraction: Tensor) -> ApplyHandler:
         """Return what takes an optimizer's ``apply``."""
 
     def settle(self) -> None:
@@ -69,7 +70,7 @@ class MicroStep:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         structure: Structure,
         step: Callable[[Any], Logs],
         touched: TouchedVariables,
@@ -106,7 +107,7 @@ class MicroStep:
         """How many denominators depend on the data; known once a step was traced."""
         return self._count_length
 
-    def __call__(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any], Any]:
+    def __call__(self, leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> tuple[Logs, list[Any], Any]:
         """Run one micro-batch: its logs, what metrics that are to see the whole batch are given, its statistics."""
         if self._second_references is None:
             return self._compiled(leaves, fraction, totals)
@@ -165,7 +166,7 @@ class MicroStep:
             return  # what is made in a trace that fails would stay without a value
         traced = TraceFindings()
 
-        def look(leaves: list[Any], fraction: Any, totals: Any) -> Any:
+        def look(leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> Any:
             normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
             results = MetricResults()
             with (
@@ -203,11 +204,11 @@ class MicroStep:
         if self._sink is not None:
             self.findings = traced
 
-    def _run_averaging(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any], Any]:
+    def _run_averaging(self, leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> tuple[Logs, list[Any], Any]:
         logs, held = self._run(leaves, fraction, totals)
         return logs, held, self.averages.statistics()
 
-    def _run(self, leaves: list[Any], fraction: Any, totals: Any) -> tuple[Logs, list[Any]]:
+    def _run(self, leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> tuple[Logs, list[Any]]:
         traced = TraceFindings()
         normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
         results = MetricResults()
@@ -256,7 +257,7 @@ class MicroStep:
         return logs, held
 
     def _weighing(
-        self, mode: Mode, leaves: list[Any], fraction: Any, totals: Any, traced: TraceFindings | None = None
+        self, mode: Mode, leaves: list[Tensor], fraction: Tensor, totals: Tensor, traced: TraceFindings | None = None
     ) -> tuple[LossWeights, LossTerms | EagerTerms]:
         """What weighs the losses of one trace, or of one run where nothing is traced."""
         needed = Totals(mode, totals)
@@ -269,12 +270,12 @@ class MicroStep:
         terms = LossTerms(needed, fraction, sample_count(leaves), SampleFlow.of_leaves(leaves, ()), note)
         return LossWeights(fraction, needed, terms), terms
 
-    def _capturing(self, fraction: Any, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
+    def _capturing(self, fraction: Tensor, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
         if self._sink is None:
             return contextlib.nullcontext()
         add = self._sink.capture(fraction)
 
-        def take(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+        def take(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
             traced.note_applied(optimizer, gradients, variables)
             self.averages.note_applied()
             add(optimizer, gradients, variables)
@@ -290,7 +291,7 @@ class MicroStep:
         traced.draws = self.findings.draws
         return draws.noted_eagerly(traced) if traced.draws is None else contextlib.nullcontext()
 
-    def _run_counting(self, leaves: list[Any], fraction: Any, totals: Any) -> Any:
+    def _run_counting(self, leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> Any:
         normalizer, terms = self._weighing(Mode.COUNT, leaves, fraction, totals)
         results = MetricResults()
         with (
@@ -310,7 +311,7 @@ class MicroStep:
         self._count_length = normalizer.totals.length
         return tf.concat(counted, 0) if counted else tf.zeros([0], tf.float64)
 
-    def count_over(self, leaves: list[Any], samples: Any, division: Division) -> Any:
+    def count_over(self, leaves: list[Tensor], samples: Any, division: Division) -> Any:
         """The denominators of the effective batch: a float64 vector, empty where none depends on the data."""
         if self._count_length is None:  # an eager step has no trace to learn it from: count the first micro-batch
             part = [cut(leaf, tf.constant(0, tf.int64), division.larger) for leaf in leaves]
@@ -331,7 +332,7 @@ class MicroStep:
         held = self._held.empty()
         return [self.logs.empty(), [] if tf.executing_eagerly() else held, self.averages.empty()]
 
-    def merge(self, carried: list[Any], results: tuple[Logs, list[Any], Any], fraction: Any) -> list[Any]:
+    def merge(self, carried: list[Any], results: tuple[Logs, list[Any], Any], fraction: Tensor) -> list[Any]:
         """What is carried, with the results of one more micro-batch."""
         logs, given, statistics = results
         return [

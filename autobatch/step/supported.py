@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 
 from autobatch.seams import strategies
 from autobatch.seams.models import layers_of
+from autobatch.types import Model
 
 
-def require_supported(model: Any) -> None:
+def require_supported(model: Model) -> None:
     """Refuse models whose training goes another way than through Keras's own ``fit``.
 
     Raises:
@@ -26,7 +25,7 @@ def require_supported(model: Any) -> None:
     require_stateless(model)
 
 
-def require_stateless(model: Any) -> None:
+def require_stateless(model: Model) -> None:
     """Refuse recurrent layers that hand a sample's state on to the one in the same place of the next batch.
 
     Raises:

@@ -22,6 +22,7 @@ import tensorflow as tf
 from autobatch.graphs.held_bytes import PIECES, even_pieces, temporaries
 from autobatch.seams.update_order import updates_in_turn
 from autobatch.tensors.variables import bytes_of, distinct
+from autobatch.types import Tensor, Variable
 
 NAME = "autobatch_update_room"
 """By this the pieces can be told among what an update allocates."""
@@ -47,7 +48,7 @@ class UpdateReserve:
         return sum(self._pieces)
 
     @property
-    def variables(self) -> tuple[Any, ...]:
+    def variables(self) -> tuple[Variable, ...]:
         """The variables of its own."""
         return self._has_begun, self._shapes
 
@@ -60,7 +61,7 @@ class UpdateReserve:
         """What was noted last."""
         return bool(self._has_begun.numpy())
 
-    def note_gradients(self, gradients: Iterable[Any], variables: Iterable[Any]) -> None:
+    def note_gradients(self, gradients: Iterable[Tensor], variables: Iterable[Variable]) -> None:
         """Note what gradients are, before the update is traced: of rows that are added here and there, or whole ones.
 
         A variable that rows were once added to, be it a weight, an average or an accumulator, is copied whenever it is
@@ -70,7 +71,7 @@ class UpdateReserve:
         self._copied.update(tuple(each.shape) for gradient, each in pairs if isinstance(gradient, tf.IndexedSlices))
 
     @contextlib.contextmanager
-    def update_of(self, variables: list[Any]) -> Iterator[None]:
+    def update_of(self, variables: list[Variable]) -> Iterator[None]:
         """Around what is traced to update ``variables``, or does so eagerly; nothing is written to the room."""
         inner = distinct(variables)
         if not inner:
@@ -104,7 +105,7 @@ class UpdateReserve:
             return tf.reduce_all(tf.stack(tf.shape_n(pieces)) >= 0)
 
 
-def guessed_bytes(variables: Iterable[Any]) -> int:
+def guessed_bytes(variables: Iterable[Variable]) -> int:
     """What an update of ``variables`` needs, as long as no trace tells."""
     sizes = [bytes_of([variable]) for variable in variables]
     return sum(sizes) + 2 * max(sizes, default=0)

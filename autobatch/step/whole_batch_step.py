@@ -21,6 +21,7 @@ from autobatch.step.update_room import UpdateReserve
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.functions import called_directly
 from autobatch.tensors.snapshots import InGraphSnapshot
+from autobatch.types import Model, Optimizer, Tensor, Variable
 
 
 class WholeBatchStep:
@@ -36,7 +37,7 @@ class WholeBatchStep:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         structure: Structure,
         touched: TouchedVariables,
         reserve: UpdateReserve,
@@ -58,7 +59,7 @@ class WholeBatchStep:
             self._compiled = self._trace()
         return missing
 
-    def run(self, leaves: list[Any]) -> Logs:
+    def run(self, leaves: list[Tensor]) -> Logs:
         """Run the step on all samples at once."""
         if self.copies is not None:
             self.copies.forget()
@@ -71,7 +72,7 @@ class WholeBatchStep:
         return self.copies is not None and not self.copies.are_of_failed_call
 
     def _trace(self) -> Callable[..., Logs]:
-        def update(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+        def update(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
             self._note_update(optimizer, gradients, variables)
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
@@ -82,7 +83,7 @@ class WholeBatchStep:
 
         train_step = models.untraced(self._model.train_step)
 
-        def step(leaves: list[Any]) -> Logs:
+        def step(leaves: list[Tensor]) -> Logs:
             with functions_inlined(), capture_apply(self._touched.optimizers, update):
                 return train_step(self._structure.pack(leaves))
 
@@ -95,14 +96,14 @@ class WholeBatchStep:
         changed = written_variables(inner.graph, self._touched.changed_before_update)
         self.copies = copies = InGraphSnapshot(changed)
 
-        def kept_step(leaves: list[Any]) -> Logs:
+        def kept_step(leaves: list[Tensor]) -> Logs:
             with tf.control_dependencies([self._reserve.note_begun(False), copies.keep()]):
                 return inner(leaves)
 
         compiled = tf.function(kept_step, autograph=False, input_signature=[self._structure.specs])
         call = called_directly(compiled)
 
-        def run(leaves: list[Any]) -> Logs:
+        def run(leaves: list[Tensor]) -> Logs:
             with copies.around_call():
                 return call(leaves)
 

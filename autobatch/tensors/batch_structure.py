@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from autobatch.types import Batch, ElementSpec, Tensor
+
 NONE_SPEC = type(tf.type_spec_from_value(None))
 """How tf.data describes a part that is None."""
 
@@ -36,13 +38,13 @@ class Structure:
     ``element_spec`` is that of a dataset of batches: a nest of type specs, with None where a part is missing.
     """
 
-    def __init__(self, element_spec: Any) -> None:
+    def __init__(self, element_spec: ElementSpec) -> None:
         self._nest = element_spec
         self.specs: list[Any] = [
             open_batch_dimension(part) for part in tf.nest.flatten(element_spec) if not is_missing(part)
         ]
 
-    def leaves(self, data: Any) -> list[Any]:
+    def leaves(self, data: Batch) -> list[Tensor]:
         """The tensors of one batch, in order; missing parts left out."""
         parts = [part for part in tf.nest.flatten(data) if not is_missing(part)]
         if all(tf.is_tensor(part) for part in parts):
@@ -53,14 +55,14 @@ class Structure:
                 for part in parts
             ]
 
-    def pack(self, leaves: list[Any]) -> Any:
+    def pack(self, leaves: list[Tensor]) -> Any:
         """The structure that ``train_step`` takes, around these leaves."""
         remaining = iter(leaves)
         flat = [None if is_missing(part) else next(remaining) for part in tf.nest.flatten(self._nest)]
         return tf.nest.pack_sequence_as(self._nest, flat)
 
 
-def sample_count(leaves: list[Any]) -> Any:
+def sample_count(leaves: list[Tensor]) -> Any:
     """How many samples a batch has: a scalar int64 tensor."""
     first = leaves[0]
     if isinstance(first, tf.RaggedTensor):
@@ -70,7 +72,7 @@ def sample_count(leaves: list[Any]) -> Any:
     return tf.shape(first, out_type=tf.int64)[0]
 
 
-def count_samples(data: Any) -> int:
+def count_samples(data: Batch) -> int:
     """How many samples a batch outside of any graph has; runs no operation where the shape tells."""
     first = next(part for part in tf.nest.flatten(data) if not is_missing(part))
     if isinstance(first, (tf.RaggedTensor, tf.SparseTensor)):
@@ -78,7 +80,7 @@ def count_samples(data: Any) -> int:
     return int(first.shape[0])
 
 
-def cut(leaf: Any, start: Any, stop: Any) -> Any:
+def cut(leaf: Tensor, start: Any, stop: Any) -> Any:
     """Samples ``start`` to ``stop`` (int64 scalars) of one leaf; no copy of a dense tensor where it is aligned."""
     if isinstance(leaf, tf.SparseTensor):
         begin = tf.concat([[start], tf.zeros_like(leaf.dense_shape[1:])], axis=0)
@@ -87,7 +89,7 @@ def cut(leaf: Any, start: Any, stop: Any) -> Any:
     return leaf[start:stop]
 
 
-def repeat_to(leaf: Any, samples: int) -> Any:
+def repeat_to(leaf: Tensor, samples: int) -> Any:
     """The leaf with its samples repeated in order until there are ``samples`` of them."""
     if isinstance(leaf, tf.SparseTensor):
         times = -(-samples // max(int(leaf.dense_shape[0]), 1))
@@ -96,7 +98,7 @@ def repeat_to(leaf: Any, samples: int) -> Any:
     return tf.gather(leaf, tf.range(samples, dtype=tf.int64) % tf.cast(rows, tf.int64))
 
 
-def row_sizes(leaf: Any) -> Any:
+def row_sizes(leaf: Tensor) -> Any:
     """What each sample of a leaf holds, in bytes: an array of integers; None where all hold the same.
 
     A ragged sample counts its values, a sparse one those that are there, a sample of strings their characters.

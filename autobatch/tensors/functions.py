@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.types import Tensor
+
 
 def called_directly(compiled: Any) -> Callable[..., Any]:
     """A ``tf.function`` of leaves, and of tensors besides, without being looked up for its arguments at every call.
@@ -15,7 +17,7 @@ def called_directly(compiled: Any) -> Callable[..., Any]:
     """
     concrete = compiled.get_concrete_function()
 
-    def call(leaves: list[Any], *others: Any) -> Any:
+    def call(leaves: list[Tensor], *others: Any) -> Any:
         function = concrete if all(isinstance(leaf, tf.Tensor) for leaf in leaves) else compiled
         return function(leaves, *others)
 

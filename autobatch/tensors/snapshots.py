@@ -14,17 +14,18 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.tensors.variables import components
+from autobatch.types import Variable
 
 
 class Snapshot:
     """The values of some variables at one moment."""
 
-    def __init__(self, variables: list[Any], values: list[Any]) -> None:
+    def __init__(self, variables: list[Variable], values: list[Any]) -> None:
         self._variables = variables
         self._values = values
 
     @classmethod
-    def on_host(cls, variables: Iterable[Any]) -> Snapshot:
+    def on_host(cls, variables: Iterable[Variable]) -> Snapshot:
         """Copy the values to host memory, so that no device memory is held for them."""
         found = components(variables)
         return cls(found, [variable.numpy() for variable in found])
@@ -46,7 +47,7 @@ class InGraphSnapshot:
     That costs a call less than a snapshot taken before the step. Buffers are shared until a variable is updated.
     """
 
-    def __init__(self, variables: Iterable[Any]) -> None:
+    def __init__(self, variables: Iterable[Variable]) -> None:
         self._pairs: list[tuple[Any, Any]] = []
         for variable in components(variables):
             with tf.device(variable.device):
@@ -106,7 +107,7 @@ class SnapshotTaker:
     ``beforehand`` is traced into that call.
     """
 
-    def __init__(self, variables: Iterable[Any], *, beforehand: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, variables: Iterable[Variable], *, beforehand: Callable[[], object] = lambda: None) -> None:
         self._variables = components(variables)
 
         def read() -> list[Any]:

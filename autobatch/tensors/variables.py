@@ -8,15 +8,16 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.seams.variables import inner_of
+from autobatch.types import Variable
 
 
-def unwrap(variable: Any) -> Any:
+def unwrap(variable: Variable) -> Variable:
     """The ``tf.Variable`` behind a Keras variable, or the ``tf.Variable`` itself."""
     is_keras = hasattr(variable, "regularizer") and not isinstance(variable, tf.Variable)
     return inner_of(variable) if is_keras else variable
 
 
-def distinct(variables: Iterable[Any]) -> list[Any]:
+def distinct(variables: Iterable[Variable]) -> list[Variable]:
     """Each ``tf.Variable`` once, in order, Keras's wrappers taken off."""
     found: dict[int, Any] = {}
     for variable in variables:
@@ -25,7 +26,7 @@ def distinct(variables: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
-def components(variables: Iterable[Any]) -> list[Any]:
+def components(variables: Iterable[Variable]) -> list[Variable]:
     """Each ``tf.Variable`` once; of one that a strategy mirrors, its copy on each device of this process."""
     found: dict[int, Any] = {}
     for variable in distinct(variables):
@@ -34,6 +35,6 @@ def components(variables: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
-def bytes_of(variables: Iterable[Any]) -> int:
+def bytes_of(variables: Iterable[Variable]) -> int:
     """The bytes that the variables' values take."""
     return sum(variable.shape.num_elements() * variable.dtype.size for variable in distinct(variables))

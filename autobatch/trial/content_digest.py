@@ -26,6 +26,7 @@ from autobatch.memory import arena, limits
 from autobatch.seams import models, rematerialisation
 from autobatch.seams.optimizers import optimizers_of
 from autobatch.step.loop_model import LoopModel
+from autobatch.types import Model, Optimizer
 
 logger = logging.getLogger("autobatch")
 
@@ -40,7 +41,7 @@ _DEEPEST = 30
 _MOST_ITEMS = 1000
 
 
-def content_digest(model: Any, sample: Iterable[object], surroundings: Mapping[str, object]) -> str:
+def content_digest(model: Model, sample: Iterable[object], surroundings: Mapping[str, object]) -> str:
     """The digest of a compiled model, of what its data hold, and of ``surroundings``: further plain values."""
     try:
         text = json.dumps(_content(model, sample, surroundings), sort_keys=True)
@@ -61,7 +62,7 @@ def surroundings_of(device: str, user_limit_bytes: int | None) -> dict[str, obje
     }
 
 
-def _content(model: Any, sample: Iterable[object], surroundings: Mapping[str, object]) -> dict[str, object]:
+def _content(model: Model, sample: Iterable[object], surroundings: Mapping[str, object]) -> dict[str, object]:
     trained = model.model if isinstance(model, LoopModel) else model
     loss = getattr(model, "loss", None)
     return {
@@ -77,7 +78,7 @@ def _content(model: Any, sample: Iterable[object], surroundings: Mapping[str, ob
     }
 
 
-def _variables(model: Any) -> list[object]:
+def _variables(model: Model) -> list[object]:
     return [[*variable.shape, str(variable.dtype), bool(variable.trainable)] for variable in model.variables]
 
 
@@ -111,7 +112,7 @@ def _config_of(thing: Any) -> object:
         return None
 
 
-def _describe_optimizer(optimizer: Any) -> object:
+def _describe_optimizer(optimizer: Optimizer) -> object:
     """Its class and what of its configuration makes slots; of a rate or a factor only whether it is zero."""
     config = _config_of(optimizer)
     kept: dict[str, object] = {}

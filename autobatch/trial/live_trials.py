@@ -45,6 +45,7 @@ from autobatch.trial.content_digest import content_digest, surroundings_of
 from autobatch.trial.timing import Timing
 from autobatch.trial.waiting_batches import WaitingBatches
 from autobatch.trial.worst_case import Data, WorstCaseSample
+from autobatch.types import ElementSpec, Model
 from autobatch.units import format_bytes
 from autobatch.version import __version__
 
@@ -61,7 +62,7 @@ class LiveTrials:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         batches: Data,
         *,
         target_batch: int | None,
@@ -106,7 +107,7 @@ class LiveTrials:
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()
 
-    def _make_step(self, model: Any, element_spec: Any, effective_batch: int | None) -> CompiledStep:
+    def _make_step(self, model: Model, element_spec: ElementSpec, effective_batch: int | None) -> CompiledStep:
         return AccumulatedStep(model, element_spec, effective_batch=effective_batch)
 
     @property

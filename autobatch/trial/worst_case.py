@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from autobatch.records import HostUse
 from autobatch.tensors.batch_structure import Structure, repeat_to, row_sizes, sample_count
+from autobatch.types import Tensor
 
 
 class Data(Protocol):
@@ -75,7 +76,7 @@ class WorstCaseSample:
             return self.structure.pack([repeat_to(leaf, samples) for leaf in self.leaves])
 
 
-def _longest_only(leaves: list[Any]) -> list[Any]:
+def _longest_only(leaves: list[Tensor]) -> list[Any]:
     sizes = [size for leaf in leaves if (size := row_sizes(leaf)) is not None]
     if not sizes:
         return leaves
@@ -83,7 +84,7 @@ def _longest_only(leaves: list[Any]) -> list[Any]:
     return [_row(leaf, row) for leaf in leaves]
 
 
-def _describe(leaf: Any, spec: Any) -> tuple[str, str, tuple[int, ...]]:
+def _describe(leaf: Tensor, spec: Any) -> tuple[str, str, tuple[int, ...]]:
     kind = type(spec).__name__
     varying = row_sizes(leaf)
     if varying is not None:
@@ -98,7 +99,7 @@ def _step(size: int) -> int:
     return int(4 * math.log2(size)) if size else -1
 
 
-def _row(leaf: Any, row: int) -> Any:
+def _row(leaf: Tensor, row: int) -> Any:
     if isinstance(leaf, tf.SparseTensor):
         rest = leaf.dense_shape[1:]
         return tf.sparse.slice(leaf, tf.concat([[row], tf.zeros_like(rest)], 0), tf.concat([[1], rest], 0))

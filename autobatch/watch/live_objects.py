@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from autobatch.memory import limits
 from autobatch.seams.eager_context import live_functions
+from autobatch.types import Tensor
 from autobatch.watch.findings import Census
 
 _FUNCTION_NAME = re.compile(r"__(?:inference|forward|backward)_(.+?)_\d+(?:_\d+)*$")
@@ -100,7 +101,7 @@ def _has_file(cache: Any) -> bool:
     return type(name).__name__ == "EagerTensor" and bool(name.numpy())
 
 
-def _tensor_bytes(tensor: Any) -> int:
+def _tensor_bytes(tensor: Tensor) -> int:
     # Handles and strings have no size of their own.
     return int(tensor.dtype.size * (tensor.shape.num_elements() or 0))
 

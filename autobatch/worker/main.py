@@ -28,6 +28,7 @@ from autobatch.memory import arena, oom
 from autobatch.records import Outcome, TrialRequest, TrialResult, Variant
 from autobatch.tracebacks import raised_here, user_traceback
 from autobatch.trial.protocol import Trials
+from autobatch.types import Model
 from autobatch.worker import variants
 from autobatch.worker.messages import Message, pack, pack_result, unpack
 from autobatch.worker.target import call_target, load_target, needed_keras
@@ -176,7 +177,7 @@ def _build(options: Message, variant: Variant, build: Callable[[], object]) -> t
     return model, dataset, y, names
 
 
-def _fingerprint(model: Any) -> str:
+def _fingerprint(model: Model) -> str:
     """The model's variables in short: equal for two models that are built alike."""
     variables = [f"{tuple(v.shape)}:{v.dtype}:{v.trainable}" for v in getattr(model, "variables", ())]
     digest = hashlib.sha256("\n".join(variables).encode()).hexdigest()[:8]

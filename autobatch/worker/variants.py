@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autobatch.errors import NotApplicableError
+from autobatch.types import Layer, Model
 
 _Built = tuple[Any, object, object]  # model, dataset, y
 
@@ -62,7 +63,7 @@ _NO_LAYER = (
 _NO_ACTIVATION = "no layer of the model has an activation, or all were made before the function was called"
 
 
-def take_slots_away(model: Any) -> None:
+def take_slots_away(model: Model) -> None:
     """Replace the optimizer by SGD without momentum, with its learning rate, clipping and weight decay."""
     import keras
 
@@ -89,21 +90,21 @@ def take_slots_away(model: Any) -> None:
     gc.collect()  # slots that were built already
 
 
-def set_jit(model: Any, jit_compile: bool) -> None:
+def set_jit(model: Model, jit_compile: bool) -> None:
     """Turn XLA on or off where it has a say."""
     if jit_compile and getattr(model, "run_eagerly", False):
         raise NotApplicableError("the model runs eagerly (run_eagerly=True), and XLA compiles only what is traced")
     model.jit_compile = jit_compile
 
 
-def layers_of(model: Any) -> list[Any]:
+def layers_of(model: Model) -> list[Layer]:
     """A model, its layers, theirs, and so on."""
     from autobatch.seams import models
 
     return models.layers_of(model)
 
 
-def require_policy(model: Any, policy: str) -> None:
+def require_policy(model: Model, policy: str) -> None:
     """Refuse a model none of whose layers took the global policy that was set before it was built."""
     found = sorted({layer.dtype_policy.name for layer in layers_of(model) if layer.variables})
     if found and policy not in found:
