@@ -1,4 +1,4 @@
-"""How the workers of one training agree, with a timeout: each tells a few numbers, and all learn all of them.
+"""Agreement of the workers of one training, with a timeout: each gives a few numbers, and all learn all of them.
 
 What is agreed on goes through TensorFlow's own collectives. A collective that a worker never enters would keep the
 others waiting for ever, so that each wait is watched: after the timeout the collectives of this process are aborted,
@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 600.0
 
 
 MOST_NUMBERS = 64
-"""What a worker tells is filled up to so many numbers: one that ran out of memory may not know how many it has."""
+"""Length of the row that each worker gives. One that ran out of memory may not know how many numbers it has."""
 
 
 _OF_COLLECTIVES = (
@@ -42,8 +42,8 @@ class SingleProcess:
 
     index, count = 0, 1
 
-    def tell(self, numbers: list[float], what: str) -> Any:
-        """Tell ``numbers`` to all workers; return those of all, one row a worker."""
+    def gather(self, numbers: list[float], what: str) -> Any:
+        """Give ``numbers`` to all workers; return those of all, one row a worker."""
         return np.asarray([numbers], "float64")
 
     @contextlib.contextmanager
@@ -66,9 +66,9 @@ class Workers(SingleProcess):
         self._strategy = strategy
         self._timeout_seconds = timeout_seconds
         self.index, self.count = strategies.worker_of(strategy)
-        self._gather = tf.function(self._gather_rows, autograph=False)
+        self._gather_rows = tf.function(self._rows_of_all, autograph=False)
 
-    def _gather_rows(self, row: Any) -> Any:
+    def _rows_of_all(self, row: Any) -> Any:
         device = strategies.devices_of(self._strategy)
 
         def on_replica() -> Any:
@@ -79,7 +79,7 @@ class Workers(SingleProcess):
         rows = self._strategy.experimental_local_results(self._strategy.run(on_replica))[0]
         return rows[:: len(device)]
 
-    def tell(self, numbers: list[float], what: str) -> Any:
+    def gather(self, numbers: list[float], what: str) -> Any:
         if len(numbers) > MOST_NUMBERS:
             raise ValueError(
                 f"At most {MOST_NUMBERS} numbers can be agreed on: use fewer masked or weighted losses in one model. "
@@ -87,7 +87,7 @@ class Workers(SingleProcess):
             )
         padded = [*numbers, *[0.0] * (MOST_NUMBERS - len(numbers))]
         with self.waiting(what):
-            return self._gather(tf.constant(padded, tf.float64)).numpy()
+            return self._gather_rows(tf.constant(padded, tf.float64)).numpy()
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -135,7 +135,7 @@ class Workers(SingleProcess):
 
 
 def agreement_for(strategy: Any, timeout_seconds: float | None = None) -> SingleProcess:
-    """How the processes of this strategy agree."""
+    """Return the agreement between the processes of ``strategy``."""
     if strategy is None or strategies.worker_of(strategy)[1] == 1:
         return SingleProcess()
     return Workers(strategy, TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds)

@@ -14,7 +14,10 @@ from autobatch.tensors.variables import distinct
 
 
 class FromTheChief(keras.callbacks.Callback):  # type: ignore[misc]
-    """Gives every worker the chief's weights, optimizer and epoch when training begins."""
+    """Gives every worker the chief's weights, optimizer and epoch when training begins.
+
+    A worker that was killed while the chief was writing a backup thus cannot come back with an epoch more or less.
+    """
 
     def __init__(self, strategy: Any, agreement: SingleProcess) -> None:
         super().__init__()
@@ -23,7 +26,7 @@ class FromTheChief(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
-        epoch = self._agreement.tell([float(strategies.initial_epoch(model))], "the epoch to begin with")[0, 0]
+        epoch = self._agreement.gather([float(strategies.initial_epoch(model))], "the epoch to begin with")[0, 0]
         strategies.begin_at_epoch(model, int(epoch))
         optimizer = [] if model.optimizer is None else model.optimizer.variables
         variables = distinct([*model.variables, *optimizer])
@@ -47,6 +50,6 @@ def share_seed(agreement: SingleProcess) -> None:
         return
     own = strategies.global_seed()
     drawn = int(tf.random.uniform([], maxval=2**31 - 1, dtype=tf.int32)) if own is None else own
-    rows = agreement.tell([float(own is not None), float(drawn)], "a seed")
+    rows = agreement.gather([float(own is not None), float(drawn)], "a seed")
     if not rows[:, 0].any():
         tf.random.set_seed(int(rows[0, 1]))

@@ -50,7 +50,7 @@ def remembered(callbacks: Any, agreement: SingleProcess, *, target_batch: int, r
         return None
     found = _read(Path(backup.backup_dir) / FILE_NAME, target_batch, replicas)
     numbers = [0.0, 0.0] if found is None else [float(found.planned), float(found.micro_batch)]
-    planned, micro_batch = map(int, agreement.tell(numbers, "the plan of an earlier run")[0, :2])
+    planned, micro_batch = map(int, agreement.gather(numbers, "the plan of an earlier run")[0, :2])
     return Kept(planned, micro_batch) if planned else None
 
 

@@ -25,7 +25,7 @@ from autobatch.recovery.micro_batch_policy import evened
 from autobatch.recovery.out_of_memory import CAUGHT
 from autobatch.replicas.agreement import SingleProcess
 from autobatch.replicas.keeper import ReplicatedKeeper
-from autobatch.replicas.lockstep import Phase, together
+from autobatch.replicas.lockstep import Phase, run_in_lockstep
 from autobatch.replicas.step import ReplicatedStep
 from autobatch.tensors.batch_structure import cut
 from autobatch.tensors.snapshots import SnapshotTaker
@@ -178,7 +178,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
             RolledBackError: memory ran out on some worker.
         """
         what = f"{'validation after ' if moment is Phase.EVALUATION else ''}update {self._updates}"
-        told = together(self._agreement, work, moment, what, same, fitting_now=super()._fitting_now)
+        told = run_in_lockstep(self._agreement, work, moment, what, same, fitting_now=super()._fitting_now)
         if told.diagnosis is not None:
             self._fitting_agreed = told.fitting_now
             raise RolledBackError(0, 0, told.diagnosis)

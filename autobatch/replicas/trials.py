@@ -17,7 +17,7 @@ from autobatch.memory import limits, oom
 from autobatch.records import Environment, Outcome, TrialRequest, TrialResult
 from autobatch.replicas.agreement import SingleProcess
 from autobatch.replicas.keeper import ReplicatedKeeper
-from autobatch.replicas.lockstep import Phase, together
+from autobatch.replicas.lockstep import Phase, run_in_lockstep
 from autobatch.replicas.step import ReplicatedStep
 from autobatch.seams import strategies
 from autobatch.trial.live_trials import LiveTrials
@@ -56,8 +56,8 @@ class ReplicatedTrials(LiveTrials):
         if batches.sample_limit is not None:
             most = -(-batches.sample_limit // self.replicas)
             self.largest_useful = most if share is None else min(most, share)
-        told = self._agree([float(self.fixed_bytes_hint or 0)], "the beginning of the search")
-        self.fixed_bytes_hint = int(told.max())
+        rows = self._agree([float(self.fixed_bytes_hint or 0)], "the beginning of the search")
+        self.fixed_bytes_hint = int(rows.max())
 
     def _make_step(self, model: Any, element_spec: Any, effective_batch: int | None) -> ReplicatedStep:
         return ReplicatedStep(model, element_spec)
@@ -82,7 +82,7 @@ class ReplicatedTrials(LiveTrials):
             )
 
     def _agree(self, numbers: list[float], what: str) -> Any:
-        return together(self._agreement, lambda: numbers, Phase.BEGIN, what, {}).rows
+        return run_in_lockstep(self._agreement, lambda: numbers, Phase.BEGIN, what, {}).rows
 
     def _look_around(self) -> Environment:
         """The environment of the smallest device."""
@@ -187,7 +187,8 @@ class ReplicatedTrials(LiveTrials):
             _OutOfMemoryError: memory ran out on one.
         """
         same = {"micro-batch": float(micro_batch)}
-        told = together(self._agreement, lambda: [work()], Phase.TRIAL, f"trial {self._trials_run}", same)
-        if told.diagnosis is not None:
-            raise _OutOfMemoryError(told.diagnosis)
-        return float(told.rows.max())
+        what = f"trial {self._trials_run}"
+        outcome = run_in_lockstep(self._agreement, lambda: [work()], Phase.TRIAL, what, same)
+        if outcome.diagnosis is not None:
+            raise _OutOfMemoryError(outcome.diagnosis)
+        return float(outcome.rows.max())

@@ -10,10 +10,7 @@ from models import arrays, classifier
 from tensorflow.python.eager import context
 
 import autobatch
-from autobatch.errors import WorkersDisagreeError
-from autobatch.memory import oom
 from autobatch.replicas.agreement import SingleProcess, agreement_for
-from autobatch.replicas.lockstep import Phase, together
 from autobatch.replicas.resume import FILE_NAME
 from autobatch.seams import losses, optimizers, strategies
 
@@ -67,47 +64,6 @@ def test_backups_are_written_by_one_method(tmp_path):
     backup.on_epoch_end(0)
     backup.on_train_end()
     assert not (tmp_path / "backup").exists()
-
-
-class Two(SingleProcess):
-    """An agreement with another worker that tells what it is given."""
-
-    count = 2
-
-    def __init__(self, change):
-        self.change = change
-
-    def tell(self, numbers, what):
-        import numpy as np
-
-        other = list(numbers)
-        self.change(other)
-        return np.asarray([numbers, other], "float64")
-
-
-def test_agreeing_adds_up_what_the_workers_gave():
-    told = together(Two(lambda other: None), lambda: [2.0, 3.0], Phase.COUNT, "update 1", {"micro-batch": 4.0})
-    assert told.diagnosis is None
-    assert told.rows.sum(axis=0).tolist() == [4.0, 6.0]
-
-
-def test_the_smallest_size_that_any_worker_holds_to_fit_wins():
-    def ran_out(other):
-        other[2], other[3], other[4] = 1.0, 7.0, 4096.0
-
-    told = together(Two(ran_out), lambda: [], Phase.UPDATE, "update 1", {"micro-batch": 9.0})
-    assert told.diagnosis.kind is oom.Kind.DEVICE
-    assert told.diagnosis.is_memory
-    assert told.diagnosis.requested_bytes == 4096
-    assert told.fitting_now == 7
-
-
-def test_what_must_be_the_same_is_compared_by_name():
-    def differ(other):
-        other[1] = 5.0
-
-    with pytest.raises(WorkersDisagreeError, match=r"differ in the micro-batch at update 1.*worker 0: 4, worker 1: 5"):
-        together(Two(differ), lambda: [], Phase.UPDATE, "update 1", {"micro-batch": 4.0})
 
 
 @pytest.mark.parametrize("value", [0, -1, float("inf")])
