@@ -1,4 +1,4 @@
-"""From trials to a report: the search, and what the user is told of it, whoever runs the trials.
+"""From trials to a report: the search, whoever runs the trials.
 
 Knows no TensorFlow; importing this imports none.
 """
@@ -14,10 +14,10 @@ from autobatch import search
 from autobatch.records import Report, TrialRequest, TrialResult
 from autobatch.search import planning
 from autobatch.sizing.remembered import RememberedResult, without_repeats
+from autobatch.sizing.reports import make_plan, make_report, nothing_fits
 
 if TYPE_CHECKING:
     from autobatch.trial.protocol import Trials
-from autobatch.sizing.reports import make_plan, make_report, nothing_fits
 
 
 def search_with(
@@ -33,30 +33,27 @@ def search_with(
 ) -> Report:
     """Run the search over any source of trials and make the report of it.
 
-    With ``cache``, an earlier result is confirmed instead where there is one (:mod:`autobatch.sizing.remembered`);
-    the trials
-    of one that failed are in the report, and do not count for ``max_trials``.
+    With ``cache``, an earlier result is confirmed instead where there is one (:mod:`autobatch.sizing.remembered`). The
+    trials of one that failed are in the report, and do not count for ``max_trials``.
 
     Raises:
         NoFeasibleBatchError: Not even one sample fits.
     """
-    # Sizes are those of one replica, and so is its share of the target.
-    each = None if target_batch is None else -(-target_batch // trials.replicas)
-    if each is not None and trials.largest_useful is not None:
-        each = min(each, trials.largest_useful)
-        target_batch = each if trials.replicas == 1 else target_batch
+    if target_batch is not None and trials.largest_useful is not None:
+        target_batch = min(target_batch, trials.largest_useful * trials.replicas)
+    target_per_replica = None if target_batch is None else -(-target_batch // trials.replicas)
     planning.require_objective(objective)
     tried: list[TrialResult] = []
-    told: list[TrialResult] = []
+    shown: list[TrialResult] = []
 
-    def tell(trial: TrialResult) -> None:
-        if on_trial is not None and all(trial is not known for known in told):
+    def show(trial: TrialResult) -> None:
+        if on_trial is not None and all(trial is not known for known in shown):
             on_trial(trial)
-        told.append(trial)
+        shown.append(trial)
 
     def run(request: TrialRequest) -> TrialResult:
         trial = trials.run(request)
-        tell(trial)
+        show(trial)
         return trial
 
     # Several workers must run the same trials, whatever each of them remembers.
@@ -70,7 +67,7 @@ def search_with(
     started = time.monotonic()
     result = search.search(
         without_repeats(trials.run, tried),
-        target_batch=each,
+        target_batch=target_per_replica,
         budget_bytes=trials.environment.budget_bytes,
         headroom_bytes=(trials.environment.limit_bytes or 0) - (trials.environment.budget_bytes or 0),
         max_micro_batch=trials.largest_useful,
@@ -81,7 +78,7 @@ def search_with(
         max_trials=max_trials,
         max_seconds=max_seconds,
         clock=time.monotonic,
-        on_trial=tell,
+        on_trial=show,
     )
     cut_short = (max_trials is not None and len(result.trials) >= max_trials) or (
         max_seconds is not None and time.monotonic() - started >= max_seconds
@@ -91,9 +88,9 @@ def search_with(
     if result.largest_fit is None:
         raise nothing_fits(trials, result)
     plan = None
-    if target_batch is not None:
-        micro_batch = planning.make_plan(result.trials, target_batch=each or 1, objective=objective).micro_batch
-        plan = make_plan(micro_batch, target_batch, trials.replicas)
+    if target_batch is not None and target_per_replica is not None:
+        on_one = planning.make_plan(result.trials, target_batch=target_per_replica, objective=objective)
+        plan = make_plan(on_one.micro_batch, target_batch, trials.replicas)
     if memory is not None and not cut_short:
         memory.keep(result, plan)
     return make_report(trials, result, plan)

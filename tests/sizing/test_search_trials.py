@@ -1,4 +1,4 @@
-"""What a search that finds nothing tells its user."""
+"""Reports of a search over trials made by hand: what is said where nothing fits, and the plan for several replicas."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.memory.other_users import explain_pressure
-from autobatch.records import Environment, Outcome, TrialResult
+from autobatch.records import Environment, Outcome, Plan, TrialResult
 from autobatch.sizing import search_trials
 
 GIB = 2**30
@@ -65,3 +65,23 @@ def test_a_search_that_was_stopped_too_early_does_not_say_that_nothing_fits():
     )
     with pytest.raises(NoFeasibleBatchError, match=r"was stopped \(limit of 1 trial reached\); the smallest .* is 8\."):
         search_trials.search_with(trials, target_batch=64, max_trials=1)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "target_batch", "plan"),
+    [
+        (1, 64, Plan(64, 1, 64)),
+        (1, 100, Plan(64, 1, 64)),  # more than there is to train on
+        (2, 100, Plan(50, 1, 100, 2)),
+        (2, 128, Plan(64, 1, 128, 2)),
+        (2, 200, Plan(64, 1, 128, 2)),
+        (2, None, None),
+    ],
+)
+def test_sizes_are_those_of_one_replica_and_the_target_is_that_of_all(replicas, target_batch, plan):
+    trials = FullCard()
+    trials.replicas = replicas
+    trials.run = lambda request: TrialResult(request.micro_batch, Outcome.FITS, step_seconds=1.0, apply_seconds=0.1)
+    report = search_trials.search_with(trials, target_batch=target_batch)
+    assert report.plan == plan
+    assert max(trial.micro_batch for trial in report.trials) == (50 if target_batch == 100 and replicas == 2 else 64)
