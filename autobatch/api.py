@@ -5,16 +5,17 @@ Importing this imports no TensorFlow; using it does.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autobatch import arguments, display
+from autobatch import arguments
 from autobatch.opening import effective_batch, open_trials, require_compiled
-from autobatch.records import Report, TrialResult
+from autobatch.records import Report
 from autobatch.search import planning
-from autobatch.sizing.reports import say_what_differs, unsearched
 from autobatch.sizing.search_trials import search_with as search_with  # the command line's way in
+from autobatch.sizing.searched_or_given import searched_or_given, shown_search
 
 if TYPE_CHECKING:
     import keras
@@ -95,44 +96,35 @@ def fit(
     arguments.require_fit_options(model, fit_options)
 
     from autobatch.data import fit_data
-    from autobatch.replicas import devices
+    from autobatch.replicas import resume
+    from autobatch.replicas.devices import devices_of_model, open_training
     from autobatch.step import supported
     from autobatch.train import session
 
     supported.require_supported(model)
-    agreement = devices.agree_for(model, timeout_seconds)
+    devices = devices_of_model(model, timeout_seconds)
     batches, options = fit_data.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
     effective = effective_batch(batches, target)
-    trials = devices.open_on(
-        model, batches, agreement=agreement, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
+    trials = devices.open_trials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
+    callbacks, replicas = options.get("callbacks"), trials.replicas
+    kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
+    report = searched_or_given(
+        trials,
+        chosen or (kept.planned if kept else None),
+        why="no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup",
+        target_batch=effective,
+        cache=remembers,
+        listed_in="history.report.warnings",
+        quiet=fit_options.get("verbose") == 0,
     )
-    known = devices.remembered(options, agreement, target_batch=effective, replicas=trials.replicas)
-    if chosen is None and known is None:
-        try:
-            report = _shown_search(
-                trials, quiet=fit_options.get("verbose") == 0, target_batch=effective, cache=remembers
-            )
-        finally:
-            trials.close()
-    else:
-        why = "no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup"
-        given = min(chosen or (known.planned if known else 1), -(-effective // trials.replicas))
-        report = unsearched(trials, given, effective, why)
-    say_what_differs(report, listed_in="history.report.warnings")
-    return session.train(
-        model,
-        batches,
-        step=trials.step,
-        report=report,
-        device=trials.device,
-        user_limit_bytes=limit_bytes,
-        options=options,
-        memory_watch=memory_watch,
-        begin_at=known.micro_batch if known and chosen is None else None,
-        lengths=trials.length_rule(report),
-        keeper=trials.keeper,
-        agreement=agreement,
-    )
+    begin_at = kept.micro_batch if kept and chosen is None else None
+    transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
+    try:
+        return session.train(
+            model, batches, transaction, devices=devices, report=report, options=options, memory_watch=memory_watch
+        )
+    finally:
+        trials.step.release_accumulators()
 
 
 def tune(
@@ -178,7 +170,7 @@ def tune(
         target = min(target, trials.largest_useful * trials.replicas)
 
     def search_one(trials: Trials) -> Report:
-        return _shown_search(
+        return shown_search(
             trials,
             target_batch=target,
             exact=exact,
@@ -206,18 +198,6 @@ def tune(
     finally:
         trials.close()
         trials.step.release_accumulators()
-
-
-def _shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Report:
-    """:func:`search_with`, watched by whoever has asked for it."""
-
-    def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
-        return search_with(trials, on_trial=on_trial, **settings)
-
-    if quiet or display.show_search is None:
-        return search_now(trials)
-    report: Report = display.show_search(trials, search_now)
-    return report
 
 
 def wrap_step(
@@ -257,60 +237,23 @@ def wrap_step(
     if not callable(train_step):
         raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")
 
-    import tensorflow as tf
-
-    from autobatch.data.loop_batches import OneBatch, element_spec_of
-    from autobatch.recovery.transaction import Transaction
-    from autobatch.seams import strategies
+    from autobatch.replicas.devices import require_one_device
     from autobatch.step import supported
-    from autobatch.step.accumulated_step import AccumulatedStep
     from autobatch.step.loop_model import LoopModel
-    from autobatch.tensors.batch_structure import Structure, sample_count
-    from autobatch.train.wrapped_step import WrappedStep
-    from autobatch.trial.live_trials import LiveTrials
+    from autobatch.train.wrapped_step import StepSession, WrappedStep
 
     supported.require_stateless(model)
-    if strategies.strategy_of(model) is not None or tf.distribute.has_strategy():
-        raise ValueError(
-            "wrap_step works on one device. Under a tf.distribute strategy give the loop to a model as its train_step "
-            f"and call autobatch.fit. Received: {getattr(model, 'name', model)!r}, made under a strategy"
-        )
-    shell = LoopModel(train_step, model, optimizer, jit_compile=jit_compile)
-
-    def open_first(batch: Any) -> Any:
-        samples = int(sample_count(Structure(element_spec_of(batch)).leaves(batch)))
-        batches = OneBatch(batch, max(samples, target))
-        trials = LiveTrials(shell, batches, target_batch=target, user_limit_bytes=limit_bytes, headroom=share)
-        if chosen is None:
-            try:
-                report = _shown_search(trials, target_batch=target, cache=remembers)
-            finally:
-                trials.close()
-        else:
-            report = unsearched(trials, min(chosen, target), target)
-        say_what_differs(report, listed_in="the wrapped step's report.warnings")
-        assert report.plan is not None
-        plan, memory_model = report.plan, report.memory_model
-
-        def transaction_for(step: Any, lengths: Any, keeper: Any) -> Transaction:
-            return Transaction(
-                step,
-                plan.micro_batch,
-                device=trials.device,
-                memory_model=memory_model,
-                lengths=lengths,
-                keeper=keeper,
-                user_limit_bytes=limit_bytes,
-                headroom=share,
-            )
-
-        def open_wider(element_spec: Any, before: Transaction) -> Transaction:
-            step = AccumulatedStep(shell, element_spec, effective_batch=target)
-            after = transaction_for(step, trials.length_rule(report, step.structure), None)
-            after.follow(before)
-            return after
-
-        return transaction_for(trials.step, trials.length_rule(report), trials.keeper), report, open_wider
-
+    devices = require_one_device(model)
+    loop_model = LoopModel(train_step, model, optimizer, jit_compile=jit_compile)
+    find_report = functools.partial(
+        searched_or_given,
+        micro_batch=chosen,
+        target_batch=target,
+        cache=remembers,
+        listed_in="the wrapped step's report.warnings",
+    )
+    session = StepSession(
+        loop_model, devices, find_report, target_batch=target, user_limit_bytes=limit_bytes, headroom=share
+    )
     name = getattr(train_step, "__name__", type(train_step).__name__)
-    return WrappedStep(open_first, name=name, target_batch=target, micro_batch=chosen)
+    return WrappedStep(session, name=name, target_batch=target, micro_batch=chosen)

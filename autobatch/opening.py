@@ -1,4 +1,4 @@
-"""Open trials on a live model: check what was given, read the data once, choose one device or replicas."""
+"""Open trials on a live model: check what was given, and read the data once."""
 
 from __future__ import annotations
 
@@ -31,22 +31,17 @@ def open_trials(
     require_compiled(model)
 
     from autobatch.data import fit_data
-    from autobatch.replicas import devices
+    from autobatch.replicas.devices import devices_of_model
     from autobatch.step import supported
 
     fit_data.require_repeatable(dataset)
     supported.require_supported(model)
-    agreement = devices.agree_for(model)
+    devices = devices_of_model(model)
     rows = SAMPLE_ROWS if target_batch is None else target_batch
     batches, _ = fit_data.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True)
     effective = None if target_batch is None else effective_batch(batches, target_batch)
-    return devices.open_on(
-        model,
-        batches,
-        agreement=agreement,
-        target_batch=effective,
-        user_limit_bytes=memory_limit_bytes,
-        headroom=headroom,
+    return devices.open_trials(
+        model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom
     )
 
 

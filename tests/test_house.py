@@ -52,8 +52,8 @@ ROOMS: dict[str, set[str]] = {
     "remedies": {*GROUND, "memory", "trial", "worker"},
     "api": {
         *GROUND,
-        *("arguments", "data", "opening", "recovery", "remedies", "replicas", "seams", "search", "sizing", "step"),
-        *("tensors", "train", "training_history", "trial"),
+        *("arguments", "data", "opening", "remedies", "replicas", "search", "sizing", "step", "train"),
+        *("training_history", "trial"),
     },
     "cli": {*GROUND, "api", "arguments", "cache", "memory", "remedies", "report", "trial", "worker"},
     "notebook": {*GROUND, "api", "cli", "report"},

@@ -9,18 +9,18 @@ import numpy as np
 import tensorflow as tf
 
 from autobatch.records import HostUse
-from autobatch.tensors.batch_structure import Structure, is_missing
+from autobatch.tensors.batch_structure import Structure, is_missing, sample_count
 from autobatch.types import Batch, ElementSpec
 
 
 class OneBatch:
-    """A single effective batch, looked at by a search."""
+    """A single effective batch, looked at by a search for batches of ``at_least`` as many samples."""
 
-    def __init__(self, data: Batch, samples: int) -> None:
+    def __init__(self, data: Batch, *, at_least: int) -> None:
         self._data = data
-        self.sample_limit = samples
         self.element_spec = element_spec_of(data)
         self.structure = Structure(self.element_spec)
+        self.sample_limit = max(int(sample_count(self.structure.leaves(data))), at_least)
 
     def host_uses(self) -> tuple[HostUse, ...]:
         """Nothing: the pipeline is the user's own loop."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from autobatch.seams import strategies
 from autobatch.seams.optimizers import ApplyHandler
 from autobatch.step.accumulators import Accumulators, Update
 from autobatch.tensors.variables import distinct
+from autobatch.types import Tensor, Variable
 
 
 class SumsByReplica:
@@ -23,7 +23,7 @@ class SumsByReplica:
         return self.of_each[strategies.replica_here()]
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[Variable]:
         return [variable for sums in self.of_each for variable in sums.variables]
 
     @property
@@ -31,12 +31,12 @@ class SumsByReplica:
         """The updates of a replica's last trace; they are the same on all."""
         return self.of_each[0].updates
 
-    def expect(self, variables: Iterable[Any]) -> None:
+    def expect(self, variables: Iterable[Variable]) -> None:
         expected = distinct(variables)
         for sums in self.of_each:
             sums.expect(expected)
 
-    def capture(self, fraction: Any) -> ApplyHandler:
+    def capture(self, fraction: Tensor) -> ApplyHandler:
         return self.here.capture(fraction)
 
     def settle(self) -> None:

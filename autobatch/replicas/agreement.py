@@ -19,6 +19,7 @@ import tensorflow as tf
 from autobatch.errors import WorkerLostError
 from autobatch.memory import oom
 from autobatch.seams import strategies
+from autobatch.types import Strategy
 
 TIMEOUT_SECONDS = 600.0
 """How long a worker waits for the others: long enough for one of them to trace and compile what another has ready."""
@@ -62,7 +63,7 @@ class SingleProcess:
 class Workers(SingleProcess):
     """The agreement of the processes of a ``MultiWorkerMirroredStrategy``."""
 
-    def __init__(self, strategy: Any, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, strategy: Strategy, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self._strategy = strategy
         self._timeout_seconds = timeout_seconds
         self.index, self.count = strategies.worker_of(strategy)
@@ -134,7 +135,7 @@ class Workers(SingleProcess):
         return samples * self.index // self.count, samples * (self.index + 1) // self.count
 
 
-def agreement_for(strategy: Any, timeout_seconds: float | None = None) -> SingleProcess:
+def agreement_for(strategy: Strategy, timeout_seconds: float | None = None) -> SingleProcess:
     """Return the agreement between the processes of ``strategy``."""
     if strategy is None or strategies.worker_of(strategy)[1] == 1:
         return SingleProcess()

@@ -11,6 +11,7 @@ from autobatch.replicas.agreement import SingleProcess
 from autobatch.replicas.step import all_reduce
 from autobatch.seams import strategies
 from autobatch.tensors.variables import distinct
+from autobatch.types import Strategy, Variable
 
 
 class FromTheChief(keras.callbacks.Callback):  # type: ignore[misc]
@@ -19,7 +20,7 @@ class FromTheChief(keras.callbacks.Callback):  # type: ignore[misc]
     A worker that was killed while the chief was writing a backup thus cannot come back with an epoch more or less.
     """
 
-    def __init__(self, strategy: Any, agreement: SingleProcess) -> None:
+    def __init__(self, strategy: Strategy, agreement: SingleProcess) -> None:
         super().__init__()
         self._strategy = strategy
         self._agreement = agreement
@@ -33,7 +34,7 @@ class FromTheChief(keras.callbacks.Callback):  # type: ignore[misc]
         with self._agreement.waiting("the weights to begin with"):
             tf.function(lambda: self._strategy.run(self._adopt, args=(variables,)), autograph=False)()
 
-    def _adopt(self, variables: list[Any]) -> None:
+    def _adopt(self, variables: list[Variable]) -> None:
         device = strategies.devices_of(self._strategy)[strategies.replica_here()]
         leads = self._agreement.index == 0 and strategies.replica_here() == 0
         carried = [variable.dtype if variable.dtype.is_floating else tf.int64 for variable in variables]

@@ -1,17 +1,21 @@
-"""One training under a strategy: its transaction, and what Keras's ``fit`` must be kept from doing meanwhile."""
+"""Devices that a model trains on: one, or the replicas of a strategy. Which of them it is, is asked here, once."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
-from autobatch.records import Plan
+import keras
+import tensorflow as tf
+
+from autobatch.records import Plan, Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.transaction import Transaction
-from autobatch.replicas import resume
 from autobatch.replicas.agreement import SingleProcess, agreement_for
-from autobatch.replicas.chief_state import share_seed
+from autobatch.replicas.chief_state import FromTheChief, share_seed
+from autobatch.replicas.resume import PlanBackup, backup_of
 from autobatch.replicas.step import ReplicatedStep
 from autobatch.replicas.transaction import ReplicatedTransaction
 from autobatch.replicas.trials import ReplicatedTrials
@@ -20,52 +24,129 @@ from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.trial.live_trials import LiveTrials
 from autobatch.trial.worst_case import Data
+from autobatch.types import Model, Strategy
 
 
-def agree_for(model: Any, timeout_seconds: float | None = None) -> SingleProcess:
-    """How the processes that train this model agree; from now on they shuffle alike."""
-    agreement = agreement_for(strategies.strategy_of(model), timeout_seconds)
-    share_seed(agreement)
-    return agreement
+class Devices(Protocol):
+    """Opens what depends on whether a model trains on one device or on several replicas."""
+
+    def open_trials(self, model: Model, batches: Data, **options: Any) -> LiveTrials:
+        """Open trials of ``model``; ``options`` are those of :class:`LiveTrials`."""
+        ...
+
+    def open_transaction(self, step: CompiledStep, micro_batch: int, **options: Any) -> AnyTransaction:
+        """Open a transaction over the step of such trials; ``options`` are those of :class:`Transaction`."""
+        ...
+
+    def callbacks(self, given: Any, plan: Plan, transaction: AnyTransaction) -> Sequence[keras.callbacks.Callback]:
+        """Make the callbacks that a training needs beside those that its user has ``given``."""
+        ...
+
+    def during_fit(self, model: Model, transaction: AnyTransaction) -> contextlib.AbstractContextManager[None]:
+        """Let Keras's ``fit`` hand on autobatch's data as they are, and read no metrics of its own."""
+        ...
+
+    def gather(self, numbers: list[float], what: str) -> Any:
+        """Give ``numbers`` to all processes of this training; return those of all, one row a process."""
+        ...
 
 
-def open_transaction(
-    step: CompiledStep, micro_batch: int, *, agreement: SingleProcess, **options: Any
-) -> AnyTransaction:
-    """The transaction for the steps of one device, or for those of several replicas."""
-    if isinstance(step, ReplicatedStep):
-        return ReplicatedTransaction(step, micro_batch, agreement=agreement, **options)
-    assert isinstance(step, AccumulatedStep)
-    return Transaction(step, micro_batch, **options)
+class OneDevice:
+    """The one device of a model that was made under no strategy."""
 
-
-def callbacks_for(
-    given: Any, plan: Plan, transaction: AnyTransaction, *, model: Any, agreement: SingleProcess
-) -> list[Any]:
-    """What is to be added to a training's callbacks: see :mod:`autobatch.replicas.resume`."""
-    strategy = strategies.strategy_of(model)
-    return resume.callbacks_for(given, plan, transaction, strategy=strategy, agreement=agreement)
-
-
-def remembered(
-    options: dict[str, Any], agreement: SingleProcess, *, target_batch: int, replicas: int
-) -> resume.Kept | None:
-    """What an earlier run of this training kept beside its backup."""
-    return resume.remembered(options.get("callbacks"), agreement, target_batch=target_batch, replicas=replicas)
-
-
-@contextlib.contextmanager
-def in_fit(model: Any, transaction: AnyTransaction) -> Iterator[None]:
-    """While this lasts, Keras's ``fit`` hands our data on as they are and reads no metrics of its own."""
-    if not isinstance(transaction, ReplicatedTransaction):
-        yield
-        return
-    with strategies.keras_on_one_device(model, transaction.metrics_result):
-        yield
-
-
-def open_on(model: Any, batches: Data, *, agreement: SingleProcess, **options: Any) -> LiveTrials:
-    """Trials on one device, or on all replicas of the strategy that the model was made under."""
-    if strategies.strategy_of(model) is None:
+    def open_trials(self, model: Model, batches: Data, **options: Any) -> LiveTrials:
         return LiveTrials(model, batches, **options)
-    return ReplicatedTrials(model, batches, agreement=agreement, **options)
+
+    def open_transaction(self, step: CompiledStep, micro_batch: int, **options: Any) -> AnyTransaction:
+        assert isinstance(step, AccumulatedStep)
+        return Transaction(step, micro_batch, **options)
+
+    def callbacks(self, given: Any, plan: Plan, transaction: AnyTransaction) -> list[keras.callbacks.Callback]:
+        backup = backup_of(given)
+        return [] if backup is None else [PlanBackup(backup.backup_dir, plan, transaction)]
+
+    def during_fit(self, model: Model, transaction: AnyTransaction) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def gather(self, numbers: list[float], what: str) -> Any:
+        return SingleProcess().gather(numbers, what)
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The replicas of the strategy that a model was made under, in this process and in others."""
+
+    strategy: Strategy
+    agreement: SingleProcess
+
+    def open_trials(self, model: Model, batches: Data, **options: Any) -> LiveTrials:
+        return ReplicatedTrials(model, batches, agreement=self.agreement, **options)
+
+    def open_transaction(self, step: CompiledStep, micro_batch: int, **options: Any) -> AnyTransaction:
+        replicated = cast(ReplicatedStep, step)  # that of the trials opened here
+        return ReplicatedTransaction(replicated, micro_batch, agreement=self.agreement, **options)
+
+    def callbacks(self, given: Any, plan: Plan, transaction: AnyTransaction) -> list[keras.callbacks.Callback]:
+        """Make the chief keep its plan beside the backup, and all workers begin with what the chief has restored."""
+        leads = self.agreement.index == 0
+        added = OneDevice().callbacks(given, plan, transaction) if leads else []
+        if self.agreement.count == 1:
+            return added
+        backup = backup_of(given)
+        if backup is not None and not leads:
+            strategies.never_write(backup)
+        return [*added, FromTheChief(self.strategy, self.agreement)]
+
+    def during_fit(self, model: Model, transaction: AnyTransaction) -> contextlib.AbstractContextManager[None]:
+        replicated = cast(ReplicatedTransaction, transaction)  # opened here too
+        return strategies.keras_on_one_device(model, replicated.metrics_result)
+
+    def gather(self, numbers: list[float], what: str) -> Any:
+        return self.agreement.gather(numbers, what)
+
+
+def devices_of_model(model: Model, timeout_seconds: float | None = None) -> Devices:
+    """Return the devices that ``model`` trains on. From then on the workers of a strategy shuffle alike."""
+    strategy = strategies.strategy_of(model)
+    if strategy is None:
+        return OneDevice()
+    agreement = agreement_for(strategy, timeout_seconds)
+    share_seed(agreement)
+    return Replicas(strategy, agreement)
+
+
+def require_one_device(model: Model) -> OneDevice:
+    """Return the one device of the model of a wrapped step.
+
+    Raises:
+        ValueError: The model was made under a strategy, or one is in scope.
+    """
+    if strategies.strategy_of(model) is not None or tf.distribute.has_strategy():
+        raise ValueError(
+            "wrap_step works on one device. Under a tf.distribute strategy give the loop to a model as its train_step "
+            f"and call autobatch.fit. Received: {getattr(model, 'name', model)!r}, made under a strategy"
+        )
+    return OneDevice()
+
+
+def open_training(
+    devices: Devices, trials: LiveTrials, report: Report, *, user_limit_bytes: int | None, begin_at: int | None = None
+) -> AnyTransaction:
+    """Open the transaction of a training by the report's plan, with all that the trials have learned.
+
+    ``begin_at`` is the micro-batch to begin with, where an earlier run had to go below the plan's.
+    """
+    plan = report.plan
+    assert plan is not None
+    return devices.open_transaction(
+        trials.step,
+        plan.micro_batch,
+        device=trials.device,
+        begin_at=begin_at,
+        effective_batch=plan.effective_batch,
+        memory_model=report.memory_model,
+        lengths=trials.length_rule(report),
+        keeper=trials.keeper,
+        user_limit_bytes=user_limit_bytes,
+        headroom=report.environment.headroom,
+    )

@@ -1,16 +1,15 @@
-"""Going on after a restart: the plan kept beside the backup, and the chief's state on every worker.
+"""Going on after a restart: the plan kept beside the backup.
 
 Keras's ``BackupAndRestore`` keeps weights, optimizer and epoch. Beside them lie the plan's micro-batch, so that a
 restart searches no more, and the one that training had come to, with which it begins. On several workers the chief
-alone writes, and what it has restored is what all begin with: a worker that was killed while the chief was writing
-cannot come back with an epoch more or less.
+alone writes them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,6 @@ import keras
 
 from autobatch.records import Plan
 from autobatch.recovery.abstract_transaction import AnyTransaction
-from autobatch.replicas.agreement import SingleProcess
-from autobatch.replicas.chief_state import FromTheChief
-from autobatch.seams import strategies
 
 FILE_NAME = "autobatch_plan.json"
 
@@ -43,14 +39,19 @@ def backup_of(callbacks: Any) -> Any:
     return next((each for each in callbacks if isinstance(each, keras.callbacks.BackupAndRestore)), None)
 
 
-def remembered(callbacks: Any, agreement: SingleProcess, *, target_batch: int, replicas: int) -> Kept | None:
-    """What an earlier run of the same training has kept, as the chief finds it; None if there is none."""
+def remembered(
+    callbacks: Any, gather: Callable[[list[float], str], Any], *, target_batch: int, replicas: int
+) -> Kept | None:
+    """Return what an earlier run of the same training has kept, as the chief finds it; None if there is none.
+
+    ``gather`` gives numbers to all processes of the training and returns those of all, the chief's first.
+    """
     backup = backup_of(callbacks)
     if backup is None:
         return None
     found = _read(Path(backup.backup_dir) / FILE_NAME, target_batch, replicas)
     numbers = [0.0, 0.0] if found is None else [float(found.planned), float(found.micro_batch)]
-    planned, micro_batch = map(int, agreement.gather(numbers, "the plan of an earlier run")[0, :2])
+    planned, micro_batch = map(int, gather(numbers, "the plan of an earlier run")[0, :2])
     return Kept(planned, micro_batch) if planned else None
 
 
@@ -98,18 +99,3 @@ class PlanBackup(keras.callbacks.Callback):  # type: ignore[misc]
         aside.write_text(json.dumps(kept) + "\n", encoding="utf-8")
         aside.replace(self._path)
         self._written = micro_batch
-
-
-def callbacks_for(
-    given: Any, plan: Plan, transaction: AnyTransaction, *, strategy: Any, agreement: SingleProcess
-) -> list[Any]:
-    """What is to be added to a training's callbacks."""
-    added: list[Any] = []
-    backup = backup_of(given)
-    if backup is not None and agreement.index == 0:
-        added.append(PlanBackup(backup.backup_dir, plan, transaction))
-    if agreement.count > 1:
-        if backup is not None and agreement.index > 0:
-            strategies.never_write(backup)
-        added.append(FromTheChief(strategy, agreement))
-    return added

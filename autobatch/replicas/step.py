@@ -31,6 +31,7 @@ from autobatch.step.micro_batch_loop import loop
 from autobatch.step.micro_step import MicroStep
 from autobatch.tensors.batch_structure import cut, sample_count
 from autobatch.tensors.variables import bytes_of, distinct
+from autobatch.types import Batch, ElementSpec, Model, Optimizer, Strategy, Tensor, Variable
 
 
 class _Compiled(NamedTuple):
@@ -48,7 +49,7 @@ class ReplicatedStep(CompiledStep):
     all workers in the update, ``totals`` the denominators of all (:meth:`count`).
     """
 
-    def __init__(self, model: Any, element_spec: Any, strategy: Any = None) -> None:
+    def __init__(self, model: Model, element_spec: ElementSpec, strategy: Strategy = None) -> None:
         super().__init__(model, element_spec)
         self.strategy = strategy or strategies.strategy_of(model)
         self.devices = strategies.devices_of(self.strategy)
@@ -73,7 +74,7 @@ class ReplicatedStep(CompiledStep):
             ]
         )
 
-    def for_data(self, element_spec: Any) -> ReplicatedStep:
+    def for_data(self, element_spec: ElementSpec) -> ReplicatedStep:
         return ReplicatedStep(self.model, element_spec, self.strategy)
 
     def prepare(self) -> bool:
@@ -98,7 +99,7 @@ class ReplicatedStep(CompiledStep):
         self._prepared = self._evaluation
         return missing
 
-    def note_update(self, optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+    def note_update(self, optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
         """Refuse what cannot be updated on all replicas alike.
 
         Raises:
@@ -122,7 +123,7 @@ class ReplicatedStep(CompiledStep):
         return bool(self._prepared.micro.count_length)
 
     @property
-    def accumulators(self) -> list[Any]:
+    def accumulators(self) -> list[Variable]:
         return self._sums.variables
 
     @property
@@ -141,12 +142,12 @@ class ReplicatedStep(CompiledStep):
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def count(self, data: Any, micro_batch: int) -> Any:
+    def count(self, data: Batch, micro_batch: int) -> Any:
         """The denominators of this worker's samples: a float64 vector, to be summed over the workers."""
         assert self._prepared is not None
         return self._prepared.count(self.structure.leaves(data), tf.constant(micro_batch, tf.int64)).numpy()
 
-    def accumulate(self, data: Any, micro_batch: int, *, total: float | None = None, totals: Any = None) -> Any:
+    def accumulate(self, data: Batch, micro_batch: int, *, total: float | None = None, totals: Tensor = None) -> Any:
         """Sum the gradients of this worker's samples on each replica; no weight changes, no collective, no logs yet.
 
         Without ``total`` and ``totals`` every worker is taken to have the same samples as this one.
@@ -170,12 +171,12 @@ class ReplicatedStep(CompiledStep):
             with tf.device(device):
                 tf.raw_ops.Empty(shape=[kibibytes, 2**10], dtype=tf.uint8)
 
-    def evaluate(self, data: Any, micro_batch: int, *, total: float | None = None, totals: Any = None) -> Any:
+    def evaluate(self, data: Batch, micro_batch: int, *, total: float | None = None, totals: Tensor = None) -> Any:
         """Run ``model.test_step`` over this worker's samples; no collective, no logs yet."""
         self.prepare_evaluation()
         return self._run(data, micro_batch, total, totals)
 
-    def _run(self, data: Any, micro_batch: int, total: float | None, totals: Any) -> Any:
+    def _run(self, data: Batch, micro_batch: int, total: float | None, totals: Tensor) -> Any:
         assert self._prepared is not None
         leaves = self.structure.leaves(data)
         if total is None:
@@ -229,7 +230,7 @@ class ReplicatedStep(CompiledStep):
         """Trace one micro-batch on each replica, never to be run: this learns what the logs and the counts are."""
         scalars = tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)
 
-        def once(leaves: list[Any], fraction: Any, totals: Any) -> Any:
+        def once(leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> Any:
             with losses.losses_unscaled():
                 self.strategy.run(lambda: (micro(leaves, fraction, totals), 0)[1])
             return 0
@@ -241,7 +242,7 @@ class ReplicatedStep(CompiledStep):
             self._sums.settle()
 
     def _trace_loops(self, micro: MicroStep) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        def part_of(leaves: list[Any], micro_batch: Any) -> tuple[list[Any], Any, Division]:
+        def part_of(leaves: list[Tensor], micro_batch: Any) -> tuple[list[Any], Any, Division]:
             replica, replicas = strategies.replica_here(), len(self.devices)
             with tf.device("CPU:0"):
                 samples = sample_count(leaves)
@@ -249,7 +250,7 @@ class ReplicatedStep(CompiledStep):
                 division = evenly(tf.maximum(stop - start, 1), micro_batch)  # a replica may have no sample at all
                 return [cut(leaf, start, stop) for leaf in leaves], stop - start, division
 
-        def count(leaves: list[Any], micro_batch: Any) -> Any:
+        def count(leaves: list[Tensor], micro_batch: Any) -> Any:
             def on_replica() -> Any:
                 part, samples, division = part_of(leaves, micro_batch)
                 return tf.identity(micro.count_over(part, samples, division))
@@ -257,7 +258,7 @@ class ReplicatedStep(CompiledStep):
             with losses.losses_unscaled():
                 return tf.add_n(self.strategy.experimental_local_results(self.strategy.run(on_replica)))
 
-        def accumulate(leaves: list[Any], micro_batch: Any, total: Any, totals: Any) -> Any:
+        def accumulate(leaves: list[Tensor], micro_batch: Any, total: Any, totals: Tensor) -> Any:
             def on_replica() -> Any:
                 if micro is self._micro:
                     self._sums.here.zero(tf.cast(micro_batch < 0, tf.float32))
@@ -267,7 +268,7 @@ class ReplicatedStep(CompiledStep):
                     with tf.control_dependencies([share]):
                         begun = tf.timestamp()
 
-                def body(piece: list[Any], fraction: Any, carried: list[Any]) -> list[Any]:
+                def body(piece: list[Any], fraction: Tensor, carried: list[Any]) -> list[Any]:
                     with tf.device("CPU:0"):
                         fraction = fraction * share
                     return micro.merge(carried, micro(piece, fraction, totals), fraction)
@@ -300,7 +301,7 @@ class ReplicatedStep(CompiledStep):
     def _trace_update(self, micro: MicroStep) -> Callable[..., Any]:
         averages, updates = micro.averages, self._sums.updates
 
-        def on_replica(averaged: Any, states: list[Any]) -> Any:
+        def on_replica(averaged: Tensor, states: list[Any]) -> Any:
             replica, replicas = strategies.replica_here(), self.strategy.num_replicas_in_sync
             sums = self._sums.here.sums()
             once = {id(variable) for variable in averages.variables}
@@ -320,7 +321,7 @@ class ReplicatedStep(CompiledStep):
             averages.assign_after_update()
             return logs
 
-        def run(averaged: Any, states: list[Any]) -> Any:
+        def run(averaged: Tensor, states: list[Any]) -> Any:
             begun = self.update_room.note_begun(True)
             # Replicas take turns while they are traced, so that this must not be theirs to undo.
             optimizers = [update.optimizer for update in updates]
@@ -333,7 +334,7 @@ class ReplicatedStep(CompiledStep):
         self._touched.note_graph(compiled.get_concrete_function(spec, states).graph)
         return compiled  # type: ignore[no-any-return]
 
-    def _reduce_logs(self, micro: MicroStep, averaged: Any) -> Any:
+    def _reduce_logs(self, micro: MicroStep, averaged: Tensor) -> Any:
         return self._first(self.strategy.run(lambda: self._reduce(micro, [], averaged)[1:]))
 
     def _first(self, nest: Any) -> Any:
@@ -341,7 +342,7 @@ class ReplicatedStep(CompiledStep):
         return tf.nest.map_structure(lambda part: self.strategy.experimental_local_results(part)[0], nest)
 
     def _reduce(
-        self, micro: MicroStep, local: list[Any], averaged: Any
+        self, micro: MicroStep, local: list[Any], averaged: Tensor
     ) -> tuple[list[Any], Any, list[Any], dict[str, Any]]:
         """Sum over all replicas ``local``, the averaged logs and the state of the metrics: one all-reduce a dtype.
 
@@ -361,7 +362,7 @@ class ReplicatedStep(CompiledStep):
         return results[: len(local)], results[len(local)], whole, dict(logs)
 
 
-def _moving_statistics(model: Any) -> list[Any]:
+def _moving_statistics(model: Model) -> list[Any]:
     norms = [layer for layer in models.layers_of(model) if isinstance(layer, keras.layers.BatchNormalization)]
     changing = [layer for layer in norms if layer.built and layer.trainable]
     return [variable for layer in changing for variable in (layer.moving_mean, layer.moving_variance)]

@@ -29,6 +29,7 @@ from autobatch.replicas.lockstep import Phase, run_in_lockstep
 from autobatch.replicas.step import ReplicatedStep
 from autobatch.tensors.batch_structure import cut
 from autobatch.tensors.snapshots import SnapshotTaker
+from autobatch.types import Batch
 
 
 class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
@@ -53,7 +54,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         """The metrics of all replicas after the last step; None before the first."""
         return self._metric_logs
 
-    def _train_once(self, data: Any, samples: int) -> Logs:
+    def _train_once(self, data: Batch, samples: int) -> Logs:
         step, micro_batch = self._step, self.policy.micro_batch
         kept: list[Kept] = []
 
@@ -67,7 +68,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         self._metric_logs = step.metric_logs
         return logs
 
-    def _evaluate_once(self, step: ReplicatedStep, data: Any, samples: int) -> Logs:
+    def _evaluate_once(self, step: ReplicatedStep, data: Batch, samples: int) -> Logs:
         micro_batch = self._validation_policy.micro_batch
         kept: list[Kept] = []
 
@@ -85,7 +86,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
     def _locally(
         self,
         step: ReplicatedStep,
-        data: Any,
+        data: Batch,
         samples: int,
         micro_batch: int,
         moment: Phase,
@@ -158,7 +159,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         self.roll_back(kept)
         raise RolledBackError(local, self._samples_here(samples), diagnosis)
 
-    def _part(self, step: ReplicatedStep, data: Any, samples: int) -> tuple[Any, float]:
+    def _part(self, step: ReplicatedStep, data: Batch, samples: int) -> tuple[Any, float]:
         """This worker's samples of an effective batch, and a mark by which to tell it from others."""
         leaves = step.structure.leaves(data)
         if self._agreement.count == 1:

@@ -23,6 +23,7 @@ from autobatch.seams import strategies
 from autobatch.trial.live_trials import LiveTrials
 from autobatch.trial.timing import ENOUGH_SECONDS
 from autobatch.trial.worst_case import Data
+from autobatch.types import ElementSpec, Model
 from autobatch.units import format_bytes, format_seconds
 
 
@@ -44,7 +45,7 @@ class ReplicatedTrials(LiveTrials):
     step: ReplicatedStep
 
     def __init__(
-        self, model: Any, batches: Data, *, agreement: SingleProcess, target_batch: int | None, **options: Any
+        self, model: Model, batches: Data, *, agreement: SingleProcess, target_batch: int | None, **options: Any
     ) -> None:
         self._agreement = agreement
         strategy = strategies.strategy_of(model)
@@ -59,7 +60,7 @@ class ReplicatedTrials(LiveTrials):
         rows = self._agree([float(self.fixed_bytes_hint or 0)], "the beginning of the search")
         self.fixed_bytes_hint = int(rows.max())
 
-    def _make_step(self, model: Any, element_spec: Any, effective_batch: int | None) -> ReplicatedStep:
+    def _make_step(self, model: Model, element_spec: ElementSpec, effective_batch: int | None) -> ReplicatedStep:
         return ReplicatedStep(model, element_spec)
 
     def _make_keeper(self) -> ReplicatedKeeper:

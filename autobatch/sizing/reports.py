@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Report:
-    accumulates = plan is None or plan.accumulation_steps > 1 or plan.replicas > 1
+    """Make the report of a search's ``result``, and of the ``plan`` if there is a target."""
     return Report(
         plan=plan,
         largest_fit=result.largest_fit,
@@ -27,13 +27,17 @@ def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Repo
         environment=trials.environment,
         stopped_because=result.stopped_because,
         model_name=trials.model_name,
-        warnings=trials.warnings if accumulates else (),
+        warnings=trials.warnings if plan is None or _accumulates(plan) else (),
         host_uses=trials.host_uses,
     )
 
 
 def make_plan(micro_batch: int, effective_batch: int, replicas: int) -> Plan:
     return Plan(micro_batch, -(-effective_batch // (micro_batch * replicas)), effective_batch, replicas)
+
+
+def _accumulates(plan: Plan) -> bool:
+    return plan.accumulation_steps > 1 or plan.replicas > 1
 
 
 def say_what_differs(report: Report, *, listed_in: str) -> None:
@@ -49,28 +53,18 @@ def say_what_differs(report: Report, *, listed_in: str) -> None:
         unsure=f"{micro_batches} may not be identical to {one_batch}",
         listed_in=listed_in,
     )
-    warnings.warn(message, AutobatchWarning, stacklevel=3)
+    warnings.warn(message, AutobatchWarning, stacklevel=4)
 
 
 def unsearched(
     trials: LiveTrials, micro_batch: int, effective_batch: int, why: str = "no search: micro_batch was given"
 ) -> Report:
+    """Make the report of a ``micro_batch`` that was found by no search."""
     plan = make_plan(micro_batch, effective_batch, trials.replicas)
-    accumulates = plan.accumulation_steps > 1 or plan.replicas > 1
-    if accumulates:
-        trials.trace()
-    return Report(
-        plan=plan,
-        largest_fit=None,
-        smallest_failure=None,
-        trials=(),
-        memory_model=None,
-        environment=trials.environment,
-        stopped_because=why,
-        model_name=trials.model_name,
-        warnings=trials.warnings if accumulates else (),
-        host_uses=trials.host_uses,
-    )
+    if _accumulates(plan):
+        trials.trace()  # the report names what differs
+    nothing_tried = SearchResult(None, None, trials=(), memory_model=None, stopped_because=why)
+    return make_report(trials, nothing_tried, plan)
 
 
 def nothing_fits(trials: Trials, result: SearchResult) -> NoFeasibleBatchError:

@@ -13,67 +13,41 @@ from autobatch.data.effective_batches import EffectiveBatches, EffectiveIterator
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
-from autobatch.recovery.keeper import Keeper
-from autobatch.recovery.sample_lengths import LengthRule
-from autobatch.replicas import devices
-from autobatch.replicas.agreement import SingleProcess
+from autobatch.replicas.devices import Devices
 from autobatch.seams import models
-from autobatch.step.compiled_step import CompiledStep
 from autobatch.training_history import TrainingHistory
+from autobatch.types import Model
 from autobatch.watch.memory_watch import ONCE_STEADY, MemoryWatch
 
 
 def train(
-    model: Any,
+    model: Model,
     batches: EffectiveBatches,
+    transaction: AnyTransaction,
     *,
-    step: CompiledStep,
+    devices: Devices,
     report: Report,
-    device: str,
-    user_limit_bytes: int | None,
     options: dict[str, Any],
     memory_watch: bool,
-    begin_at: int | None = None,
-    lengths: LengthRule | None = None,
-    keeper: Keeper | None = None,
-    agreement: SingleProcess | None = None,
 ) -> TrainingHistory:
-    """Run ``model.fit`` by the report's plan; return its History with ``plan``, ``report`` and ``recoveries``.
+    """Run ``model.fit`` with each step a ``transaction``; return its History with plan, report and recoveries.
 
-    ``begin_at`` is the micro-batch to begin with, where a run before this one had to go below the plan's.
+    ``report`` has the plan of the transaction. ``options`` are those of ``model.fit``.
     """
     plan = report.plan
     assert plan is not None
-    transaction = devices.open_transaction(
-        step,
-        plan.micro_batch,
-        agreement=agreement or SingleProcess(),
-        device=device,
-        begin_at=begin_at,
-        effective_batch=plan.effective_batch,
-        memory_model=report.memory_model,
-        lengths=lengths,
-        keeper=keeper,
-        user_limit_bytes=user_limit_bytes,
-        headroom=report.environment.headroom,
-    )
     options = dict(options)
-    agreement = agreement or SingleProcess()
     given = options.get("callbacks")
     callbacks = _callback_list(model, batches, options)
-    for callback in devices.callbacks_for(given, plan, transaction, model=model, agreement=agreement):
-        callback.set_params(callbacks.params)
-        callback.set_model(model)
-        callbacks.callbacks.append(callback)
+    for callback in devices.callbacks(given, plan, transaction):
+        _add(callback, callbacks, model)
     if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
-        watch = MemoryWatch(look_for_cause=ONCE_STEADY)  # nobody asked for a walk over all that is alive before
-        watch.set_params(callbacks.params)
-        watch.set_model(model)
-        callbacks.callbacks.append(watch)
+        # Nobody asked for a walk over all that is alive before memory is seen to grow.
+        _add(MemoryWatch(look_for_cause=ONCE_STEADY), callbacks, model)
     with (
         _functions_replaced(model, transaction),
         _quiet_about_length(batches, options),
-        devices.in_fit(model, transaction),
+        devices.during_fit(model, transaction),
     ):
         try:
             history = model.fit(batches, callbacks=callbacks, shuffle=False, **options)
@@ -83,14 +57,19 @@ def train(
                 if not isinstance(callback, keras.callbacks.BackupAndRestore):
                     callback.on_train_end()
             raise
-        finally:
-            step.release_accumulators()
     if not isinstance(history, keras.callbacks.History):  # a fit of the user's own, which returns something else
         history = getattr(model, "history", None)
     return TrainingHistory.of(history, plan=plan, report=report, recoveries=tuple(transaction.recoveries))
 
 
-def _callback_list(model: Any, batches: EffectiveBatches, options: dict[str, Any]) -> Any:
+def _add(callback: keras.callbacks.Callback, callbacks: Any, model: Model) -> None:
+    """Add to a list of callbacks that Keras has made, as Keras would have."""
+    callback.set_params(callbacks.params)
+    callback.set_model(model)
+    callbacks.callbacks.append(callback)
+
+
+def _callback_list(model: Model, batches: EffectiveBatches, options: dict[str, Any]) -> Any:
     """The list that ``Model.fit`` would make of its options; made here, so that it can be ended after a failure."""
     callbacks = options.pop("callbacks", None)
     if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -108,7 +87,7 @@ def _callback_list(model: Any, batches: EffectiveBatches, options: dict[str, Any
 
 
 @contextlib.contextmanager
-def _functions_replaced(model: Any, transaction: AnyTransaction) -> Iterator[None]:
+def _functions_replaced(model: Model, transaction: AnyTransaction) -> Iterator[None]:
     """While this lasts, ``model.fit`` and ``model.evaluate`` run the transaction's steps.
 
     What a callback trains or tests on by itself, by ``train_on_batch``, ``test_on_batch`` or a ``fit`` of its own, goes
@@ -143,7 +122,7 @@ def _functions_replaced(model: Any, transaction: AnyTransaction) -> Iterator[Non
             model.test_function = before[1]
 
 
-def _several(model: Any, iterator: Any, once: Callable[[Any], Any]) -> Any:
+def _several(model: Model, iterator: Any, once: Callable[[Any], Any]) -> Any:
     """Run ``steps_per_execution`` batches, as Keras's functions do; StopIteration if there was none left."""
     logs = None
     for _ in range(model.steps_per_execution):

@@ -5,40 +5,93 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from autobatch.data.loop_batches import element_spec_of, require_alike, widened
+from autobatch.data.loop_batches import OneBatch, element_spec_of, require_alike, widened
 from autobatch.records import Recovery, Report
+from autobatch.recovery.keeper import Keeper
+from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.recovery.transaction import Transaction
+from autobatch.replicas.devices import OneDevice
+from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.step.loop_model import LoopModel
+from autobatch.types import Batch, ElementSpec
+
+
+class StepSession:
+    """Training behind a wrapped step: opened on the first batch, widened for batches of other lengths.
+
+    ``report`` is None until it is opened.
+
+    Args:
+        model: The user's function and model in one.
+        devices: The device that it trains on.
+        find_report: Takes the trials that are opened on the first batch; returns a report with a plan.
+        target_batch, user_limit_bytes, headroom: As for :func:`autobatch.wrap_step`.
+    """
+
+    def __init__(
+        self,
+        model: LoopModel,
+        devices: OneDevice,
+        find_report: Callable[[Any], Report],
+        *,
+        target_batch: int,
+        user_limit_bytes: int | None,
+        headroom: float,
+    ) -> None:
+        self._model = model
+        self._devices = devices
+        self._find_report = find_report
+        self._target_batch = target_batch
+        self._limits: dict[str, Any] = {"user_limit_bytes": user_limit_bytes, "headroom": headroom}
+        self._trials: Any = None
+        self.report: Report | None = None
+
+    def open(self, batch: Batch) -> Transaction:
+        """Find the micro-batch with trials on the first batch; return the transaction for batches like it."""
+        batches = OneBatch(batch, at_least=self._target_batch)
+        trials = self._devices.open_trials(self._model, batches, target_batch=self._target_batch, **self._limits)
+        report = self._find_report(trials)
+        self._trials, self.report = trials, report
+        return self._transaction_over(trials.step, trials.length_rule(report), trials.keeper)
+
+    def widen(self, element_spec: ElementSpec, before: Transaction) -> Transaction:
+        """Return the transaction for batches of ``element_spec``, which goes on where ``before`` has ended."""
+        step = AccumulatedStep(self._model, element_spec, effective_batch=self._target_batch)
+        after = self._transaction_over(step, self._trials.length_rule(self.report, step.structure), None)
+        after.follow(before)
+        return after
+
+    def _transaction_over(self, step: AccumulatedStep, lengths: LengthRule, keeper: Keeper | None) -> Transaction:
+        assert self.report is not None
+        assert self.report.plan is not None
+        return self._devices.open_transaction(
+            step,
+            self.report.plan.micro_batch,
+            device=self._trials.device,
+            memory_model=self.report.memory_model,
+            lengths=lengths,
+            keeper=keeper,
+            **self._limits,
+        )
 
 
 class WrappedStep:
     """A ``train_step`` that takes effective batches of any size; made by :func:`autobatch.wrap_step`.
 
-    ``report`` is that of the search, None before the first batch; ``recoveries`` lists what happened since.
-
     Args:
-        open_first: Searches on the first batch; returns the transaction for it, its report, and what makes the
-            transaction for a wider element spec, given the one before.
-        name: What the user's function is called.
+        session: Makes the transaction for the first batch, and for batches of other lengths.
+        name: The name of the user's function.
         target_batch: The effective batch that the search is made for.
         micro_batch: The size that was given in place of a search.
     """
 
-    def __init__(
-        self,
-        open_first: Callable[[Any], tuple[Transaction, Report, Callable[[Any, Transaction], Transaction]]],
-        *,
-        name: str,
-        target_batch: int,
-        micro_batch: int | None,
-    ) -> None:
-        self._open_first = open_first
+    def __init__(self, session: StepSession, *, name: str, target_batch: int, micro_batch: int | None) -> None:
+        self._session = session
         self._name = name
         self._target_batch = target_batch
         self._micro_batch = micro_batch
-        self._open_wider: Callable[[Any, Transaction], Transaction] | None = None
         self._transaction: Transaction | None = None
-        self._element_spec: Any = None
-        self.report: Report | None = None
+        self._element_spec: ElementSpec = None
 
     def __repr__(self) -> str:
         """Name the function, its effective batch, and the micro-batch as it is now."""
@@ -53,19 +106,24 @@ class WrappedStep:
         return f"<WrappedStep {self._name} target_batch={self._target_batch} micro_batch={size} ({', '.join(how)})>"
 
     @property
+    def report(self) -> Report | None:
+        """The report of the search, None before the first batch."""
+        return self._session.report
+
+    @property
     def recoveries(self) -> tuple[Recovery, ...]:
         """The times that a batch ran out of memory and the loop went on, in turn."""
         return () if self._transaction is None else tuple(self._transaction.recoveries)
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, batch: Batch) -> Any:
         """Make one update with an effective batch; return what ``train_step`` returned, for the whole of it."""
-        if self._transaction is None or self._open_wider is None:
-            self._transaction, self.report, self._open_wider = self._open_first(batch)
+        if self._transaction is None:
+            self._transaction = self._session.open(batch)
             self._element_spec = element_spec_of(batch)
         else:
             require_alike(self._element_spec, batch)
         wider = widened(self._element_spec, batch)
         if wider is not self._element_spec:
-            self._transaction = self._open_wider(wider, self._transaction)
+            self._transaction = self._session.widen(wider, self._transaction)
             self._element_spec = wider
         return self._transaction.train(batch)

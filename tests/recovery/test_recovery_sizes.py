@@ -15,11 +15,11 @@ from models import AtCall, MemoryHog, arrays, classifier, run_out_if
 from same_bits import assert_same_bits, everything
 
 import autobatch
-from autobatch import api
 from autobatch.records import MemoryModel
 from autobatch.recovery import micro_batch_policy
 from autobatch.recovery.micro_batch_policy import PATIENCE
 from autobatch.recovery.transaction import Transaction
+from autobatch.sizing import searched_or_given
 from autobatch.step.accumulated_step import AccumulatedStep
 
 TARGET = 32
@@ -112,8 +112,12 @@ def test_the_memory_model_picks_the_next_size():
 
 
 def test_the_memory_model_of_the_search_picks_the_next_size_of_a_fit(monkeypatch):
-    searched = api.unsearched
-    monkeypatch.setattr(api, "unsearched", lambda *given: dataclasses.replace(searched(*given), memory_model=LINE))
+    plain = searched_or_given.unsearched
+
+    def with_a_line(*given):
+        return dataclasses.replace(plain(*given), memory_model=LINE)
+
+    monkeypatch.setattr(searched_or_given, "unsearched", with_a_line)
     data = cut(3 * TARGET)
     model = stateful(MemoryHog(AtCall(2)))
     options = {"target_batch": TARGET, "micro_batch": MICRO, "shuffle": False, "verbose": 0, **ROOM_FOR_5}

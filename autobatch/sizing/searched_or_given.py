@@ -1,0 +1,52 @@
+"""Reports for ``fit`` and ``wrap_step``: of a search, or of the micro-batch that was given in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from autobatch import display
+from autobatch.records import Report, TrialResult
+from autobatch.sizing.reports import say_what_differs, unsearched
+from autobatch.sizing.search_trials import search_with
+
+if TYPE_CHECKING:
+    from autobatch.trial.live_trials import LiveTrials
+    from autobatch.trial.protocol import Trials
+
+
+def searched_or_given(
+    trials: LiveTrials,
+    micro_batch: int | None,
+    *,
+    target_batch: int,
+    cache: bool,
+    listed_in: str,
+    why: str = "no search: micro_batch was given",
+    quiet: bool = False,
+) -> Report:
+    """Search and close the trials, or take the ``micro_batch`` if there is one; warn of what differs.
+
+    ``why`` says in the report where the ``micro_batch`` comes from, ``listed_in`` where all differences are to be read.
+    """
+    if micro_batch is None:
+        try:
+            report = shown_search(trials, quiet=quiet, target_batch=target_batch, cache=cache)
+        finally:
+            trials.close()
+    else:
+        report = unsearched(trials, min(micro_batch, -(-target_batch // trials.replicas)), target_batch, why)
+    say_what_differs(report, listed_in=listed_in)
+    return report
+
+
+def shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Report:
+    """Run :func:`search_with`, watched by whoever has asked for it."""
+
+    def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
+        return search_with(trials, on_trial=on_trial, **settings)
+
+    if quiet or display.show_search is None:
+        return search_now(trials)
+    report: Report = display.show_search(trials, search_now)
+    return report
