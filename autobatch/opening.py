@@ -46,6 +46,7 @@ def open_trials(
 
 
 def require_compiled(model: Any) -> None:
+    """Refuse what is no compiled Keras model."""
     if not hasattr(model, "train_step"):
         raise TypeError(f"model must be a Keras model. Received: {model!r} (of type {type(model).__name__})")
     if not getattr(model, "compiled", False):
@@ -56,6 +57,7 @@ def require_compiled(model: Any) -> None:
 
 
 def effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
+    """Return ``target_batch``, or the number of samples with a warning if there are fewer."""
     if batches.sample_limit is None or batches.sample_limit >= target_batch:
         return target_batch
     warnings.warn(

@@ -56,7 +56,7 @@ class SingleProcess:
         """Let the other workers know that there will be nothing more from this one."""
 
     def share(self, samples: int) -> tuple[int, int]:
-        """The first of this worker's samples and the one after its last, of so many in all."""
+        """Return the first of this worker's samples and the one after its last; ``samples`` is the count on all."""
         return 0, samples
 
 

@@ -68,7 +68,7 @@ class ReplicatedTrials(LiveTrials):
         return ReplicatedKeeper(self.step, self._agreement, user_limit_bytes=limit, headroom=share)
 
     def estimate_sample(self) -> None:
-        """Not told: workers must run the same trials, and what is traced may differ from one to the other."""
+        """Return None: workers must run the same trials, and what is traced may differ from one to the other."""
 
     def require_no_clock(self, max_seconds: float | None) -> None:
         """Refuse a search by the clock on several workers: they would not stop at the same trial.
@@ -86,7 +86,7 @@ class ReplicatedTrials(LiveTrials):
         return run_in_lockstep(self._agreement, lambda: numbers, Phase.BEGIN, what, {}).rows
 
     def _look_around(self) -> Environment:
-        """The environment of the smallest device."""
+        """Return the environment of the smallest device of all workers."""
         found = [
             (limit.limit_bytes, device, limit.source)
             for device in self._devices
@@ -161,9 +161,9 @@ class ReplicatedTrials(LiveTrials):
         )
 
     def _of_each(self, peaks: dict[str, int], micro_batches: int) -> str:
-        """The peaks and times of several replicas, in words; those of other workers are not among them.
+        """Return the peaks and times of this process's replicas in words, "" if it has only one.
 
-        ``micro_batches`` is how many each of them ran last.
+        ``micro_batches`` is the count that each of them ran last.
         """
         if len(self._devices) < 2:
             return ""
@@ -182,10 +182,10 @@ class ReplicatedTrials(LiveTrials):
         return self._longest(lambda: number, micro_batch)
 
     def _longest(self, work: Callable[[], float], micro_batch: int) -> float:
-        """The largest number that the work gives on any worker.
+        """Return the largest number that the work gives on any worker.
 
         Raises:
-            _OutOfMemoryError: memory ran out on one.
+            _OutOfMemoryError: Memory ran out on one.
         """
         same = {"micro-batch": float(micro_batch)}
         what = f"trial {self._trials_run}"

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 _LESS = 0.9
-"""A peak below this share of the remembered one tells that there is room now for more than was found then ..."""
+"""Share of the remembered peak: one below it means that a larger size than was found then may fit now."""
 
 _LESS_BYTES = 16 * 2**20
-"""... if it is by so much at least: what a process holds besides differs by a little."""
+"""Least difference between the two peaks that counts: what a process holds besides differs by a little."""
 
 
 @dataclass(frozen=True, slots=True)
