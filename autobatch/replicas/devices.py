@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
@@ -83,8 +83,8 @@ class Replicas:
         return ReplicatedTrials(model, batches, agreement=self.agreement, **options)
 
     def open_transaction(self, step: CompiledStep, micro_batch: int, **options: Any) -> AnyTransaction:
-        replicated = cast(ReplicatedStep, step)  # that of the trials opened here
-        return ReplicatedTransaction(replicated, micro_batch, agreement=self.agreement, **options)
+        assert isinstance(step, ReplicatedStep)  # that of the trials opened here
+        return ReplicatedTransaction(step, micro_batch, agreement=self.agreement, **options)
 
     def callbacks(self, given: Any, plan: Plan, transaction: AnyTransaction) -> list[keras.callbacks.Callback]:
         """Make the chief keep its plan beside the backup, and all workers begin with what the chief has restored."""
@@ -98,8 +98,8 @@ class Replicas:
         return [*added, FromTheChief(self.strategy, self.agreement)]
 
     def during_fit(self, model: Model, transaction: AnyTransaction) -> contextlib.AbstractContextManager[None]:
-        replicated = cast(ReplicatedTransaction, transaction)  # opened here too
-        return strategies.keras_on_one_device(model, replicated.metrics_result)
+        assert isinstance(transaction, ReplicatedTransaction)  # opened here too
+        return strategies.keras_on_one_device(model, transaction.metrics_result)
 
     def gather(self, numbers: list[float], what: str) -> Any:
         return self.agreement.gather(numbers, what)

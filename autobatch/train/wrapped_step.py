@@ -7,11 +7,12 @@ from typing import Any
 
 from autobatch.data.loop_batches import OneBatch, element_spec_of, require_alike, widened
 from autobatch.records import Recovery, Report
+from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.keeper import Keeper
 from autobatch.recovery.sample_lengths import LengthRule
-from autobatch.recovery.transaction import Transaction
 from autobatch.replicas.devices import OneDevice
 from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.step.compiled_step import CompiledStep
 from autobatch.step.loop_model import LoopModel
 from autobatch.types import Batch, ElementSpec
 
@@ -46,7 +47,7 @@ class StepSession:
         self._trials: Any = None
         self.report: Report | None = None
 
-    def open(self, batch: Batch) -> Transaction:
+    def open(self, batch: Batch) -> AnyTransaction:
         """Find the micro-batch with trials on the first batch; return the transaction for batches like it."""
         batches = OneBatch(batch, at_least=self._target_batch)
         trials = self._devices.open_trials(self._model, batches, target_batch=self._target_batch, **self._limits)
@@ -54,14 +55,14 @@ class StepSession:
         self._trials, self.report = trials, report
         return self._transaction_over(trials.step, trials.length_rule(report), trials.keeper)
 
-    def widen(self, element_spec: ElementSpec, before: Transaction) -> Transaction:
+    def widen(self, element_spec: ElementSpec, before: AnyTransaction) -> AnyTransaction:
         """Return the transaction for batches of ``element_spec``, which goes on where ``before`` has ended."""
         step = AccumulatedStep(self._model, element_spec, effective_batch=self._target_batch)
         after = self._transaction_over(step, self._trials.length_rule(self.report, step.structure), None)
         after.follow(before)
         return after
 
-    def _transaction_over(self, step: AccumulatedStep, lengths: LengthRule, keeper: Keeper | None) -> Transaction:
+    def _transaction_over(self, step: CompiledStep, lengths: LengthRule, keeper: Keeper | None) -> AnyTransaction:
         assert self.report is not None
         assert self.report.plan is not None
         return self._devices.open_transaction(
@@ -90,7 +91,7 @@ class WrappedStep:
         self._name = name
         self._target_batch = target_batch
         self._micro_batch = micro_batch
-        self._transaction: Transaction | None = None
+        self._transaction: AnyTransaction | None = None
         self._element_spec: ElementSpec = None
 
     def __repr__(self) -> str:
