@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
 
-from autobatch.seams.patching import on_this_thread
-
-_PATCHING = threading.RLock()
-"""Held while calls are replaced; always taken after the one of :mod:`autobatch.seams.patching`."""
+from autobatch.seams.patching import replaced
 
 _FUNCTION = type(tf.function(lambda: None))
 _CONSTANTS = (bool, int, float, complex, np.generic, np.ndarray, tf.Variable)
@@ -37,31 +33,27 @@ def converted(function: Callable[..., Any]) -> Callable[..., Any]:
     return result
 
 
-@contextlib.contextmanager
-def functions_inlined() -> Iterator[None]:
+def functions_inlined() -> contextlib.AbstractContextManager[None]:
     """While this lasts, a ``tf.function`` that is called runs as the Python function that it was made of.
 
     It would keep its first trace: with what was replaced then, and with tensors of a graph that is not there any more.
     So its own traces are neither used nor made. Keras's own functions are left alone.
     """
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        function = self.python_function
-        if inspect.isroutine(function) and str(function.__module__).partition(".")[0] == "keras":
-            return original(self, *args, **kwargs)
-        signature = self.input_signature
-        if signature is not None and not kwargs and len(signature) == len(args):
-            args = tuple(map(_as_specified, args, signature))
-        run = converted(function) if getattr(self, "_autograph", True) else function
-        return tf.nest.map_structure(_as_tensor, run(*args, **kwargs))
+    def inlined(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            function = self.python_function
+            if inspect.isroutine(function) and str(function.__module__).partition(".")[0] == "keras":
+                return original(self, *args, **kwargs)
+            signature = self.input_signature
+            if signature is not None and not kwargs and len(signature) == len(args):
+                args = tuple(map(_as_specified, args, signature))
+            run = converted(function) if getattr(self, "_autograph", True) else function
+            return tf.nest.map_structure(_as_tensor, run(*args, **kwargs))
 
-    with _PATCHING:
-        original = _FUNCTION.__call__
-        _FUNCTION.__call__ = on_this_thread(original, call)
-        try:
-            yield
-        finally:
-            _FUNCTION.__call__ = original
+        return call
+
+    return replaced(_FUNCTION, "__call__", inlined)
 
 
 def _as_specified(argument: Any, spec: Any) -> Any:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from autobatch.seams.patching import PATCHING as _PATCHING
-from autobatch.seams.patching import on_this_thread
+from autobatch.seams.patching import replaced
 
 
-@contextlib.contextmanager
-def _gradient_replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def _gradient_replaced(
+    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> contextlib.AbstractContextManager[None]:
     """While this lasts, ``GradientTape.gradient`` is what ``make`` makes of it.
 
     Within a gradient it is what it was: what recomputes a part of a forward pass asks another tape for its own.
     """
     within: list[bool] = []
 
-    def outermost(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    def outermost(original: Callable[..., Any]) -> Callable[..., Any]:
+        replacement = make(original)
+
         def gradient(*args: Any, **named: Any) -> Any:
             if within:
                 return original(*args, **named)
@@ -32,13 +34,7 @@ def _gradient_replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]])
 
         return gradient
 
-    with _PATCHING:
-        original = tf.GradientTape.gradient
-        tf.GradientTape.gradient = on_this_thread(original, outermost(original, make(original)))
-        try:
-            yield
-        finally:
-            tf.GradientTape.gradient = original
+    return replaced(tf.GradientTape, "gradient", outermost)
 
 
 def gradients_weighed(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,14 +18,10 @@ from keras.src.metrics.reduction_metrics import MeanMetricWrapper as _MeanMetric
 from keras.src.trainers.compile_utils import CompileMetrics as _CompileMetrics
 from keras.src.trainers.compile_utils import MetricsList as _MetricsList
 
-from autobatch.seams.patching import on_this_thread
-
-_PATCHING = threading.RLock()
-"""Held while something of Keras's is replaced; always taken after the one of :mod:`autobatch.seams.models`."""
+from autobatch.seams.patching import replaced, replaced_in_each
 
 
-@contextlib.contextmanager
-def noting_results(note: Callable[[Any, Any], None]) -> Iterator[None]:
+def noting_results(note: Callable[[Any, Any], None]) -> contextlib.AbstractContextManager[None]:
     """While this lasts, ``note(metric, result)`` is told what the ``result`` of every metric returns.
 
     Every class has a ``result`` of its own: there is no one place that all go through.
@@ -38,27 +33,14 @@ def noting_results(note: Callable[[Any, Any], None]) -> Iterator[None]:
             note(self, returned)
             return returned
 
-        return on_this_thread(original, result)
+        return result
 
-    with _results_replaced(noted):
-        yield
-
-
-@contextlib.contextmanager
-def _results_replaced(make: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]) -> Iterator[None]:
-    with _PATCHING:
-        originals = {kind: vars(kind)["result"] for kind in _kinds(keras.metrics.Metric) if "result" in vars(kind)}
-        for kind, original in originals.items():
-            kind.result = make(original)
-        try:
-            yield
-        finally:
-            for kind, original in originals.items():
-                kind.result = original
+    return replaced_in_each(_kinds_with("result"), "result", noted)
 
 
-@contextlib.contextmanager
-def failing_results_replaced(instead: Callable[[Any, Callable[[], Any]], Any]) -> Iterator[None]:
+def failing_results_replaced(
+    instead: Callable[[Any, Callable[[], Any]], Any],
+) -> contextlib.AbstractContextManager[None]:
     """While this lasts, a ``result`` that raises returns what ``instead(metric, result)`` returns, or raises anew."""
 
     def guarded(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -68,23 +50,23 @@ def failing_results_replaced(instead: Callable[[Any, Callable[[], Any]], Any]) -
             except Exception:  # noqa: BLE001 - whatever it is: the metric has not been updated yet
                 return instead(self, functools.partial(original, self))
 
-        return on_this_thread(original, result)
+        return result
 
-    with _results_replaced(guarded):
-        yield
-
-
-def _kinds(kind: Any) -> set[Any]:
-    return {kind}.union(*(_kinds(more) for more in kind.__subclasses__()))
+    return replaced_in_each(_kinds_with("result"), "result", guarded)
 
 
-@contextlib.contextmanager
+def _kinds_with(name: str, kind: Any = keras.metrics.Metric) -> set[Any]:
+    """The classes of metrics that have an attribute of their own with this name."""
+    own = {kind} if name in vars(kind) else set()
+    return own.union(*(_kinds_with(name, more) for more in kind.__subclasses__()))
+
+
 def single_numbers_weighed(
     fraction: Any,
     note: Callable[[str], None],
     weigh: Callable[[Any], Any] = lambda values: values,
     note_untold: Callable[[str], None] = lambda name: None,
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """While this lasts, a mean that is updated with one number and no weight counts it as ``fraction`` of an update.
 
     Keras counts such a number as one, whatever the batch; so each micro-batch must count as its share of one. ``note``
@@ -94,26 +76,23 @@ def single_numbers_weighed(
     the metric's name.
     """
 
-    def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
-        if _is_single(values):
-            per_sample = sample_weight is not None and not _is_single(sample_weight)
-            function = getattr(self, "_fn", None)
-            if per_sample or (function is not None and not isinstance(function, keras.losses.Loss)):
-                note(self.name)
-            weighed = weigh(values)
-            if weighed is None:
-                note_untold(self.name)
-            values = values if weighed is None else weighed
-            sample_weight = fraction if sample_weight is None else sample_weight
-        return original(self, values, sample_weight=sample_weight)
+    def weighing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
+            if _is_single(values):
+                per_sample = sample_weight is not None and not _is_single(sample_weight)
+                function = getattr(self, "_fn", None)
+                if per_sample or (function is not None and not isinstance(function, keras.losses.Loss)):
+                    note(self.name)
+                weighed = weigh(values)
+                if weighed is None:
+                    note_untold(self.name)
+                values = values if weighed is None else weighed
+                sample_weight = fraction if sample_weight is None else sample_weight
+            return original(self, values, sample_weight=sample_weight)
 
-    with _PATCHING:
-        original = keras.metrics.Mean.update_state
-        keras.metrics.Mean.update_state = on_this_thread(original, update_state)
-        try:
-            yield
-        finally:
-            keras.metrics.Mean.update_state = original
+        return update_state
+
+    return replaced(keras.metrics.Mean, "update_state", weighing)
 
 
 _CONTAINERS = (keras.metrics.Metric, _CompileMetrics, _MetricsList, _MeanMetricWrapper)
@@ -164,38 +143,35 @@ def updates_offered(offer: UpdateHandler, is_per_sample: Callable[[Any], bool]) 
                 running.pop()
                 checked.pop()
 
-        return on_this_thread(original, update_state)
+        return update_state
 
     checked: list[Any] = []
 
-    def mean(self: Any, values: Any, sample_weight: Any = None) -> Any:
-        if (
-            checked
-            and checked[-1] is self
-            and not isinstance(self._fn, keras.losses.Loss)
-            and not is_per_sample(values)
-        ):
-            raise _OneNumberError
-        return original_mean(self, values, sample_weight=sample_weight)
+    def checking(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
+            if (
+                checked
+                and checked[-1] is self
+                and not isinstance(self._fn, keras.losses.Loss)
+                and not is_per_sample(values)
+            ):
+                raise _OneNumberError
+            return original(self, values, sample_weight=sample_weight)
 
-    with _PATCHING:
-        kinds = [kind for kind in _kinds(keras.metrics.Metric) if "update_state" in vars(kind)]
-        own = [kind for kind in kinds if kind is _MeanMetricWrapper or not _is_of_keras(vars(kind)["update_state"])]
-        originals = {kind: vars(kind)["update_state"] for kind in own}
-        original_mean = keras.metrics.Mean.update_state
-        for kind, original in originals.items():
-            kind.update_state = offered(original)
-        keras.metrics.Mean.update_state = on_this_thread(original_mean, mean)
-        try:
-            yield
-        finally:
-            keras.metrics.Mean.update_state = original_mean
-            for kind, original in originals.items():
-                kind.update_state = original
+        return update_state
+
+    kinds = _kinds_with("update_state")
+    own = [kind for kind in kinds if kind is _MeanMetricWrapper or not _is_of_keras(vars(kind)["update_state"])]
+    with (
+        replaced_in_each(own, "update_state", offered),
+        replaced(keras.metrics.Mean, "update_state", checking),
+    ):
+        yield
 
 
-@contextlib.contextmanager
-def additive_updates_noted(note: Callable[[Any, Callable[..., Any], Any, Any], None]) -> Iterator[None]:
+def additive_updates_noted(
+    note: Callable[[Any, Callable[..., Any], Any, Any], None],
+) -> contextlib.AbstractContextManager[None]:
     """While this lasts, what is known to be a sum over samples is handed to ``note`` and not run.
 
     That is the ``update_state`` of each of Keras's metrics but for the function that it may have been given.
@@ -205,19 +181,11 @@ def additive_updates_noted(note: Callable[[Any, Callable[..., Any], Any, Any], N
         def update_state(self: Any, *args: Any, **kwargs: Any) -> None:
             note(self, functools.partial(original, self), args, kwargs)
 
-        return on_this_thread(original, update_state)
+        return update_state
 
-    with _PATCHING:
-        kinds = [kind for kind in _kinds(keras.metrics.Metric) if "update_state" in vars(kind)]
-        known = [kind for kind in kinds if kind not in _CONTAINERS and _is_of_keras(vars(kind)["update_state"])]
-        originals = {kind: vars(kind)["update_state"] for kind in known}
-        for kind, original in originals.items():
-            kind.update_state = noted(original)
-        try:
-            yield
-        finally:
-            for kind, original in originals.items():
-                kind.update_state = original
+    kinds = _kinds_with("update_state")
+    known = [kind for kind in kinds if kind not in _CONTAINERS and _is_of_keras(vars(kind)["update_state"])]
+    return replaced_in_each(known, "update_state", noted)
 
 
 def _is_of_keras(function: Any) -> bool:

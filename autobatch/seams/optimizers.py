@@ -14,22 +14,23 @@ from typing import Any
 
 import keras
 
-from autobatch.seams.patching import PATCHING, on_this_thread
+from autobatch.seams.patching import replaced, replaced_in_each
 
 ApplyHandler = Callable[[Any, list[Any], list[Any]], None]
 """Takes the optimizer, the gradients and their variables in place of ``optimizer.apply``."""
 
-_REPLACED: dict[int, Any] = {}
-"""By the optimizer's id, the ``apply`` that the user has set on the instance and :func:`capture_apply` has replaced."""
+
+class _Here(threading.local):
+    """The state of this thread's captures and updates."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+        """Calls of :func:`apply_of`'s result that are under way."""
+        self.replaced: dict[int, Callable[..., Any]] = {}
+        """By the optimizer's id, the ``apply`` of an instance that :func:`capture_apply` has replaced."""
 
 
-class _Updating(threading.local):
-    """How many calls of :func:`apply_of`'s result are under way on this thread."""
-
-    depth = 0
-
-
-_UPDATING = _Updating()
+_HERE = _Here()
 
 
 def optimizers_of(model: Any) -> tuple[Any, ...]:
@@ -60,7 +61,7 @@ def capture_apply(optimizers: Sequence[Any], handler: ApplyHandler) -> Iterator[
     ``apply_gradients`` goes through ``apply`` as well. It is replaced in every class that has one, so that optimizers
     nobody knew of are captured too, and the outermost is: that of a subclass of the user's, and of a
     ``LossScaleOptimizer``, not what they call in turn. ``optimizers`` are those on which an ``apply`` that the user has
-    set on the instance is replaced as well. Other threads' optimizers update as ever.
+    set on the instance is replaced as well. On other threads optimizers update their variables.
     """
 
     def take(optimizer: Any, grads: Any, trainable_variables: Any = None) -> None:
@@ -69,25 +70,24 @@ def capture_apply(optimizers: Sequence[Any], handler: ApplyHandler) -> Iterator[
 
     def replacement_for(original: Callable[..., Any]) -> Callable[..., Any]:
         def apply(*args: Any, **kwargs: Any) -> Any:
-            return (original if _UPDATING.depth else take)(*args, **kwargs)
+            return (original if _HERE.updates else take)(*args, **kwargs)
 
-        return on_this_thread(original, apply)
+        return apply
 
-    with PATCHING:
-        originals = [(cls, vars(cls)["apply"]) for cls in _classes_with_apply()]
-        on_instances = [optimizer for optimizer in optimizers if "apply" in vars(optimizer)]
-        for cls, original in originals:
-            cls.apply = replacement_for(original)
-        for optimizer in on_instances:
-            own = _REPLACED[id(optimizer)] = vars(optimizer)["apply"]
-            vars(optimizer)["apply"] = on_this_thread(own, functools.partial(take, optimizer))
+    def take_from(optimizer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        _HERE.replaced = {**_HERE.replaced, id(optimizer): original}
+        return functools.partial(take, optimizer)
+
+    before = _HERE.replaced
+    with replaced_in_each(_classes_with_apply(), "apply", replacement_for), contextlib.ExitStack() as on_instances:
+        for optimizer in optimizers:
+            if "apply" in vars(optimizer):
+                make = functools.partial(take_from, optimizer)
+                on_instances.enter_context(replaced(optimizer, "apply", make))
         try:
             yield
         finally:
-            for optimizer in on_instances:
-                vars(optimizer)["apply"] = _REPLACED.pop(id(optimizer))
-            for cls, original in originals:
-                cls.apply = original
+            _HERE.replaced = before
 
 
 def _classes_with_apply() -> list[Any]:
@@ -106,28 +106,21 @@ def apply_of(optimizer: Any) -> Callable[..., None]:
     """The ``apply`` that :func:`capture_apply` has replaced: the class's, or one that the user set on the instance."""
 
     def apply(gradients: list[Any], variables: list[Any]) -> None:
-        own = _REPLACED.get(id(optimizer))
-        _UPDATING.depth += 1
+        own = _HERE.replaced.get(id(optimizer))
+        _HERE.updates += 1
         try:
             (functools.partial(type(optimizer).apply, optimizer) if own is None else own)(gradients, variables)
         finally:
-            _UPDATING.depth -= 1
+            _HERE.updates -= 1
 
     return apply
 
 
-@contextlib.contextmanager
-def gradients_already_reduced(optimizers: Sequence[Any]) -> Iterator[None]:
+def gradients_already_reduced(optimizers: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     """While this lasts, the optimizers' ``apply`` takes gradients for the sums over all replicas, as they are.
 
     Keras sums them itself, but after clipping, which is not what one device would do.
     """
     inner = [getattr(optimizer, "inner_optimizer", None) for optimizer in optimizers]
     touched = [one for one in (*optimizers, *inner) if one is not None]
-    for one in touched:
-        one.__dict__["_all_reduce_sum_gradients"] = lambda pairs: list(pairs)
-    try:
-        yield
-    finally:
-        for one in touched:
-            del one.__dict__["_all_reduce_sum_gradients"]
+    return replaced_in_each(touched, "_all_reduce_sum_gradients", lambda original: list, on_every_thread=True)

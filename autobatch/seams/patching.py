@@ -1,18 +1,35 @@
-"""What all that replaces a piece of Keras or TensorFlow for a while has in common."""
+"""Replacement of attributes of Keras and TensorFlow for a while, on one thread or on all of them.
+
+No lock is held while a replacement lasts: threads that replace the same attribute neither wait for each other nor see
+each other's. The first replacement puts a function in the attribute's place that looks up what holds for its caller.
+The end of the last one puts the attribute back.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-PATCHING = threading.RLock()
-"""Held while something of Keras's is replaced, so that fits on several threads do not put each other's back."""
+
+class _Here(threading.local):
+    """The calling thread, or the innermost :func:`suspended` that it is within: each is an object of its own."""
+
+    def __init__(self) -> None:
+        self.key = object()
 
 
-_HERE = threading.local()
+_HERE = _Here()
+
+_CHANGING = threading.RLock()
+"""Held for as long as it takes to note a replacement or to strike it off, and never around other code."""
+
+_PLACES: dict[tuple[int, str], _Place] = {}
+"""The places of all attributes that are replaced now, by the owner's id and the attribute's name."""
+
+_ABSENT = object()
 
 
 @contextlib.contextmanager
@@ -21,27 +38,124 @@ def suspended() -> Iterator[None]:
 
     A metric that is updated for the whole batch must find Keras as it is.
     """
-    _HERE.depth = _depth() + 1
+    before, _HERE.key = _HERE.key, object()
     try:
         yield
     finally:
-        _HERE.depth -= 1
+        _HERE.key = before
 
 
-def _depth() -> int:
-    return getattr(_HERE, "depth", 0)
+@contextlib.contextmanager
+def replaced(
+    owner: Any, name: str, make: Callable[[Any], Callable[..., Any]], *, on_every_thread: bool = False
+) -> Iterator[None]:
+    """While this lasts, the function ``owner.name`` is ``make(original)`` for the thread that called this.
 
-
-def on_this_thread(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    """``replacement`` for the thread that calls this, ``original`` for all others, which train as ever.
-
-    Under a strategy each replica is traced on a thread of its own, and what it replaces is replaced there.
+    ``original`` is what the thread would have called without it: its replacement before this one, or the attribute as
+    it was found. ``owner`` is a class, an instance or a module; of a property the getter is replaced. Under a strategy
+    each replica is traced on a thread of its own, and what it replaces is replaced there. ``on_every_thread`` replaces
+    for all threads, :func:`suspended` or not. What somebody else puts in the attribute's place meanwhile stays there.
     """
-    thread, depth = threading.get_ident(), _depth()
+    replacement = _Replacement(None if on_every_thread else _HERE.key)
+    with _CHANGING:
+        place = _PLACES.get((id(owner), name))
+        if place is None or not place.is_in_place():
+            place = _Place(owner, name)
+        original = place.original_of(replacement)
+        place.replacements = (replacement, *place.replacements)
+    try:
+        replacement.function = make(original)
+        yield
+    finally:
+        with _CHANGING:
+            replacement.function = None
+            place.replacements = tuple(each for each in place.replacements if each is not replacement)
+            if not place.replacements:
+                place.put_back()
 
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        replaced = threading.get_ident() == thread and _depth() == depth
-        return (replacement if replaced else original)(*args, **kwargs)
 
-    return call
+@contextlib.contextmanager
+def replaced_in_each(
+    owners: Iterable[Any], name: str, make: Callable[[Any], Callable[..., Any]], *, on_every_thread: bool = False
+) -> Iterator[None]:
+    """While this lasts, the attribute of every owner is replaced as by :func:`replaced`."""
+    with contextlib.ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(replaced(owner, name, make, on_every_thread=on_every_thread))
+        yield
+
+
+class _Replacement:
+    """A function that is called in an attribute's place, and for whom: None for every thread."""
+
+    function: Callable[..., Any] | None = None
+    """None before it begins and after it has ended."""
+
+    def __init__(self, key: object | None) -> None:
+        self.key = key
+
+
+class _Stack:
+    """The replacements of an attribute, newest first, and the function below them all."""
+
+    def __init__(self, original: Callable[..., Any], replacements: tuple[_Replacement, ...] = ()) -> None:
+        self.original = original
+        self.replacements = replacements
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function for the thread that reads this. AutoGraph looks into calls, but not into what is read."""
+        for replacement in self.replacements:
+            function = replacement.function  # read once: another thread may end what holds on every thread
+            if function is not None and (replacement.key is None or replacement.key is _HERE.key):
+                return function
+        return self.original
+
+    def called(self) -> Callable[..., Any]:
+        """A function that calls what holds for its caller, with one frame between the two."""
+
+        @functools.wraps(self.original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.function(*args, **kwargs)
+
+        return call
+
+    def original_of(self, replacement: _Replacement) -> Callable[..., Any]:
+        """What calls to ``replacement`` find below it; the original itself if there can be nothing between."""
+        keys = (None, replacement.key)
+        below = tuple(each for each in self.replacements if replacement.key is None or each.key in keys)
+        return _Stack(self.original, below).called() if below else self.original
+
+
+class _Place(_Stack):
+    """An attribute, from its first replacement to the end of its last."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner = owner
+        self._name = name
+        self._found = vars(owner).get(name, _ABSENT)
+        attribute = getattr(owner, name) if self._found is _ABSENT else self._found
+        is_property = isinstance(attribute, property)
+        super().__init__(attribute.fget if is_property else attribute)
+        self._instead = attribute.getter(self.called()) if is_property else self.called()
+        self._put(self._instead)
+        _PLACES[id(owner), name] = self
+
+    def is_in_place(self) -> bool:
+        """False if somebody else has put something else there."""
+        return vars(self._owner).get(self._name) is self._instead
+
+    def put_back(self) -> None:
+        """Leave the attribute as it was found, unless it is somebody else's now."""
+        if self.is_in_place():
+            self._put(self._found)
+        if _PLACES.get((id(self._owner), self._name)) is self:
+            del _PLACES[id(self._owner), self._name]
+
+    def _put(self, value: Any) -> None:
+        if isinstance(self._owner, type):
+            delattr(self._owner, self._name) if value is _ABSENT else setattr(self._owner, self._name, value)
+        elif value is _ABSENT:
+            del vars(self._owner)[self._name]
+        else:
+            vars(self._owner)[self._name] = value  # past what Keras's objects do when an attribute is set

@@ -13,10 +13,10 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
 from tensorflow.core.framework import attr_value_pb2 as _attr_value
-from tensorflow.python.framework import op_callbacks as _op_callbacks
+from tensorflow.python.eager import context as _context
+from tensorflow.python.eager import execute as _execute
 
-from autobatch.seams.patching import PATCHING as _PATCHING
-from autobatch.seams.patching import on_this_thread
+from autobatch.seams.patching import replaced
 
 OWNER = "_autobatch_layer"
 """The attribute of an operation that names the layer: TensorFlow leaves attributes with an underscore alone."""
@@ -29,35 +29,33 @@ def running_layer() -> Any:
     return next((caller for caller in callers if isinstance(caller, keras.layers.Layer)), None)
 
 
-@contextlib.contextmanager
-def operations_marked(is_marked: Callable[[str], bool], mark: Callable[[], str]) -> Iterator[None]:
+def operations_marked(
+    is_marked: Callable[[str], bool], mark: Callable[[], str]
+) -> contextlib.AbstractContextManager[None]:
     """While this lasts, operations for whose type ``is_marked`` holds get what ``mark`` returns as :data:`OWNER`.
 
     Every operation of a graph goes through ``Graph._create_op_internal``, the calls of functions included.
     """
 
-    def create(
-        self: Any,
-        op_type: str,
-        inputs: Any,
-        dtypes: Any = None,
-        input_types: Any = None,
-        name: Any = None,
-        attrs: Any = None,
-        *rest: Any,
-        **named: Any,
-    ) -> Any:
-        if is_marked(op_type):
-            attrs = {**(attrs or {}), OWNER: _attr_value.AttrValue(s=mark().encode())}
-        return original(self, op_type, inputs, dtypes, input_types, name, attrs, *rest, **named)
+    def marked(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create(
+            self: Any,
+            op_type: str,
+            inputs: Any,
+            dtypes: Any = None,
+            input_types: Any = None,
+            name: Any = None,
+            attrs: Any = None,
+            *rest: Any,
+            **named: Any,
+        ) -> Any:
+            if is_marked(op_type):
+                attrs = {**(attrs or {}), OWNER: _attr_value.AttrValue(s=mark().encode())}
+            return original(self, op_type, inputs, dtypes, input_types, name, attrs, *rest, **named)
 
-    with _PATCHING:
-        original = tf.Graph._create_op_internal
-        tf.Graph._create_op_internal = on_this_thread(original, create)
-        try:
-            yield
-        finally:
-            tf.Graph._create_op_internal = original
+        return create
+
+    return replaced(tf.Graph, "_create_op_internal", marked)
 
 
 @contextlib.contextmanager
@@ -68,9 +66,10 @@ def eager_operations_noted(note: Callable[[str], None]) -> Iterator[None]:
         if graph is None:
             note(op_type if isinstance(op_type, str) else op_type.decode())
 
-    with _PATCHING:
-        _op_callbacks.add_op_callback(callback)
+    # TensorFlow's own ``add_op_callback`` replaces this too, and puts it back under other threads' callbacks.
+    with replaced(_execute, "execute", lambda original: _execute.execute_with_callbacks, on_every_thread=True):
+        _context.context().add_op_callback(callback)
         try:
             yield
         finally:
-            _op_callbacks.remove_op_callback(callback)
+            _context.context().remove_op_callback(callback)

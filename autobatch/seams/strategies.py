@@ -13,6 +13,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.eager import context as _context
 
+from autobatch.seams.patching import replaced
+
 SUPPORTED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
@@ -102,19 +104,20 @@ def keras_on_one_device(model: Any, metrics_result: Callable[[], dict[str, Any] 
     that it reads there is a collective of its own. ``metrics_result`` returns the metrics of all replicas, None where
     nothing has run yet.
     """
-    strategy, read = model._distribute_strategy, model.get_metrics_result
 
-    def get_metrics_result() -> dict[str, Any]:
-        known = metrics_result() if tf.executing_eagerly() else None
-        return dict(read() if known is None else known)
+    def of_all_replicas(original: Callable[[], Any]) -> Callable[[], Any]:
+        def get_metrics_result() -> dict[str, Any]:
+            known = metrics_result() if tf.executing_eagerly() else None
+            return dict(original() if known is None else known)
 
-    model._distribute_strategy = None
-    model.__dict__["get_metrics_result"] = get_metrics_result
+        return get_metrics_result
+
+    strategy, model._distribute_strategy = model._distribute_strategy, None
     try:
-        yield
+        with replaced(model, "get_metrics_result", of_all_replicas, on_every_thread=True):
+            yield
     finally:
         model._distribute_strategy = strategy
-        del model.__dict__["get_metrics_result"]
 
 
 def abort_collectives(message: str) -> None:

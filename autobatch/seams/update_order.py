@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from autobatch.seams.patching import on_this_thread
-
-_IN_TURN = threading.RLock()
-"""Held in :func:`updates_in_turn`, where no other lock is taken: it may be within what holds any of the others."""
+from autobatch.seams.patching import replaced
 
 _WAITS_FOR_NOTHING = frozenset(("Const", "Placeholder"))
 
@@ -52,23 +48,17 @@ def updates_in_turn() -> Iterator[None]:
             last = operation
         ordered[id(graph)] = graph, len(operations), last
 
-    def update(var: Any, fn: Callable[..., Any], args: Any = (), kwargs: Any = None, group: bool = True) -> Any:
-        result = original(var, fn, args, kwargs, group)
-        if not tf.executing_eagerly():
-            put_in_order(tf.compat.v1.get_default_graph())
-        return result
+    def in_turn(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update(var: Any, fn: Callable[..., Any], args: Any = (), kwargs: Any = None, group: bool = True) -> Any:
+            result = original(var, fn, args, kwargs, group)
+            if not tf.executing_eagerly():
+                put_in_order(tf.compat.v1.get_default_graph())
+            return result
 
-    with _IN_TURN:
-        replaced = vars(extended).get("update")
-        original = extended.update
-        extended.update = on_this_thread(original, update)
-        try:
-            yield
-        finally:
-            if replaced is None:
-                del extended.update
-            else:
-                extended.update = replaced
+        return update
+
+    with replaced(extended, "update", in_turn):
+        yield
     if outer is not None:
         put_in_order(outer)
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.backend.common.variables import Variable as _CommonVariable
 
-from autobatch.seams.patching import PATCHING, on_this_thread
+from autobatch.seams.patching import replaced
 
 
 def inner_of(variable: Any) -> Any:
@@ -31,24 +31,25 @@ def assignments_taken(take: Callable[[Any, Any], bool], instead_of: Callable[[An
     unless it is None.
     """
 
-    def direct_assign(self: Any, value: Any) -> None:
-        if not take(self, value):
-            original_assign(self, value)
+    def taken(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def direct_assign(self: Any, value: Any) -> None:
+            if not take(self, value):
+                original(self, value)
 
-    def value(self: Any) -> Any:
-        found = instead_of(self)
-        return original_value.fget(self) if found is None else self._maybe_autocast(found)
+        return direct_assign
 
-    with PATCHING:
-        original_assign = _backend.Variable._direct_assign
-        original_value: Any = _CommonVariable.value
-        _backend.Variable._direct_assign = on_this_thread(original_assign, direct_assign)
-        _CommonVariable.value = property(on_this_thread(original_value.fget, value))
-        try:
-            yield
-        finally:
-            _backend.Variable._direct_assign = original_assign
-            _CommonVariable.value = original_value
+    def read_instead(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def value(self: Any) -> Any:
+            found = instead_of(self)
+            return original(self) if found is None else self._maybe_autocast(found)
+
+        return value
+
+    with (
+        replaced(_backend.Variable, "_direct_assign", taken),
+        replaced(_CommonVariable, "value", read_instead),
+    ):
+        yield
 
 
 MomentsHandler = Callable[[Any, Any, Callable[[], tuple[Any, Any, Any]]], tuple[Any, Any]]
@@ -56,24 +57,20 @@ MomentsHandler = Callable[[Any, Any, Callable[[], tuple[Any, Any, Any]]], tuple[
 two. The weight is the number of elements that were averaged: one for all channels, or under a mask one for each."""
 
 
-@contextlib.contextmanager
-def moments_handled(handler: MomentsHandler) -> Iterator[None]:
+def moments_handled(handler: MomentsHandler) -> contextlib.AbstractContextManager[None]:
     """While this lasts, every BatchNormalization in training mode gets its batch's mean and variance by ``handler``."""
 
-    def moments(self: Any, inputs: Any, mask: Any) -> Any:
-        def compute() -> tuple[Any, Any, Any]:
-            mean, variance = original(self, inputs, mask)
-            return _weight(inputs, mask, self._reduction_axes, mean), mean, variance
+    def handled(original: Callable[..., Any]) -> Callable[..., Any]:
+        def moments(self: Any, inputs: Any, mask: Any) -> Any:
+            def compute() -> tuple[Any, Any, Any]:
+                mean, variance = original(self, inputs, mask)
+                return _weight(inputs, mask, self._reduction_axes, mean), mean, variance
 
-        return handler(self, inputs, compute)
+            return handler(self, inputs, compute)
 
-    with PATCHING:
-        original = keras.layers.BatchNormalization._moments
-        keras.layers.BatchNormalization._moments = on_this_thread(original, moments)
-        try:
-            yield
-        finally:
-            keras.layers.BatchNormalization._moments = original
+        return moments
+
+    return replaced(keras.layers.BatchNormalization, "_moments", handled)
 
 
 def _weight(inputs: Any, mask: Any, axes: list[int], mean: Any) -> Any:

@@ -12,11 +12,13 @@ import tensorflow as tf
 from keras.src.losses import loss as loss_module
 from keras.src.trainers.compile_utils import CompileLoss
 from models import arrays, classifier
+from tensorflow.python.eager import execute
 
 from autobatch.losses.loss_weights import LossWeights, Mode
 from autobatch.seams import data_adapters, graph_functions, losses, models, update_order
 from autobatch.seams.metrics import noting_results, single_numbers_weighed
 from autobatch.seams.optimizers import apply_of, capture_apply, optimizers_of
+from autobatch.seams.random_operations import eager_operations_noted
 from autobatch.seams.variables import assignments_taken, has_own_call, inner_of, moments_handled, statistics_of
 
 
@@ -305,3 +307,52 @@ def test_two_threads_that_replace_different_things_do_not_wait_for_each_other():
         thread.join(10)
     assert not any(thread.is_alive() for thread in threads)
     assert "update" not in vars(tf.distribute.get_strategy().extended)
+
+
+def on_another_thread(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+def test_an_optimizer_is_captured_on_two_threads_at_once():
+    weight, optimizer = keras.Variable([1.0]), keras.optimizers.SGD(0.5)
+    optimizer.build([weight])
+    own, by_user, handled = optimizer.apply, [], []
+    optimizer.apply = set_by_user = lambda *arguments: (by_user.append(1), own(*arguments))
+
+    def update(optimizer, gradients, variables):
+        handled.append(threading.current_thread())
+        apply_of(optimizer)(gradients, variables)
+
+    def elsewhere():
+        with capture_apply([optimizer], update):
+            optimizer.apply([tf.ones(1)], [weight])
+
+    with capture_apply([optimizer], update):
+        optimizer.apply([tf.ones(1)], [weight])
+        on_another_thread(elsewhere)
+        optimizer.apply([tf.ones(1)], [weight])
+    assert len(by_user) == len(handled) == 3
+    assert handled[0] is handled[2] is threading.current_thread()
+    assert weight.numpy().tolist() == [-0.5]
+    assert vars(optimizer)["apply"] is set_by_user
+
+
+def test_eager_operations_are_noted_until_they_are_not_whatever_other_threads_note():
+    called, here, elsewhere = tf.function(lambda: tf.constant(1.0) + 1.0), [], []
+    called()
+    before = execute.execute
+
+    def note_elsewhere():
+        with eager_operations_noted(elsewhere.append):
+            called()
+
+    with eager_operations_noted(here.append):
+        on_another_thread(note_elsewhere)
+        assert len(elsewhere) == 1
+        assert not here
+        called()
+        tf.math.abs(tf.constant(-1.0))
+    assert here == [elsewhere[0], "Abs"]
+    assert execute.execute is before
