@@ -14,8 +14,9 @@ _LIBRARIES = tuple(
 
 
 def raised_here(error: BaseException) -> bool:
+    """Return True if autobatch itself has raised the error, and nothing that it called."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and _is_own(frames[-1].filename)
+    return bool(frames) and is_own(frames[-1].filename)
 
 
 def user_traceback(error: BaseException) -> str:
@@ -29,8 +30,8 @@ def user_traceback(error: BaseException) -> str:
 
 def _trim(report: traceback.TracebackException) -> None:
     frames = list(report.stack)
-    users = [i for i, frame in enumerate(frames) if not _is_own(frame.filename) and not _is_library(frame.filename)]
-    others = [i for i, frame in enumerate(frames) if not _is_own(frame.filename) and not _is_import(frame.filename)]
+    users = [i for i, frame in enumerate(frames) if not is_own(frame.filename) and not is_library(frame.filename)]
+    others = [i for i, frame in enumerate(frames) if not is_own(frame.filename) and not _is_import(frame.filename)]
     first = next(iter(users or others), len(frames))
     report.stack = traceback.StackSummary.from_list(frames[first:])
     for link in (report.__cause__, report.__context__):
@@ -38,7 +39,8 @@ def _trim(report: traceback.TracebackException) -> None:
             _trim(link)
 
 
-def _is_own(filename: str) -> bool:
+def is_own(filename: str) -> bool:
+    """Return True for a file of autobatch's."""
     return os.path.abspath(filename).startswith(_OWN_CODE)
 
 
@@ -46,5 +48,6 @@ def _is_import(filename: str) -> bool:
     return filename.startswith("<frozen ")
 
 
-def _is_library(filename: str) -> bool:
+def is_library(filename: str) -> bool:
+    """Return True for a file of Python's or of an installed package."""
     return _is_import(filename) or os.path.abspath(filename).startswith(_LIBRARIES)

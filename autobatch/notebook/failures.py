@@ -7,23 +7,16 @@ itself, its type and its traceback stay as they were, for ``%debug``.
 
 from __future__ import annotations
 
-import os
-import sysconfig
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from autobatch.errors import AutobatchError
 from autobatch.notebook.magic_line import FILE_NAME
-from autobatch.types import Model
-
-_OWN_CODE = str(Path(__file__).resolve().parents[1]) + os.sep
-_LIBRARIES = tuple(
-    {str(Path(sysconfig.get_path(name)).resolve()) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-)
+from autobatch.tracebacks import is_library, is_own, raised_here
 
 
-def prepare(error: BaseException, shell: Model) -> None:
+def prepare(error: BaseException, shell: Any) -> None:
     """Make IPython show ``error`` as this room wants it."""
     if isinstance(error, KeyboardInterrupt):
         _show(error, lambda: ["KeyboardInterrupt: the search was stopped; the model is as it was."])
@@ -40,16 +33,13 @@ def _show(error: BaseException, lines: Callable[[], list[str]]) -> None:
 
 def _is_of_an_argument(error: BaseException) -> bool:
     """Whether autobatch itself has raised this, of what it was given."""
-    if not isinstance(error, (TypeError, ValueError)) or "Received: " not in str(error):
-        return False
-    links = list(_links(error.__traceback__))
-    return bool(links) and _is_own(links[-1])
+    return isinstance(error, (TypeError, ValueError)) and "Received: " in str(error) and raised_here(error)
 
 
 def _users_part(traceback: TracebackType | None) -> TracebackType | None:
     """``traceback`` from the user's first frame on, or from where autobatch has called the last time."""
     links = list(_links(traceback))
-    users = (link for link in links if not _is_own(link) and not _file(link).startswith(_LIBRARIES))
+    users = (link for link in links if not _is_own(link) and not is_library(_file(link)))
     after_own = max((i + 1 for i, link in enumerate(links) if _is_own(link)), default=0)
     return next(users, links[min(after_own, len(links) - 1)] if links else None)
 
@@ -61,8 +51,8 @@ def _links(traceback: TracebackType | None) -> Iterator[TracebackType]:
 
 
 def _is_own(link: TracebackType) -> bool:
-    return link.tb_frame.f_code.co_filename == FILE_NAME or _file(link).startswith(_OWN_CODE)
+    return _file(link) == FILE_NAME or is_own(_file(link))
 
 
 def _file(link: TracebackType) -> str:
-    return os.path.abspath(link.tb_frame.f_code.co_filename)
+    return link.tb_frame.f_code.co_filename

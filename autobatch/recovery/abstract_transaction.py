@@ -177,15 +177,6 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         """
 
     @staticmethod
-    def diagnose(error: BaseException) -> oom.Diagnosis:
-        """Tell what ``error`` is; raise it again if it is not about memory, let go of its traceback if it is."""
-        diagnosis = oom.diagnose(error)
-        if not diagnosis.is_memory:
-            raise error
-        error.__traceback__ = None
-        return diagnosis
-
-    @staticmethod
     def roll_back(kept: Iterable[Kept]) -> None:
         gc.collect()
         for each in kept:

@@ -24,7 +24,7 @@ from autobatch.errors import UpdateInterruptedError
 from autobatch.metrics.merged_logs import Logs
 from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
 from autobatch.recovery.keeper import PROVEN_UPDATES, Kept, SnapshotPlace
-from autobatch.recovery.out_of_memory import CAUGHT
+from autobatch.recovery.out_of_memory import CAUGHT, memory_failure
 from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.tensors.snapshots import SnapshotTaker
 from autobatch.types import Batch
@@ -52,7 +52,7 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
                 step.accumulate(data, micro_batch)
                 logs = step.apply()
         except CAUGHT as error:
-            diagnosis = self.diagnose(error)
+            diagnosis = memory_failure(error)
         else:
             return logs
         updating_beside = kept.weights_at if kept is not None and step.update_has_begun() else None
@@ -82,6 +82,6 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
             step.evaluate(data, micro_batch)
             return step.evaluation_logs()
         except CAUGHT as error:
-            diagnosis = self.diagnose(error)
+            diagnosis = memory_failure(error)
         self.roll_back(kept)
         raise RolledBackError(step.test_divider.division(samples, micro_batch).larger, samples, diagnosis)

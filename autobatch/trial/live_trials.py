@@ -21,7 +21,7 @@ import tensorflow as tf
 from autobatch.differences import difference, rules
 from autobatch.errors import AutobatchWarning
 from autobatch.graphs import sample_bytes
-from autobatch.memory import arena, limits, oom
+from autobatch.memory import arena, limits
 from autobatch.records import (
     Environment,
     Limit,
@@ -32,7 +32,7 @@ from autobatch.records import (
     TrialResult,
 )
 from autobatch.recovery.keeper import Keeper, SnapshotPlace
-from autobatch.recovery.out_of_memory import CAUGHT
+from autobatch.recovery.out_of_memory import CAUGHT, memory_failure
 from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.seams import models
 from autobatch.step.accumulated_step import AccumulatedStep
@@ -160,8 +160,7 @@ class LiveTrials:
         try:
             self.step.prepare()
         except CAUGHT as error:
-            if not oom.diagnose(error).is_memory:
-                raise  # what ran out of memory here will again in the first step, which recovers
+            memory_failure(error)  # what ran out of memory here will again in the first step, which recovers
         if self._model.run_eagerly:
             known = self.warnings
             self.step.on_traced = lambda: self._say_what_else_differs(known)
@@ -238,10 +237,7 @@ class LiveTrials:
         try:
             return self._run(request, whole)
         except CAUGHT as error:
-            diagnosis = oom.diagnose(error)
-            if not diagnosis.is_memory:
-                raise
-            error.__traceback__ = None  # it keeps the failed step's tensors alive
+            diagnosis = memory_failure(error)
         gc.collect()
         return TrialResult(
             request.micro_batch,
@@ -300,9 +296,7 @@ class LiveTrials:
                 self._timing.seconds((lambda: self._on_one_device.plain(data)) if whole else self.step.apply)
             kept.drop()
         except CAUGHT as error:
-            if not oom.diagnose(error).is_memory:
-                raise
-            error.__traceback__ = None
+            memory_failure(error)
             self.keeper.ran_out_beside_copies = self.step.update_has_begun()
         else:
             self.keeper.ran_out_beside_copies = self._is_over(limits.peak_bytes(self.device))

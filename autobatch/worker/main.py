@@ -7,7 +7,6 @@ or Keras before the target needs them: its file may set what TensorFlow reads wh
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import hashlib
 import importlib
@@ -25,12 +24,13 @@ from typing import Any
 
 from autobatch.errors import AutobatchError, AutobatchWarning, NoFeasibleBatchError, NotApplicableError, TargetError
 from autobatch.memory import arena, oom
+from autobatch.record_codec import decode_record, encode
 from autobatch.records import Outcome, TrialRequest, TrialResult, Variant
 from autobatch.tracebacks import raised_here, user_traceback
 from autobatch.trial.protocol import Trials
 from autobatch.types import Model
 from autobatch.worker import variants
-from autobatch.worker.messages import Message, pack, pack_result, unpack
+from autobatch.worker.messages import Message, Ready, pack, unpack
 from autobatch.worker.target import call_target, load_target, needed_keras
 
 
@@ -78,21 +78,19 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
     # The boundary to the user's code: whatever it raises, sys.exit() and KeyboardInterrupt included, is for the parent.
     try:
         trials, fingerprint, rematerialised, notes = _open(options)
-        reply(
-            {
-                "kind": "ready",
-                "environment": dataclasses.asdict(trials.environment),
-                "largest_useful": trials.largest_useful,
-                "fixed_bytes_hint": trials.fixed_bytes_hint,
-                "model_name": trials.model_name,
-                "warnings": [*trials.warnings, *notes],
-                "host_uses": [[use.name, use.held_bytes] for use in trials.host_uses],
-                "fingerprint": fingerprint,
-                "content": trials.content,
-                "rematerialised": rematerialised,
-                "replicas": trials.replicas,
-            }
+        ready = Ready(
+            environment=trials.environment,
+            largest_useful=trials.largest_useful,
+            fixed_bytes_hint=trials.fixed_bytes_hint,
+            model_name=trials.model_name,
+            warnings=(*trials.warnings, *notes),
+            host_uses=tuple(trials.host_uses),
+            fingerprint=fingerprint,
+            content=trials.content,
+            rematerialised=tuple(rematerialised),
+            replicas=trials.replicas,
         )
+        reply({"kind": "ready", "ready": encode(ready)})
     except BaseException as error:  # noqa: BLE001 - see above
         reply(_failure(error, options["target"]))
         return
@@ -100,12 +98,12 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
         if message["kind"] == "estimate":
             try:
                 found = trials.estimate_sample()
-                reply({"kind": "estimate", "estimate": None if found is None else dataclasses.asdict(found)})
+                reply({"kind": "estimate", "estimate": encode(found)})
             except BaseException as error:  # noqa: BLE001 - the same boundary
                 reply(_failure(error, options["target"]))
                 return
             continue
-        request = TrialRequest(message["micro_batch"], message["timed_steps"], message["record_allocations"])
+        request = decode_record(TrialRequest, message["request"], "request")
         try:
             result = trials.run(request)
         except BaseException as error:  # noqa: BLE001 - the same boundary
@@ -117,9 +115,9 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
             # trusted with another.
             detail, requested = diagnosis.detail, diagnosis.requested_bytes
             result = TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY, requested_bytes=requested, detail=detail)
-            reply({"kind": "result", "result": pack_result(result), "worker_ends": True})
+            reply({"kind": "result", "result": encode(result), "worker_ends": True})
             return
-        reply({"kind": "result", "result": pack_result(result), "worker_ends": False})
+        reply({"kind": "result", "result": encode(result), "worker_ends": False})
     # Trials are not closed: there is nothing to put back in a process that ends here.
 
 
@@ -129,7 +127,7 @@ def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
     notes: list[str] = []
     build = load_target(options)
     _limit_devices(target, options["memory_limit_bytes"])
-    variant = Variant(**options["variant"])
+    variant = decode_record(Variant, options["variant"], "variant")
     precision = variant.precision or options["precision"]
     if precision is not None:
         needed_keras().config.set_dtype_policy(precision)

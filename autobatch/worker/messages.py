@@ -9,7 +9,8 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from autobatch.records import AllocationTrace, Environment, Outcome, TrialResult
+from autobatch.record_codec import decode_record
+from autobatch.records import AllocationTrace, Environment, HostUse, TrialResult
 
 logger = logging.getLogger(__name__)
 Message = dict[str, Any]
@@ -39,29 +40,33 @@ def unpack(buffer: bytearray) -> Message | None:
     return message
 
 
-def pack_result(result: TrialResult) -> dict[str, object]:
-    return {**dataclasses.asdict(result), "outcome": result.outcome.value}
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker's message that its model is built and its trials are open."""
+
+    environment: Environment
+    largest_useful: int | None
+    fixed_bytes_hint: int | None
+    model_name: str
+    warnings: tuple[str, ...]
+    host_uses: tuple[HostUse, ...]
+    fingerprint: str
+    content: str
+    rematerialised: tuple[str, ...]
+    replicas: int
 
 
-def unpack_result(fields: Message) -> TrialResult:
-    return TrialResult(
-        **{**fields, "outcome": Outcome(fields["outcome"]), "allocations": _unpack_trace(fields["allocations"])}
-    )
+def decode_result(fields: Message) -> TrialResult:
+    """Decode a trial's result.
 
-
-def _unpack_trace(trace: Any) -> AllocationTrace | None:
-    """A trial's allocations; None where it tells none, or what cannot be: they are a hint, and the result stands."""
+    Its allocations are a hint. Where they cannot be, the result stands without them.
+    """
+    result = decode_record(TrialResult, {**fields, "allocations": None}, "result")
+    if fields.get("allocations") is None:
+        return result
     try:
-        return None if trace is None else AllocationTrace(**{name: _tuples(value) for name, value in trace.items()})
-    except (AttributeError, TypeError, ValueError) as error:
+        trace = decode_record(AllocationTrace, fields["allocations"], "allocations")
+        return dataclasses.replace(result, allocations=trace)
+    except ValueError as error:
         logger.info("allocations that a worker recorded are not believed: %r", error)
-        return None
-
-
-def _tuples(value: Any) -> Any:
-    """Lists, as JSON has them, as tuples."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def unpack_environment(fields: Message) -> Environment:
-    return Environment(**{**fields, "versions": tuple((name, version) for name, version in fields["versions"])})
+        return result

@@ -11,7 +11,6 @@ The worker leads a process group, which is killed as a whole; it ends by itself 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from pathlib import Path
@@ -20,31 +19,16 @@ from types import TracebackType
 from autobatch.errors import NoFeasibleBatchError, NotApplicableError, TargetError, UserCodeError, WorkerError
 from autobatch.memory import arena, oom
 from autobatch.memory.visible_devices import visible_devices
+from autobatch.record_codec import decode_record, encode
 from autobatch.records import Environment, HostUse, Outcome, SampleEstimate, TrialRequest, TrialResult, Variant
 from autobatch.units import format_bytes, parse_bytes
-from autobatch.worker.messages import Message, unpack_environment, unpack_result
+from autobatch.worker.messages import Message, Ready, decode_result
 from autobatch.worker.process import WorkerDied, WorkerLate, WorkerProcess, exit_words
 
 OPENER = "autobatch.opening:open_trials"
 """What the worker calls with the user's model and data; it returns a ``trial.protocol.Trials``."""
 
 AS_IT_IS = Variant()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Ready:
-    """What a worker tells once the model is built and its trials are open."""
-
-    environment: Environment
-    largest_useful: int | None
-    fixed_bytes_hint: int | None
-    model_name: str
-    warnings: tuple[str, ...]
-    host_uses: tuple[HostUse, ...]
-    fingerprint: str
-    content: str
-    rematerialised: tuple[str, ...]
-    replicas: int
 
 
 class WorkerTrials:
@@ -104,7 +88,7 @@ class WorkerTrials:
             "headroom": headroom,
             "precision": precision,
             "jit_compile": jit_compile,
-            "variant": dataclasses.asdict(variant),
+            "variant": encode(variant),
             "input_shape": list(input_shape),
             "classes": classes,
             "strategy": strategy,
@@ -171,7 +155,7 @@ class WorkerTrials:
         if message["kind"] != "estimate":
             self._raise(message)
         fields = message["estimate"]
-        return None if fields is None else SampleEstimate(**fields)
+        return None if fields is None else decode_record(SampleEstimate, fields, "estimate")
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size; see ``trial.protocol.Trials``."""
@@ -180,7 +164,7 @@ class WorkerTrials:
         process = self._process
         assert process is not None
         try:
-            process.send({"kind": "trial", **dataclasses.asdict(request)})
+            process.send({"kind": "trial", "request": encode(request)})
             message = process.receive(self._deadline())
         except WorkerLate:
             self.kill()
@@ -195,7 +179,7 @@ class WorkerTrials:
             self._raise(message)
         if message["worker_ends"]:
             self.kill()
-        return unpack_result(message["result"])
+        return decode_result(message["result"])
 
     def close(self) -> None:
         """End the worker."""
@@ -223,7 +207,7 @@ class WorkerTrials:
     def _deadline(self) -> float | None:
         return None if self._timeout_seconds is None else time.monotonic() + self._timeout_seconds
 
-    def _start(self) -> _Ready:
+    def _start(self) -> Ready:
         """A new worker, once it has built the model."""
         self._process = WorkerProcess(self._environment)
         try:
@@ -232,7 +216,7 @@ class WorkerTrials:
             self.kill()
             raise
 
-    def _wait_until_ready(self, process: WorkerProcess) -> _Ready:
+    def _wait_until_ready(self, process: WorkerProcess) -> Ready:
         deadline = self._deadline()
         loading = False
         try:
@@ -249,18 +233,7 @@ class WorkerTrials:
             raise self._death_at_start(process, death.returncode, loading) from None
         if message["kind"] != "ready":
             self._raise(message)
-        return _Ready(
-            environment=unpack_environment(message["environment"]),
-            largest_useful=message["largest_useful"],
-            fixed_bytes_hint=message["fixed_bytes_hint"],
-            model_name=message["model_name"],
-            warnings=tuple(message["warnings"]),
-            host_uses=tuple(HostUse(name, held_bytes) for name, held_bytes in message["host_uses"]),
-            fingerprint=message["fingerprint"],
-            content=message["content"],
-            rematerialised=tuple(message["rematerialised"]),
-            replicas=message["replicas"],
-        )
+        return decode_record(Ready, message["ready"], "ready")
 
     def _restart(self) -> None:
         """A new worker, which must build the same model as the first."""
