@@ -20,6 +20,9 @@ data raises is passed on unchanged.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class AutobatchError(Exception):
     """The root of autobatch's own exceptions."""
@@ -78,3 +81,24 @@ class WorkersDisagreeError(AutobatchError):
 
 class AutobatchWarning(UserWarning):
     """Something that the user should know, while work goes on."""
+
+
+def warn(message: str) -> None:
+    """Warn with an :class:`AutobatchWarning` at the line of the user's code that has led here.
+
+    That is the innermost line outside of autobatch and of installed packages. Where there is none, as in a program that
+    is installed itself, it is the innermost line outside of autobatch.
+    """
+    from autobatch.tracebacks import frames_from, is_library
+
+    frames = frames_from(sys._getframe(1))
+    users = (frame for frame in frames if not is_library(frame.f_code.co_filename))
+    frame = next(users, frames[0])
+    warnings.warn_explicit(
+        message,
+        AutobatchWarning,
+        filename=frame.f_code.co_filename,
+        lineno=frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )

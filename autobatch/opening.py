@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from autobatch.errors import AutobatchWarning
+from autobatch.errors import warn
 
 if TYPE_CHECKING:
     import keras
@@ -60,10 +59,8 @@ def effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
     """Return ``target_batch``, or the number of samples with a warning if there are fewer."""
     if batches.sample_limit is None or batches.sample_limit >= target_batch:
         return target_batch
-    warnings.warn(
+    warn(
         f"target_batch={target_batch} is larger than the data set, which has {batches.sample_limit} samples: there "
         f"will be one update an epoch, over {batches.sample_limit} samples.",
-        AutobatchWarning,
-        stacklevel=3,
     )
     return batches.sample_limit

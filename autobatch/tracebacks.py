@@ -6,6 +6,7 @@ import os
 import sysconfig
 import traceback
 from pathlib import Path
+from types import FrameType
 
 _OWN_CODE = str(Path(__file__).resolve().parent) + os.sep
 _LIBRARIES = tuple(
@@ -17,6 +18,12 @@ def raised_here(error: BaseException) -> bool:
     """Return True if autobatch itself has raised the error, and nothing that it called."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and is_own(frames[-1].filename)
+
+
+def frames_from(frame: FrameType | None) -> list[FrameType]:
+    """Return the frames that have led to ``frame``, innermost first, but for autobatch's own; all if there are none."""
+    found = [each for each, _ in traceback.walk_stack(frame)]
+    return [each for each in found if not is_own(each.f_code.co_filename)] or found
 
 
 def user_traceback(error: BaseException) -> str:

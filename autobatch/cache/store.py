@@ -17,14 +17,13 @@ import os
 import random
 import sqlite3
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from autobatch.cache.entry import Remembered
 from autobatch.cache.key import Key, limits_agree
-from autobatch.errors import AutobatchWarning
+from autobatch.errors import warn
 
 SCHEMA_VERSION = 1
 """Version of the tables; a change of what a column means raises it."""
@@ -170,7 +169,7 @@ class ResultStore:
             if self.folder not in _warned:
                 _warned.add(self.folder)
                 message = f"Results are not remembered: {self.path} cannot be used ({error}). AUTOBATCH_CACHE_DIR names"
-                warnings.warn(f"{message} another folder; cache=False does without.", AutobatchWarning, stacklevel=2)
+                warn(f"{message} another folder; cache=False does without.")
         return otherwise
 
     def _patiently(self, operation: Callable[[sqlite3.Connection], _T]) -> _T:
@@ -225,11 +224,9 @@ class ResultStore:
             for suffix in ("-journal", ""):
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(f"{self.path}{suffix}", self.path.with_name(f"{name}{suffix}"))
-        warnings.warn(
+        warn(
             f"The remembered results in {self.path} cannot be read ({unusable}): the file was renamed to {name}, and a "
             "new one is begun.",
-            AutobatchWarning,
-            stacklevel=2,
         )
 
 

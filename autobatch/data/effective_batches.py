@@ -22,7 +22,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.data import arrays, cardinality, host_memory, random_states, rebatching
-from autobatch.errors import AutobatchWarning
+from autobatch.errors import warn
 from autobatch.records import HostUse
 from autobatch.seams import data_adapters, tf_data
 from autobatch.seams.data_adapters import DataAdapter
@@ -280,13 +280,11 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             if not self._warned_of_padding and bool(differed):
                 self._warned_of_padding = True
                 assert self._recut is not None
-                warnings.warn(
+                warn(
                     "Batches of this dataset that are padded to different lengths come together in one effective "
                     f"batch. They are padded with {' and '.join(self._recut.padding)} to the longest of them. If that "
                     "is not your padding, pad to one length yourself, or let padded_batch be the dataset's last step: "
                     "then what it pads with is known.",
-                    AutobatchWarning,
-                    stacklevel=2,
                 )
             yield batch
 
@@ -296,12 +294,10 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         """Return the effective batches themselves; Keras asks for them when training starts."""
         if not self._options["steps_per_epoch"] and self._is_endless():
             # Keras accepts it, and a callback may end it; so it is not refused.
-            warnings.warn(
+            warn(
                 "The dataset is infinite and steps_per_epoch is not given, so that the first epoch never ends: no "
                 "validation and no callback at the end of an epoch will run. Pass steps_per_epoch, the number of "
                 "updates in an epoch.",
-                AutobatchWarning,
-                stacklevel=2,
             )
         return self
 

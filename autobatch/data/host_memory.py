@@ -7,7 +7,6 @@ there is of it is known only when it runs. What the device holds is no matter of
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from autobatch.data import arrays, cardinality
-from autobatch.errors import AutobatchWarning
+from autobatch.errors import warn
 from autobatch.memory import limits
 from autobatch.records import HostUse, Limit
 from autobatch.seams import data_adapters, tf_data
@@ -166,11 +165,9 @@ def warn_if_short(uses: Iterable[HostUse], limit: Limit | None) -> bool:
     if limit is None or limit.limit_bytes is None or total <= limit.limit_bytes:
         return False
     named = ", ".join(f"{use.name} {format_bytes(use.held_bytes)}" for use in largest_first if use.held_bytes)
-    warnings.warn(
+    warn(
         f"The input pipeline will hold at least {format_bytes(total)} in host memory ({named}), and there are "
         f"{format_bytes(limit.limit_bytes)} ({limit.source}). Use a smaller shuffle buffer, cache to a file, or an "
         "np.memmap, whose rows are read as they are needed.",
-        AutobatchWarning,
-        stacklevel=2,
     )
     return True

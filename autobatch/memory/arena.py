@@ -13,11 +13,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from types import ModuleType
 from typing import Any
 
-from autobatch.errors import AutobatchWarning
+from autobatch.errors import warn
 from autobatch.units import format_bytes, parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -61,12 +60,10 @@ def limit_memory(limit: int | str) -> None:
         return
     logger.info("TensorFlow's CPU memory is limited to %s", format_bytes(limit_bytes // MIB * MIB))
     if _onednn_enabled():
-        warnings.warn(
+        warn(
             "TensorFlow was imported before limit_memory, so oneDNN stays on: a convolution that runs out of memory in "
             "the limited arena may crash the process instead of raising. Call autobatch.limit_memory before importing "
             f"tensorflow or keras, or start Python with {_ONEDNN}=0.",
-            AutobatchWarning,
-            stacklevel=2,
         )
 
 

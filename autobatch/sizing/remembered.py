@@ -7,14 +7,13 @@ nothing had been remembered, and that search's result takes its place.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autobatch.cache.entry import Remembered
 from autobatch.cache.key import Key, make_key
-from autobatch.errors import AutobatchWarning
+from autobatch.errors import warn
 from autobatch.records import Outcome, Plan, SearchResult, TrialRequest, TrialResult
 from autobatch.search import planning
 
@@ -129,7 +128,7 @@ def _open_store() -> ResultStore | None:
         reason = f"this Python has no SQLite ({error})"
     except RuntimeError as error:
         reason = f"there is no home folder ({error}); AUTOBATCH_CACHE_DIR names a folder"
-    warnings.warn(f"Results are not remembered: {reason}.", AutobatchWarning, stacklevel=2)
+    warn(f"Results are not remembered: {reason}.")
     return None
 
 

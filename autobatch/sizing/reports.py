@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from autobatch.differences import difference
-from autobatch.errors import AutobatchWarning, NoFeasibleBatchError
+from autobatch.errors import NoFeasibleBatchError, warn
 from autobatch.memory.other_users import explain_pressure
 from autobatch.records import Plan, Report, SearchResult, TrialResult
 from autobatch.units import format_bytes
@@ -53,7 +52,7 @@ def say_what_differs(report: Report, *, listed_in: str) -> None:
         unsure=f"{micro_batches} may not be identical to {one_batch}",
         listed_in=listed_in,
     )
-    warnings.warn(message, AutobatchWarning, stacklevel=4)
+    warn(message)
 
 
 def unsearched(

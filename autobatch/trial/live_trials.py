@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import platform
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ import keras
 import tensorflow as tf
 
 from autobatch.differences import difference, rules
-from autobatch.errors import AutobatchWarning
+from autobatch.errors import warn
 from autobatch.graphs import sample_bytes
 from autobatch.memory import arena, limits
 from autobatch.records import (
@@ -94,11 +93,9 @@ class LiveTrials:
         self._timing = Timing(self.step, self.keeper, self.batch_of, self.device, clock=clock)
         models.build_on(model, self.step.structure.pack(self.step.structure.specs))
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
-            warnings.warn(
+            warn(
                 f"memory_limit cannot be held to: TensorFlow's allocator on {self.device} keeps no figures. Call "
                 "autobatch.limit_memory before TensorFlow starts, or leave oneDNN on.",
-                AutobatchWarning,
-                stacklevel=4,
             )
         self.largest_useful = target_batch if batches.sample_limit is None else batches.sample_limit
         if target_batch is not None and self.largest_useful is not None:
@@ -171,11 +168,9 @@ class LiveTrials:
         if found:
             # No report holds these, so all of them are said.
             clauses = "; ".join(difference.clause_of(sentence) for sentence in found)
-            warnings.warn(
+            warn(
                 f"The first micro-batch shows what else differs from the full batch: {clauses}. "
                 f"See {difference.page_of(found[0])}.",
-                AutobatchWarning,
-                stacklevel=2,
             )
 
     def estimate_sample(self) -> SampleEstimate | None:

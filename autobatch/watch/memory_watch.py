@@ -12,13 +12,12 @@ import gc
 import logging
 import os
 import sys
-import warnings
 import weakref
 from typing import Any
 
 import keras
 
-from autobatch.errors import AutobatchWarning
+from autobatch.errors import warn
 from autobatch.memory import arena, limits
 from autobatch.seams import eager_context
 from autobatch.units import format_bytes
@@ -177,7 +176,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
             detail=detail,
         )
         self.findings = (*self.findings, finding)
-        warnings.warn(finding.message, AutobatchWarning, stacklevel=2)
+        warn(finding.message)
 
     def _look_for_cause(self, evidence: Evidence, where: str, per: str) -> tuple[Cause, str]:
         """Compare what is alive with the mark that was set when memory began to grow."""
