@@ -3,114 +3,20 @@
 from __future__ import annotations
 
 import ast
-import graphlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import house
 import pytest
+from house import FILES, ROOMS, ROOT, rooms_of
 
 import autobatch
-
-ROOT = Path(autobatch.__file__).parent
-GROUND = {"records", "errors", "units", "version", "display"}
-# What each room may import from, from the ground up. Lazy imports and modules named in strings count as well.
-ROOMS: dict[str, set[str]] = {
-    "version": set(),
-    "types": set(),
-    "display": set(),
-    "units": set(),
-    "record_codec": set(),
-    "tracebacks": set(),
-    "errors": {"tracebacks"},
-    "arguments": {"units"},
-    "records": {"display"},
-    "training_history": {"records"},
-    "seams": set(),
-    "tensors": {"seams"},
-    # Pure: none of these four knows TensorFlow's side of the house.
-    "search": {"records", "errors", "units"},
-    "report": {"records", "errors", "units", "record_codec"},
-    "cache": {"records", "errors", "units"},
-    "memory": {"records", "errors", "units"},
-    "graphs": {"records", "seams", "tensors"},
-    "losses": {"graphs", "seams", "tensors"},
-    "averages": {"graphs", "seams", "tensors"},
-    "metrics": {"graphs", "losses", "seams", "tensors"},
-    "differences": {"graphs", "metrics", "seams", "tensors"},
-    "step": {"averages", "differences", "graphs", "losses", "metrics", "seams", "tensors"},
-    "data": {*GROUND, "memory", "seams", "step", "tensors"},
-    "watch": {*GROUND, "memory", "seams"},
-    "recovery": {*GROUND, "memory", "metrics", "step", "tensors"},
-    "trial": {*GROUND, "differences", "graphs", "memory", "recovery", "seams", "step", "tensors"},
-    "sizing": {*GROUND, "cache", "differences", "memory", "search", "trial"},
-    "replicas": {*GROUND, "memory", "metrics", "recovery", "seams", "step", "tensors", "trial"},
-    "train": {*GROUND, "data", "recovery", "replicas", "seams", "step", "training_history", "watch"},
-    "opening": {*GROUND, "data", "replicas", "step", "trial"},
-    "worker": {*GROUND, "memory", "opening", "record_codec", "seams", "tracebacks", "trial"},
-    "remedies": {*GROUND, "memory", "trial", "worker"},
-    "api": {
-        *GROUND,
-        *("arguments", "data", "opening", "remedies", "replicas", "search", "sizing", "step", "train"),
-        *("training_history", "trial"),
-    },
-    "cli": {*GROUND, "api", "arguments", "cache", "memory", "remedies", "report", "trial", "worker"},
-    "notebook": {*GROUND, "api", "cli", "report", "tracebacks"},
-}
-FILES = sorted(ROOT.rglob("*.py"))
-
-
-def module_of(path):
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_of(path): path for path in FILES}
-NAMED = re.compile(r"(?<![\w.])autobatch(?:\.\w+)+")
-
-
-def docstrings(tree):
-    """The string constants of a file that are documentation: statements of their own."""
-    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-
-
-def imported_modules(path):
-    """Every module of autobatch's that a file imports or names: at the top, within functions, and in strings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    documentation = docstrings(tree)
-    named = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: imports by name, not by dots"
-            named += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            named += [alias.name for alias in node.names]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
-            named += NAMED.findall(node.value)
-            # Code in a string, which another process runs.
-            named += [f"{room}.{name}" for room, name in re.findall(r"from (autobatch[\w.]*) import (\w+)", node.value)]
-    for name in named:
-        while name not in MODULES and "." in name:
-            name = name.rpartition(".")[0]
-        if name in MODULES:
-            yield name
-
-
-def rooms_of(path):
-    for module in imported_modules(path):
-        if module != "autobatch":
-            yield module.split(".")[1]
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_arrows(room):
-    home = ROOT / room
-    files = list(home.rglob("*.py")) if home.is_dir() else [ROOT / f"{room}.py"]
-    assert files
-    for path in files:
-        strangers = set(rooms_of(path)) - ROOMS[room] - {room, "types"}
-        assert not strangers, f"{path.name} imports from {strangers}"
+    assert not house.strangers_in(room)
 
 
 def test_arrows_run_down():
@@ -126,9 +32,12 @@ def test_every_room_is_on_the_plan():
 
 
 def test_no_circles():
-    """No file imports one that imports it, over whatever others; what a room's ``__init__`` passes on is none."""
-    arrows = {module: set(imported_modules(path)) - {module, "autobatch"} for module, path in MODULES.items()}
-    graphlib.TopologicalSorter(arrows).prepare()
+    assert not house.circle()
+
+
+def test_the_script_prints_what_it_found():
+    done = subprocess.run([sys.executable, house.__file__], capture_output=True, text=True, check=True)
+    assert done.stdout == "arrows up: 0\ncircles: 0\n"
 
 
 PRIVATE_MODULES = ("keras.src", "tensorflow.python", "tensorflow.core", "tensorflow.tsl", "keras._tf_keras")
