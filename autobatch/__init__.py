@@ -82,20 +82,20 @@ def _report_format(name: str) -> Any:
     return RENDERERS[name]
 
 
-# Done here, since this runs before every other module of the package and alone may know all rooms: whoever holds a
-# record can print it, and the formats are still loaded when they are first used.
+# Done here, since this runs before every other module of the package and alone may know all rooms. So whoever holds a
+# record can print it. The formats are still loaded when they are first used.
 display.report_format = _report_format
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """What ``%load_ext autobatch`` calls."""
+    """Give the shell the magic and the display, as ``%load_ext autobatch`` asks."""
     from autobatch import notebook
 
     notebook.load(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
-    """What ``%unload_ext autobatch`` calls."""
+    """Take the magic and the display out of the shell, as ``%unload_ext autobatch`` asks."""
     from autobatch import notebook
 
     notebook.unload(shell)

@@ -1,4 +1,4 @@
-"""``fit`` and ``tune``: the one place that wires the rooms together.
+"""``fit``, ``tune`` and ``wrap_step``: the one place that wires the rooms together.
 
 Importing this imports no TensorFlow; using it does.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:
 
     class _OnUse:
-        """A module that is imported when a name of it is looked up, as ``typing.get_type_hints`` does."""
+        """Module that is imported when a name of it is looked up, as ``typing.get_type_hints`` does."""
 
         def __init__(self, module: str) -> None:
             self._module = module
@@ -57,17 +57,17 @@ def fit(
 
     Args:
         model: Any compiled Keras 3 model on the TensorFlow backend.
-        dataset: What ``Model.fit`` takes as ``x``: arrays, a ``tf.data.Dataset`` (of batches or of samples), a
+        dataset: Data as ``Model.fit`` takes for ``x``: arrays, a ``tf.data.Dataset`` (of batches or of samples), a
             ``keras.utils.PyDataset``, a generator, a ``torch.utils.data.DataLoader``; or a tuple ``(x, y)`` or
             ``(x, y, sample_weight)`` of arrays.
         y: The targets, where ``dataset`` holds the inputs alone.
         target_batch: Samples that one optimizer update averages over.
         micro_batch: Samples on the device at a time: "auto" searches for the fastest that fits; a number skips the
             search and is the most at a time. Micro-batches are of even sizes: at 5, 16 samples are 4 times 4.
-        memory_limit: At most so much, in bytes or as "512MiB"; None uses what the device has.
-        headroom: The share of the limit that is left alone.
+        memory_limit: Upper bound on device memory, in bytes or as "512MiB"; None uses what the device has.
+        headroom: Share of the limit that is left alone.
         memory_watch: Warn when memory grows from epoch to epoch, with the likely cause, two epochs after the growth
-            has proved to be steady; see :class:`autobatch.MemoryWatch`. One among your own ``callbacks`` takes its
+            has proved to be steady. See :class:`autobatch.MemoryWatch`: a watch among your own ``callbacks`` takes its
             place, and names the cause at once.
         cache: Remember what the search finds, in the user's cache folder; where it is remembered already, confirm it
             with one trial and skip the search.
@@ -146,14 +146,14 @@ def tune(
 
     Args:
         model, dataset, y, memory_limit, headroom, cache: As for :func:`fit`.
-        target_batch: As for :func:`fit`; None searches for the largest micro-batch alone.
+        target_batch: As for :func:`fit`; None only searches for the largest micro-batch.
         exact: Prove that the size found is the largest: it fits, and the next one was run and does not.
         objective: "throughput" plans for the shortest update, "largest" for the largest micro-batch.
-        max_trials, max_seconds: Stop after so many, with the best size found until then, which is not remembered.
-        remedies: Try mixed precision, XLA, rematerialisation and an optimizer without slots as well, and what gains
-            together: ``report.remedies``. Each in a worker process, as is the model itself then, which takes minutes;
-            a script that calls this needs no ``if __name__ == "__main__"``. Where nothing fits, the report says so
-            instead of an error.
+        max_trials, max_seconds: Stop after as many trials or seconds, with the best size so far. It is not remembered.
+        remedies: Try mixed precision, XLA, rematerialisation and an optimizer without slots as well, then the best
+            combination; see ``report.remedies``. Each runs in a worker process, as does the model itself then, which
+            takes minutes. A script that calls this needs no ``if __name__ == "__main__"``. Where nothing fits, the
+            report says so instead of an error.
 
     Raises:
         TypeError, ValueError: An argument cannot be used; nothing has been run or changed.
@@ -177,7 +177,7 @@ def tune(
             objective=objective,
             max_trials=max_trials,
             max_seconds=max_seconds,
-            # Of a remembered result only the planned size is run again, and remedies are measured by the largest.
+            # Only the planned size of a remembered result is run again, and remedies are measured by the largest.
             cache=remembers and not remedies,
         )
 

@@ -63,7 +63,7 @@ def worker_timeout(value: Any) -> float:
 
 
 def seconds(value: Any, name: str) -> float:
-    """Return ``value`` as a number of seconds above 0, and less than forever."""
+    """Return ``value`` as a finite number of seconds above 0."""
     message = f"{name} must be a number of seconds above 0. Received: {value!r}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message)
@@ -92,10 +92,10 @@ def cache(value: Any) -> bool:
 
 
 def require_fit_options(model: Model, options: dict[str, Any]) -> None:
-    """Refuse options that this model's ``fit`` does not have, ``batch_size``, and what is given by another name here.
+    """Refuse ``batch_size``, ``x``, and options that this model's ``fit`` does not have.
 
     Raises:
-        TypeError: one of the options cannot be passed on.
+        TypeError: One of the options cannot be passed on.
     """
     if "batch_size" in options:
         raise TypeError(

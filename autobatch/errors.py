@@ -29,10 +29,10 @@ class AutobatchError(Exception):
 
 
 class NoFeasibleBatchError(AutobatchError):
-    """Not even a micro-batch of one sample fits.
+    """Memory is too small: not even a micro-batch of one sample fits.
 
-    ``needed_bytes`` is what one sample was seen to need, at the least; ``limit_bytes`` what may be used. Either is
-    None where the device keeps no such figure.
+    ``needed_bytes`` is the least that one sample was seen to need; ``limit_bytes`` is what may be used. Either is None
+    where the device keeps no such figure.
     """
 
     def __init__(self, message: str, *, needed_bytes: int | None = None, limit_bytes: int | None = None) -> None:
@@ -46,7 +46,7 @@ class UpdateInterruptedError(AutobatchError):
 
 
 class TargetError(AutobatchError):
-    """What the command line calls TARGET cannot be used."""
+    """The TARGET of the command line cannot be used."""
 
 
 class UserCodeError(AutobatchError):
@@ -80,7 +80,7 @@ class WorkersDisagreeError(AutobatchError):
 
 
 class AutobatchWarning(UserWarning):
-    """Something that the user should know, while work goes on."""
+    """Notice that the user should know of, while work goes on."""
 
 
 def warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Open trials on a live model: check what was given, and read the data once."""
+"""Opening of trials on a live model: checks of what was given, and one reading of the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 SAMPLE_ROWS = 32
-"""Samples that are taken from the data where no target says how many; trials repeat them as needed."""
+"""Number of samples taken from the data where there is no target; trials repeat them as needed."""
 
 
 def open_trials(
@@ -45,7 +45,7 @@ def open_trials(
 
 
 def require_compiled(model: Any) -> None:
-    """Refuse what is no compiled Keras model."""
+    """Refuse anything but a compiled Keras model."""
     if not hasattr(model, "train_step"):
         raise TypeError(f"model must be a Keras model. Received: {model!r} (of type {type(model).__name__})")
     if not getattr(model, "compiled", False):
@@ -56,7 +56,7 @@ def require_compiled(model: Any) -> None:
 
 
 def effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
-    """Return ``target_batch``, or the number of samples with a warning if there are fewer."""
+    """Return ``target_batch``; if there are fewer samples, warn and return their number."""
     if batches.sample_limit is None or batches.sample_limit >= target_batch:
         return target_batch
     warn(

@@ -1,4 +1,4 @@
-"""Encode and decode any frozen record as JSON's objects, lists and numbers, with errors that name the field."""
+"""Coding of any frozen record as JSON's objects, lists and numbers and back, with errors that name the field."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def decode_record(record: type[_T], data: object, path: str) -> _T:
 
 
 def _decode(hint: object, data: object, path: str) -> object:
-    """``data`` as what the annotation ``hint`` of a record's field calls for."""
+    """Return ``data`` as what the annotation ``hint`` of a record's field calls for."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if data is None and type(None) in arguments:

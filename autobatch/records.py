@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 
 
 class Outcome(enum.Enum):
-    """How a trial ended."""
+    """End of a trial."""
 
     FITS = "fits"
     OUT_OF_MEMORY = "out_of_memory"
@@ -43,10 +43,10 @@ def _require_apart(name: str, pieces: tuple[tuple[int, int], ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TrialRequest:
-    """Ask for one micro-batch size to be run for real.
+    """Request to run one micro-batch size for real.
 
-    ``timed_steps`` is how many micro-steps are timed once the first ones have shown that the size fits and have paid
-    for tracing and compilation. 0 where the seconds of those first ones will do, as where no sizes compete for speed.
+    ``timed_steps`` is the number of micro-steps timed after the first ones, which show that the size fits and pay for
+    tracing and compilation. At 0 the seconds of the first ones serve: enough where no sizes compete for speed.
     """
 
     micro_batch: int
@@ -60,11 +60,11 @@ class TrialRequest:
 
 @dataclass(frozen=True, slots=True)
 class AllocationTrace:
-    """What the steps of one trial asked of the device's allocator, block by block, and what lay where before.
+    """Requests of one trial's steps to the device's allocator, block by block, and the blocks from before.
 
     ``regions`` are the pieces of address space that the allocator has, as (start, bytes). The first ``len(held)``
-    blocks were there before, as (start, bytes); block ``len(held) + i`` was allocated in the trial, and ``sizes[i]`` is
-    what it takes, as (bytes whatever the size, bytes per sample). ``order`` is what happened: ``n`` allocates block n,
+    blocks were there before, as (start, bytes). Block ``len(held) + i`` was allocated in the trial, and ``sizes[i]`` is
+    what it takes, as (bytes whatever the size, bytes per sample). ``order`` lists the events: ``n`` allocates block n,
     ``~n`` gives it back. A trace that no allocator can have left is refused when it is made.
     """
 
@@ -98,16 +98,16 @@ class AllocationTrace:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """What one trial showed.
+    """Findings of one trial.
 
-    ``peak_bytes`` is the most that the device's allocator held during the trial, None where it keeps no such figure
-    or the trial did not end. ``sample_peak_bytes`` is the same up to the optimizer's update, which needs as much
-    whatever the size; ``held_bytes`` is what was held before the first sample. ``step_seconds`` is the median of one
-    micro-batch's forward and backward pass with its accumulation, ``apply_seconds`` of the optimizer's update,
-    ``first_step_seconds`` of the first micro-step with its tracing and compilation. ``requested_bytes`` is the
-    allocation that a failure named, if it named one.
-    ``retried`` tells that the size failed once while another process held memory, and was tried again.
-    ``allocations`` is what a size that fits asked of the allocator, where that was asked for and can be told.
+    ``peak_bytes`` is the most that the device's allocator held during the trial, None where it keeps no such figure or
+    the trial did not end. ``sample_peak_bytes`` is the peak up to the optimizer's update, whose needs do not depend on
+    the size. ``held_bytes`` is what was held before the first sample. ``step_seconds`` is the median of one
+    micro-batch's forward and backward pass with its accumulation, ``apply_seconds`` that of the optimizer's update.
+    ``first_step_seconds`` is the time of the first micro-step with its tracing and compilation. ``requested_bytes`` is
+    the allocation that a failure named, if it named one. ``retried`` is True if the size failed once while another
+    process held memory, and was tried again. ``allocations`` is what a size that fits asked of the allocator, if
+    recorded.
     """
 
     micro_batch: int
@@ -141,7 +141,7 @@ class TrialResult:
 
     @property
     def fits(self) -> bool:
-        """Whether this size was run to its end within the budget."""
+        """True if this size was run to its end within the budget."""
         return self.outcome is Outcome.FITS
 
     @property
@@ -154,9 +154,9 @@ class TrialResult:
 
 @dataclass(frozen=True, slots=True)
 class SampleEstimate:
-    """What one sample needs, told from a step that was traced and not run.
+    """Needs of one sample, estimated from a step that was traced and not run.
 
-    ``sample_bytes`` is roughly what it adds to the peak, good to a factor of two; ``largest_tensor_bytes`` is its share
+    ``sample_bytes`` is roughly what it adds to the peak, good to a factor of two. ``largest_tensor_bytes`` is its share
     of the largest tensor, which an allocator must find room for in one piece.
     """
 
@@ -173,7 +173,7 @@ class SampleEstimate:
 
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
-    """The straight line ``peak_bytes(b) = fixed_bytes + per_sample_bytes * b``."""
+    """Straight line ``peak_bytes(b) = fixed_bytes + per_sample_bytes * b``."""
 
     fixed_bytes: float
     per_sample_bytes: float
@@ -184,13 +184,13 @@ class MemoryModel:
         )
 
     def peak_bytes(self, micro_batch: int) -> int:
-        """The predicted peak of a micro-batch of this size, in bytes."""
+        """Return the predicted peak of a micro-batch of this size, in bytes."""
         return int(self.fixed_bytes + self.per_sample_bytes * micro_batch)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What a search found: ``largest_fit`` was run and fits; ``smallest_failure`` was run and does not."""
+    """Findings of a search: ``largest_fit`` was run and fits; ``smallest_failure`` was run and does not."""
 
     largest_fit: int | None
     smallest_failure: int | None
@@ -201,10 +201,10 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one optimizer update is made up: ``accumulation_steps`` micro-batches of at most ``micro_batch`` samples.
+    """Make-up of one optimizer update: ``accumulation_steps`` micro-batches of at most ``micro_batch`` samples.
 
-    They are of even sizes (:attr:`micro_batches`). On several replicas each of them runs so many; ``effective_batch``
-    counts the samples of all ``replicas``.
+    They are of even sizes (:attr:`micro_batches`). On several replicas each of them runs ``accumulation_steps``, and
+    ``effective_batch`` counts the samples of all ``replicas``.
     """
 
     micro_batch: int
@@ -225,7 +225,7 @@ class Plan:
 
     @property
     def micro_batches(self) -> tuple[int, ...]:
-        """The micro-batches of an update in turn, on a replica with the largest share: sizes that differ by 1 at most.
+        """Micro-batches of an update in turn, on a replica with the largest share: sizes that differ by 1 at most.
 
         A search plans with ``micro_batch`` as the first of them. A ``micro_batch`` that was given may be larger: at 5,
         16 samples are (4, 4, 4, 4).
@@ -236,10 +236,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How many bytes may be used, and who says so.
+    """Number of bytes that may be used, and the source of that limit.
 
-    ``enforced`` tells that the allocator itself refuses more; otherwise a peak above the limit counts as out of
-    memory although nothing failed.
+    ``enforced`` is True if the allocator itself refuses more. Otherwise a peak above the limit counts as out of memory
+    although nothing failed.
     """
 
     limit_bytes: int | None
@@ -249,7 +249,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Where the trials ran. ``budget_bytes`` is ``limit_bytes`` less the headroom; None is "no limit known"."""
+    """Surroundings of the trials. ``budget_bytes`` is ``limit_bytes`` less the headroom; None is "no limit known"."""
 
     device: str
     limit_bytes: int | None
@@ -266,7 +266,7 @@ class Recovery:
     """One time that training ran out of memory and went on.
 
     ``update`` is the optimizer update that was under way (0-based, counted from the start of this fit), ``phase`` is
-    "train" or "validation". ``micro_batch_after`` is ``micro_batch_before`` where the update ran out of memory beside
+    "train" or "validation". ``micro_batch_after`` equals ``micro_batch_before`` if the update ran out of memory beside
     copies of the weights: it runs again without them.
     """
 
@@ -279,7 +279,7 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class HostUse:
-    """One thing that the input pipeline will hold in host memory: what it is, in words, and at least how much."""
+    """One thing that the input pipeline will hold in host memory: its name in words, and at least how much."""
 
     name: str
     held_bytes: int
@@ -290,10 +290,10 @@ class HostUse:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The same model, built or compiled in another way; None and False leave it as it is.
+    """Variant of a model, built or compiled in another way; None and False leave the model as it is.
 
-    ``precision`` is a Keras dtype policy that is set before the model is built, ``jit_compile`` turns XLA on or off,
-    ``rematerialise`` builds it under ``keras.RematScope``, for whole "layers" or for their "activations",
+    ``precision`` is a Keras dtype policy that is set before the model is built. ``jit_compile`` turns XLA on or off.
+    ``rematerialise`` builds it under ``keras.RematScope``, for whole "layers" or for their "activations".
     ``slotless_optimizer`` gives it an SGD without momentum.
     """
 
@@ -313,12 +313,12 @@ class Variant:
 class Remedy:
     """One way to larger micro-batches or shorter updates, as measured on this model; compare it with the report.
 
-    ``code`` is the line that does it. ``changes_training`` tells how training will then differ, empty where it does
-    not. ``why_not`` tells why nothing was measured, empty where it was. ``plan``, ``largest_fit`` and
-    ``smallest_failure`` are as in :class:`Report`; ``peak_bytes`` and ``samples_per_second`` are those of the planned
-    micro-batch, or of the largest where there is no plan; ``update_seconds`` is one update at the target. ``notes`` are
-    what the report of this variant warns of and the model as it is does not. ``recommended`` marks the one that gains
-    most of those that keep the optimizer.
+    ``code`` is the line that does it. ``changes_training`` says how training will then differ, empty where it does not.
+    ``why_not`` says why nothing was measured, empty where it was. ``plan``, ``largest_fit`` and ``smallest_failure``
+    are as in :class:`Report`. ``peak_bytes`` and ``samples_per_second`` are those of the planned micro-batch, or of the
+    largest where there is no plan. ``update_seconds`` is one update at the target. ``notes`` are warnings of this
+    variant's report that the model as it is does not have. ``recommended`` marks the one that gains most of those that
+    keep the optimizer.
     """
 
     name: str
@@ -338,7 +338,7 @@ class Remedy:
 
     @property
     def measured(self) -> bool:
-        """Whether the model was really run with this remedy."""
+        """True if the model was really run with this remedy."""
         return not self.why_not
 
 
@@ -365,7 +365,7 @@ class Report:
 
     @property
     def decisive_trial(self) -> TrialResult | None:
-        """The trial that the report is about: of the planned micro-batch, or else of the largest that fits."""
+        """Trial that the report is about: that of the planned micro-batch, or else of the largest that fits."""
         micro_batch = self.plan.micro_batch if self.plan else self.largest_fit
         fitting = [trial for trial in self.trials if trial.fits and trial.micro_batch == micro_batch]
         # A size may have been run more than once; the last run is the one that the search ended on.
@@ -373,7 +373,7 @@ class Report:
 
     @property
     def update_seconds(self) -> float | None:
-        """One optimizer update of the plan: its micro-batches and the apply, None where the trial was not timed."""
+        """Seconds of one optimizer update of the plan: micro-batches and apply; None where the trial was not timed."""
         trial = self.decisive_trial
         if self.plan is None or trial is None or trial.step_seconds is None:
             return None
@@ -384,12 +384,12 @@ class Report:
         return str(display.report_format("text").render(self))
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """This report as JSON, which :meth:`from_json` reads back; the format is described in ``report/json.py``."""
+        """Return this report as JSON, which :meth:`from_json` reads back; ``report/json.py`` describes the format."""
         return str(display.report_format("json").render(self, indent=indent))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Read what :meth:`to_json`, or ``autobatch report --format json``, wrote; an equal report.
+        """Return an equal report from what :meth:`to_json`, or ``autobatch report --format json``, wrote.
 
         Raises:
             ValueError: ``text`` is no report, or comes from a newer autobatch.

@@ -1,4 +1,4 @@
-"""Cut tracebacks down to the user's own frames: worker processes and notebooks show no frame of autobatch's."""
+"""Tracebacks cut down to the user's own frames: worker processes and notebooks show no frame of autobatch's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def frames_from(frame: FrameType | None) -> list[FrameType]:
 
 
 def user_traceback(error: BaseException) -> str:
-    """``error`` as Python prints it, from the user's first frame on."""
+    """Return ``error`` as Python prints it, from the user's first frame on."""
     report = traceback.TracebackException.from_exception(error)
     _trim(report)
     if not report.stack and report.__cause__ is None and report.__context__ is None:

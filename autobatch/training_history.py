@@ -1,4 +1,7 @@
-"""What ``autobatch.fit`` returns. This imports Keras, and is imported when ``autobatch.TrainingHistory`` is used."""
+"""History that ``autobatch.fit`` returns.
+
+This module imports Keras, and is imported when ``autobatch.TrainingHistory`` is used.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,28 @@ class TrainingHistory(keras.callbacks.History):  # type: ignore[misc]  # Keras s
     """Keras's ``History`` of a training, with what autobatch knows of it."""
 
     history: dict[str, list[Any]]
-    """The logs by name, one value an epoch, as Keras keeps them."""
+    """Logs by name, one value an epoch, as Keras keeps them."""
 
     epoch: list[int]
-    """The epochs that were trained, counted from 0."""
+    """Epochs that were trained, counted from 0."""
 
     plan: Plan
-    """How one optimizer update was made up when training began; :attr:`recoveries` tell what became of it."""
+    """Make-up of one optimizer update when training began; :attr:`recoveries` show what became of it."""
 
     report: Report
-    """The sizing report of the search. Where there was none, as with ``micro_batch=64``, it says why."""
+    """Sizing report of the search. Where there was none, as with ``micro_batch=64``, it says why."""
 
     recoveries: tuple[Recovery, ...]
-    """The times that training ran out of memory and went on, in turn; empty where it never did."""
+    """Times that training ran out of memory and went on, in turn; empty where it never did."""
 
     @classmethod
     def of(
         cls, history: keras.callbacks.History, *, plan: Plan, report: Report, recoveries: tuple[Recovery, ...]
     ) -> TrainingHistory:
-        """Make one of what ``Model.fit`` has returned; both share the logs, the model's ``history`` is the new one.
+        """Make one of the history that ``Model.fit`` has returned.
 
-        A ``History`` of the user's own, among the callbacks, stays as it is; a ``fit`` of the user's own may return
-        anything.
+        Both share the logs, and the model's ``history`` is the new one. A ``History`` of the user's own, among the
+        callbacks, stays as it is. A ``fit`` of the user's own may return anything.
         """
         made = cls()
         made.__dict__.update(getattr(history, "__dict__", {}))

@@ -21,7 +21,7 @@ Metric = Any
 """A ``keras.metrics.Metric``."""
 
 Variable = Any
-"""A ``keras.Variable`` or a ``tf.Variable``; of the latter, one that a strategy mirrors as well."""
+"""A ``keras.Variable`` or a ``tf.Variable``, one that a strategy mirrors included."""
 
 Tensor = Any
 """A ``tf.Tensor``, dense, ragged or sparse, or the ``tf.IndexedSlices`` of a gradient."""

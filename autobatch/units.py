@@ -1,4 +1,4 @@
-"""Bytes as people write and read them. Standard library only."""
+"""Bytes and seconds as people write and read them. Standard library only."""
 
 from __future__ import annotations
 

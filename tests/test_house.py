@@ -87,6 +87,21 @@ def own_private_names(tree):
     return names
 
 
+NO_BEGINNING = ("What", "Whether", "How", "Where", "Which", "If", "That", "Those", "So", "As", "The same")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_a_verb_or_a_noun(path):
+    """Ruff asks for verbs where it knows a function; this is about all that documents something."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    texts = [node.value.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and _is_text(node.value)]
+    assert not [text.splitlines()[0] for text in texts if text.startswith(tuple(f"{word} " for word in NO_BEGINNING))]
+
+
+def _is_text(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
 def test_public_names():
     assert sorted(autobatch.__all__) == autobatch.__all__
     for name in autobatch.__all__:

@@ -1,1 +1,1 @@
-"""Advance running averages once an update, by the effective batch's statistics."""
+"""Running averages, advanced once an update by the effective batch's statistics."""

@@ -1,10 +1,10 @@
 """Statistics of an effective batch, put together from those of its micro-batches.
 
-A mean is weighed by the number of elements that it was taken over, and a variance follows from the micro-batches'
-variances and from how far their means lie apart (Chan, Golub and LeVeque, 1979): nothing is subtracted from something
-large, so that a batch far from zero loses no digits. A sum is added up; of largest and smallest values the largest and
-smallest are taken. Statistics of one kind and type are kept side by side in one tensor, so that merging them takes a
-handful of operations, however many layers have some. Sixteen-bit statistics are merged in 32 bits.
+A mean is weighed by the number of elements that it was taken over. A variance follows from the micro-batches'
+variances and from how far their means lie apart (Chan, Golub and LeVeque, 1979). Nothing is subtracted from a large
+number, so that a batch far from zero loses no digits. Sums are added up. The largest of the largest values is taken,
+and the smallest of the smallest. Statistics of one kind and type are kept side by side in one tensor. Merging them then
+takes a handful of operations, however many layers have statistics. Sixteen-bit statistics are merged in 32 bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from autobatch.types import Tensor
 
 
 class Kind(enum.Enum):
-    """How two micro-batches' statistics make that of both."""
+    """Rule by which the statistics of two micro-batches are merged."""
 
     MOMENTS = "moments"
     SUM = "sum"
@@ -32,8 +32,8 @@ class Kind(enum.Enum):
 class Statistic:
     """One or two tensors of a micro-batch: a mean, a mean and its variance, a sum, a largest or smallest value.
 
-    ``weight`` counts the elements behind a mean, for all of it or for each of its numbers. ``sources`` are what the
-    statistic was taken of; empty where the layer is known.
+    ``weight`` counts the elements behind a mean: one count for all of it, or one for each of its numbers. ``sources``
+    are the tensors that the statistic was taken of. They are empty where the layer is known.
     """
 
     kind: Kind
@@ -43,22 +43,22 @@ class Statistic:
 
     @property
     def group(self) -> tuple[Kind, Any]:
-        """Statistics of one group are kept in one tensor."""
+        """Kind and type by which the statistic is merged; those that share both are kept in one tensor."""
         dtype = self.parts[0].dtype
         return self.kind, tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
 
     @property
     def length(self) -> int:
-        """How many numbers the statistic has."""
+        """Count of the numbers in each part of the statistic."""
         return int(self.parts[0].shape.num_elements())
 
 
 Layout = list[tuple[Kind, Any, int]]
-"""Kind, type and number of the numbers in each tensor of packed statistics."""
+"""Kind, type and count of the numbers in each tensor of packed statistics."""
 
 
 def layout_of(statistics: Sequence[Statistic]) -> Layout:
-    """The layout of :func:`packed` statistics."""
+    """Return the layout of :func:`packed` statistics."""
     lengths: dict[tuple[Kind, Any], int] = {}
     for statistic in statistics:
         lengths[statistic.group] = lengths.get(statistic.group, 0) + statistic.length
@@ -66,7 +66,7 @@ def layout_of(statistics: Sequence[Statistic]) -> Layout:
 
 
 def packed(statistics: Sequence[Statistic]) -> list[Any]:
-    """The statistics of one micro-batch, one tensor for each group."""
+    """Pack the statistics of one micro-batch into one tensor for each group."""
     by_group: dict[tuple[Kind, Any], list[Statistic]] = {}
     for statistic in statistics:
         by_group.setdefault(statistic.group, []).append(statistic)
@@ -86,7 +86,7 @@ def _moments_of(statistics: Sequence[Statistic], dtype: Any) -> Any:
 
 
 def _row(part: Any, statistic: Statistic, dtype: Any) -> Any:
-    """The numbers of a part, or its one number for all of them."""
+    """Return the numbers of a part as a vector; a single number is repeated to the statistic's length."""
     part = tf.cast(part, dtype)
     if part.shape.num_elements() == 1:
         return tf.fill([statistic.length], tf.reshape(part, []))
@@ -98,19 +98,19 @@ def _side_by_side(rows: list[Any]) -> Any:
 
 
 def moments(weight: Any, mean: Tensor, variance: Tensor) -> Any:
-    """Weight, mean, and weighted variance of one micro-batch in one tensor; zeros where the weight is zero."""
-    # The mean of nothing is no number.
+    """Stack weight, mean and weighted variance of one micro-batch in one tensor; zeros where the weight is zero."""
+    # The mean of no elements is NaN.
     return tf.where(weight > 0, tf.stack([weight, mean, weight * variance]), tf.zeros([], mean.dtype))
 
 
 def mean_and_variance(state: Any) -> tuple[Any, Any]:
-    """Mean and variance in merged :func:`moments`."""
+    """Return mean and variance from merged :func:`moments`."""
     weight, mean, spread = tf.unstack(state)
     return mean, tf.math.divide_no_nan(spread, weight)
 
 
 def empty(layout: Layout) -> list[Any]:
-    """Packed statistics of no samples."""
+    """Return packed statistics of no samples."""
     states = []
     for kind, dtype, length in layout:
         shape = [3, length] if kind is Kind.MOMENTS else [length]
@@ -120,13 +120,13 @@ def empty(layout: Layout) -> list[Any]:
 
 
 def merged(layout: Layout, one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
-    """The packed statistics of two sets of samples together."""
+    """Merge the packed statistics of two sets of samples."""
     merging = {Kind.MOMENTS: merged_moments, Kind.SUM: tf.add, Kind.LARGEST: tf.maximum, Kind.SMALLEST: tf.minimum}
     return [merging[kind](*both) for (kind, _, _), *both in zip(layout, one, other, strict=True)]
 
 
 def merged_moments(one: Any, other: Any) -> Any:
-    """:func:`moments` of two sets of samples together."""
+    """Merge the :func:`moments` of two sets of samples."""
     (weight, mean, spread), (added, other_mean, other_spread) = tf.unstack(one), tf.unstack(other)
     whole = weight + added
     share = tf.math.divide_no_nan(added, whole)
@@ -135,7 +135,7 @@ def merged_moments(one: Any, other: Any) -> Any:
 
 
 def unpacked(statistics: Sequence[Statistic], states: Sequence[Any]) -> dict[int, Any]:
-    """By the ids of a micro-batch's tensors, what they are in the packed statistics; in their shapes and types."""
+    """Return the packed value of each of a micro-batch's tensors by the tensor's id, in its shape and type."""
     groups = list(dict.fromkeys(statistic.group for statistic in statistics))
     state_of = dict(zip(groups, states, strict=True))
     begins = dict.fromkeys(groups, 0)

@@ -1,9 +1,9 @@
-"""How a value that a traced micro-step assigns is computed, so that it can be computed anew for the effective batch.
+"""Recipes for the values that a traced micro-step assigns, by which they are computed anew for the effective batch.
 
-Between the samples and a running average lie statistics of the batch: means, sums, variances. Found by
-:func:`recipe_of`, they are merged over the micro-batches (:mod:`autobatch.averages.batch_statistics`), and what the
-micro-step makes of them and of variables is then done once, with those of the whole (:meth:`Recipe.follow`). So it need
-not be known that it is an average, or with what momentum.
+Between the samples and a running average lie statistics of the batch: means, sums, variances. :func:`recipe_of` finds
+them, and :mod:`autobatch.averages.batch_statistics` merges them over the micro-batches. :meth:`Recipe.follow` then does
+once, with the merged statistics, what the micro-step does with its own. It need not be known that the value is an
+average, or with what momentum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REDUCTIONS = {
     "UnsortedSegmentSum": Kind.SUM,
 }
 _PRODUCTS = frozenset(["MatMul", "BatchMatMul", "BatchMatMulV2"])
-"""Of two tensors over the samples, a product that has no dimension of samples left is a sum over them."""
+"""Products of two matrices: if both have a dimension of samples and the product has none, it is a sum over them."""
 
 _SAME = frozenset(["Identity", "StopGradient", "PreventGradient"])
 _SIZES = frozenset(["Shape", "ShapeN", "Size"])
@@ -43,7 +43,7 @@ class Recipe:
     """The operations that read the variables."""
 
     def follow(self, known: Mapping[int, Any]) -> Any:
-        """Compute the value in the graph of now; ``known`` tells the statistics by the ids of the trace's tensors."""
+        """Compute the value in the current graph; ``known`` has merged statistics by the ids of the trace's tensors."""
         made = dict(known)
 
         def tensor_of(tensor: Tensor) -> Any:
@@ -71,9 +71,9 @@ def _copied(operation: Operation, inputs: list[Any]) -> list[Any]:
 
 
 def recipe_of(value: Any, statistic_of: Callable[[Any], Statistic | None]) -> Recipe | None:
-    """How a tensor of a graph follows from statistics and variables; None where it cannot be told.
+    """Return how a tensor of a graph follows from statistics and variables; None where that is unknown.
 
-    ``statistic_of`` tells which tensors are statistics.
+    ``statistic_of`` returns the statistic that a tensor is, or None.
     """
     statistics: dict[int, Statistic] = {}
     handles: list[Any] = []
@@ -112,10 +112,10 @@ def _can_be_copied(operation: Operation) -> bool:
 
 
 def statistic_at(tensor: Tensor, apart: Collection[int]) -> Statistic | None:
-    """The statistic of a batch that a tensor is by its operation; None if it is none, or may not be put together.
+    """Return the statistic of a batch that a tensor's operation computes; None if it is none, or may not be merged.
 
-    ``apart`` are the ids of tensors that tell a micro-batch's share of the whole: what they scale is none of the data's
-    own.
+    ``apart`` are the ids of tensors that hold a micro-batch's share of the whole. A statistic of what they scale is not
+    one of the data alone.
     """
     operation = tensor.op
     if not tensor.shape.is_fully_defined() or not operation.inputs:
@@ -145,7 +145,7 @@ def _moments(tensor: Tensor, source: Any) -> Statistic:
 
 
 def _deviations(averaging: Any) -> tuple[Any, Any] | None:
-    """The mean, and what was averaged for it, where squared deviations from it are averaged: a variance."""
+    """Return the mean and the values that it averages, if ``averaging`` computes their variance; else None."""
     squared = averaging.inputs[0].op
     if squared.type == "Square":
         squared = squared.inputs[0].op
@@ -168,7 +168,7 @@ def _deviations(averaging: Any) -> tuple[Any, Any] | None:
 
 
 def _count(tensor: Tensor) -> Statistic | None:
-    """The number of samples, or of rows made of them, as a sum."""
+    """Return the number of samples, or of rows made of them, as a sum; None if the tensor is no such number."""
     operation = tensor.op
     if operation.type == "StridedSlice":
         first = tf.get_static_value(operation.inputs[1])
@@ -179,16 +179,16 @@ def _count(tensor: Tensor) -> Statistic | None:
         counted = operation.inputs[0]
     else:
         return None
-    # Of two sizes that are not known one is no number of samples, and is the same in every micro-batch.
+    # Of two unknown sizes, one does not count samples: it is the same in every micro-batch.
     sizes = counted.shape.as_list() if counted.shape.rank else []
     is_count = sizes[:1] == [None] and sizes.count(None) == 1
     return Statistic(Kind.SUM, (tensor,)) if is_count else None
 
 
 def _is_scaled_or_compared(source: Any, apart: Collection[int]) -> bool:
-    """Whether what a statistic was taken of depends on how many samples there are, or puts them together itself.
+    """Return True if a statistic's source depends on the number of samples, or puts samples together itself.
 
-    A gradient does, as the loss is a mean: summed over the micro-batches it is not that of the whole.
+    A gradient depends on the number, as the loss is a mean. Its sum over the micro-batches is not that of the whole.
     """
     pending, seen = [source], set()
     while pending:
@@ -206,7 +206,7 @@ def _is_scaled_or_compared(source: Any, apart: Collection[int]) -> bool:
 
 
 def _is_a_size(tensor: Tensor) -> bool:
-    """Whether a number is made of the sizes of tensors that are as large as the batch."""
+    """Return True if a number is made of the sizes of tensors that are as large as the batch."""
     pending, seen = [tensor], set()
     while pending:
         each = pending.pop()

@@ -1,15 +1,14 @@
 """Running averages that advance once an update, by the statistics of the effective batch.
 
-BatchNormalization moves its statistics with each batch that it sees, and so do layers of one's own: a codebook, the
-range of an activation, a counter of steps. While a micro-step runs, such an assignment is not done. What it is made of
-is merged over the micro-batches, and behind the last one it is done once, as one step of the effective batch would:
-every micro-batch has read the variable's old value by then, or what it has assigned itself. What follows the updated
-weights, such as a teacher that is their average, is assigned behind the update.
+BatchNormalization moves its statistics with each batch that it sees. So do a user's own layers: a codebook, the range
+of an activation, a counter of steps. While a micro-step runs, such an assignment is held back. The statistics that it
+is made of are merged over the micro-batches. After the last one it is done once, as one step of the effective batch
+would do it. Until then every micro-batch reads the variable's old value, or what it has assigned itself. What follows
+the updated weights, such as a teacher that is their average, is assigned after the update.
 
-In a graph the operations tell how the assigned value is made (:mod:`autobatch.averages.recipes`); where they do not,
-the
-variable is assigned in every micro-batch as it stands. A step that runs eagerly has none: there it is done for Keras's
-BatchNormalization alone.
+In a graph, the operations show how the assigned value is made (:mod:`autobatch.averages.recipes`). Where they do not,
+the variable is assigned in every micro-batch as usual. A step that runs eagerly has no graph. There, only the
+statistics of Keras's BatchNormalization are held back.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from autobatch.types import Layer, Model, Tensor, Variable
 
 
 class RunningAverages:
-    """What the micro-steps of one model defer to the end of the update; nothing before one was traced or run."""
+    """Assignments that a model's micro-steps defer to the end of the update; none before one was traced or run."""
 
     def __init__(self, model: Model, touched: TouchedVariables) -> None:
         self._model = model
         self._touched = touched
         self._traces: dict[int, _Trace | _Run] = {}
-        """One for each replica."""
+        """One trace for each replica, by the replica's number."""
 
     @contextlib.contextmanager
     def deferring(self, *shares: Any) -> Iterator[None]:
-        """While this lasts, defer what can be; ``shares`` tell a micro-batch's share of the effective batch."""
+        """Defer, within this context, what can be; ``shares`` hold a micro-batch's share of the effective batch."""
         trace = _Run() if tf.executing_eagerly() else _Trace(self._apart(), shares)
         self._traces[_replica()] = trace
         with (
@@ -53,12 +52,12 @@ class RunningAverages:
         trace.settle()
 
     def _apart(self) -> set[int]:
-        """The ids of variables that are always assigned at once."""
+        """Return the ids of variables that are always assigned at once."""
         owners = [*self._model.metrics, *self._touched.optimizers]
         return {id(variable) for owner in owners for variable in owner.variables}
 
     def note_applied(self) -> None:
-        """Note that the micro-step has come to an update."""
+        """Note that the micro-step has reached an update."""
         self._here.note_applied(self._touched.updated_variables)
 
     @property
@@ -71,22 +70,22 @@ class RunningAverages:
         return [variable for trace in self._traces.values() for variable in trace.variables]
 
     def named_in(self, targets: Iterable[Any]) -> tuple[str, ...]:
-        """The paths of variables whose statistics the step computes with, in each micro-batch with its own.
+        """Return the paths of variables whose statistics the step itself uses: each micro-batch uses its own.
 
-        ``targets`` are what is differentiated. BatchNormalization is known to, and is not named.
+        ``targets`` are the tensors that are differentiated. BatchNormalization is known to do this and is not named.
         """
         return self._here.named_in(list(targets)) if self._traces else ()
 
     def statistics(self) -> Any:
-        """The statistics of the micro-batch that has just been traced or run."""
+        """Return the statistics of the micro-batch that has just been traced or run."""
         return self._here.statistics() if self._traces else []
 
     def empty(self) -> Any:
-        """The statistics of no samples."""
+        """Return the statistics of no samples."""
         return self._here.empty() if self._traces else []
 
     def merged(self, one: Any, other: Any) -> Any:
-        """The statistics of two sets of samples together."""
+        """Merge the statistics of two sets of samples."""
         return self._here.merged(one, other) if self._traces else other
 
     @property
@@ -96,19 +95,19 @@ class RunningAverages:
             return [tf.TensorSpec(state.shape, state.dtype) for state in self.empty()]
 
     def merged_rows(self, states: list[Any], parts: int) -> list[Any]:
-        """The statistics of all replicas, where the first dimension of each state has one place for each."""
+        """Merge the statistics of all replicas; the first dimension of each state has one place for each replica."""
         whole = [state[0] for state in states]
         for part in range(1, parts):
             whole = self.merged(whole, [state[part] for state in states])
         return whole
 
     def assign(self, statistics: Any) -> None:
-        """Assign once what was deferred, with the statistics of the whole effective batch."""
+        """Assign the deferred variables once, with the statistics of the whole effective batch."""
         if self._traces:
             self._here.assign(statistics)
 
     def assign_after_update(self) -> None:
-        """Assign what follows the weights that the update has changed."""
+        """Assign the variables that follow the updated weights."""
         if self._traces:
             self._here.assign_after_update()
 
@@ -123,7 +122,7 @@ def _replica() -> int:
 
 
 class _Pending:
-    """The values that stand for variables in the micro-step that is under way."""
+    """Values that stand for variables in the micro-step that is under way."""
 
     def __init__(self) -> None:
         self._values: dict[int, Any] = {}
@@ -142,7 +141,7 @@ class _Pending:
 
 
 class _Trace:
-    """The assignments of one trace of a micro-step."""
+    """Deferred assignments of one trace of a micro-step."""
 
     def __init__(self, apart: set[int], shares: Iterable[Any]) -> None:
         self.pending = _Pending()
@@ -150,13 +149,14 @@ class _Trace:
         self._shares = {id(share) for share in shares}
         self._graph = tf.compat.v1.get_default_graph()
         self._known: dict[int, Statistic | None] = {}
-        """What is known of the graph's tensors, by their ids."""
+        """The statistic that a tensor of the graph is, or None, by the tensor's id."""
         self._recipes: dict[int, tuple[Any, Recipe]] = {}
         self._follows_update: set[int] = set()
-        """The ids of variables that are assigned behind the update."""
+        """Ids of the variables that are assigned after the update."""
         self._updated: set[int] = set()
+        """Ids of the updated weights' handles."""
         self._read_before: set[int] = set()
-        """Handles of the weights, and the operations that have read them before they were updated, by their ids."""
+        """Ids of the operations that read a weight before it was updated."""
         self._layout: batch_statistics.Layout = []
 
     @property
@@ -176,7 +176,7 @@ class _Trace:
 
     def take(self, variable: Variable, value: Any) -> bool:
         recipe = None
-        # What a function of its own assigns, a branch say, cannot be told.
+        # A value that is assigned within another function's graph, such as a branch, cannot be followed.
         if tf.compat.v1.get_default_graph() is self._graph and not _is_apart(variable, self._apart):
             value = tf.cast(value, unwrap(variable).dtype)
             recipe = recipe_of(value, self._statistic_of) if getattr(value, "graph", None) is self._graph else None
@@ -197,7 +197,7 @@ class _Trace:
                 self._read_before.update(id(operation) for operation in inner.consumers())
 
     def _follows(self, recipe: Recipe) -> bool | None:
-        """Whether a value is made of updated weights; None where the samples or the weights before count as well."""
+        """Return True if a value is made of updated weights; None where samples or earlier weights count as well."""
         both = zip(recipe.handles, recipe.readings, strict=True)
         weights = [operation for handle, operation in both if id(handle) in self._updated]
         updated = [operation for operation in weights if id(operation) not in self._read_before]
@@ -210,7 +210,7 @@ class _Trace:
         return self._known[id(tensor)]
 
     def settle(self) -> None:
-        """Assign at once, as the micro-step does, what depends on a variable that every micro-batch changes."""
+        """Assign at once, as the micro-step itself does, what depends on a variable that every micro-batch changes."""
         self.pending.clear()
         while True:
             written = writes.written_handles(self._graph)
@@ -261,7 +261,7 @@ class _Trace:
 
 
 def _is_used(statistic: Statistic, targets: list[Any], others: list[Statistic]) -> bool:
-    """Whether a micro-batch's own statistic changes the loss, or another statistic, other than linearly."""
+    """Return True if a micro-batch's own statistic changes the loss, or another statistic, other than linearly."""
     results = [*targets]
     for other in others:
         if other is not statistic and statistic.parts[0] is not other.parts[0]:
@@ -275,14 +275,14 @@ def _is_used(statistic: Statistic, targets: list[Any], others: list[Statistic]) 
 
 
 class _Run:
-    """The BatchNormalization layers of one micro-step that runs eagerly."""
+    """BatchNormalization layers of one micro-step that runs eagerly."""
 
     def __init__(self) -> None:
         self.pending = _Pending()
         self._deferred: set[int] = set()
         self._layers: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._states: dict[tuple[int, int], Any] = {}
-        """By the layer's id and the number of its call in the step."""
+        """Layer, shape of its inputs and packed moments, by the layer's id and the number of its call in the step."""
 
     @property
     def variables(self) -> list[Variable]:
@@ -334,6 +334,9 @@ class _Run:
 
 
 def _is_apart(variable: Variable, apart: set[int]) -> bool:
-    """Whether it is none of a layer's own: weights, seeds, and what metrics sum up, known to the model or not."""
+    """Return True if a variable is a weight, a seed or a metric's sum, which are always assigned at once.
+
+    The model need not know the variable.
+    """
     is_seed = "seed_generator_state" in str(variable.name)
     return variable.trainable or is_seed or variable.aggregation == "sum" or id(variable) in apart

@@ -1,4 +1,4 @@
-"""What is remembered of a search: enough to try its size again, and to go on training with its memory model."""
+"""Remembered result of a search: enough to try its size again, and to go on training with its memory model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LARGEST = 2**63 - 1  # what SQLite keeps as a whole number
 class Remembered:
     """One search's result.
 
-    ``micro_batch`` is the plan's, or the largest that fits where there was no target; ``peak_bytes`` its trial's peak.
-    ``smallest_failure`` is kept for what it proves, ``is_bound`` tells that memory, not the target or the data, was
-    the end of it. ``limit_bytes`` is the limit that was in force, None where none was known. ``created_seconds`` is
+    ``micro_batch`` is the plan's, or the largest that fits where there was no target. ``peak_bytes`` is the peak of its
+    trial. ``smallest_failure`` is kept for what it proves. ``is_bound`` is True if memory, not the target or the data,
+    limited the size. ``limit_bytes`` is the limit that was in force, None where none was known. ``created_seconds`` is
     counted from 1970.
     """
 
@@ -50,7 +50,7 @@ class Remembered:
             raise ValueError(f"created_seconds must be a time since 1970. Received: {self.created_seconds!r}")
 
     def to_columns(self) -> dict[str, Column]:
-        """The fields as SQLite keeps them, the memory model in two; an unknown limit is 0."""
+        """Return the fields as SQLite columns: the memory model takes two, and an unknown limit is 0."""
         line = self.memory_model
         if line is not None and not (math.isfinite(line.fixed_bytes) and math.isfinite(line.per_sample_bytes)):
             line = None
@@ -72,7 +72,7 @@ class Remembered:
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, object]) -> Remembered:
-        """Read what :meth:`to_columns` wrote; SQLite itself holds no column to its type.
+        """Read what :meth:`to_columns` wrote. Every value is checked, for SQLite enforces no column's type.
 
         Raises:
             ValueError: the columns hold something else.
@@ -98,7 +98,7 @@ _AS_THEY_ARE = ("micro_batch", "largest_fit", "smallest_failure", "peak_bytes", 
 
 
 def _storable(text: str) -> str:
-    """A lone surrogate, which a name may hold, is no text to SQLite."""
+    """Replace the lone surrogates that a name may hold: SQLite takes no text with them."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Where remembered results are kept."""
+"""Folder in which remembered results are kept."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def cache_folder(environ: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:
-    """``$AUTOBATCH_CACHE_DIR``, or ``autobatch`` in the folder that the platform keeps caches in.
+    """Return ``$AUTOBATCH_CACHE_DIR``, or ``autobatch`` in the folder that the platform keeps caches in.
 
-    That is ``$XDG_CACHE_HOME`` or ``~/.cache``, on macOS ``~/Library/Caches``, on Windows ``%LOCALAPPDATA%``. The
-    folder need not exist.
+    The platform's folder is ``$XDG_CACHE_HOME`` or ``~/.cache``, on macOS ``~/Library/Caches``, on Windows
+    ``%LOCALAPPDATA%``. The folder that is returned need not exist.
 
     Raises:
         RuntimeError: there is no home folder to be found.

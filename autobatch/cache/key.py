@@ -1,10 +1,9 @@
-"""Under what a result is remembered: everything that decides which micro-batch fits and is fastest.
+"""Keys under which results are remembered: everything that decides which micro-batch fits and is fastest.
 
-Made of plain values. What describes the model and its data comes as one digest from whoever has them at hand
-(:mod:`autobatch.trial.content_digest`). Too much in a key costs a search that was not needed, too little a trial: a
-result
-that is found is run once before anything is made of it. The limit in force is no part of the key but is compared
-(:func:`limits_agree`), since what is free on a device differs from run to run.
+A key is made of plain values. The model and its data come as one digest (:mod:`autobatch.trial.content_digest`). Too
+much in a key costs a search that was not needed. Too little costs a trial, for a result that is found is run once
+before it is used. The limit in force is not in the digest but is compared (:func:`limits_agree`), since what is free
+on a device differs from run to run.
 """
 
 from __future__ import annotations
@@ -16,20 +15,21 @@ from dataclasses import dataclass
 from autobatch.records import Environment
 
 KEY_VERSION = 1
-"""Raised when the same key comes to stand for something else."""
+"""Version of the keys; it is raised when the same values come to stand for something else."""
 
 MORE = 1.05
-"""A limit larger by this factor is still alike: a search would find a size that is hardly larger ..."""
+"""Factor over the remembered limit up to which a limit is alike: a search would find a size that is hardly larger."""
 
 LESS = 0.75
-"""... and so is one smaller by this: what was found is too large, if anything, and the trial that confirms it tells."""
+"""Factor of the remembered limit down to which a limit is alike: the trial that confirms a size shows if it is too
+large."""
 
 _VERSIONS = ("autobatch", "keras", "tensorflow")
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a result is remembered under. ``limit_bytes`` is the limit in force, None where none is known."""
+    """The key of one search. ``limit_bytes`` is the limit in force, None where none is known."""
 
     digest: str
     limit_bytes: int | None
@@ -45,13 +45,13 @@ def make_key(
     objective: str,
     exact: bool,
 ) -> Key:
-    """The key of a search.
+    """Make the key of a search.
 
     Args:
         content: A digest of model, optimizer, loss, input shapes and dtypes, device name, and the limits that somebody
             set.
-        environment: Where the trials run.
-        target_batch, largest_useful, objective, exact: What is searched for.
+        environment: The conditions under which the trials run.
+        target_batch, largest_useful, objective, exact: The aim of the search.
     """
     versions = dict(environment.versions)
     depends_on = {
@@ -72,12 +72,12 @@ def make_key(
 
 
 def limits_agree(now_bytes: int | None, then_bytes: int | None, *, is_bound: bool, exact: bool) -> bool:
-    """Whether what was found under the limit of then may be what would be found under the one of now.
+    """Return True if a result found under ``then_bytes`` may be used under ``now_bytes``.
 
-    Both are what was in force, which for a device that others use is what was free. Limits that somebody set are in the
-    key's digest, to the byte. ``is_bound`` tells that memory ended the search; a target that fitted whole fits whole
-    under a larger limit as well, and under a smaller one the trial tells. ``exact`` results are proven for one limit,
-    to the byte.
+    Both are limits in force, which for a device that others use is what was free. Limits that somebody set are in the
+    key's digest, to the byte. Without ``is_bound``, memory did not limit the result, and any two limits agree: the size
+    fits under a larger limit as well, and under a smaller one the trial that confirms it decides. An ``exact`` result
+    is proven for one limit only, to the byte.
     """
     if exact or now_bytes is None or then_bytes is None:
         return now_bytes == then_bytes

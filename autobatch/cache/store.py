@@ -1,12 +1,12 @@
 """Remembered results in a SQLite file, which any number of processes may read and write at once.
 
-Each operation opens the file, does one short transaction, and closes it. The journal is SQLite's rollback journal, not
-its write-ahead log, which does not work on network file systems; a process that is killed in the middle of a
-transaction leaves what was there before it. The version of the tables is part of the file's name, so that an older and
-a newer autobatch keep a file each.
+Each operation opens the file, does one short transaction, and closes it. The journal is SQLite's rollback journal. Its
+write-ahead log does not work on network file systems. A process that is killed in the middle of a transaction leaves
+what was there before it. The version of the tables is part of the file's name, so that an older and a newer autobatch
+keep a file each.
 
-Nothing that is wrong with the file stops a run: one that is broken, or that a newer autobatch made, is renamed, with a
-warning, and a new one is begun; where nothing can be read or written, nothing is remembered, with a warning.
+No fault of the file stops a run. A file that is broken, or that a newer autobatch made, is renamed, with a warning, and
+a new one is begun. Where nothing can be read or written, nothing is remembered, with a warning.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from autobatch.cache.key import Key, limits_agree
 from autobatch.errors import warn
 
 SCHEMA_VERSION = 1
-"""Version of the tables; a change of what a column means raises it."""
+"""Version of the tables; it is raised when the meaning of a column changes."""
 
 MOST_RESULTS = 1000
-"""So many results are kept; the oldest go first."""
+"""Number of results that are kept at most; the oldest are removed first."""
 
 BUSY_SECONDS = 10.0
-"""How long to wait for other processes' transactions, each of which takes milliseconds."""
+"""Seconds to wait for other processes' transactions, each of which takes milliseconds."""
 
 _PAUSE_SECONDS = 0.02
 
@@ -80,7 +80,7 @@ _warned: set[Path] = set()
 
 
 class _Unusable(Exception):
-    """The file is not one of this version's; ``kind`` becomes part of the name that it is given."""
+    """The error for a file that this version cannot use; ``kind`` becomes part of the file's new name."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -88,13 +88,13 @@ class _Unusable(Exception):
 
 
 _FAILURES = (_Unusable, sqlite3.Error, UnicodeDecodeError)
-"""The last of them where SQLite's own message quotes what stands in a damaged file."""
+"""Errors of an operation on the file; `UnicodeDecodeError` comes where SQLite's message quotes a damaged file."""
 
 
 class ResultStore:
     """The results remembered in one folder, which need not exist; see the top of this file.
 
-    ``clock`` gives seconds since 1970.
+    ``clock`` returns seconds since 1970.
     """
 
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
@@ -103,7 +103,7 @@ class ResultStore:
         self._clock = clock
 
     def find(self, key: Key) -> Remembered | None:
-        """The result remembered under ``key`` for a limit like its own, the nearest; None if there is none."""
+        """Return the result under ``key`` whose limit agrees and is nearest to the key's; None if there is none."""
 
         def select(connection: sqlite3.Connection) -> Remembered | None:
             alike = [found for found in _rows(connection, " WHERE digest = ?", (key.digest,)) if _agrees(key, found)]
@@ -112,7 +112,7 @@ class ResultStore:
         return self._run(select, None) if os.path.exists(self.path) else None
 
     def put(self, key: Key, result: Remembered) -> bool:
-        """Remember ``result`` in place of what :meth:`find` would find; tell whether it is on the disk now."""
+        """Remember ``result`` in place of all whose limit agrees with the key's; return True if it is on the disk."""
 
         def insert(connection: sqlite3.Connection) -> bool:
             connection.execute("BEGIN IMMEDIATE")
@@ -133,7 +133,7 @@ class ResultStore:
         return self._run(insert, False)
 
     def entries(self) -> tuple[Remembered, ...]:
-        """All that is remembered, the newest first."""
+        """Return all that is remembered, the newest first."""
 
         def select(connection: sqlite3.Connection) -> tuple[Remembered, ...]:
             return tuple(_rows(connection, " ORDER BY created_seconds DESC, rowid DESC"))
@@ -156,7 +156,7 @@ class ResultStore:
         return count
 
     def _run(self, operation: Callable[[sqlite3.Connection], _T], otherwise: _T) -> _T:
-        """What ``operation`` returns; ``otherwise``, with a warning, where the file cannot be used."""
+        """Return the result of ``operation``; ``otherwise``, with a warning, where the file cannot be used."""
         try:
             for last in (False, True):
                 try:
@@ -173,10 +173,10 @@ class ResultStore:
         return otherwise
 
     def _patiently(self, operation: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Run a transaction, again while another process is in its own.
+        """Run a transaction, and repeat it while another process is in its own.
 
-        SQLite's lock is no queue: who waits for it looks again after up to 100 ms, and under many writers that was seen
-        to take ten seconds. So it is asked again sooner, and at random.
+        SQLite's lock is no queue: a process that waits for it looks again after up to 100 ms. With many writers that
+        was seen to take ten seconds. So each attempt waits for less, and the next one follows after a random pause.
         """
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
@@ -190,7 +190,7 @@ class ResultStore:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection to a file of this version, made if need be; a transaction left open is rolled back."""
+        """Yield a connection to a file of this version, made if need be; roll back a transaction left open."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with _connect(self.path) as connection:
             if not _is_made(connection):
@@ -202,7 +202,7 @@ class ResultStore:
             yield connection
 
     def _set_aside_if_unusable(self) -> None:
-        """Rename the file if it is unusable still: of two processes that found it so, the second finds a new one."""
+        """Rename the file if it is still unusable: another process that found it so may have made a new one."""
         with _connect(self.folder / "set-aside.lock", wait_seconds=BUSY_SECONDS) as lock:
             # A lock that every platform has and that a killed process does not leave behind.
             lock.execute("BEGIN EXCLUSIVE")
@@ -240,7 +240,7 @@ def _connect(path: Path, *, wait_seconds: float = 0.05) -> Iterator[sqlite3.Conn
 
 
 def _is_made(connection: sqlite3.Connection) -> bool:
-    """Whether the tables are there; False for a new, empty file.
+    """Return True if the tables are there; False for a new, empty file.
 
     Raises:
         _Unusable: the file was made by somebody else, or by another version.
@@ -257,7 +257,7 @@ def _is_made(connection: sqlite3.Connection) -> bool:
 
 
 def _is_about_the_file(error: Exception) -> bool:
-    """Whether the file itself is at fault; a lock, a full disk or a missing permission are an OperationalError."""
+    """Return True if the file itself is at fault. A lock, a full disk or a missing permission is not the file's."""
     return isinstance(error, (_Unusable, UnicodeDecodeError)) or type(error) is sqlite3.DatabaseError
 
 

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NoFeasibleBatchError as error:
         return _complain(str(error), FAILED)
     except BrokenPipeError:
-        # Who read our output has gone, as in "autobatch ... | head". Python would complain once more on its way out.
+        # The reader of our output has gone, as in "autobatch ... | head". Python would complain once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     return code

@@ -1,4 +1,4 @@
-"""The values that options take, read from text and then checked as ``fit`` and ``tune`` check theirs."""
+"""Values of options, read from text and then checked in the same way as the arguments of ``fit`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Share:
 
 
 def _option(check: Callable[[str], _T]) -> Callable[[str], _T]:
-    """Let argparse print what ``check`` finds wrong, with the text as it was typed."""
+    """Wrap ``check`` so that argparse prints the fault that it finds, with the text as it was typed."""
 
     @functools.wraps(check)
     def read(text: str) -> _T:
@@ -41,7 +41,7 @@ def _option(check: Callable[[str], _T]) -> Callable[[str], _T]:
 @_option
 def positive_int(text: str) -> int:
     """Read a whole number of at least 1."""
-    # No more digits than Python reads at once, and none that only Python takes for one.
+    # No more digits than Python reads at once, and ASCII digits alone: int() takes others as well.
     return arguments.positive_int(int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text, "N")
 
 
@@ -88,7 +88,7 @@ def device(text: str) -> str:
 
 
 def _number(text: str) -> Any:
-    """Read a number; what is none is left as it is, for a check to refuse."""
+    """Read a number; return ``text`` unchanged if it is none, for a check to refuse."""
     try:
         return float(text)
     except ValueError:

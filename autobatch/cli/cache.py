@@ -1,4 +1,4 @@
-"""``autobatch cache list`` and ``autobatch cache clear``: what is remembered of earlier searches."""
+"""``autobatch cache list`` and ``autobatch cache clear``: the remembered results of earlier searches."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""``autobatch devices``: what there is to train on, how much memory it has, who holds it, and what limits it.
+"""``autobatch devices``: the devices to train on, how much memory each has, who holds it, and what limits it.
 
-Asks the driver and the operating system, not TensorFlow: it answers at once and takes no memory on any device.
+The command asks the driver and the operating system, not TensorFlow. So it answers at once and takes no memory on any
+device.
 """
 
 from __future__ import annotations

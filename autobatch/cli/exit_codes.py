@@ -10,4 +10,4 @@ INTERRUPTED = 130
 
 
 class UsageError(Exception):
-    """An option that cannot be used, told in one line."""
+    """The error for an option that cannot be used, with a message of one line."""

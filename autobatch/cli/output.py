@@ -1,4 +1,4 @@
-"""Where a report goes: standard output, or a file that is written aside and then renamed."""
+"""Output of a report: to standard output, or to a file that is written under another name and then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autobatch.report.sentences import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, default_format: str | None = "text") -> argparse._ArgumentGroup:
-    """Add the options of where a report goes, in a group that is returned.
+    """Add the options for the format and the place of the output; return their group.
 
     ``default_format=None`` leaves the format to the front end where none is asked for.
     """
@@ -66,7 +66,7 @@ def write(report: Report, *, format_name: str, path: str | None) -> None:
 
 
 def _for_stdout(report: Report, format_name: str) -> str:
-    """The report as :func:`render` writes it; text has colours too, where a terminal shows it."""
+    """Return the report in the format; text gets colours if a terminal shows it."""
     if format_name != "text":
         return render(report, format_name)
     from autobatch.report import text
@@ -76,7 +76,7 @@ def _for_stdout(report: Report, format_name: str) -> str:
 
 @contextlib.contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """While this lasts, autobatch's own warnings are kept; at its end each is a line on standard error."""
+    """Keep autobatch's own warnings back; write each as a line on standard error when the ``with`` block ends."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AutobatchWarning)
         try:
@@ -107,7 +107,7 @@ def _is_special(path: str) -> bool:
 
 
 def reconfigure_stdout() -> None:
-    """An ASCII-only terminal shall see an escape where it has no character, not a traceback."""
+    """Let an ASCII-only terminal show an escape for a character that it lacks, in place of a traceback."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What is going on, on standard error, while trials run; silent where that is no terminal."""
+"""Progress on standard error while trials run; silent where that is no terminal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Told of each thing as it begins and ends."""
+    """A display of a search, called when something begins or ends."""
 
     def under(self, heading: str) -> None:
-        """What follows is part of this."""
+        """Show what follows as part of ``heading``."""
         ...
 
     def doing(self, what: str) -> None: ...
@@ -39,7 +39,7 @@ class _Silent:
 
 
 class _Lines:
-    """A line for each trial that has ended, and one that moves for what is under way."""
+    """A line for each trial that has ended, and a line with a spinner for what is under way."""
 
     def __init__(self, live: Live) -> None:
         self._live = live
@@ -68,7 +68,7 @@ class _Lines:
         from rich.spinner import Spinner
         from rich.text import Text
 
-        # A search is a dozen trials; the last of them are enough on a low terminal.
+        # A search has about a dozen trials; the last of them are enough on a low terminal.
         lines = [Text(line, style="dim") for line in self._done[-12:]]
         self._live.update(Group(*lines, Spinner("dots", Text(self._doing))), refresh=True)
 
@@ -78,7 +78,7 @@ _NO_ENVIRONMENT = Environment("", None, "", None, 0.0, "", False)
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Progress for as long as the block runs; it wipes its lines away at the end."""
+    """Yield a display of progress; its lines are wiped away when the ``with`` block ends."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield _Silent()
         return
@@ -91,7 +91,7 @@ def progress() -> Iterator[Progress]:
 
 
 class WatchedTrials:
-    """``trials``, with progress told of each size before it runs."""
+    """Trials that announce each size to a `Progress` before it runs."""
 
     def __init__(self, trials: Trials, told: Progress) -> None:
         self._trials = trials

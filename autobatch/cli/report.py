@@ -105,7 +105,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of what is decided before the model is built, and so in a worker process alone."""
+    """Add the options that apply before the model is built, and so to a worker process alone."""
     group = parser.add_argument_group("worker")
     group.add_argument("--device", type=arguments.device, metavar="DEVICE", help='"CPU", "GPU" or "GPU:1"')
     group.add_argument("--precision", choices=_PRECISIONS, help="Keras dtype policy, set before TARGET is called")
@@ -151,7 +151,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> tuple[Report, int]:
-    """The report, and `INTERRUPTED` where Ctrl-C left remedies out of it."""
+    """Return the report and an exit code: `INTERRUPTED` where Ctrl-C left remedies out of it, else `OK`."""
     # Late, so that usage errors do not wait for them.
     from autobatch import api
     from autobatch.cli.progress import WatchedTrials, progress
@@ -186,7 +186,7 @@ def _search(options: argparse.Namespace) -> tuple[Report, int]:
                 raise UsageError(f"--device {options.device}: TensorFlow sees no such device here, only {where}.")
             return api.search_with(
                 WatchedTrials(trials, told),
-                # What is confirmed is the plan's micro-batch, which may be smaller than the largest that fits.
+                # The cache confirms the plan's micro-batch, which may be smaller than the largest that fits.
                 cache=options.cache and options.fail_under is None and not options.remedies,
                 target_batch=options.target_batch,
                 exact=options.exact,
@@ -211,7 +211,7 @@ def _search(options: argparse.Namespace) -> tuple[Report, int]:
 
 
 def limit_bytes(limit: int | arguments.Share | None, device: str | None) -> int | None:
-    """The value of ``--memory-limit`` in bytes; a share is of ``device``, None for TensorFlow's first."""
+    """Return ``--memory-limit`` in bytes; a share is of the total of ``device``, None for TensorFlow's first."""
     if not isinstance(limit, arguments.Share):
         return limit
     from autobatch.cli.totals import total_bytes

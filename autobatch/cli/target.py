@@ -1,6 +1,6 @@
-"""A look at a TARGET before anything runs: what can be told from the text and the file alone is told at once.
+"""Check of a TARGET before anything runs, by its text and its file alone, so that a mistake is reported at once.
 
-The worker has the last word: it alone imports the user's code.
+The worker decides in the end: it alone imports the user's code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FORMS = "file.py:function, package.module:function or keras:ResNet50"
 
 
 def check(target: str) -> None:
-    """Raise ``TargetError`` where ``target`` cannot be right."""
+    """Raise ``TargetError`` if ``target`` cannot be right."""
     place, colon, name = target.rpartition(":")
     if not colon or not place:
         raise TargetError(f"TARGET is written as {FORMS}. Received: {target!r}")
@@ -53,7 +53,7 @@ def _check_file(path: str, name: str) -> None:
 
 
 def _top_level_names(tree: ast.Module) -> set[str] | None:
-    """Every name that the module may bind; None where only running it can tell."""
+    """Return every name that the module may bind; None where only running it shows them."""
     names: set[str] = set()
     pending: list[ast.AST] = list(tree.body)
     while pending:

@@ -1,4 +1,4 @@
-"""How much memory a device has in all, asked for without TensorFlow: what "80%" is a share of."""
+"""Total memory of a device, found without TensorFlow: a limit such as "80%" is a share of it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ __all__ = ["host_total_bytes", "total_bytes"]
 
 
 def total_bytes(device: str | None) -> int:
-    """The total of ``device`` ("CPU", "GPU:1"), or of what TensorFlow would choose: the first GPU, else the host."""
+    """Return the total bytes of ``device`` ("CPU", "GPU:1"); with None, of the first GPU, or of the host without one.
+
+    Raises:
+        UsageError: several kinds of GPU are built in, and TensorFlow's choice among them is unknown.
+    """
     answer = nvml.devices()
-    # As the worker's environment will be: there, the card that was asked for is the only one, and GPU:0.
+    # The worker will have this environment: the card that was asked for is the only one there, and GPU:0.
     environ = {**answer.environ, **({} if device is None else visible_devices(device))}
     if device == "CPU" or not nvml.visible_cards(answer.cards, environ):
         return host_total_bytes()

@@ -1,1 +1,1 @@
-"""Turn whatever ``Model.fit`` accepts into effective batches on the host."""
+"""Data of every kind that ``Model.fit`` accepts, turned into effective batches on the host."""

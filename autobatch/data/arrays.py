@@ -1,8 +1,8 @@
-"""Arrays: their lengths, rows of them, and files mapped into memory that are read a batch at a time.
+"""Arrays: checks of their lengths, rows of them, and mapped files that are read a batch at a time.
 
-Keras copies arrays into a tensor before it slices them, which for an ``np.memmap`` means reading all of the file into
-memory. Here Keras is given the numbers of its rows instead, so that it shuffles and batches those in its own way; the
-rows themselves are read when their batch is due.
+Keras copies arrays into a tensor before it slices them. For an ``np.memmap`` that would read the whole file into
+memory. Here Keras gets the numbers of the rows instead, and shuffles and batches those in its own way. The rows
+themselves are read when their batch is due.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _PART_NAMES = ("x", "y", "sample_weight")
 
 
 def require_usable(x: Any, y: Any, sample_weight: Any) -> None:
-    """Refuse arrays without samples or with different numbers of them, before anything is done with them.
+    """Refuse arrays without samples or with different numbers of samples, before anything is done with them.
 
     Raises:
-        ValueError: names the arrays and how many samples each has.
+        ValueError: the arrays are empty or differ in length; it names them and their lengths.
     """
     if not data_adapters.are_arrays(x, y, sample_weight):
         return
@@ -60,27 +60,27 @@ def _written(shape: Any) -> str:
 
 
 def is_mapped(array: Any) -> bool:
-    """Whether this is an ``np.memmap`` or a view of one, whose rows are read from a file."""
+    """Return True for an ``np.memmap`` and for a view of one, whose rows are read from a file."""
     while isinstance(array, np.ndarray):
         array = array.base
     return isinstance(array, mmap.mmap)
 
 
 def any_mapped(*parts: Any) -> bool:
-    """Whether any array in these parts is mapped from a file."""
+    """Return True if any array in these parts is mapped from a file."""
     return any(is_mapped(leaf) for leaf in keras.tree.flatten(parts))
 
 
 class MappedArrays(DataAdapter):  # type: ignore[misc]
-    """Keras's array adapter for arrays of which some are mapped from files: their rows are read with each batch.
+    """Keras's array adapter for data with arrays mapped from files, whose rows are read with each batch.
 
-    ``options`` are those of ``Model.fit`` that its adapter takes. The order of the samples is what it is for arrays in
-    memory, shuffled or not.
+    ``options`` are those of ``Model.fit`` that its adapter takes. The order of the samples, shuffled or not, is the
+    order that arrays in memory have.
     """
 
     def __init__(self, x: Any, y: Any, sample_weight: Any, **options: Any) -> None:
         self._arrays: dict[int, Any] = {}
-        self._numbers: list[Any] = []  # keeps them alive, so that their ids stay theirs
+        self._numbers: list[Any] = []  # kept alive, so that no other object gets their ids
         x = keras.tree.map_structure(self._number_rows, x)
         if options.get("class_weight") is None:  # with class weights Keras looks at all targets beforehand
             y = keras.tree.map_structure(self._number_rows, y)
@@ -127,7 +127,7 @@ class MappedArrays(DataAdapter):  # type: ignore[misc]
 
 
 def _read_rows(array: Any, numbers: Any) -> Any:
-    """Rows of a mapped array as a tensor, floats in Keras's own precision, as for arrays in memory."""
+    """Read rows of a mapped array as a tensor; floats get Keras's own precision, as for arrays in memory."""
     dtype = (
         np.dtype(keras.config.floatx()) if np.issubdtype(array.dtype, np.floating) else array.dtype.newbyteorder("=")
     )
@@ -143,7 +143,7 @@ def _read_rows(array: Any, numbers: Any) -> Any:
 
 
 def split_validation(x: Any, y: Any, sample_weight: Any, validation_split: float) -> tuple[Any, Any]:
-    """Split as ``Model.fit(validation_split=...)`` does, mapped arrays into views of their files."""
+    """Split arrays as ``Model.fit(validation_split=...)`` does; mapped arrays become views of their files."""
     parts = (x, y, sample_weight)
     if not any_mapped(*parts):
         return data_adapters.split_validation(*parts, validation_split)
@@ -165,7 +165,7 @@ def split_validation(x: Any, y: Any, sample_weight: Any, validation_split: float
 
 
 def longest_rows(parts: Any, most: int) -> Any | None:
-    """The numbers of the ``most`` samples that hold the most, longest first; None where all samples are alike."""
+    """Return the numbers of the ``most`` largest samples, largest first; None if all have the same size."""
     sizes = [size for leaf in keras.tree.flatten(parts) if leaf is not None and (size := _sizes(leaf)) is not None]
     if not sizes:
         return None
@@ -183,7 +183,7 @@ def _sizes(leaf: Tensor) -> Any:
 
 
 def take_rows(parts: Any, rows: Any) -> Any:
-    """The same structure of arrays, of these samples only."""
+    """Return the structure of arrays with these samples only."""
 
     def take(leaf: Tensor) -> Any:
         if leaf is None:

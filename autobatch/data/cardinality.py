@@ -1,4 +1,4 @@
-"""Count a data set's samples and batches, without reading it where it can be told."""
+"""Numbers of a data set's samples and batches, as far as tf.data shows them without reading it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from autobatch.types import Dataset, ElementSpec
 Shape = Sequence["int | None"]
 
 ONE_FOR_ONE = ("Prefetch", "Options", "Model", "Cache", "Shuffle", "AssertCardinality")
-"""What passes elements on one for one, in whatever order."""
+"""Kinds of datasets that pass elements on one for one, in any order."""
 
 _BATCHES_OF_ONE_SIZE = ("Batch", "ParallelBatch", "PaddedBatch")
 _BATCHES = (*_BATCHES_OF_ONE_SIZE, "Rebatch", "LegacyRebatch", "DenseToSparseBatch")
 
 MAPS = ("Map", "ParallelMap", "Take", "Skip", "Repeat", "Shard")
-"""What may change elements, but makes neither batches of samples nor samples of batches."""
+"""Kinds of datasets that may change elements, but make neither batches of samples nor samples of batches."""
 
 
 def is_of_samples(dataset: Dataset, input_shapes: Sequence[tuple[str, Shape]] = ()) -> bool:
-    """Whether the dataset's elements are single samples rather than batches.
+    """Return True if the dataset's elements are single samples rather than batches.
 
-    The first of these that tells decides:
+    The first rule that applies decides:
 
     1. A scalar among an element's parts: samples. (A batch has no scalar parts.)
-    2. Parts whose first dimensions are known and differ: samples. (A batch has as many of each.)
-    3. The model's inputs, where their shapes are known: with one dimension less, and sizes that agree, an element is a
-       sample; with as many dimensions or more, a batch. Where an input has the shape ``(None, 1)``, a vector of
-       unknown length may be either, and does not tell.
-    4. The dataset itself: if what makes its elements is ``batch`` or one of its kind, batches.
+    2. Parts whose first dimensions are known and differ: samples. (A batch has the same number of each.)
+    3. The model's inputs, if their shapes are known. An element with one dimension less, and sizes that agree, is a
+       sample. One with as many dimensions or more is a batch, and so is one whose sizes disagree. For an input of the
+       shape ``(None, 1)`` a vector of unknown length may be either, so that input does not decide.
+    4. The dataset itself: if its elements are made by ``batch`` or a similar method, batches.
     5. Otherwise batches, as Keras takes them.
 
     Args:
@@ -72,7 +72,7 @@ def _agree(one: Shape, other: Shape) -> bool:
 
 
 def _paired(element_spec: ElementSpec, input_shapes: Sequence[tuple[str, Shape]]) -> list[tuple[Any, Shape]]:
-    """The shapes of the inputs among an element's parts, each with that of the model's input that it goes to."""
+    """Return pairs of shapes: of each input part of an element, and of the model's input that it goes to."""
     x = element_spec[0] if isinstance(element_spec, tuple) else element_spec
     if isinstance(x, dict) and all(name in x for name, _ in input_shapes):
         pairs = [(x[name], shape) for name, shape in input_shapes]
@@ -88,10 +88,10 @@ def _paired(element_spec: ElementSpec, input_shapes: Sequence[tuple[str, Shape]]
 
 
 def sample_cardinality(dataset: Dataset, *, trust_maps: bool = False) -> int | None:
-    """How many samples a dataset of batches has; None where tf.data does not tell without reading it, or it is endless.
+    """Return the number of samples in a dataset of batches; None if it is endless or must be read to know.
 
-    ``trust_maps`` supposes that a ``map`` over batches leaves the number of samples in each as it is, which nearly
-    all do, but none has to.
+    ``trust_maps`` assumes that a ``map`` over batches leaves the number of samples in each as it is. Nearly all do, but
+    none has to.
     """
     batches = int(dataset.cardinality())
     if batches < 0:
@@ -120,7 +120,7 @@ def sample_cardinality(dataset: Dataset, *, trust_maps: bool = False) -> int | N
 
 
 def is_endless(dataset: Dataset) -> bool:
-    """Whether the dataset never ends, as far as tf.data can tell."""
+    """Return True if tf.data knows that the dataset never ends."""
     return bool(int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY)
 
 
@@ -131,7 +131,7 @@ def behind(dataset: Dataset, kinds: Sequence[str]) -> Any:
 
 
 def samples_in_batch(dataset: Dataset) -> int | None:
-    """The size of the batches that a ``batch`` makes; None for every other dataset, and where it is not constant."""
+    """Return the batch size of a dataset made by ``batch`` or ``padded_batch``; None if not constant, or for others."""
     if tf_data.kind_of(dataset) not in _BATCHES_OF_ONE_SIZE:
         return None
     size = tf_data.constant_of(dataset, "_batch_size")
@@ -139,10 +139,10 @@ def samples_in_batch(dataset: Dataset) -> int | None:
 
 
 def samples_in_element(dataset: Dataset) -> int | None:
-    """The size of the batches that are a dataset's elements, as the ``batch`` that made them says."""
+    """Return the size of the batches that are a dataset's elements, from the ``batch`` that made them, or None."""
     return samples_in_batch(behind(dataset, (*ONE_FOR_ONE, *MAPS)))
 
 
 def updates(samples: int | None, target_batch: int) -> int | None:
-    """How many effective batches there are of so many samples."""
+    """Return the number of effective batches that ``samples`` samples make; None if ``samples`` is None."""
     return None if samples is None else math.ceil(samples / target_batch)

@@ -1,14 +1,13 @@
-"""Whatever ``Model.fit`` accepts, as effective batches on the host.
+"""Effective batches on the host, made of any data that ``Model.fit`` accepts.
 
-Keras's own data adapters read the data, so that what Keras accepts is accepted and means what it means there; their
-``tf.data`` datasets are then cut anew into effective batches. Keras is handed the result through its own
-``DataAdapter`` interface.
+Keras's own data adapters read the data, so the same data are accepted with the same meaning. Their ``tf.data`` datasets
+are then cut again into effective batches. Keras gets the result through its own ``DataAdapter`` interface.
 
 The data can be looked at before training (:meth:`EffectiveBatches.look`) without losing an element and without
-changing the order of an epoch: arrays and PyDatasets are read by index, a ``tf.data.Dataset`` from a copy of its own,
-a torch loader with the random states put back. What can be read only once, what Python's functions make within a
-dataset, and what is too large to copy is not copied: its first effective batch is kept, and the first epoch begins
-with it.
+changing the order of an epoch. Arrays and PyDatasets are read by index, a ``tf.data.Dataset`` from an independent copy,
+a torch loader with the random states put back. Some data are not copied: those that can be read only once, those made
+by Python's functions within a dataset, and those too large to copy. Their first effective batch is kept, and the first
+epoch begins with it.
 """
 
 from __future__ import annotations
@@ -35,9 +34,10 @@ EMPTY = "dataset is empty, so that there is nothing to train on. Give at least o
 
 
 class EffectiveIterator(Iterator[Any]):
-    """One pass over effective batches, told by its type from what a callback may hand to the model meanwhile.
+    """One pass over effective batches; its type distinguishes it from data that a callback hands to the model.
 
-    It may begin when its first batch is asked for: at the end of an epoch Keras makes one that it never reads.
+    The pass may begin only when its first batch is asked for: at the end of an epoch Keras makes a pass that it never
+    reads.
     """
 
     def __init__(self, begin: Callable[[EffectiveIterator], Iterator[Any]]) -> None:
@@ -59,12 +59,12 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
     Args:
         x, y, sample_weight, shuffle, class_weight, steps_per_epoch: as for ``Model.fit``. A ``tf.data.Dataset`` may
-            be one of single samples as well: :func:`autobatch.data.cardinality.is_of_samples` tells.
+            be one of single samples as well: :func:`autobatch.data.cardinality.is_of_samples` decides.
         target_batch: samples in an effective batch; the last of an epoch may have fewer.
-        input_shapes: name and shape of each of the model's inputs, the batch dimension included, where it is known.
-        validation_data: as for ``Model.fit``; counted among what the host will hold, not read.
-        only_look: the data will not be trained on. Python's functions within a ``tf.data.Dataset`` are then called for
-            a look alone, rather than that the dataset's order moves on.
+        input_shapes: name and shape of each of the model's inputs, the batch dimension included; empty if not known.
+        validation_data: as for ``Model.fit``; counted in the host memory that will be held, not read.
+        only_look: True if the data will not be trained on. A look then reads a copy of a ``tf.data.Dataset`` even if
+            that calls Python's functions in it. So the order of the dataset itself does not move on.
 
     Raises:
         ValueError: the data are empty, the arrays differ in length, or Keras refuses them, in its own words.
@@ -98,11 +98,11 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self._shuffled = shuffle
         host = host_memory.available()
         copied = host_memory.uses_of_arrays(x, y, sample_weight) if self._arrays else ()
-        # Now, before the copies are made. How large samples of varying size are is not known yet.
+        # Before the copies are made. The size of samples that vary is not known yet.
         beside = host_memory.uses_of_validation(validation_data, sample_bytes=0)
         warned = self._arrays and host_memory.warn_if_short((*copied, *beside), host)
 
-        # Keras reads the first batches of PyDatasets and torch loaders to learn what they are like.
+        # Keras reads the first batches of PyDatasets and torch loaders to learn their structure.
         self._states = random_states.RandomStates(x)
         self._inner = self._adapter_for(self._parts, batch_size=target_batch, shuffle=shuffle)
         dataset = self._inner.get_tf_dataset()
@@ -131,7 +131,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         if self._arrays and arrays.any_mapped(x, y):
             return arrays.MappedArrays(x, y, sample_weight, **options)
         with warnings.catch_warnings():
-            # fit's own default of shuffle=True is not the user's word; Keras warns that it is ignored.
+            # shuffle=True may be fit's default rather than the user's choice; Keras would warn that it is ignored.
             warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
             return data_adapters.data_adapter_for(x=x, y=y, sample_weight=sample_weight, **options)
 
@@ -143,12 +143,12 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
     # -- looking ------------------------------------------------------------------------------------------------------
 
     def look(self) -> Any:
-        """A batch to take samples from, of as many as an effective batch, that leaves the data as they were.
+        """Return an effective batch to take samples from, and leave the data as they were.
 
-        Of arrays whose samples differ in size these are the largest of all; of everything else the first ones.
+        For arrays whose samples differ in size it holds the largest of all, for other data the first samples.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the data are empty.
         """
         if self._looked is None:
             try:
@@ -178,7 +178,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
     @property
     def _loader(self) -> Any:
-        """The user's PyDataset or torch loader, if the data are one."""
+        """The user's PyDataset or torch loader; None for other data."""
         dataset = data_adapters.py_dataset_of(self._inner)
         return data_adapters.torch_loader_of(self._inner) if dataset is None else dataset
 
@@ -205,13 +205,13 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
     # -- what the host will hold --------------------------------------------------------------------------------------
 
     def host_uses(self) -> tuple[HostUse, ...]:
-        """What the input pipeline and that of validation will hold in host memory, at the least, by name."""
+        """Return by name the host memory that the input pipelines of training and validation will hold at least."""
         return self._uses
 
     def bytes_to_come(self, samples: int) -> int:
-        """What effective batches under way will take besides ``samples`` that are on the device already.
+        """Return the bytes of effective batches under way, without ``samples`` that are on the device already.
 
-        That is 0 where the data have begun to be read, so that these batches are there.
+        It is 0 if reading the data has begun, since those batches then exist.
         """
         if self._pending is not None:
             return 0
@@ -226,7 +226,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         if data_adapters.is_dataset_adapter(self._inner):
             uses += host_memory.uses_of_dataset(self._source, sample_bytes=sample_bytes)
         if data_adapters.py_dataset_of(self._inner) is not None:
-            self.look()  # only a look tells how large its batches are, and the search will look anyway
+            self.look()  # only a look shows how large its batches are, and the search will look anyway
         uses += host_memory.uses_of_loader(self._loader, sample_bytes=sample_bytes, batch_samples=self._rows_in_first)
         return (*uses, *host_memory.uses_of_validation(validation_data, sample_bytes=sample_bytes))
 
@@ -244,7 +244,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             first, rest = self._pending
             self._pending = None
             return EffectiveIterator(lambda _: itertools.chain([first], rest))
-        if not self._arrays:  # whoever else reads the data or draws random numbers shall find them as Keras leaves them
+        if not self._arrays:  # begin now: other readers of data or random numbers then find what they find with Keras
             iterator = self._start()
             return EffectiveIterator(lambda _: iterator)
         later = EffectiveIterator(self._start_in_order)
@@ -253,7 +253,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         return later
 
     def _start_in_order(self, iterator: EffectiveIterator) -> Iterator[Any]:
-        """Start a pass over arrays; if they are shuffled, after those before it, for each draws from the seeds."""
+        """Start a pass over arrays; if shuffled, start earlier passes first, since each draws from the seeds."""
         while any(waiting() is iterator for waiting in self._waiting):
             earliest = self._waiting.pop(0)()
             if earliest is None:
@@ -264,12 +264,12 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
     def _start(self) -> Iterator[Any]:
         if self._states_after is not None:
-            # The random numbers that Keras's own fit has used by now, unless somebody set a seed since.
+            # Use up the random numbers that Keras's own fit would have used, unless somebody set a seed since.
             self._states_after.replay(self._states, self._parts[0])
             self._states_after = None
         if self._iterated and self.num_batches is None and self._inner.num_batches is not None:
             # At the end of an epoch of known length Keras starts an iterator that it does not use, which draws from
-            # a shuffle's seeds. Where the length is not known here, the next epoch's order needs it all the same.
+            # a shuffle's seeds. If the length is unknown only here, draw too, so that the next epoch has Keras's order.
             iter(self._dataset)
         self._iterated = True
         iterator = iter(self._dataset)
@@ -309,12 +309,12 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
     @property
     def num_batches(self) -> int | None:
-        """Updates in an epoch where that is certain: Keras ends the epoch after as many."""
+        """Updates in an epoch, after which Keras ends it; None if the number is not certain."""
         return cardinality.updates(self.sample_limit, self.target_batch)
 
     @property
     def expected_batches(self) -> int | None:
-        """Updates that an epoch will very likely have, to show progress with; never ends an epoch."""
+        """Updates that an epoch will very likely have, to show progress; None if unknown. It never ends an epoch."""
         samples = self.sample_limit
         if samples is None:
             samples = cardinality.sample_cardinality(self._source, trust_maps=True)
@@ -344,10 +344,10 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
 
 def _untuned(dataset: Dataset) -> Any:
-    """A dataset over arrays without tf.data's tuner.
+    """Return a dataset over arrays without tf.data's tuner.
 
-    There is nothing to tune in it but how many slices are cut at once, and on a few cores the tuner takes more of them
-    than the slices do: 90 ms of an epoch of 640.
+    The tuner could only choose how many slices are cut at once. On a few cores it takes more time than the slices do:
+    90 ms of an epoch of 640 ms.
     """
     options = tf.data.Options()
     options.autotune.enabled = False

@@ -1,4 +1,4 @@
-"""Prepare what ``Model.fit`` was given as data: the effective batches and the validation data."""
+"""Preparation of the data that ``Model.fit`` was given: effective batches and validation data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
 def prepare_data(
     model: Model, dataset: Dataset, y: Any, *, target_batch: int, options: dict[str, Any], only_look: bool = False
 ) -> tuple[EffectiveBatches, dict[str, Any]]:
-    """Turn ``fit``'s data and those of its options that concern data into effective batches.
+    """Turn ``fit``'s data, and those of its options that concern data, into effective batches.
 
-    Returns them with the options that are left for Keras's ``fit``. ``only_look`` tells that nothing will be trained
-    on them.
+    Return them with the options that are left for Keras's ``fit``. ``only_look`` is True if nothing will be trained on
+    them.
     """
     supported.require_supported(model)
     remaining = dict(options)
@@ -55,7 +55,7 @@ def prepare_data(
 
 
 def require_repeatable(dataset: Dataset) -> None:
-    """Refuse data that can be read only once where they are only looked at."""
+    """Refuse data that can be read only once, for calls that look at data without training on them."""
     if isinstance(dataset, types.GeneratorType):
         raise ValueError(
             "A generator can be read only once, and tune would use up its first batches. Pass arrays, a "
@@ -78,7 +78,7 @@ def _unpack(dataset: Dataset, y: Any, sample_weight: Any) -> tuple[Any, Any, Any
 
 
 def _input_shapes(model: Model) -> list[tuple[str, Any]]:
-    """Name and shape of each of the model's inputs, as far as they are known before it has seen data."""
+    """Return name and shape of each of the model's inputs, as far as they are known before it has seen data."""
     inputs = getattr(model, "inputs", None)
     if inputs:
         return [(tensor.name, tuple(tensor.shape)) for tensor in inputs]
@@ -91,7 +91,7 @@ def _input_shapes(model: Model) -> list[tuple[str, Any]]:
 
 
 def _validation_data(data: Batch, batch_size: int | None, target_batch: int, input_shapes: Any) -> Any:
-    """Validation data as Keras takes them: samples of a ``tf.data.Dataset`` in batches, mapped files read as needed."""
+    """Return validation data for Keras: single samples of a dataset in batches, mapped files read as needed."""
     if isinstance(data, tf.data.Dataset):
         is_of_samples = cardinality.is_of_samples(data, input_shapes)
         return data.batch(batch_size or target_batch) if is_of_samples else data

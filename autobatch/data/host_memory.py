@@ -1,8 +1,8 @@
-"""What the input pipeline will hold in host memory, estimated before training.
+"""Host memory that the input pipeline will hold, estimated before training.
 
-Only what is known without reading the data counts, so an estimate is a lower bound: a ``cache()`` whose length is not
-known is left out, and so is what the function of an ``interleave`` or a ``flat_map`` shuffles or caches, since how much
-there is of it is known only when it runs. What the device holds is no matter of this module's.
+Only what is known without reading the data counts, so an estimate is a lower bound. A ``cache()`` of unknown length is
+left out. So are the shuffles and caches inside the function of an ``interleave`` or a ``flat_map``, whose size is known
+only when it runs. Device memory is not counted here.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from autobatch.types import Batch, Dataset, ElementSpec, Tensor
 from autobatch.units import format_bytes
 
 AUTOTUNED_PREFETCH = 2
-"""Elements that a prefetch whose size tf.data chooses is counted with; it may choose more where there is room."""
+"""Elements counted for a prefetch whose size tf.data chooses; it may choose more if there is room."""
 
 
 def uses_of_arrays(x: Any, y: Any, sample_weight: Any) -> tuple[HostUse, ...]:
-    """The tensors into which Keras copies arrays: not those that are tensors, nor files that are read as needed."""
+    """Return the tensors into which Keras copies arrays; tensors and mapped files are not copied."""
     uses = []
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         copied_bytes = sum(_copied_bytes(leaf) for leaf in keras.tree.flatten(part) if leaf is not None)
@@ -55,11 +55,11 @@ def _item_bytes(array: Any) -> int:
 
 
 def uses_of_dataset(dataset: Dataset, *, sample_bytes: int) -> tuple[HostUse, ...]:
-    """What a dataset and those that it reads buffer: shuffles, caches in memory and prefetches, the last one first.
+    """Return the buffers of a dataset and its sources: shuffles, caches in memory and prefetches, the last one first.
 
     Args:
-        dataset: the user's, before it is cut anew.
-        sample_bytes: of one sample as training gets it; stands in where the shape of an element is not known.
+        dataset: the user's dataset, before it is cut into effective batches.
+        sample_bytes: bytes of one sample as training gets it; used if the shape of an element is not known.
     """
     kind = tf_data.kind_of(dataset)
     one_bytes = _element_bytes(dataset.element_spec, sample_bytes, cardinality.samples_in_element(dataset) or 1)
@@ -95,15 +95,17 @@ def _element_bytes(element_spec: ElementSpec, sample_bytes: int, rows: int) -> i
             sizes = [rows if size is None else size for size in shape]
             total += int(np.prod(sizes, dtype=np.int64)) * spec.dtype.size
         else:
-            return rows * sample_bytes  # what varies is taken to be as large as in the samples that were looked at
+            return rows * sample_bytes  # a size that varies is assumed to be that of the samples that were looked at
     return total
 
 
 def uses_of_loader(loader: Any, *, sample_bytes: int, batch_samples: int | None) -> tuple[HostUse, ...]:
-    """The batches that the workers of a PyDataset or a torch loader have ready; none of every other kind of data.
+    """Return the batches that workers of a PyDataset or a torch loader have ready; nothing for other data.
 
     Args:
-        batch_samples: in each batch; where that is not known and the loader does not tell, one.
+        loader: the user's data.
+        sample_bytes: bytes of one sample.
+        batch_samples: samples in each batch; None takes the loader's ``batch_size``, or 1 if it has none.
     """
     batch_bytes = sample_bytes * (batch_samples or getattr(loader, "batch_size", None) or 1)
     if isinstance(loader, keras.utils.PyDataset):
@@ -117,11 +119,11 @@ def uses_of_loader(loader: Any, *, sample_bytes: int, batch_samples: int | None)
 
 
 def uses_of_validation(data: Batch, *, sample_bytes: int) -> tuple[HostUse, ...]:
-    """What validation holds besides, as long as training lasts; the names begin with "validation".
+    """Return the memory that validation data hold as long as training lasts; the names begin with "validation".
 
     Args:
-        data: what ``Model.fit`` takes as ``validation_data``, before it is made into batches.
-        sample_bytes: of one sample for training, which stands in where that of validation is not known.
+        data: ``validation_data`` as given to ``Model.fit``, before it is made into batches.
+        sample_bytes: bytes of one sample for training; used if the size of one for validation is not known.
     """
     if data is None:
         return ()
@@ -137,14 +139,14 @@ def uses_of_validation(data: Batch, *, sample_bytes: int) -> tuple[HostUse, ...]
 
 
 def fixed_bytes(spec: Any) -> int | None:
-    """What one sample of a leaf takes, in bytes; None if that varies."""
+    """Return the bytes of one sample of a leaf; None if they vary."""
     if not isinstance(spec, tf.TensorSpec) or spec.dtype == tf.string or spec.shape.rank is None:
         return None
     return None if None in spec.shape[1:] else int(np.prod(spec.shape[1:], dtype=np.int64)) * int(spec.dtype.size)
 
 
 def mean_bytes(leaves: list[Tensor]) -> int:
-    """What one sample of a batch takes, in bytes, on the average."""
+    """Return the mean bytes of one sample of a batch, rounded up."""
     total = 0
     for leaf in leaves:
         sizes = row_sizes(leaf)
@@ -153,13 +155,13 @@ def mean_bytes(leaves: list[Tensor]) -> int:
 
 
 def available() -> Limit | None:
-    """The tightest limit on this process's host memory: the machine's, its control group's; None if none is known."""
+    """Return the lowest known limit on this process's host memory, the machine's or its control group's, or None."""
     known = [limit for limit in limits.all_limits("CPU:0") if limit.limit_bytes is not None]
     return min(known, key=lambda limit: limit.limit_bytes or 0, default=None)
 
 
 def warn_if_short(uses: Iterable[HostUse], limit: Limit | None) -> bool:
-    """Warn by name where the uses come to more than there is; tell whether it did."""
+    """Warn, with the names of the uses, if they exceed the limit; return True if it warned."""
     largest_first = sorted(uses, key=lambda use: -use.held_bytes)
     total = sum(use.held_bytes for use in largest_first)
     if limit is None or limit.limit_bytes is None or total <= limit.limit_bytes:

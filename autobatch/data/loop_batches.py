@@ -1,4 +1,4 @@
-"""Batches that a training loop of the user's own passes, one at a time."""
+"""Batches that the user's own training loop passes, one at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autobatch.types import Batch, ElementSpec
 
 
 class OneBatch:
-    """A single effective batch, looked at by a search for batches of ``at_least`` as many samples."""
+    """A single effective batch, as data for a search whose batches have ``at_least`` samples or as many as this one."""
 
     def __init__(self, data: Batch, *, at_least: int) -> None:
         self._data = data
@@ -23,20 +23,20 @@ class OneBatch:
         self.sample_limit = max(int(sample_count(self.structure.leaves(data))), at_least)
 
     def host_uses(self) -> tuple[HostUse, ...]:
-        """Nothing: the pipeline is the user's own loop."""
+        """Return nothing: the pipeline is the user's own loop."""
         return ()
 
     def bytes_to_come(self, samples: int) -> int:
-        """0, for the same reason."""
+        """Return 0: the batches to come are made by the user's own loop."""
         return 0
 
     def look(self) -> Any:
-        """The batch."""
+        """Return the batch."""
         return self._data
 
 
 def element_spec_of(data: Batch) -> Any:
-    """The type specs of a batch of tensors or arrays."""
+    """Return the type specs of a batch of tensors or arrays."""
     return tf.nest.map_structure(_spec_of, data)
 
 
@@ -44,13 +44,13 @@ def _spec_of(part: Any) -> Any:
     if part is None:
         return None
     if isinstance(part, np.ndarray):
-        return tf.TensorSpec(part.shape, tf.as_dtype(part.dtype))  # without the copy that a tensor is
+        return tf.TensorSpec(part.shape, tf.as_dtype(part.dtype))  # a tensor would be a copy
     is_composite = isinstance(part, (tf.RaggedTensor, tf.SparseTensor))
     return tf.type_spec_from_value(part if is_composite else tf.convert_to_tensor(part))
 
 
 def _parts(nest: Any) -> dict[tuple[Any, ...], Any]:
-    """The parts of a batch, or their type specs, by where they stand in it; a part that is missing is None."""
+    """Return the parts of a batch, or their type specs, by their paths in it; a missing part is None."""
     return {tuple(path): None if is_missing(part) else part for path, part in keras.tree.flatten_with_path(nest)}
 
 
@@ -66,10 +66,10 @@ def _described(spec: Any) -> str:
 
 
 def require_alike(element_spec: ElementSpec, batch: Batch) -> None:
-    """Refuse a batch that the step, made for batches of ``element_spec``, cannot take. Sizes may differ.
+    """Refuse a batch that a step made for batches of ``element_spec`` cannot take; its size may differ.
 
     Raises:
-        TypeError: a part has another dtype, or is of another kind, as sparse instead of dense.
+        TypeError: a part has another dtype, or is of another kind, for example sparse instead of dense.
         ValueError: a part is missing or new, or has another number of dimensions.
     """
     remedy = "Let all batches be alike, or call autobatch.wrap_step once for each kind."
@@ -96,9 +96,10 @@ def require_alike(element_spec: ElementSpec, batch: Batch) -> None:
 
 
 def widened(element_spec: ElementSpec, batch: Batch) -> Any:
-    """``element_spec`` with every dimension left open in which ``batch`` differs; the same object if none does.
+    """Return ``element_spec`` with every dimension left open in which ``batch`` differs.
 
-    Samples padded to the longest of each batch have another length in each.
+    It is the same object if no dimension differs. Samples padded to the longest of each batch differ in length from
+    batch to batch.
     """
     differs = False
 

@@ -1,4 +1,4 @@
-"""Keep the states of random generators while data are looked at, and put them back."""
+"""States of random generators, kept while data are looked at, and put back."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import numpy as np
 
 
 class RandomStates:
-    """The states of the global random generators that Python code draws from while it makes data.
+    """States of the global random generators that Python code draws from while it makes data.
 
-    Python's, NumPy's, and torch's where it is loaded, with the generators that a torch loader was given.
+    These are Python's and NumPy's. If torch is loaded, they include torch's, and the generators that a torch ``loader``
+    was given.
     """
 
     def __init__(self, loader: Any = None) -> None:
@@ -40,12 +41,12 @@ class RandomStates:
         return parts
 
     def restore(self) -> None:
-        """Set every generator to its state as it was."""
+        """Set every generator back to its kept state."""
         for set_state, state in self._parts():
             set_state(state)
 
     def replay(self, before: RandomStates, loader: Any = None) -> None:
-        """Set to these states the generators that are in the states ``before``: nobody has drawn from them since."""
+        """Set to these states every generator that is still in its state ``before``: nobody has drawn from it."""
         now = RandomStates(loader)
         for (set_state, state), (_, earlier), (_, current) in zip(
             self._parts(), before._parts(), now._parts(), strict=False
@@ -62,7 +63,7 @@ def _same_state(one: Any, other: Any) -> bool:
 
 @contextlib.contextmanager
 def random_states_kept(loader: Any = None) -> Iterator[None]:
-    """Whatever draws random numbers in here, the generators are as before afterwards."""
+    """Put the generators back to their states at the end, whatever the enclosed code draws."""
     states = RandomStates(loader)
     try:
         yield

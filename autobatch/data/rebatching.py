@@ -1,6 +1,6 @@
-"""A ``tf.data.Dataset`` of batches of any size, or of single samples, as one of effective batches.
+"""Effective batches cut from a ``tf.data.Dataset`` of batches of any size.
 
-Knows tf.data; knows nothing of Keras's data adapters, of models or of training.
+This module uses tf.data, but none of Keras's data adapters, models or training.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from autobatch.seams import tf_data
 from autobatch.tensors.batch_structure import NONE_SPEC
 from autobatch.types import Dataset
 
-# -- cutting anew -----------------------------------------------------------------------------------------------------
+# -- cutting again ----------------------------------------------------------------------------------------------------
 
 
 class Rebatched:
-    """The samples of a dataset of batches, in their order, ``target_batch`` at a time.
+    """Samples of a dataset of batches, in their order, ``target_batch`` at a time.
 
-    ``dataset`` yields ``(effective batch, whether batches of different lengths were padded for it)`` if
-    :attr:`pads`, and effective batches otherwise. Batches that were padded to different lengths are padded to the
-    longest of an effective batch with what ``padded_batch`` padded them with, as far as the dataset shows it.
+    Batches that were padded to different lengths are padded again to the longest of their effective batch. The padding
+    values are those of ``padded_batch`` if the dataset shows them, else zeros or empty strings.
+
+    Attributes:
+        pads: True if batches may need that padding.
+        dataset: yields effective batches; if :attr:`pads`, pairs of an effective batch and a boolean that is True if
+            batches of different lengths were padded for it.
     """
 
     def __init__(self, dataset: Dataset, target_batch: int) -> None:
@@ -53,7 +57,7 @@ class Rebatched:
         return recut
 
     def _pad_together(self, dataset: Dataset, target_batch: int, varying: list[int]) -> Any:
-        """By way of ragged tensors, which can be batched whatever their lengths, next to leaves of every kind."""
+        """Cut the dataset by way of ragged tensors, which can be batched with any lengths, next to other leaves."""
         spec = dataset.element_spec
         leaf_specs = tf.nest.flatten(spec)
         padding = _padding_values(dataset)
@@ -94,14 +98,14 @@ def _whole(spec: Any, element: tuple[Any, ...]) -> Any:
 
 
 def _ragged_rank(spec: Any) -> int:
-    """The last dimension after the first that is left open in a dense batch; 0 where none is, or nothing is known."""
+    """Return the last axis after the first whose size is open in a dense batch; 0 if there is none or it is unknown."""
     if not isinstance(spec, tf.TensorSpec) or spec.shape.rank is None:
         return 0
     return max((axis for axis, size in enumerate(spec.shape) if axis and size is None), default=0)
 
 
 def _without_optionals(dataset: Dataset) -> Any:
-    """Keras's adapters put an empty Optional where a part is missing, which cannot be cut; None can."""
+    """Replace the empty Optionals that Keras's adapters put for missing parts by None: Optionals cannot be cut."""
     spec = dataset.element_spec
     leaves = tf.nest.flatten(spec)
     if not any(isinstance(leaf, tf.OptionalSpec) for leaf in leaves):
@@ -118,7 +122,10 @@ def _without_optionals(dataset: Dataset) -> Any:
 
 
 def _cut_before_padding(dataset: Dataset, target_batch: int) -> Any:
-    """Where ``padded_batch`` comes last, the same with the effective batch: what the user would have written for it."""
+    """Return the dataset with its last step, a ``padded_batch``, made of ``target_batch`` samples.
+
+    It is None if the last step is another one, or drops a remainder.
+    """
     plain = behind(dataset, ("Prefetch", "Options"))
     padding = tf_data.padding_of(plain)
     if padding is None or tf_data.constant_of(plain, "_drop_remainder") is not False:
@@ -131,7 +138,7 @@ def _cut_before_padding(dataset: Dataset, target_batch: int) -> Any:
 
 
 def _padding_values(dataset: Dataset) -> list[Any]:
-    """What each leaf was padded with: as its ``padded_batch`` says, where one is found that made these leaves."""
+    """Return the value that each leaf was padded with; zero or "" if no ``padded_batch`` is found that made them."""
     dtypes = [getattr(spec, "dtype", None) for spec in tf.nest.flatten(dataset.element_spec)]
     zeros = ["" if dtype == tf.string else 0 for dtype in dtypes]
     plain = behind(dataset, (*ONE_FOR_ONE, *MAPS))

@@ -1,1 +1,1 @@
-"""Find what cannot be exact under accumulation, and say it by name before training."""
+"""Differences that accumulation cannot avoid, found and named before training."""

@@ -1,6 +1,6 @@
-"""How differences between micro-batches and one batch are said: all in the report, one of them in the warning.
+"""Sentences on differences between micro-batches and one batch: the report has all, the warning has one.
 
-Knows no TensorFlow; importing this imports none.
+Importing this module imports no TensorFlow.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 PAGE = "docs/exactness-and-limits.md"
-"""The page that explains each kind of difference, and what to do."""
+"""Page that explains each kind of difference, and what to do about it."""
 
 _MAY = re.compile(r"\bmay\b")
 
@@ -30,8 +30,13 @@ class Difference(str):
 def in_short(found: Sequence[str], *, sure: str, unsure: str, listed_in: str) -> str:
     """Return a warning of one difference, the number of the others, and where to read on.
 
-    A difference that is sure comes before one that may be. ``sure`` and ``unsure`` introduce either; ``listed_in`` is
-    where the user finds all of them.
+    A difference that is sure is preferred to one that may be.
+
+    Args:
+        found: the sentences, at least one.
+        sure: introduces a difference that is sure.
+        unsure: introduces a difference that may be.
+        listed_in: the place where the user finds all of them.
     """
     of_all = [sentence for sentence in found if not _MAY.search(sentence)]
     first = of_all[0] if of_all else found[0]
@@ -47,6 +52,6 @@ def clause_of(sentence: str) -> str:
 
 
 def page_of(sentence: str) -> str:
-    """Return where a difference is explained; of a sentence from a saved report the page alone is known."""
+    """Return the page and anchor that explain a difference; the page alone for a sentence from a saved report."""
     anchor = getattr(sentence, "anchor", "")
     return f"{PAGE}#{anchor}" if anchor else PAGE

@@ -9,7 +9,7 @@ import keras
 from autobatch.types import Layer, Model, Optimizer
 
 MOST_NAMES = 3
-"""The most layers of one class, and the most classes, that a sentence names; it counts the others."""
+"""Most layers of one class, and most classes, that a sentence names; it counts the others."""
 
 
 def named(layers: Iterable[Layer]) -> str:
@@ -18,7 +18,7 @@ def named(layers: Iterable[Layer]) -> str:
 
 
 def named_pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    """Return what :func:`named` does, given classes and names."""
+    """Return layers, given as pairs of class and name, as text: ``Dropout (a, b) and RandomFlip (c)``."""
     by_class: dict[str, list[str]] = {}
     for kind, name in pairs:
         by_class.setdefault(kind, []).append(name)
@@ -33,7 +33,7 @@ def _some(names: list[str]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names as a sentence has them: ``a, b and c``."""
+    """Return names joined for a sentence: ``a, b and c``."""
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 

@@ -1,8 +1,8 @@
-"""What cannot be the full batch's when gradients are accumulated, said by name before training.
+"""Differences from the full batch that accumulation cannot avoid, named before training.
 
-Everything that sees one micro-batch at a time and is no sum over samples differs: no accumulation, whoever writes it,
-can change that. The list is made of what is found in the model and in the trace of its step, not of what might be;
-where neither shows it, the sentence says "may". ``docs/exactness-and-limits.md`` explains each kind.
+Everything that sees one micro-batch at a time and is no sum over samples differs. No accumulation can change that.
+The list holds what is found in the model and in the trace of its step, not what might be there. If neither shows it
+for certain, the sentence says "may". ``docs/exactness-and-limits.md`` explains each kind.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from autobatch.tensors.variables import components, distinct
 from autobatch.types import Layer, Model, Optimizer, Variable
 
 _MOST_VARIABLES = 6
-"""So many variables are named; of more, their number."""
+"""Most variables that a sentence names; it counts the others."""
 
 _RATES = ("rate", "dropout", "recurrent_dropout", "stddev")
-"""By these Keras's layers tell how much they draw; at zero they draw nothing."""
+"""Attributes of Keras's layers that say how much they draw; at zero they draw nothing."""
 
 _LINEAR = ("SGD",)
 """Optimizers whose update is linear in the gradient, so that a repeated embedding row needs no summing beforehand."""
@@ -39,7 +39,7 @@ _COMPARING = ("circle",)
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """A model, and what is known of its micro-step."""
+    """A model, and the findings about its micro-step."""
 
     model: Model
     layers: list[Layer]
@@ -56,10 +56,10 @@ def differences(
     tables_kept_as_rows: Sequence[Any] = (),
     written: Sequence[Variable] = (),
 ) -> tuple[str, ...]:
-    """Return sentences on what in ``model`` depends on the micro-batch; none where nothing does.
+    """Return sentences on what in ``model`` depends on the micro-batch; none if nothing does.
 
-    ``traced`` is what the trace of the micro-step has shown, None before it; ``tables_kept_as_rows`` are the
-    embeddings' variables whose gradients reach the optimizer as in plain Keras; ``written`` the variables that a
+    ``traced`` holds the findings from the trace of the micro-step, None before it. ``tables_kept_as_rows`` are the
+    embeddings' variables whose gradients reach the optimizer as in plain Keras. ``written`` are the variables that a
     micro-step writes.
     """
     layers = models.layers_of(model)
@@ -74,11 +74,11 @@ def _normalising(subject: _Subject) -> Iterator[str]:
 
 
 def _drawing(subject: _Subject) -> Iterator[str]:
-    """Yield what draws: told by the trace where there is one, else by the layers' generators and rates."""
+    """Yield sentences on random draws, found in the trace if there is one, else in the layers' generators."""
     draws = subject.traced.draws or ()
     is_traced = subject.traced.draws is not None and not subject.model.run_eagerly
     holding = [] if is_traced else [layer for layer in subject.layers if _holds_generator(layer)]
-    # Of an eager model these are said before its first micro-batch, which shows the others.
+    # For an eager model these are named before its first micro-batch, which shows the others.
     yield from _said_of_draws(Kind.NEW, [_pair(layer) for layer in holding if _keras_rates(layer)])
     yield from _said_of_draws(Kind.UNKNOWN, [_pair(layer) for layer in holding if not _keras_rates(layer)])
     said = {_pair(layer) for layer in holding}
@@ -89,7 +89,7 @@ def _drawing(subject: _Subject) -> Iterator[str]:
 
 
 def _said_of_draws(kind: Kind, layers: list[tuple[str, str]], own: str = "") -> Iterator[str]:
-    """Yield a sentence on layers, by class and name, and on the step's ``own`` code, whose draws are of a kind."""
+    """Yield a sentence on layers (pairs of class and name) and the step's ``own`` code, whose draws are of ``kind``."""
     who = listed([part for part in (named_pairs(layers), own) if part])
     is_one = len({class_name for class_name, _ in layers}) + bool(own) == 1
     if not who:
@@ -205,7 +205,7 @@ def _comparing(subject: _Subject) -> Iterator[str]:
 
 
 def _mixing(subject: _Subject) -> Iterator[str]:
-    """Yield a sentence on what makes a sample depend on the others of its batch, batch normalisation apart."""
+    """Yield a sentence on what makes a sample depend on others of its batch; leave out batch normalisation."""
     layers: dict[int, Any] = {}
     elsewhere: list[str] = []
     for name in sorted(subject.traced.mixed):
@@ -220,19 +220,19 @@ def _mixing(subject: _Subject) -> Iterator[str]:
 
 
 def _layer_of(subject: _Subject, operation: str) -> Any:
-    """Return the innermost layer in whose scope an operation's name stands; None if there is none."""
+    """Return the innermost layer whose scope contains the named operation; None if there is none."""
     by_name = {layer.name: layer for layer in subject.layers[1:]}
     scopes = [each for scope in reversed(operation.split("/")[:-1]) for each in (scope, _without_number(scope))]
     return next((by_name[scope] for scope in scopes if scope in by_name), None)
 
 
 def _without_number(scope: str) -> str:
-    """Return a layer's name without what TensorFlow puts behind it where it is called again."""
+    """Return a layer's name without the number that TensorFlow appends when the layer is called again."""
     return re.sub(r"_\d+$", "", scope)
 
 
 def _not_followed(subject: _Subject) -> Iterator[str]:
-    """Yield a sentence where it is not known how a loss is made of the samples."""
+    """Yield a sentence if it is not known how a loss is made of the samples."""
     traced = subject.traced
     own = _own_loss_code(subject.model)
     because = f" (in {traced.untold})" if traced.untold else ""
@@ -260,7 +260,7 @@ def _updated_in_parts(subject: _Subject) -> Iterator[str]:
 
 
 def _loose_logs(subject: _Subject) -> Iterator[str]:
-    # A loss that is not known is named by itself.
+    # A loss that is not understood gets its own sentence.
     if subject.traced.loose_logs and not subject.traced.untold and not subject.traced.comparing:
         names = ", ".join(repr(name) for name in subject.traced.loose_logs if name)
         named_as = f" as {names}" if names else ""
@@ -283,7 +283,7 @@ KINDS = (
     ("metrics", _updated_in_parts),
     ("metrics", _loose_logs),
 )
-"""The kinds of differences: where the page explains them, and what finds them."""
+"""Kinds of differences: the anchor that explains each, and the function that finds it."""
 
 
 def _holds_generator(layer: Layer) -> bool:
@@ -294,7 +294,7 @@ def _holds_generator(layer: Layer) -> bool:
 
 
 def _keras_rates(layer: Layer) -> list[float]:
-    """Return how much one of Keras's own layers draws; nothing where its class does not tell."""
+    """Return the drawing rates of one of Keras's own layers; an empty list if its class has none."""
     library_class = next(cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] == "keras")
     if library_class in (keras.layers.Layer, keras.Model):
         return []
@@ -307,13 +307,13 @@ def _pair(layer: Layer) -> tuple[str, str]:
 
 
 def _step_of(model: Model) -> str:
-    """Return the user's code that runs outside of every layer, in words."""
+    """Return a name for the user's code that runs outside of every layer."""
     own = _own_loss_code(model)
     return own[:1].lower() + own[1:] if own.startswith("The ") else own or "the loss"
 
 
 def _done_to_each_row(optimizer: Optimizer) -> str:
-    """Return what an optimizer does to gradients that is not the same for a sum as for its parts; empty if nothing."""
+    """Return the verb for what an optimizer does to gradients that is not linear; "" if all of it is linear."""
     if type(optimizer).__name__ not in _LINEAR:
         return "squares"
     clipping = [getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue")]
@@ -321,7 +321,7 @@ def _done_to_each_row(optimizer: Optimizer) -> str:
 
 
 def _own_loss_code(model: Model) -> str:
-    """What of the user's computes the loss, in words; empty where Keras does."""
+    """Return a name for the user's code that computes the loss; "" if Keras's own code does."""
     if not isinstance(model, keras.Model):
         return "The train_step of this loop"
     for name in ("train_step", "compute_loss"):
@@ -331,7 +331,7 @@ def _own_loss_code(model: Model) -> str:
 
 
 def has_code_of_its_own(model: Model) -> bool:
-    """Return True if something of the user's may reduce a batch on the way to the loss: a step, a loss or a layer."""
+    """Return True if the user's own step, loss or layer may reduce a batch on the way to the loss."""
     if _own_loss_code(model):
         return True
     losses = [loss for loss in tf.nest.flatten(getattr(model, "loss", None)) if not isinstance(loss, (str, type(None)))]
@@ -344,8 +344,8 @@ def _is_keras(what: Any) -> bool:
 
 
 def _told_apart(subject: _Subject) -> set[int]:
-    """Return the ids of variables that other sentences are about, or none: metrics', optimizers', statistics."""
-    # What a plain step was seen to write may be what micro-steps leave to the update.
+    """Return the ids of variables that have their own sentence or need none: metrics', optimizers', statistics."""
+    # A plain step may write variables that micro-steps leave to the update.
     known = [*subject.traced.once_an_update]
     known += [variable for metric in subject.model.metrics for variable in metric.variables]
     known += [variable for optimizer in subject.optimizers for variable in optimizer.variables]
@@ -368,12 +368,12 @@ def _is_seed(variable: Variable) -> bool:
 
 
 def _is_of_a_metric(variable: Variable) -> bool:
-    """Return True if it is of a metric that the model does not know: Keras makes their variables to be summed."""
+    """Return True if a variable belongs to a metric unknown to the model: Keras gives those the aggregation SUM."""
     return bool(variable.aggregation == tf.VariableAggregation.SUM)
 
 
 def _losses_of(model: Model) -> list[Any]:
-    """Return the losses given to ``compile``, and the model's attributes, for a ``train_step`` of its own."""
+    """Return the losses given to ``compile``, and those among the model's attributes, which its own step may use."""
     found = []
     for attribute in vars(model).values():
         parts = attribute if isinstance(attribute, (list, tuple)) else [attribute]

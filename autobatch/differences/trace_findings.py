@@ -1,8 +1,8 @@
-"""What the trace of a micro-step shows of a model's own code: what of it cannot be told to be exact.
+"""Findings from tracing a micro-step: which parts of the user's code may differ under accumulation.
 
-A loss is exact where the graph tells how it is made of the samples (:mod:`autobatch.losses.loss_terms`) and no sample
-depends on the others; a gradient, where nothing but linear operations lies between the tape and the optimizer. The
-sentences on what is not are in :mod:`autobatch.differences.rules`.
+A loss is exact if the graph shows how it is made of the samples (:mod:`autobatch.losses.loss_terms`) and no sample
+depends on the others. A gradient is exact if nothing but linear operations lies between the tape and the optimizer.
+The sentences on everything else are in :mod:`autobatch.differences.rules`.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ from autobatch.types import Layer, Optimizer, Tensor, Variable
 
 
 class TraceFindings:
-    """Filled while one micro-step is traced; where it runs eagerly, with what is known without a graph."""
+    """Findings about one micro-step, filled while it is traced. An eager step fills in what needs no graph."""
 
     def __init__(self) -> None:
         self.scalar_metrics: tuple[str, ...] = ()
-        """The names of metrics that make one number of a batch, of which that is not known to be a mean."""
+        """Names of metrics that make one number of a batch which is not known to be a mean."""
         self.updated_in_parts: dict[str, str] = {}
-        """By their names, why metrics that may be no sums over samples are updated with each micro-batch."""
+        """Metrics that may be no sums over samples, and are updated with each micro-batch: name to reason."""
         self.loose_logs: tuple[str, ...] = ()
-        """The names of what the step returns that may not be the effective batch's; empty for what has no name."""
+        """Names of returned values that may not be the effective batch's; an empty string for one without a name."""
         self.held_sample_bytes = 0
-        """What is kept of a sample until the effective batch is through, for metrics that are to see it whole."""
+        """Bytes kept for each sample until the effective batch ends, for metrics that must see it whole."""
         self.applied: list[Any] = []
-        """The optimizers that were applied, in order."""
+        """Optimizers that were applied, in order."""
         self.adding_layers: list[Any] = []
-        """The layers that called ``add_loss`` with what depends on the data."""
+        """Layers that called ``add_loss`` with a value that depends on the data."""
         self.changed_for: list[Any] = []
-        """The optimizers whose gradients were changed, other than linearly, between the tape and ``apply``."""
+        """Optimizers whose gradients were changed, other than linearly, between the tape and ``apply``."""
         self.comparing = ""
-        """The name of an operation that puts samples of a batch together on the way to what is differentiated."""
+        """Name of an operation that combines samples of a batch on the way to the differentiated value."""
         self.mixed: frozenset[str] = frozenset()
-        """The names of operations through which a sample came to depend on the others of its batch."""
+        """Names of operations that made a sample depend on the others of its batch."""
         self.untold = ""
-        """The name of an operation because of which it is not known how a loss is made of the samples."""
+        """Name of the operation that hides how a loss is made of the samples."""
         self.is_told = False
-        """Whether the graph tells how all that is differentiated is made of the samples."""
+        """True if the graph shows how every differentiated value is made of the samples."""
         self.draws: tuple[draws.Draw, ...] | None = None
-        """The random draws that a trace or an eager micro-batch has shown; None before."""
+        """Random draws that a trace or an eager micro-batch has shown; None before."""
         self.settled: list[Any] = []
-        """The handles of the variables whose assignments make no difference from the second micro-batch on."""
+        """Handles of variables whose assignments make no difference from the second micro-batch on."""
         self.sees_updates: bool | None = None
-        """Whether what follows an optimizer's ``apply`` reads what that changes; None where it is not known."""
+        """True if code after an optimizer's ``apply`` reads a variable that it changed; None if not known."""
         self.repeated_rows: list[Any] | None = None
-        """The tables whose gradients have a row for each look-up, of which some may be the same; None if not known."""
+        """Tables whose gradients have a row for each look-up, and may repeat a row; None if not known."""
         self._applied_at: list[tuple[Any, int, list[Any]]] = []
         self._takes_gradients_after_an_update = False
         self.once_an_update: list[Any] = []
-        """The Keras variables that are assigned once, behind the last micro-batch (:mod:`running_averages`)."""
+        """Keras variables assigned once, after the last micro-batch (:mod:`autobatch.averages.running_averages`)."""
         self.averaged_apart: tuple[str, ...] = ()
-        """The paths of those whose statistics the step computes with itself."""
+        """Paths of those variables whose statistics the step itself computes with."""
         self.differentiated: list[Any] = []
-        """What tapes have differentiated, while the graph is there."""
+        """Values that tapes have differentiated, kept only as long as the graph."""
         self._gradients: list[Tensor] = []
         self._on_arguments: dict[Any, bool] = {}
 
     def note_dependence(self, found: Dependence) -> None:
-        """Note what a loss, or what a step differentiates or reports, depends on."""
+        """Note the dependence of a loss, or of a value that a step differentiates or reports."""
         self.mixed |= found.mixed
         if found.unknown and not found.compares and not self.untold:
             self.untold = found.unknown
@@ -90,7 +90,7 @@ class TraceFindings:
         self._gradients += [part for part in _dense_parts(gradients) if _is_symbolic(part)]
 
     def note_applied(self, optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
-        """Note the gradients that an optimizer is given, and their variables."""
+        """Note the gradients that an optimizer is given, and the variables that they belong to."""
         self.applied.append(optimizer)
         if not tf.executing_eagerly():
             self._note_place(gradients, variables)
@@ -100,7 +100,7 @@ class TraceFindings:
         following = linearity.what_follows(self._gradients)
         for part in given:
             operation = linearity.not_linear_in(part, self._gradients, lambda each: id(each) not in following)
-            # What a function does is not looked into.
+            # The inside of a function is not examined.
             if operation is not None and not operation.type.endswith("PartitionedCall"):
                 self.changed_for.append(optimizer)
                 return
@@ -116,7 +116,7 @@ class TraceFindings:
         self.repeated_rows = [*(self.repeated_rows or []), *components(rows)]
 
     def note_end(self, logs: Any) -> None:
-        """Note what shows once the step has ended, and has returned these logs."""
+        """Note what can be seen only after the step has returned these logs."""
         if tf.executing_eagerly():
             self.sees_updates = None if self._takes_gradients_after_an_update else False
             return
@@ -135,12 +135,12 @@ class TraceFindings:
         return linearity.depends_on_arguments(tensor, self._on_arguments)
 
     def take_over(self, other: TraceFindings) -> None:
-        """Take what a trace of the same code has shown of its losses."""
+        """Take over the findings on losses from ``other``, a trace of the same code."""
         self.mixed, self.untold, self.is_told = other.mixed, other.untold, other.is_told
         self.comparing, self.adding_layers = other.comparing, other.adding_layers
 
     def forget_tensors(self) -> None:
-        """Let go of the graph; what was found stays."""
+        """Let go of the graph, and keep the findings."""
         self._gradients, self._on_arguments, self._applied_at, self.differentiated = [], {}, [], []
 
 

@@ -1,4 +1,4 @@
-"""Small parts of a graph, made once more with other inputs, and their derivatives."""
+"""Copies of small parts of a graph with other inputs, and derivatives of such parts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from autobatch.types import Tensor, Variable
 
 
 def copied(result: Any, ends: Sequence[Any], values: Sequence[Any]) -> Any:
-    """``result`` as it would be if the tensors ``ends``, which it is computed from, were ``values``.
+    """Return ``result`` as it would be if the tensors ``ends``, from which it is computed, were ``values``.
 
-    Operations between the two are made again; what depends on none of ``ends`` is used as it is.
+    The operations between the two are made again. What depends on none of ``ends`` is used as it is.
     """
     made = {end.name: value for end, value in zip(ends, values, strict=True)}
     order: list[Any] = []
@@ -44,7 +44,7 @@ def copied(result: Any, ends: Sequence[Any], values: Sequence[Any]) -> Any:
 
 
 def gradients_of(result: Any, sources: Sequence[Any], above: Any) -> list[Tensor]:
-    """The derivatives of ``result`` for each source, None where it does not depend on it."""
+    """Return the derivative of ``result`` for each source; None for a source on which it does not depend."""
     if not sources:
         return []
     found: list[Any] = tf.gradients(result, list(sources), grad_ys=None if above is None else [above])
@@ -52,7 +52,7 @@ def gradients_of(result: Any, sources: Sequence[Any], above: Any) -> list[Tensor
 
 
 def sources_of(tensors: Sequence[Tensor], candidates: Sequence[Variable]) -> set[int]:
-    """The places of those candidates that any of the tensors is computed from."""
+    """Return the places of those candidates from which any of the tensors is computed."""
     place_of = {candidate.name: place for place, candidate in enumerate(candidates)}
     found: set[int] = set()
     seen: set[str] = set()

@@ -1,9 +1,9 @@
-"""How a tensor of a traced step depends on the samples of its batch: the record, and how two of them combine.
+"""Dependence of a traced step's tensors on the samples of the batch: the record, and how two of them combine.
 
-A loss is a mean over samples, a sum, or something else, and the gradient of a micro-batch counts accordingly. That can
-be read from the graph: follow each tensor from the batch on, and note which of its dimensions counts samples, and once
-that dimension is summed up, with which power of the number of samples the result grows. A mean has the *degree* 0, a
-sum the degree 1, and a division by the number of samples takes one off.
+A loss is a mean over samples, a sum, or something else, and the gradient of a micro-batch counts accordingly. The graph
+shows which. Each tensor is followed from the batch on, with the dimension that counts samples. Once that dimension is
+summed up, the result grows with some power of the number of samples: its *degree*. A mean has the degree 0, a sum the
+degree 1, and a division by the number of samples takes one off.
 
 This module knows no operation; the rules for each are in :mod:`autobatch.graphs.sample_rules`.
 """
@@ -15,26 +15,27 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 COMPARES = "(it sets samples against each other)"
-"""What follows the name of an operation that does so, in :attr:`Dependence.unknown`."""
+"""End of :attr:`Dependence.unknown` if its operation, named before it, sets samples against each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dependence:
-    """What is known of one tensor.
+    """Record of what is known about one tensor.
 
     ``axis`` is the dimension that counts samples, None where none does. ``degree`` is the power of the number of
-    samples that every number in it grows with when the samples are repeated, None if it is none. ``data`` tells that
-    it depends on the samples, and not on weights and constants alone, ``weights`` that it depends on a variable.
+    samples with which every number in it grows when the samples are repeated. It is None if there is no such power.
+    ``data`` is True if the tensor depends on the samples, and not on weights and constants alone. ``weights`` is True
+    if it depends on a variable.
 
-    Without an axis, ``linear`` tells that it is a sum of contributions, one for each sample. ``mixed`` names the
-    operations through which one sample came to depend on the others, ``added`` those that were so far only added to
-    each sample, which a sum or a mean over the samples undoes.
+    Without an axis, ``linear`` is True if the tensor is a sum of contributions, one for each sample. ``mixed`` names
+    the operations through which one sample came to depend on the others. ``added`` names those whose results were so
+    far only added to each sample. A sum or a mean over the samples undoes that.
 
-    ``parts`` is how many entries the axis has for each sample, None where that is not known; ``selected`` tells that
-    it holds some of the samples only, picked by their data; ``scattered`` that a sample's entries are not side by side.
-    ``entries`` are the degrees of a vector's numbers, where they were computed from shapes. ``positions`` tells that a
-    vector counts the samples: 0, 1, 2, and so on. ``zero`` is a constant 0, which adds nothing.
-    ``unknown`` names the operation behind which nothing is known, empty otherwise.
+    ``parts`` is the number of entries that the axis has for each sample, None where it is unknown. ``selected`` is True
+    if the tensor holds only some of the samples, picked by their data. ``scattered`` is True if a sample's entries are
+    not side by side. ``entries`` are the degrees of a vector's numbers, where they were computed from shapes.
+    ``positions`` is True if a vector counts the samples: 0, 1, 2, and so on. ``zero`` is True for a constant 0, which
+    adds nothing. ``unknown`` names the operation behind which nothing is known, and is empty otherwise.
     """
 
     axis: int | None = None
@@ -54,39 +55,39 @@ class Dependence:
 
     @property
     def compares(self) -> bool:
-        """Whether it is unknown because samples were set against each other."""
+        """True if the dependence is unknown because samples were set against each other."""
         return self.unknown.endswith(COMPARES)
 
     @property
     def is_plain_sum(self) -> bool:
-        """Whether it is a sum of the samples' contributions that grows with a known power of their number."""
+        """True if the tensor is a sum of the samples' contributions that grows with a known power of their number."""
         return self.axis is None and self.linear and self.degree is not None and not self.unknown
 
 
 FREE = Dependence()
-"""A constant, or what is made of constants."""
+"""Dependence of a constant, or of what is made of constants."""
 
 Degree = int | Fraction | None
 
 
 def unknown(name: str) -> Dependence:
-    """What depends on the samples in a way that is not known, because of the operation of that name."""
+    """Return the dependence of a tensor that the operation ``name`` makes of the samples in an unknown way."""
     return Dependence(degree=None, data=True, linear=False, unknown=name)
 
 
 def first_unknown(operands: Iterable[Dependence]) -> Dependence | None:
-    """The first of the operands of which nothing is known, None if there is none."""
+    """Return the first operand whose dependence is unknown; None if there is none."""
     return next((operand for operand in operands if operand.unknown), None)
 
 
 def same_degree(operands: Iterable[Dependence]) -> Degree:
-    """The degree that all operands share, zeros apart; None if they do not."""
+    """Return the degree that all operands but zeros share; 0 if all are zeros, None if the degrees differ."""
     degrees = {operand.degree for operand in operands if not operand.zero}
     return degrees.pop() if len(degrees) == 1 else 0 if not degrees else None
 
 
 def merged(result: Dependence, operands: Iterable[Dependence]) -> Dependence:
-    """``result``, with what any of the operands makes true of all that is computed from it."""
+    """Return ``result`` with what any of the operands makes true of all that is computed from it."""
     operands = tuple(operands)
     return replace(
         result,
@@ -103,18 +104,18 @@ def merged(result: Dependence, operands: Iterable[Dependence]) -> Dependence:
 
 
 def settled(value: Dependence) -> Dependence:
-    """``value`` after an operation that is not linear: what was only added to the samples is mixed with them now."""
+    """Return ``value`` after a nonlinear operation: what was only added to the samples is mixed with them now."""
     return replace(value, mixed=value.mixed | value.added, added=frozenset())
 
 
 def summed(value: Dependence, name: str, *, mean: bool) -> Dependence:
-    """The sum or mean over the samples of what has an axis; ``name`` is the operation's."""
+    """Return the dependence of the sum or mean of ``value`` over its axis; ``name`` is the operation's."""
     if value.selected and mean:
         return replace(_without_axis(value), degree=None, linear=False)
     degree = value.degree if mean or value.degree is None else value.degree + 1
     linear = value.degree is not None and value.linear
     total = _without_axis(value)
-    # What one sample's share owes to the others is not undone by adding the shares up, but what was added to all is.
+    # Adding the samples up undoes what was added to all of them, but not what mixed them with each other.
     return replace(total, degree=degree, linear=linear, added=frozenset({name}) if value.data else frozenset())
 
 
@@ -123,7 +124,7 @@ def _without_axis(value: Dependence) -> Dependence:
 
 
 def joined(one: Dependence | None, other: Dependence | None) -> Dependence | None:
-    """What is known of a tensor that may be the one or the other: of two branches, or of two rounds of a loop."""
+    """Return the dependence of a tensor that may be either one: of two branches, or of two rounds of a loop."""
     if one is None or other is None or one == other:
         return one if other is None else other
     if one.unknown or other.unknown:

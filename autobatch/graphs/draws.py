@@ -1,8 +1,9 @@
 """Random draws in the trace of a micro-step: whose they are, and whether micro-batches draw as one batch would.
 
 Every random operation is marked with the layer whose call made it, in functions, branches and loops as well. A draw
-counts where its numbers reach the logs or a variable. Its seed tells what differs: one that moves gives new numbers in
-each micro-batch; one that stands still repeats the same ones, which differs where their shape depends on the data.
+counts where its numbers reach the logs or a variable. Its seed shows what differs. A seed that moves gives new numbers
+in each micro-batch. A seed that stands still repeats the same numbers. That differs where their shape depends on the
+data.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ _CALLING = re.compile(r"(Stateful)?PartitionedCall|(Stateless)?(If|While|Case)")
 """The types of operations whose work is done by functions of the graph."""
 
 _WRITING = re.compile(r"Assign\w*VariableOp|Resource(Apply|Scatter|SparseApply|StridedSliceAssign)\w*")
-"""The types of operations that change a variable, those apart that move the state of a generator."""
+"""The types of operations that change a variable, except those that move the state of a generator."""
 
 _READING_STATE = re.compile(r"ReadVariableOp|ResourceGather|ResourceGatherNd|Rng\w+")
-"""The types of operations by which a seed depends on a state."""
+"""The types of operations through which a seed depends on a state."""
 
 _SEED_AT = {"StatelessMultinomial": 2}
-"""The input that holds the seed or the key of a stateless draw, where it is not the one behind the shape."""
+"""Place of the input with the seed or the key of a stateless draw, where it does not follow the shape."""
 
 
 class Kind(Enum):
-    """What the micro-batches of an update draw, compared with one batch."""
+    """Numbers that the micro-batches of an update draw, compared with one batch."""
 
     NEW = "new numbers in each micro-batch"
     REPEATED = "the same numbers in each micro-batch"
@@ -51,7 +52,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Draw:
-    """A draw of random numbers; ``layer`` holds class and name of the layer whose call made it, None outside of any."""
+    """A draw of random numbers; ``layer`` holds class and name of the layer whose call made it, None outside layers."""
 
     layer: tuple[str, str] | None
     kind: Kind
@@ -63,13 +64,13 @@ def is_drawing(kind: str) -> bool:
 
 
 def marked() -> contextlib.AbstractContextManager[None]:
-    """Mark what draws, while this lasts, with the layer that is running."""
+    """Mark operations that draw within this context, and calls of functions, with the layer that is running."""
     return random_operations.operations_marked(lambda kind: is_drawing(kind) or bool(_CALLING.fullmatch(kind)), _mark)
 
 
 @contextlib.contextmanager
 def noted_eagerly(traced: Any) -> Iterator[None]:
-    """Set ``traced.draws`` to what is drawn eagerly while this lasts; a seed that is given may stand still."""
+    """Set ``traced.draws`` to what is drawn eagerly within this context; a seed that is given may stand still."""
     found: dict[Draw, None] = {}
 
     def note(kind: str) -> None:
@@ -92,9 +93,9 @@ def _layer_of(mark: str) -> tuple[str, str] | None:
 
 
 def draws_of(graph: Graph, results: Iterable[Any]) -> tuple[Draw, ...]:
-    """Return what is drawn in a graph on the way to ``results`` or into a variable, each draw once.
+    """Return the draws in a graph whose numbers reach ``results`` or a variable, each draw once.
 
-    ``graph`` was made while :func:`marked` lasted; it may still grow.
+    ``graph`` was made within the context of :func:`marked`; it may still grow.
     """
     if not any(_CALLING.fullmatch(each.type) or is_drawing(each.type) for each in graph.get_operations()):
         return ()
@@ -126,7 +127,7 @@ class _Body:
         return cls({node.name: node for node in function.node_def}, given, results, functions)
 
     def draws(self, mark: str, call: _Call | None) -> Iterator[Draw]:
-        """Yield the draws whose numbers are used; ``mark`` is that of the call, for what has none of its own."""
+        """Yield the draws whose numbers are used; ``mark`` is the call's, for operations without one of their own."""
         sinks = [*self._results, *(node.name for node in self._nodes.values() if self._is_writing(node))]
         used = set(self._behind(sinks))
         for name, node in self._nodes.items():
@@ -147,7 +148,7 @@ class _Body:
         return self._holds(node, lambda each: bool(_READING_STATE.fullmatch(each.op)) or is_drawing(each.op))
 
     def _holds(self, node: Any, is_it: Callable[[Any], bool]) -> bool:
-        """Return True if a node is of a kind, or one in a function that it calls."""
+        """Return True if ``is_it`` holds for a node, or for one in a function that it calls."""
         inside = (inner._holds(each, is_it) for inner in self._called_by(node) for each in inner._nodes.values())
         return is_it(node) or any(inside)
 
@@ -166,7 +167,7 @@ class _Body:
         return [self._functions[name] for each in named.values() for name in each if name in self._functions]
 
     def _behind(self, names: Iterable[str]) -> list[str]:
-        """Return the nodes, and arguments, that these depend on, themselves included."""
+        """Return the names of the nodes and arguments that these depend on, themselves included."""
         pending, found = list(names), dict[str, None]()
         while pending:
             name = pending.pop()
@@ -186,7 +187,7 @@ class _Body:
         shape = tf.TensorShape(node.attr["_output_shapes"].list.shape[0]) if "_output_shapes" in node.attr else None
         is_of_one_size = shape is not None and shape.is_fully_defined()
         if seed_of is _Origin.DATA:
-            # In a function it is called for each sample, as by tf.map_fn, with a seed that the sample has.
+            # In a function, it is drawn for each sample, as by tf.map_fn, with the sample's own seed.
             return None if is_of_one_size and call is not None else Kind.UNKNOWN
         if is_of_one_size or self._origin([_node_of(node.input[0])], call) is _Origin.CONSTANT:
             return None
@@ -197,7 +198,7 @@ class _Body:
         behind = self._behind(names)
         places = {self._given[name] for name in behind if name in self._given}
         if call is not None and call.node.op.endswith("While"):
-            # What a loop carries comes from the run before.
+            # What a loop carries comes from the round before.
             carried = [self._results[place] for place in places if place < len(self._results)]
             behind += self._behind(carried)
             places = {self._given[name] for name in behind if name in self._given}
@@ -213,7 +214,7 @@ class _Body:
 
 
 class _Origin(Enum):
-    """What a tensor depends on: a state that moves before anything else, then what the step is given."""
+    """Origin of a tensor: a state that moves counts before anything else, then what the step is given."""
 
     CONSTANT = "neither"
     DATA = "what the step is given"

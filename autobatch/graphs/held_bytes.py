@@ -15,7 +15,7 @@ import tensorflow as tf
 from autobatch.seams.graph_functions import output_item_bytes
 
 PIECES = 8
-"""Pieces to ask for: few, for each costs microseconds of every step."""
+"""Number of pieces to ask for: few, as each costs microseconds of every step."""
 
 _SHARED = frozenset(
     ("Reshape", "Identity", "IdentityN", "StopGradient", "PreventGradient", "ExpandDims", "Squeeze", "EnsureShape")
@@ -23,7 +23,7 @@ _SHARED = frozenset(
 """Operations whose outputs are their inputs' buffers."""
 
 _WRITES = ("Assign", "Resource")
-"""How the names of operations begin that change a variable."""
+"""Beginnings of the names of operations that change a variable."""
 
 _NOT_COMPUTED = frozenset(("Placeholder", "Const", "NoOp", "Empty"))
 
@@ -33,21 +33,22 @@ _IN_PLACE = frozenset(
         *("RealDiv", "Reciprocal", "Rsqrt", "SelectV2", "Sign", "Sqrt", "Square", "SquaredDifference", "Sub", "Tanh"),
     )
 )
-"""Operations, element by element, that write over an input of the same size which nobody else will read."""
+"""Elementwise operations that write over an input of the same size if nothing else reads it."""
 
 _BLOCK_BYTES = 256
-"""The allocator's unit: what is smaller takes as much."""
+"""Unit of the allocator: a smaller tensor takes as much."""
 
 
 def temporaries(
     graph: tf.Graph, first: int, *, unknown_bytes: int, copied: Collection[tuple[int, ...]] = ()
 ) -> list[int]:
-    """The blocks that make room for what the operations of ``graph`` from the ``first`` on hold at once, in bytes.
+    """Return the blocks, in bytes, with room for what the operations of ``graph`` from ``first`` on hold at once.
 
-    Each operation is taken to start as soon as it can; what its kernel works with beside its outputs, and iterations of
-    a loop that run at once, are not known. ``unknown_bytes`` is taken for a tensor whose shape the trace does not tell.
-    Variables' buffers are not counted, but copies of variables whose shape is one of ``copied``. The first block is for
-    the largest of what is held at any moment, the second for the second largest, and so on; the last for all others.
+    Each operation is taken to start as soon as it can. The memory that its kernel uses beside its outputs is unknown,
+    and so are iterations of a loop that run at once. ``unknown_bytes`` is taken for a tensor whose shape is not in the
+    trace. Variables' buffers are not counted, but copies of variables whose shape is one of ``copied`` are. The first
+    block is for the largest tensor held at any moment, the second for the second largest, and so on. The last block is
+    for all others.
     """
     names = {operation.name for operation in graph.get_operations()[first:]}
     definition = graph.as_graph_def(add_shapes=True)
@@ -58,13 +59,13 @@ def temporaries(
 
 
 def even_pieces(needed_bytes: int, largest_bytes: int) -> list[int]:
-    """As large as the largest block: a nearly full allocator has pieces where it has not the whole."""
+    """Return pieces as large as the largest block: a nearly full allocator may have pieces, but not the whole."""
     piece = max(largest_bytes, -(-needed_bytes // PIECES), 1)
     return [min(piece, max(0, needed_bytes - piece * index)) for index in range(PIECES)]
 
 
 class _Held:
-    """The blocks alive at one moment, and the most that was ever alive of the largest, of the second largest, ..."""
+    """Blocks alive at one moment, and the most bytes ever alive in the largest, the second largest, and so on."""
 
     def __init__(self) -> None:
         self._alive: list[int] = []  # ascending
@@ -73,7 +74,7 @@ class _Held:
         self._others = 0
 
     def change(self, begun: Iterable[int], ended: Iterable[int]) -> None:
-        """Blocks of these sizes have ended, then others have begun."""
+        """Remove blocks of the sizes ``ended``, then add blocks of the sizes ``begun``."""
         for size in ended:
             del self._alive[bisect.bisect_left(self._alive, size)]
             self._bytes -= size
@@ -82,7 +83,7 @@ class _Held:
             self._bytes += size
 
     def note(self, within: Iterable[int] = ()) -> None:
-        """Note what is alive now, and these blocks beside it."""
+        """Note what is alive now, with the blocks ``within`` beside it."""
         within = list(within)
         self.change(within, ())
         largest = self._alive[: -PIECES - 1 : -1]
@@ -91,7 +92,7 @@ class _Held:
         self.change((), within)
 
     def pieces(self) -> list[int]:
-        """Room for whatever was noted; of even pieces where there are more large blocks than pieces."""
+        """Return room for whatever was noted, in even pieces where there are more large blocks than pieces."""
         if self._others > self._most[0]:
             return even_pieces(sum(self._most) + self._others, self._most[0])
         return [*self._most[:-1], self._most[-1] + self._others]
@@ -99,20 +100,20 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Traced:
-    """What must be known of a trace to tell what its operations hold."""
+    """Facts about a trace from which the memory that its operations hold is counted."""
 
     bodies: Mapping[str, Any]
     unknown_bytes: int
     copied: frozenset[tuple[int, ...]]
 
     def bodies_of(self, node: Any) -> Iterator[Iterable[Any]]:
-        """The nodes of each branch, loop's body or function that ``node`` may run."""
+        """Yield the nodes of each branch, loop's body or function that ``node`` may run."""
         for value in node.attr.values():
             for function in (*([value.func] if value.HasField("func") else ()), *value.list.func):
                 yield self.bodies.get(function.name, ())
 
     def held_by(self, nodes: Iterable[Any], beside: Iterable[int] = ()) -> _Held:
-        """What the nodes hold, beside blocks that are there all the time."""
+        """Count what the nodes hold, with blocks ``beside`` that are there all the time."""
         nodes = list(nodes)
         readers = Counter(source for node in nodes for source in _data_inputs(node))
         buffers: dict[str, frozenset[str]] = {}
@@ -132,7 +133,7 @@ class _Traced:
             if node.op in _SHARED:
                 shared = frozenset().union(*(buffers.get(name, {name}) for name in inputs))
                 if any(readers[name] > 1 for name in inputs):
-                    readers[node.name] += 1  # somebody else reads the buffer under another name
+                    readers[node.name] += 1  # something else reads the buffer under another name
             elif node.op in _IN_PLACE and needed:
                 own = [buffers.get(name, frozenset({name})) for name in inputs if readers[name] == 1]
                 shared = next((each for each in own if sum(size.get(name, 0) for name in each) == needed), shared)
@@ -146,7 +147,7 @@ class _Traced:
                 reads[node.name], values[node.name] = inputs[0], self._shapes_bytes(node)
             elif node.op.startswith(_WRITES) and inputs:
                 writes[inputs[0]].append(begins)
-            if node.op == "AssignVariableOp":  # it copies what it is given, where what is read from it is copied
+            if node.op == "AssignVariableOp":  # it copies the value if reading the variable copies it
                 within[begins].append(copied.get(inputs[1], 0))
             elif self._is_copied(node):
                 copied[node.name] = self._shapes_bytes(node)
@@ -164,7 +165,7 @@ class _Traced:
                 begun[changed[0]].append(values[name])
                 ended[last[name] + 1].append(values[name])
         found = _Held()
-        # Single numbers wait for nothing: all of them may be there from the first to the last.
+        # Single numbers wait for nothing: all of them may be alive from the first moment to the last.
         found.change([*beside, sum(held for held in size.values() if held <= _BLOCK_BYTES)], ())
         found.note()
         for moment in sorted({*begun, *ended, *within}):
@@ -173,10 +174,10 @@ class _Traced:
         return found
 
     def left_shared(self, nodes: Iterable[Any]) -> list[int]:
-        """What the next update will need for variables that this one leaves with another variable's buffer.
+        """Return the bytes that the next update needs for variables left with another variable's buffer.
 
-        A variable that is assigned another's value takes its buffer (averages of weights, written over them, do so);
-        the first of the two to be changed gets a buffer of its own.
+        A variable that is assigned another's value takes its buffer, as when averages of weights are written over the
+        weights. The first of the two to be changed then gets a buffer of its own.
         """
         read: dict[str, int] = {}
         shared: list[int] = []
@@ -193,18 +194,18 @@ class _Traced:
         return shared
 
     def _output_bytes(self, node: Any) -> int:
-        """What is allocated for the outputs of ``node``."""
+        """Return the bytes that are allocated for the outputs of ``node``."""
         if node.op in _NOT_COMPUTED or (node.op == "ReadVariableOp" and not self._is_copied(node)):
             return 0
         return self._shapes_bytes(node)
 
     def _is_copied(self, node: Any) -> bool:
-        """Whether ``node`` returns what may be the value of a variable that is copied when it is read."""
+        """Return True if ``node`` may return the value of a variable that is copied when it is read."""
         shapes = [_shape_of(each) for each in node.attr["_output_shapes"].list.shape]
         return bool(self.copied) and any(shape is None or shape in self.copied for shape in shapes)
 
     def _shapes_bytes(self, node: Any) -> int:
-        """What the outputs of ``node`` take, each in whole blocks."""
+        """Return the bytes that the outputs of ``node`` take, each in whole blocks."""
         shapes = [_shape_of(each) for each in node.attr["_output_shapes"].list.shape]
         total = 0
         for shape, item_bytes in zip(shapes, output_item_bytes(node), strict=False):
@@ -214,7 +215,7 @@ class _Traced:
 
 
 def _shape_of(shape: Any) -> tuple[int, ...] | None:
-    """A shape as the trace tells it, None where it does not tell all of it."""
+    """Return a shape from the trace; None where the trace has not all of it."""
     known = not shape.unknown_rank and all(dimension.size >= 0 for dimension in shape.dim)
     return tuple(dimension.size for dimension in shape.dim) if known else None
 

@@ -1,8 +1,7 @@
-"""What a traced graph tells: which variables it writes, and what a tensor of it is made of.
+"""Makeup of a traced graph's tensor: what it is linear in, what follows from it, and where samples are put together.
 
-Knows no optimizer, loss or model; what follows from it :mod:`autobatch.differences.trace_findings` and
-:mod:`autobatch.differences.rules`
-say.
+This module knows no optimizer, loss or model. :mod:`autobatch.differences.trace_findings` and
+:mod:`autobatch.differences.rules` draw the conclusions.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ _LINEAR = frozenset(
 """Operations whose result is linear in each of their inputs that is no shape, axis or index."""
 
 _EMPTY_OF_DATA = frozenset(["Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike", "Range"])
-"""Operations whose result holds nothing of what is in their inputs; a range may be as long as a batch's longest."""
+"""Operations whose result holds no content of their inputs. A range may be as long as a batch's longest sample."""
 
 _SAME_INDICES = {
     **dict.fromkeys(["Identity", "Cast", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Slice", "StridedSlice"], 0),
     "SelectV2": 2,
 }
-"""Operations whose elements are among those of one input, none of them twice, and which of their inputs that is."""
+"""Operations whose elements are among those of one input, none of them twice, and the place of that input."""
 
 _PRODUCTS = frozenset(["Mul", "MatMul", "BatchMatMulV2", "MulNoNan"])
 _QUOTIENTS = frozenset(["RealDiv", "Div", "DivNoNan"])
 
 
 def not_linear_in(result: Any, known: Iterable[Any], is_other: Callable[[Any], bool]) -> Any:
-    """The first operation through which ``result`` depends on ``known`` other than linearly; None if there is none.
+    """Return an operation through which ``result`` depends on ``known`` other than linearly; None if there is none.
 
-    ``is_other`` tells of a tensor whether it depends on nothing that matters: such factors and terms may be anything.
+    ``is_other`` returns True for a tensor that depends on nothing that matters. Such factors and terms may be anything.
     """
     ends = {id(tensor) for tensor in known}
     pending, seen = [result], set()
@@ -65,7 +64,7 @@ def not_linear_in(result: Any, known: Iterable[Any], is_other: Callable[[Any], b
 
 
 def what_follows(tensors: Iterable[Tensor], *, but_for: Collection[str] = ()) -> set[int]:
-    """The ids of these tensors and of all that is made of them in their graph, by operations of other types."""
+    """Return the ids of these tensors and of all that is made of them, but for operations of the types ``but_for``."""
     pending = list(tensors)
     found: set[int] = set()
     while pending:
@@ -78,11 +77,11 @@ def what_follows(tensors: Iterable[Tensor], *, but_for: Collection[str] = ()) ->
 
 
 def comparing_operation(result: Any) -> Any:
-    """An operation on the way to ``result`` that puts samples of a batch together with others; None if none is seen.
+    """Return an operation on the way to ``result`` that puts samples of a batch together; None if none is seen.
 
-    Seen are products of two matrices that are both made of data (similarities of all with all, correlations over the
-    batch), and whatever takes a batch along its first dimension and, broadcast, along its second. The batch's size is
-    not known in the graph; what functions, branches and loops within it do is not looked into.
+    Products of two matrices are seen if both are made of data: similarities of all with all, correlations over the
+    batch. So is whatever takes a batch along its first dimension and, broadcast, along its second. The batch's size is
+    unknown in the graph. Functions, branches and loops within it are not looked into.
     """
     captured = _captured_by(result.graph)
     made = (output for operation in result.graph.get_operations() for output in operation.outputs)
@@ -111,7 +110,7 @@ def _puts_samples_together(operation: Operation, one: Any, other: Any) -> bool:
 
 
 def _is_a_weighted_sum(operation: Operation, one: Any, other: Any) -> bool:
-    """Whether a product of matrices is a sum over samples, each weighted, as a masked mean's is by ``tf.tensordot``."""
+    """Return True if a product of matrices is a weighted sum over samples, as in a masked mean by ``tf.tensordot``."""
     rows, inner = _shape_of(one, operation.get_attr("transpose_a"))
     inner_too, columns = _shape_of(other, operation.get_attr("transpose_b"))
     if inner is None and inner_too is None and 1 in (rows, columns):
@@ -128,17 +127,17 @@ def _shape_of(matrix: Any, is_transposed: bool) -> tuple[int | None, int | None]
 
 
 def _unshaped(tensor: Tensor) -> Any:
-    """What a tensor was before it was reshaped and transposed, as far as its rank was known."""
+    """Return a tensor as it was before it was reshaped and transposed, as far back as its rank is known."""
     while tensor.op.type in ("Reshape", "Transpose") and tensor.op.inputs[0].shape.rank is not None:
         tensor = tensor.op.inputs[0]
     return tensor
 
 
 def are_distinct(indices: Any) -> bool:
-    """Whether no index occurs twice in a tensor of them, as far as it can be told: they are a range, or constants."""
+    """Return True if certainly no index in a tensor of indices occurs twice: they are a range, or constants."""
     while indices.op.type in _SAME_INDICES:
         at = _SAME_INDICES[indices.op.type]
-        # Keras takes a negative index to be counted from the end.
+        # Keras counts a negative index from the end.
         if indices.op.type == "SelectV2" and indices.op.inputs[0].op.type != "Less":
             return False
         indices = indices.op.inputs[at]
@@ -150,9 +149,9 @@ def are_distinct(indices: Any) -> bool:
 
 
 def depends_on_arguments(tensor: Tensor, known: dict[Any, bool]) -> bool:
-    """Whether a tensor depends on what its function is given, and not on variables and constants alone.
+    """Return True if a tensor depends on its function's arguments, and not on variables and constants alone.
 
-    ``known`` keeps what was found out, for further tensors of the same graph.
+    ``known`` keeps what was found, for further tensors of the same graph.
     """
     captured = _captured_by(tensor.graph)
     pending, seen = [tensor], set()
@@ -170,12 +169,12 @@ def depends_on_arguments(tensor: Tensor, known: dict[Any, bool]) -> bool:
 
 
 def _captured_by(graph: Graph) -> dict[int, Any]:
-    """By the ids of a function's tensors, what they stand for outside of it."""
+    """Return what a function's captured tensors stand for outside of it, by their ids."""
     return {id(inner): outer for outer, inner in graph.captures}
 
 
 def _is_argument(tensor: Tensor, captured: Mapping[int, Any]) -> bool:
-    """Whether it is what a function is given, or a tensor of the graph around it, which may depend on that one's."""
+    """Return True for a function's argument, or a tensor of the graph around it, which may depend on that graph's."""
     if tensor.op.type != "Placeholder" or tensor.dtype == tf.resource:
         return False
     return id(tensor) not in captured or hasattr(captured[id(tensor)], "graph")

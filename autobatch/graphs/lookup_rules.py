@@ -1,4 +1,4 @@
-"""What lookups, draws, normalisations and lists make of the samples of a batch. See ``sample_rules``."""
+"""Rules for what lookups, draws, normalisations and lists make of the samples of a batch. See ``sample_rules``."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _partitioned(node: Node) -> Dependence:
     *("MatrixSolveLs", "CholeskyGrad"),
 )
 def _on_matrices(node: Node) -> Any:
-    """Take the last dimensions together: samples are apart from each other only in dimensions before them."""
+    """Take the last two dimensions together: samples are apart from each other only in dimensions before them."""
     inputs = [each for each in node.inputs if each.axis is not None]
     if not inputs:
         result = merged(FREE, node.inputs)

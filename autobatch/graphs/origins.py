@@ -10,7 +10,7 @@ from autobatch.types import Tensor
 
 
 def origins(tensor: Tensor, batch: Sequence[Tensor], results: Sequence[Any]) -> tuple[bool, bool]:
-    """Whether ``tensor`` of a graph is computed from one of ``batch``, and whether from one of ``results``."""
+    """Return a pair: True if ``tensor`` is computed from one of ``batch``; True if it is from one of ``results``."""
     origins = _computed_from(tensor, batch, results)
     return bool(origins - {_RESULT}), _RESULT in origins
 
@@ -19,7 +19,7 @@ _RESULT = -1
 
 
 def _computed_from(tensor: Tensor, sources: Sequence[Any], results: Sequence[Any]) -> set[int]:
-    """Places of those ``sources`` that ``tensor`` is computed from, and ``_RESULT`` if it is from one of ``results``.
+    """Return the places of the ``sources`` of ``tensor``, with ``_RESULT`` if it is computed from one of ``results``.
 
     What was computed on the way to a result does not count.
     """

@@ -1,4 +1,4 @@
-"""What products of matrices make of the samples of a batch. See :mod:`autobatch.graphs.sample_rules`."""
+"""Rules for what products of matrices make of the samples of a batch. See :mod:`autobatch.graphs.sample_rules`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a sample will add to the peak, told from the traced step alone: good to a factor of two, and free.
+"""Estimate of what a sample adds to the peak, from the traced step alone: good to a factor of two, and free.
 
-The graph of a forward and backward pass names every tensor that it computes. What is alive at once is a part of it: the
-activations that the backward pass waits for. Over eleven models (benchmarks/search_cost.py) that was an eighth to a
-third of all bytes per sample, a fifth in the middle. That is far too rough to plan with, and good enough to choose a
-first trial that is neither too small to tell anything nor too large to fit.
+The graph of a forward and backward pass names every tensor that it computes. Only some are alive at once: the
+activations that the backward pass waits for. Over eleven models (benchmarks/search_cost.py) these were an eighth to a
+third of all bytes per sample, a fifth in the middle. That is far too rough to plan with. It is good enough to choose a
+first trial that is neither too small to show anything nor too large to fit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tensorflow as tf
 from autobatch.records import SampleEstimate
 
 _ALIVE = 0.2
-"""The part of all computed bytes that is held at the peak."""
+"""Share of all computed bytes that is held at the peak."""
 
 # Nodes whose outputs are their inputs' buffers, or are there before the step.
 _SHARED = ("Reshape", "Identity", "IdentityN", "StopGradient", "PreventGradient", "ExpandDims", "Squeeze")
@@ -25,9 +25,9 @@ _LOOPS = frozenset(("While", "StatelessWhile"))
 
 
 def of_graph(graph: tf.Graph) -> SampleEstimate | None:
-    """What one sample needs in the traced step ``graph``.
+    """Estimate what one sample needs in the traced step ``graph``.
 
-    None where it has a loop whose iterations cannot be told, or where no tensor has a row per sample.
+    Return None where it has loops, and the iterations of none are known, or where no tensor has a row per sample.
     """
     definition = graph.as_graph_def(add_shapes=True)
     rows = list(_computed_rows(definition.node))
@@ -39,19 +39,19 @@ def of_graph(graph: tf.Graph) -> SampleEstimate | None:
         most = max((count for count in counts if count is not None), default=None)
         if most is None:
             return None
-        # The loop of a gradient is given the forward loop's lists; it goes on as long.
+        # The loop of a gradient is given the forward loop's lists, and runs as often.
         for loop, count in zip(loops, counts, strict=True):
             total += (most if count is None else count) * sum(_computed_rows(bodies[loop.get_attr("body").name]))
     return SampleEstimate(_ALIVE * total, largest) if total else None
 
 
 def _computed_rows(nodes: Iterable[Any]) -> Iterator[int]:
-    """Bytes per sample of each tensor that ``nodes`` compute with a row per sample."""
+    """Yield the bytes per sample of each tensor that ``nodes`` compute with a row per sample."""
     for node in nodes:
         if node.op in _NOT_COMPUTED:
             continue
         kind = next((node.attr[name].type for name in ("T", "dtype") if name in node.attr), tf.float32.as_datatype_enum)
-        # A list of types, as a loop has it, is no type: 0.
+        # A loop has a list of types, which reads as no type: 0.
         item_bytes = (tf.dtypes.as_dtype(kind).size or 0) if kind else 0
         for shape in node.attr["_output_shapes"].list.shape:
             rows, *row = [dimension.size for dimension in shape.dim] or [0]
@@ -60,7 +60,7 @@ def _computed_rows(nodes: Iterable[Any]) -> Iterator[int]:
 
 
 def _iterations(loop: tf.Operation) -> int | None:
-    """How often a loop over time steps runs, from the lists of tensors that it reads and fills."""
+    """Return how often a loop over time steps runs, from the lists of tensors that it reads and fills; else None."""
     lengths = []
     for tensor in loop.inputs:
         source = tensor.op

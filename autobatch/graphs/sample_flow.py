@@ -1,6 +1,6 @@
-"""Follows the samples of a batch through a traced graph, into its functions, branches and loops.
+"""Flow of a batch's samples through a traced graph, into its functions, branches and loops.
 
-What each operation makes of them is told by the rules in :mod:`autobatch.graphs.sample_rules`.
+The rules in :mod:`autobatch.graphs.sample_rules` say what each operation makes of the samples.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 _BRANCHES = ("If", "StatelessIf", "Case", "StatelessCase")
 _LOOPS = ("While", "StatelessWhile")
 _MOST_ROUNDS = 6
-"""A loop's variables are followed round by round until nothing new is learnt of them, or so often."""
+"""Most rounds in which a loop's variables are followed; a round that shows nothing new is the last."""
 
 
 class SampleFlow:
-    """What is known of the tensors of one graph; worked out where it is asked for, and kept.
+    """Dependence of each tensor of one graph; worked out where it is asked for, and kept.
 
-    ``arguments`` tells what is known of what the graph's function is given, by the tensors' names. What is captured
-    from outside is a variable or a constant.
+    ``arguments`` has the dependence of what the graph's function is given, by the tensors' names. What is captured from
+    outside is a variable or a constant.
     """
 
     def __init__(self, arguments: Mapping[str, Dependence]) -> None:
@@ -40,7 +40,7 @@ class SampleFlow:
 
     @classmethod
     def of_leaves(cls, leaves: Iterable[Tensor], others: Iterable[Any]) -> SampleFlow:
-        """The flow from a micro-batch's leaves; ``others`` are arguments that are alike in all micro-batches."""
+        """Make the flow from a micro-batch's leaves; ``others`` are arguments that are alike in all micro-batches."""
         arguments: dict[str, Dependence] = {}
         for leaf in leaves:
             if isinstance(leaf, tf.Tensor):
@@ -56,12 +56,12 @@ class SampleFlow:
         return cls(arguments)
 
     def define(self, tensor: Tensor, value: Dependence) -> None:
-        """Say what is known of a tensor, whatever it was computed from."""
+        """Set the dependence of a tensor, whatever it was computed from."""
         self.aliases.append(tensor)
         self._known[tensor.name] = value
 
     def of(self, tensor: Tensor) -> Dependence:
-        """What is known of a tensor."""
+        """Return the dependence of a tensor."""
         pending = [tensor]
         while pending:
             current = pending[-1]
@@ -120,7 +120,7 @@ class SampleFlow:
             results.append(result)
         if not inputs[0].data:
             return results
-        # Which branch runs may depend on the batch, as where a mask has no gaps; a number of the batch is no sum then.
+        # The batch may decide which branch runs, as where a mask has no gaps. A number of the batch is no sum then.
         return [value if value.axis is not None else replace(value, linear=False) for value in results]
 
     def _loop(self, op: Operation, inputs: list[Dependence]) -> list[Dependence]:

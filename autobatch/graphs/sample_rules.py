@@ -1,8 +1,8 @@
-"""What each kind of TensorFlow operation makes of the samples of a batch.
+"""Rules for what each kind of TensorFlow operation makes of the samples of a batch.
 
-A rule gets a :class:`Node`, an operation with what is known of its inputs, and returns what is then known of its
-outputs. Operations without a rule are taken to treat each sample by itself where the shapes say that they may: their
-result has as many entries in its first dimension as the batch, as an image's operations have.
+A rule gets a :class:`Node`: an operation with the dependences of its inputs. It returns those of the outputs. An
+operation without a rule is taken to treat each sample by itself where the shapes allow it: like the batch, its result
+has a first dimension of unknown size. Operations on images are examples.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from autobatch.graphs.dependence import (
 from autobatch.types import Operation
 
 Rule = Callable[["Node"], Any]
-"""Returns a :class:`Dependence` for all outputs of the operation, or a list with one for each."""
+"""Function that returns a :class:`Dependence` for all outputs of an operation, or a list with one for each."""
 
 RULES: dict[str, Rule] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operation of a graph, and what is known of its inputs."""
+    """An operation of a graph, and the dependences of its inputs."""
 
     op: Operation
     inputs: Sequence[Dependence]
@@ -45,7 +45,7 @@ class Node:
         return rank
 
     def constant(self, place: int) -> Any:
-        """The value of an input that is a constant, None where it is none."""
+        """Return the value of an input that is a constant; None where it is none."""
         return tf.get_static_value(self.op.inputs[place])
 
     def lost(self, why: str = "") -> Dependence:
@@ -61,7 +61,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def apply_rule(op: Operation, inputs: Sequence[Dependence]) -> list[Dependence]:
-    """What is known of the outputs of ``op``, given what is known of its inputs."""
+    """Return the dependence of each output of ``op``, given those of its inputs."""
     node = Node(op, inputs)
     found = RULES.get(op.type)
     if found is None:
@@ -86,7 +86,7 @@ _ACROSS_THE_BATCH = frozenset(
         *("SparseSegmentSum", "SparseSegmentMean", "SparseSegmentSqrtN", "SparseTensorDenseMatMul"),
     ]
 )
-"""Operations without a rule whose result may have an entry for each sample, and not its own."""
+"""Operations whose result may have an entry for each sample, but not that sample's own. A rule takes precedence."""
 
 
 def _without_a_rule(node: Node) -> Any:
@@ -123,7 +123,7 @@ def _zero_if_zero(inputs: Sequence[Dependence]) -> Degree:
 
 
 def _aligned(node: Node, places: Sequence[int]) -> Dependence | None:
-    """The samples' axis of a result made of operands that are broadcast against each other; None if they differ."""
+    """Return a dependence with the samples' axis after broadcasting the operands; None if their samples differ."""
     rank = max((node.rank(place) or 0) for place in places)
     found: Dependence | None = None
     for place in places:
@@ -144,7 +144,7 @@ def _aligned(node: Node, places: Sequence[int]) -> Dependence | None:
 
 
 def _alike(one: Dependence, other: Dependence) -> bool:
-    """Whether entries in the same place are of the same sample, as far as that is known."""
+    """Return True if entries in the same place are of the same sample, as far as that is known."""
     if None in (one.parts, other.parts):
         return True
     return one.parts == other.parts and (one.scattered == other.scattered or one.parts == 1)
@@ -188,7 +188,7 @@ def _linear_unary(node: Node) -> Dependence:
 
 
 def _keeps_values(node: Node) -> bool:
-    """Whether a cast leaves numbers as they are: not from a fraction to a whole number, nor to a truth value."""
+    """Return True if a cast keeps numbers as they are: not from a fraction to a whole number, nor to a truth value."""
     before, after = node.op.inputs[0].dtype, node.op.outputs[0].dtype
     return not (before.is_floating and after.is_integer) and after != tf.bool
 
@@ -259,7 +259,7 @@ def _sum_of(node: Node) -> Dependence:
 def _chosen(node: Node) -> Dependence:
     condition, *values = node.inputs
     places = [0, 1, 2]
-    # A vector of truth values chooses whole rows of what is of a higher rank.
+    # A vector of truth values chooses whole rows of a tensor of higher rank.
     if node.op.type == "Select" and node.rank(0) == 1 and condition.axis == 0 and values[0].axis in (0, None):
         places = [1, 2]
     result = _elementwise(node, places, same_degree(values), adds=False, linear=_is_free(node.inputs))
@@ -287,7 +287,7 @@ def _scaled(node: Node, one: Dependence, other: Dependence, degree: Degree, *, l
     by_what_is_free = not (one.data and other.data)
     if one.axis is not None or other.axis is not None:
         result = _elementwise(node, [0, 1], degree, adds=by_what_is_free, linear=linear)
-        # A sample divided by what all were added up to is no sum of samples any more.
+        # A sample divided by the sum of all samples is no sum of samples any more.
         divided = node.op.type not in ("Mul", "MulNoNan") and (other.added or not other.linear)
         return settled(result) if divided and not result.unknown else result
     return _elementwise(node, [0, 1], degree, adds=False, linear=linear and all(each.linear for each in operands))

@@ -1,4 +1,4 @@
-"""What operations that move samples about make of them: shapes, slices, joins, lookups, draws. See ``sample_rules``."""
+"""Rules for operations that move samples about: shapes, slices, joins. See :mod:`autobatch.graphs.sample_rules`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from autobatch.types import Tensor
 
 
 def vector(entries: Sequence[int | None]) -> Dependence:
-    """A vector of numbers made of shapes, whose degrees are ``entries``."""
+    """Return the dependence of a vector of numbers that are made of shapes and have the degrees ``entries``."""
     degrees = set(entries)
     return Dependence(degree=degrees.pop() if len(degrees) == 1 else None, entries=tuple(entries))
 
 
 def _entries_of(value: Dependence, tensor: Tensor) -> tuple[int | None, ...] | None:
-    """The degree of each number of a vector that tells a shape; None where it is not known."""
+    """Return the degree of each number of a vector that holds a shape; None where they are unknown."""
     if value.entries is not None:
         return value.entries
     if value.data or value.axis is not None:
@@ -51,7 +51,7 @@ def _shape_of(node: Node, place: int) -> Dependence:
     if value.axis is None:
         return vector((0,) * rank)
     if value.selected:
-        # How many samples were picked is a sum over the samples.
+        # The number of picked samples is a sum over the samples.
         counts = vector(tuple(int(axis == value.axis) for axis in range(rank)))
         return replace(counts, data=True, weights=value.weights, added=frozenset({node.op.name}))
     return vector(tuple(int(axis == value.axis) for axis in range(rank)))
@@ -95,7 +95,7 @@ def _alike(node: Node) -> Dependence:
 
 
 def _axis_in(entries: Sequence[int | None] | None) -> int | None:
-    """Which dimension of a shape counts samples; None if none does, -1 if that is not known."""
+    """Return the dimension of a shape that counts samples; None if none does, -1 if that is unknown."""
     if entries is None or None in entries:
         return -1
     found = [axis for axis, degree in enumerate(entries) if degree]
@@ -103,7 +103,7 @@ def _axis_in(entries: Sequence[int | None] | None) -> int | None:
 
 
 def made_in_shape(node: Node, place: int, content: Dependence) -> Dependence:
-    """What is made of ``content`` in a shape that is told by an input."""
+    """Return the dependence of ``content`` in the shape that the input at ``place`` holds."""
     axis = _axis_in(_entries_of(node.inputs[place], node.op.inputs[place]))
     if axis == -1:
         return node.lost("of a shape that is not known")
@@ -124,7 +124,7 @@ def _range(node: Node) -> Dependence:
         return Dependence(axis=0, positions=True)
     if not any(each.data for each in node.inputs) and any(each.degree != 0 for each in node.inputs):
         return node.lost("its numbers count samples")
-    # As long as the batch's longest sample, say: its numbers are the same whatever the batch.
+    # It may be as long as the batch's longest sample. Its numbers are the same whatever the batch.
     return FREE
 
 
@@ -159,7 +159,7 @@ def _tile(node: Node) -> Dependence:
 
 
 def _partly_constant(tensor: Tensor) -> list[int | None] | None:
-    """The numbers of a vector as far as they are constant."""
+    """Return the numbers of a vector as far as they are constant."""
     value = tf.get_static_value(tensor, partial=True)
     return None if value is None else [None if each is None else int(each) for each in np.asarray(value).reshape(-1)]
 
@@ -303,7 +303,7 @@ def _slice(node: Node) -> Dependence:
 
 
 def _together(node: Node, operands: Sequence[Dependence]) -> Dependence:
-    """Pieces side by side: what is known of all of them."""
+    """Return the dependence of pieces that are put side by side."""
     axes = {each.axis for each in operands}
     if len(axes) > 1:
         return node.lost("samples beside what is none")
@@ -391,5 +391,5 @@ def _pad(node: Node) -> Dependence:
 
 
 def of_argument(tensor: Tensor) -> Dependence:
-    """What is known of a tensor that a step is given: its first dimension counts samples."""
+    """Return the dependence of a tensor that a step is given: its first dimension counts samples."""
     return Dependence(axis=0, data=True) if tensor.shape.rank != 0 else unknown(tensor.op.name)

@@ -1,4 +1,4 @@
-"""Track the optimizers and variables that a model's compiled steps use. Tracing adds to it."""
+"""Record of the optimizers and variables that a model's compiled steps use. Tracing adds to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autobatch.types import Graph, Model, Optimizer, Variable
 class TouchedVariables:
     """The optimizers and variables of one model's steps: those known from the model, and those that traces have shown.
 
-    Of a variable that a strategy mirrors, each copy in this process counts.
+    A variable that a strategy mirrors counts with each of its copies in this process.
     """
 
     def __init__(self, model: Model) -> None:
@@ -36,15 +36,16 @@ class TouchedVariables:
             self._in_graphs.setdefault(id(variable), variable)
 
     def note_written(self, graph: Graph) -> None:
-        """Note which variables a traced function writes by now."""
-        # While it is being traced, a graph does not tell its variables.
+        """Note the variables that a traced function writes so far."""
+        # While a graph is being traced, it does not list its variables.
         written = writes.written_variables(graph, [*self.variables, *graph.variables])
         self._written.update((id(variable), variable) for variable in written)
 
     def note_update(self, optimizer: Optimizer, variables: list[Variable]) -> bool:
-        """Note that a step applies an optimizer to these variables, build it outside of the trace; tell if it is new.
+        """Note that a step applies an optimizer to these variables; return True if the optimizer is new.
 
-        What the step's graph has written before its first update is no part of the update.
+        An optimizer that is not built yet is built outside of the trace. What the step's graph has written before its
+        first update is no part of the update.
         """
         found = False
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
@@ -61,11 +62,11 @@ class TouchedVariables:
         return found
 
     def ignore(self, variables: Iterable[Variable]) -> None:
-        """Take variables for a step's own means, which are no state of the model's."""
+        """Ignore variables that a step uses for its own work, and that are no state of the model."""
         self._ignored.update((id(variable), variable) for variable in variables)
 
     def forget(self, variables: Iterable[Variable]) -> None:
-        """Let go of variables that there are no more."""
+        """Forget variables that no longer exist."""
         for variable in variables:
             for known in (self._ignored, self._in_graphs, self._written):
                 known.pop(id(variable), None)
@@ -95,7 +96,7 @@ class TouchedVariables:
 
     @property
     def changed_before_update(self) -> list[Variable]:
-        """What a step can touch before its update or beside it: statistics, metrics, seeds, what a layer assigns."""
+        """The variables that a step can touch outside its update: statistics, metrics, seeds, what a layer assigns."""
         before = {id(variable) for variable in self.written_variables}
         in_update = {id(variable) for variable in self.updated_variables} - before
         return [variable for variable in self.variables if id(variable) not in in_update]

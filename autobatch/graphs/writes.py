@@ -1,7 +1,7 @@
-"""What the trace of a micro-step shows of variables: who reads what an optimizer has changed, and what changes nothing.
+"""Writes to variables in the trace of a micro-step: who reads an updated variable, and which writes change nothing.
 
-An assignment is *settled* where the second micro-batch of an update finds the variable as the first one left it, as
-that of a mask of zeros and ones. It is no difference then how many micro-batches an update has.
+An assignment is *settled* if every further micro-batch of an update leaves the variable as the first one left it. An
+example is a variable times a mask of zeros and ones. The number of micro-batches in an update then makes no difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ READING = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd", "Va
 
 
 def written_variables(graph: Graph, candidates: Iterable[Variable]) -> list[Variable]:
-    """Those of the variables that a function's graph writes by now, itself or in functions that it calls."""
+    """Return the candidates that a function's graph writes so far, itself or in functions that it calls."""
     handles = {id(outer): inner for outer, inner in graph.captures if inner.dtype == tf.resource}
     return [
         variable
@@ -29,13 +29,13 @@ def written_variables(graph: Graph, candidates: Iterable[Variable]) -> list[Vari
 
 
 def written_handles(graph: Graph) -> set[int]:
-    """The ids of the handles of all variables that a function's graph writes by now."""
+    """Return the ids of the handles of all variables that a function's graph writes so far."""
     resources = [(outer, inner) for outer, inner in graph.captures if inner.dtype == tf.resource]
     return {id(given(outer)) for outer, inner in resources if is_written(inner)}
 
 
 def given(tensor: Tensor) -> Any:
-    """What stands, outside of all graphs, for a tensor that a graph captures; None if the graph is called with it."""
+    """Return what a captured tensor stands for outside of all graphs; None if the graph is called with it."""
     while hasattr(tensor, "graph"):
         outer = next((outer for outer, inner in tensor.graph.captures if inner is tensor), None)
         if outer is None:
@@ -45,13 +45,13 @@ def given(tensor: Tensor) -> Any:
 
 
 def is_written(handle: Tensor) -> bool:
-    """Whether an operation of its graph, or of a function that the graph calls, changes the variable of a handle."""
+    """Return True if a handle's variable is changed in its graph, or in a function that the graph calls."""
     for operation in handle.consumers():
         if operation.type == "Identity":
             if is_written(operation.outputs[0]):
                 return True
         elif operation.type not in READING and not _makes(operation, handle):
-            # Of a call, a condition or a loop TensorFlow notes which resources the functions behind it only read.
+            # For a call, a condition or a loop, TensorFlow notes the resources that its functions only read.
             only_read = operation.node_def.attr["_read_only_resource_inputs"].list.i
             if any(taken is handle and place not in only_read for place, taken in enumerate(operation.inputs)):
                 return True
@@ -59,7 +59,7 @@ def is_written(handle: Tensor) -> bool:
 
 
 def _makes(operation: Operation, handle: Tensor) -> bool:
-    """Whether it gives a variable that is made while its function is traced for the first time its first value."""
+    """Return True if an operation gives a first value to a variable that is made in its function's first trace."""
     if operation.type not in ("If", "StatelessIf"):
         return False
     asked = operation.inputs[0].op
@@ -84,10 +84,10 @@ def is_read_after(graph: Graph, variables: Iterable[Variable], position: int) ->
 
 
 def settled(graph: Graph, updated: Iterable[Any], applied_at: int) -> list[Any]:
-    """Return the handles of the variables that a graph writes to no effect but in its first run.
+    """Return the handles of the variables that a graph writes with an effect in its first run only.
 
-    ``updated`` are the variables that optimizers change, ``applied_at`` is the number of operations that the graph had
-    when the first of them was applied.
+    ``updated`` are the variables that optimizers change. ``applied_at`` is the number of operations that the graph had
+    when the first optimizer was applied.
     """
     handles = [(outer, inner) for outer, inner in graph.captures if inner.dtype == tf.resource]
     written = [(outer, inner) for outer, inner in handles if is_written(inner)]
@@ -104,7 +104,7 @@ def settled(graph: Graph, updated: Iterable[Any], applied_at: int) -> list[Any]:
 
 
 class _Look:
-    """What :func:`settled` knows of a graph: handles are told by their ids."""
+    """View that :func:`settled` has of a graph; handles are identified by their ids."""
 
     def __init__(self, graph: Graph, *, written: set[int], updated: set[int], applied_at: int) -> None:
         self._outer_of = {id(inner): outer for outer, inner in graph.captures}

@@ -1,1 +1,1 @@
-"""Weigh losses, so that the gradients of micro-batches add up to the effective batch's."""
+"""Weights for losses, with which the gradients of micro-batches add up to the effective batch's."""

@@ -1,9 +1,8 @@
-"""Weighs losses where a step runs eagerly, and there is no graph to tell what they are made of.
+"""Weights for the losses of a step that runs eagerly, without a graph that shows what they are made of.
 
-The step is traced once, and never run so: what :class:`autobatch.losses.loss_terms.LossTerms` are asked for in turn,
-and
-of which degree each was, then holds for every eager run of the same code. What is a function of several sums cannot be
-weighed without a graph.
+The step is traced once, and the trace is never run. It records, in their order, the requests to
+:class:`autobatch.losses.loss_terms.LossTerms` and the degree of each. The record then holds for every eager run of the
+same code. A function of several sums cannot be weighed without a graph.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from autobatch.types import Tensor
 
 
 class EagerTerms:
-    """Weighs one eager run on one micro-batch of ``samples``.
+    """Weights for one eager run on one micro-batch of ``samples``.
 
-    ``told`` is what the trace was asked for in turn; empty where there was none. ``gradient_factor`` tells what the
-    gradient of a target is multiplied by that is not among them.
+    ``told`` is the trace's record of requests; it is empty where there was no trace. ``gradient_factor`` returns the
+    factor for the gradient of a target that is not in the record.
     """
 
     def __init__(
@@ -35,7 +34,10 @@ class EagerTerms:
         self._gradient_factor = gradient_factor
 
     def _next(self, kind: str) -> Any:
-        """What the trace has told at this place; None if it was not there, as where the code went another way."""
+        """Return what the trace recorded at this place; None if that is no request of this ``kind``.
+
+        The code then went another way than the trace, and the rest of the record is not used.
+        """
         known = next(self._told, None)
         if known is not None and known[0] == kind:
             return known[1]
@@ -43,17 +45,20 @@ class EagerTerms:
         return None
 
     def is_one_for_each_sample(self, values: Any) -> bool:
-        """As :meth:`LossTerms.is_one_for_each_sample`; by its rank where it was not traced."""
+        """Return True if values count once for each sample; untraced, if they have a dimension.
+
+        See :meth:`LossTerms.is_one_for_each_sample`.
+        """
         known = self._next("reduction")
         return len(values.shape) > 0 if known is None else bool(known)
 
     def weighed_loss(self, loss: Any) -> Any:
-        """As :meth:`LossTerms.weighed_loss`."""
+        """Weigh a loss that the user's code has reduced by its degree; see :meth:`LossTerms.weighed_loss`."""
         degree = self._next("loss")
         return loss * self._power(degree, loss) if degree else loss
 
     def note_exact(self, loss: Any) -> None:
-        """Nothing: the trace has taken it into account."""
+        """Do nothing: the trace has taken ``loss`` into account."""
 
     def gradient(
         self,
@@ -65,7 +70,7 @@ class EagerTerms:
         *rest: Any,
         **named: Any,
     ) -> Any:
-        """As :meth:`LossTerms.gradient`."""
+        """Compute ``tape.gradient(target, sources)``, weighed; see :meth:`LossTerms.gradient`."""
         degrees, of_samples = self._next("gradient") or (None, ())
         targets = tf.nest.flatten(target)
         above = [None] * len(targets) if output_gradients is None else tf.nest.flatten(output_gradients)
@@ -91,7 +96,7 @@ class EagerTerms:
         return tf.nest.pack_sequence_as(gradients, flat)
 
     def weighed(self, value: Any) -> Any:
-        """As :meth:`LossTerms.weighed`."""
+        """Weigh a number of this micro-batch; None where the trace could not. See :meth:`LossTerms.weighed`."""
         if not tf.is_tensor(value) or not value.dtype.is_floating or value.shape.rank:
             return value
         is_traced = self._is_traced
@@ -104,18 +109,18 @@ class EagerTerms:
         return tf.cast((1.0 / self._fraction) ** float(degree or 0), like.dtype)
 
     def kind_of(self, part: Any) -> Kind:
-        """As :meth:`LossTerms.kind_of`, as far as a value's shape tells."""
+        """Return the kind of a part of the logs, as far as its shape shows it; see :meth:`LossTerms.kind_of`."""
         tensor = tf.convert_to_tensor(part)
         if tensor.shape.rank:
             return Kind.JOINED if int(tensor.shape[0]) == self._samples else Kind.LAST
         return Kind.AVERAGED if tensor.dtype.is_floating else Kind.LAST
 
     def has_numbers_of_the_batch(self, part: Any) -> bool:
-        """As :meth:`LossTerms.has_numbers_of_the_batch`; a value does not tell."""
+        """Return False: a value does not show its making. See :meth:`LossTerms.has_numbers_of_the_batch`."""
         return False
 
     def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
-        """As :meth:`LossTerms.weighed_logs`."""
+        """Weigh those parts of the logs that are averaged; see :meth:`LossTerms.weighed_logs`."""
         following = iter(kinds)
         flat = []
         for part in tf.nest.flatten(logs):

@@ -1,8 +1,8 @@
-"""Writes sums over samples whose terms depend on the whole batch as functions of sums that do not.
+"""Linear forms: sums over samples whose terms depend on the whole batch, as functions of sums that do not.
 
 A sum over samples of ``B x_i + C``, where ``B`` and ``C`` are numbers of the whole batch, is ``B sum x_i + n C``. So
-what was added to each sample, or multiplied with each, as a weight that is divided by the sum of all weights, becomes a
-factor of a plain sum, which :mod:`autobatch.losses.loss_terms` can weigh.
+what was added to each sample, or multiplied with each, becomes a factor of a plain sum. An example is a weight that is
+divided by the sum of all weights. A plain sum is one that :mod:`autobatch.losses.loss_terms` can weigh.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SHAPES = ("ExpandDims", "Squeeze", "Reshape", "Transpose", "Sum", "Mean")
 
 
 def as_plain_sums(target: Any, flow: SampleFlow) -> tuple[Any, list[Any]]:
-    """``target`` with its sums over samples rewritten, and the samples' tensors that the new sums are made of.
+    """Return ``target`` with its sums over samples rewritten, and the samples' tensors that the new sums are made of.
 
-    ``target`` itself, and none, where there is nothing to rewrite or it cannot be.
+    Return ``target`` itself and an empty list where there is nothing to rewrite, or it cannot be rewritten.
     """
     ends: list[Any] = []
     values: list[Any] = []
@@ -53,7 +53,7 @@ def as_plain_sums(target: Any, flow: SampleFlow) -> tuple[Any, list[Any]]:
 
 
 def _rewritten(total: Any, flow: SampleFlow, leaves: list[Tensor]) -> Any:
-    """A sum or mean over samples, of one rewritten; None where its terms are not of the form."""
+    """Rewrite a sum or mean over samples; return None where its terms are not of the form."""
     terms = total.op.inputs[0]
     found = flow.of(terms)
     made_of: list[Any] = []
@@ -113,7 +113,7 @@ def _form(tensor: Tensor, flow: SampleFlow, leaves: list[Tensor]) -> Form | None
         return _chosen(tensor, flow, leaves)
     if op.type in _SHAPES:
         inner = _form(op.inputs[0], flow, leaves)
-        # A number is the same in every shape; what has one itself would have to follow.
+        # A single number is the same in every shape. A factor with a shape of its own would have to follow.
         if inner is None or any(x is None or (each is not None and each.shape.rank != 0) for each, x in inner):
             return None
         if any(x.shape.rank != op.inputs[0].shape.rank for _, x in inner):
@@ -123,7 +123,7 @@ def _form(tensor: Tensor, flow: SampleFlow, leaves: list[Tensor]) -> Form | None
 
 
 def _chosen(tensor: Tensor, flow: SampleFlow, leaves: list[Tensor]) -> Form | None:
-    """One of two for each entry, by what the samples themselves tell."""
+    """Return the form of a choice between two values for each entry, if the samples themselves decide; else None."""
     condition, *values = tensor.op.inputs
     found = flow.of(condition)
     if found.unknown or found.axis is None or found.mixed or found.added or condition.shape.rank != tensor.shape.rank:

@@ -1,15 +1,15 @@
-"""Weighs what a step differentiates and reports, so that micro-batches add up to the effective batch.
+"""Weights for what a step differentiates and reports, with which micro-batches add up to the effective batch.
 
-The gradient of an effective batch of ``n`` samples is the sum, over its micro-batches of ``n_k``, of ``n_k / n`` (the
-*fraction*) times the micro-batch's own gradient, if the loss is a mean over samples. What grows with another power of
-the number of samples, its *degree* (:mod:`autobatch.graphs.dependence`), is multiplied by ``(n / n_k)`` to that power
-beforehand: a sum by ``n / n_k``.
+An effective batch of ``n`` samples is cut into micro-batches of ``n_k``. If the loss is a mean over samples, its
+gradient is the sum of each micro-batch's own gradient times ``n_k / n`` (the *fraction*). A loss may grow with another
+power of the number of samples, its *degree* (:mod:`autobatch.graphs.dependence`). It is multiplied by ``(n / n_k)`` to
+that power beforehand: a sum by ``n / n_k``.
 
 Any other number of a batch is a function ``f`` of such sums, as a masked mean is a quotient of two. Its gradient is
 ``sum_j df/dS_j * dS_j``, where ``df/dS_j`` is taken at the sums of the *effective* batch. So the tape is asked for the
-gradients of the sums, with ``df/dS_j`` as what comes from above. Which sums ``df/dS_j`` itself depends on is read from
-the graph; these are counted beforehand, in a pass over the micro-batches that computes nothing else. A mask's sum is
-counted from the data alone; the mean prediction of a batch takes a forward pass.
+gradients of the sums, with ``df/dS_j`` as upstream gradients. The graph shows the sums that ``df/dS_j`` itself depends
+on. These are counted beforehand, in a pass over the micro-batches that computes nothing else. A mask's sum is counted
+from the data alone; the mean prediction of a batch takes a forward pass.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _EXTREMES = {"Max": Kind.LARGEST, "Any": Kind.LARGEST, "Min": Kind.SMALLEST, "Al
 
 
 class LossTerms:
-    """Weighs the losses, gradients and logs of one trace on one micro-batch.
+    """Weights for the losses, gradients and logs of one trace on one micro-batch.
 
-    ``fraction`` is the scalar float64 tensor ``n_k / n``, ``samples`` the scalar int64 ``n_k``. ``note`` is told what
-    each target that was looked at depends on.
+    ``fraction`` is the scalar float64 tensor ``n_k / n``, ``samples`` the scalar int64 ``n_k``. ``note`` is called with
+    the dependence of each target that was looked at.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class LossTerms:
         self._note = note
         self._maker = Maker(flow, note)
         self.told: list[tuple[str, Any]] = []
-        """What was asked for in turn, and of which degree it was: see :mod:`autobatch.losses.eager_terms`."""
+        """Requests in their order, each with its degree or another finding; see :mod:`autobatch.losses.eager_terms`."""
         self.counted = 0
-        """How many numbers are counted beforehand for what is asked for here."""
+        """Count of the numbers that are counted beforehand for these requests."""
         self._total_of: dict[str, Any] = {}
         self._picked_total: dict[str, Any] = {}
 
@@ -67,16 +67,17 @@ class LossTerms:
             self.flow.define(loss, Dependence(data=True, weights=True))
 
     def is_one_for_each_sample(self, values: Any) -> bool:
-        """Whether values count once for each sample, so that the micro-batch's size is all that their mean depends on.
+        """Return True if values count once for each sample, so that their mean depends on the micro-batch's size only.
 
-        Also where that is not known. What samples became of by being mixed with others is noted.
+        Where that is unknown, values with a dimension count so, and so does what is outside of a graph. The dependence
+        of the values is noted, with the operations that mixed their samples.
         """
         found = self._is_one_for_each_sample(values)
         self.told.append(("reduction", found))
         return found
 
     def weighed_loss(self, loss: Any) -> Any:
-        """A loss that the user's code has reduced, weighed where it is of one degree; else as it is, to be followed."""
+        """Weigh a loss that the user's code has reduced if it has one degree; else return it, to be followed later."""
         found = self.flow.of(loss) if _is_symbolic(loss) and loss.shape.rank == 0 else unknown("no number")
         degree = found.degree if found.is_plain_sum and not found.mixed else None
         self.told.append(("loss", degree))
@@ -102,7 +103,7 @@ class LossTerms:
         return True
 
     def _can_be_undone(self, values: Any) -> bool:
-        """Whether samples were mixed only by numbers of the batch that were added to each, or multiplied with each."""
+        """Return True if samples were mixed only by numbers of the batch, added to each or multiplied with each."""
         if not values.dtype.is_floating:
             return False
         mean = tf.reduce_mean(values)
@@ -118,7 +119,10 @@ class LossTerms:
         *rest: Any,
         **named: Any,
     ) -> Any:
-        """``tape.gradient(target, sources)``, weighed: times its fraction it adds up to the effective batch's."""
+        """Compute a weighed ``tape.gradient(target, sources)``.
+
+        Times the micro-batch's fraction, it adds up to the effective batch's gradient.
+        """
         targets = tf.nest.flatten(target)
         if not targets or not all(_is_symbolic(each) and each.dtype.is_floating for each in targets):
             return original(tape, target, sources, output_gradients, *rest, **named)
@@ -151,9 +155,9 @@ class LossTerms:
         return gradients
 
     def weighed(self, value: Any) -> Any:
-        """A number of this micro-batch, weighed: times its fraction it adds up to the effective batch's.
+        """Weigh a number of this micro-batch: times its fraction it adds up to the effective batch's.
 
-        None where it is not known how it is made.
+        Return None where it is unknown how the number is made.
         """
         if not _is_symbolic(value) or not value.dtype.is_floating or self.flow.of(value).axis is not None:
             return value
@@ -171,7 +175,7 @@ class LossTerms:
         of_data = [place for place, each in enumerate(terms.sums) if each.dependence.data]
         slopes = gradients_of(again, [fresh[place] for place in of_data], None)
         curved = sources_of(slopes, fresh)
-        # What has no slope, as where a number is rounded or compared, may jump.
+        # A number without a slope, as one that is rounded or compared, may jump.
         curved |= {place for place, slope in zip(of_data, slopes, strict=True) if slope is None}
         values = []
         for place, each in enumerate(terms.sums):
@@ -186,12 +190,12 @@ class LossTerms:
             if slope is not None:
                 part = terms.sums[place]
                 share = tf.cast(self._weight(part), part.tensor.dtype)
-                here = tf.math.multiply_no_nan(part.tensor, share)  # the mean of no samples is no number
+                here = tf.math.multiply_no_nan(part.tensor, share)  # the mean of no samples is NaN
                 result = result + tf.cast(tf.reduce_sum(slope * here), value.dtype)
         return result
 
     def kind_of(self, part: Any) -> Kind:
-        """How a part of the logs that is no metric's result becomes the effective batch's."""
+        """Return the rule by which a part of the logs, no metric's result, becomes the effective batch's."""
         if not _is_symbolic(part):
             return Kind.LAST
         found = self.flow.of(part)
@@ -214,17 +218,17 @@ class LossTerms:
         return Kind.SUMMED if part.dtype.is_integer and found.is_plain_sum and found.degree == 1 else Kind.NOT_TOLD
 
     def has_numbers_of_the_batch(self, part: Any) -> bool:
-        """Whether each sample's number is made of the whole batch's too, which are the micro-batch's here."""
+        """Return True if each sample's number is also made of numbers of the batch, which here is the micro-batch."""
         found = self.flow.of(part) if _is_symbolic(part) else Dependence()
         return found.axis is not None and bool(found.added or found.mixed)
 
     def is_weighed(self, part: Any) -> bool:
-        """Whether a number of the logs is of one degree, so that a factor weighs it."""
+        """Return True if a number of the logs is of one degree, so that a factor weighs it."""
         terms = self._maker.of(part, silently=True)
         return terms is not None and terms.degree is not None
 
     def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
-        """What a step returned, with those parts weighed that are averaged over the micro-batches."""
+        """Weigh those parts of a step's logs that are averaged over the micro-batches."""
         following = iter(kinds)
         # tf.nest sorts a dict by its keys, as :class:`autobatch.metrics.merged_logs.MergedLogs` does.
         flat = []
@@ -239,7 +243,7 @@ class LossTerms:
         return (1.0 / self._fraction) ** float(degree)
 
     def _weight(self, part: Part) -> Any:
-        """What the part is multiplied by, so that times the fraction it adds up."""
+        """Return the factor with which the part, times the fraction, adds up."""
         if part.count is None:
             return self._power(part.dependence.degree)
         return tf.math.divide_no_nan(part.count, self._picked(part)) / self._fraction
@@ -255,7 +259,7 @@ class LossTerms:
         return self._picked_total[name]
 
     def _at_total(self, part: Part) -> Any:
-        """What the part is in the effective batch."""
+        """Return the value of the part in the effective batch."""
         tensor = part.tensor
         if not part.dependence.data:
             whole_number = tensor.dtype.is_integer
@@ -274,7 +278,7 @@ class LossTerms:
         return self._total_of[tensor.name]
 
     def _weighed_pieces(self, target: Any, terms: Terms | None, above: Any) -> list[tuple[Any, Any]]:
-        """What to differentiate in place of ``target``, each with what comes from above."""
+        """Return the tensors to differentiate in place of ``target``, each with its upstream gradient."""
         if terms is None or terms.degree == 0:
             return [(target, above)]
         if terms.degree is not None:
@@ -304,7 +308,7 @@ class LossTerms:
             else:
                 pieces.append((part.tensor, slope))
         if anew:
-            # The tape knows what these sums are made of, and not the sums.
+            # The tape knows what these sums are made of, but not the sums.
             ends = list({leaf.name: leaf for leaf in terms.leaves}.values())
             through = tf.gradients(
                 [tensor for tensor, _ in anew], ends, [slope for _, slope in anew], stop_gradients=ends
@@ -318,7 +322,7 @@ class LossTerms:
         return _is_symbolic(source) and source.dtype != tf.resource and self.flow.of(source).axis is not None
 
     def _of_samples(self, gradients: Any, of_samples: Sequence[bool]) -> Any:
-        """The gradients, with each sample's own as in the effective batch: the fraction was for what adds up."""
+        """Multiply the samples' own gradients by the fraction; other gradients get it when they are added up."""
         flat = tf.nest.flatten(gradients)
         shares = [
             gradient * tf.cast(self._fraction, gradient.dtype) if own and tf.is_tensor(gradient) else gradient
@@ -338,7 +342,7 @@ class LossTerms:
 
 
 def unknown_within_keras(found: Dependence) -> Dependence:
-    """What is not known of a Keras loss's values; it matters only where samples were set against each other."""
+    """Return ``found`` if samples were set against each other; nothing else matters in a Keras loss's values."""
     return found if found.compares else Dependence(data=True)
 
 

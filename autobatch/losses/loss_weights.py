@@ -1,9 +1,9 @@
 """Exact weights for micro-batches, for every reduction, mask and weight of a Keras loss.
 
-An effective batch of ``n`` samples is cut into micro-batches of ``n_k``. Its gradient is the sum over ``k`` of the
-micro-batch's gradient times ``n_k / n`` (its *fraction*) wherever a loss is a mean over samples, as regularizers and
-the losses of most ``train_step`` functions are. A Keras loss whose denominator is something else, ``D`` for the whole
-and ``d_k`` for the micro-batch, is multiplied by ``(d_k / D) / (n_k / n)`` beforehand:
+An effective batch of ``n`` samples is cut into micro-batches of ``n_k``. If a loss is a mean over samples, its gradient
+is the sum over ``k`` of the micro-batch's gradient times ``n_k / n`` (its *fraction*). Regularizers and the losses of
+most ``train_step`` functions are such means. A Keras loss may have another denominator, ``D`` for the whole and ``d_k``
+for the micro-batch. It is multiplied by ``(d_k / D) / (n_k / n)`` beforehand:
 
 =========================== ================================== =====================
 reduction                   denominator ``d``                  factor
@@ -14,14 +14,14 @@ the same, with a mask       elements that the mask lets pass   needs a count
 ``sum``                     1 for all                          ``n / n_k``
 =========================== ================================== =====================
 
-The fraction stands outside, so that everything that is not known to be otherwise is a mean over samples, and so that
-Keras's loss tracker, which weighs a micro-batch's loss by ``n_k``, ends with the loss of the effective batch.
+The fraction stands outside. So everything that is not known to be otherwise counts as a mean over samples. Keras's loss
+tracker, which weighs a micro-batch's loss by ``n_k``, then ends with the loss of the effective batch.
 
-Under ``None``, and where the user's own code reduces a loss, nothing is done here: what is differentiated then is
-weighed by :mod:`autobatch.losses.loss_terms`.
+Nothing is done here under the reduction ``None``, or where the user's own code reduces a loss. What is differentiated
+then is weighed by :mod:`autobatch.losses.loss_terms`.
 
-"Needs a count" means that ``D`` depends on the data: :data:`Mode.COUNT` traces the same losses once more, keeping only
-the counts; TensorFlow prunes what they do not need.
+"Needs a count" means that ``D`` depends on the data. :data:`Mode.COUNT` traces the same losses once more and keeps only
+the counts. TensorFlow prunes what they do not need.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from autobatch.types import Tensor
 
 
 class LossWeights:
-    """Handles each loss reduction of one trace; see :func:`autobatch.seams.losses.intercept_reductions`.
+    """Handler of each loss reduction of one trace; see :func:`autobatch.seams.losses.intercept_reductions`.
 
-    ``fraction`` is the scalar float64 tensor ``n_k / n``; ``totals`` are the effective batch's denominators, one for
-    each reduction that needs a count. ``terms`` weigh what is reduced by the user's own code, wherever that is
-    differentiated or reported.
+    ``fraction`` is the scalar float64 tensor ``n_k / n``. ``totals`` are the effective batch's denominators, one for
+    each reduction that needs a count. ``terms`` weigh what the user's own code reduces, wherever that is differentiated
+    or reported.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class LossWeights:
         reduction: Any,
         dtype: Any,
     ) -> Any:
-        """Reduce ``values`` as Keras would, times the factor of the table above."""
+        """Reduce ``values`` as Keras would, times the factor in the module's table."""
         loss = reduce(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
         if self.terms is not None and not self.terms.is_one_for_each_sample(values):
-            return self.terms.weighed_loss(loss)  # the user's code has reduced it, in a way that the graph tells
+            return self.terms.weighed_loss(loss)  # the user's code has reduced it, in a way that the graph shows
         kind = losses.standardize_reduction(reduction)
         if kind in (None, "none"):
             self.leaves_a_vector = self.leaves_a_vector or of_compile
@@ -92,7 +92,7 @@ class LossWeights:
         return loss * tf.cast(share / self.fraction, loss.dtype)
 
     def gradient_factor(self, target: Any) -> Any:
-        """What the gradient of ``target`` is to be multiplied by where no graph tells; None if by nothing."""
+        """Return the factor for the gradient of ``target`` where no graph shows it; None if it stays as it is."""
         if not self.leaves_a_vector or not tf.is_tensor(target) or not target.shape.rank:
             return None
         return tf.cast(1.0 / self.fraction, target.dtype)
@@ -108,7 +108,7 @@ class LossWeights:
     @staticmethod
     def _count(kind: str, values: Any, sample_weight: Any, mask: Any, dtype: Any) -> Any:
         if kind != "mean_with_sample_weight":
-            # Elements per mask entry are the same in every micro-batch, so that valid entries stand for elements.
+            # A mask entry stands for as many elements in every micro-batch, so valid entries can be counted instead.
             return tf.reduce_sum(tf.cast(mask, tf.float64))
         values = tf.convert_to_tensor(values)
         weight = None if sample_weight is None else tf.cast(sample_weight, values.dtype)

@@ -1,4 +1,4 @@
-"""Tells how a loss, or another number of a batch, is made of sums over samples."""
+"""Terms of a loss, or of another number of a batch: the sums over samples that it is made of."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from autobatch.losses.linear_forms import as_plain_sums
 from autobatch.types import Tensor
 
 MOST_NUMBERS = 2**20
-"""A sum of more numbers than this, as of a matrix of all features by all, is not counted beforehand."""
+"""Most numbers in a sum that is counted beforehand; a matrix of all features by all features may have more."""
 
 
 @dataclass(slots=True)
 class Part:
-    """One of the sums that a number of the batch is a function of."""
+    """One of the sums that a number of the batch is made of."""
 
     tensor: Tensor
     dependence: Dependence
     count: Any = None
-    """For a mean over samples picked by their data, how many were picked here; None for a sum of known degree."""
+    """Number of samples picked here, for a mean over samples picked by their data; None for a sum of known degree."""
 
     @property
     def trained(self) -> bool:
@@ -33,25 +33,25 @@ class Part:
 
 @dataclass(slots=True)
 class Terms:
-    """How a tensor is made: of one ``degree``, or else as a function of ``sums``."""
+    """Makeup of a tensor: it is of one ``degree``, or else a function of ``sums``."""
 
     degree: Any = None
     sums: list[Part] = field(default_factory=list)
     target: Any = None
     """The tensor as a function of ``sums``."""
     leaves: list[Tensor] = field(default_factory=list)
-    """Tensors with an entry for each sample, of which some of ``sums`` were made anew, unknown to any tape."""
+    """Tensors with an entry for each sample, from which some of ``sums`` were made anew, unknown to any tape."""
 
 
 class Maker:
-    """Tells it of the tensors of one trace. ``note`` is told what each that was looked at depends on."""
+    """Maker of the terms of one trace's tensors. ``note`` is called with the dependence of each tensor looked at."""
 
     def __init__(self, flow: SampleFlow, note: Callable[[Dependence], None]) -> None:
         self.flow = flow
         self._note = note
 
     def of(self, target: Any, *, silently: bool = False) -> Terms | None:
-        """How ``target`` is made; None where that cannot be told. It is noted, but ``silently``."""
+        """Return the terms of ``target``; None where they are unknown. Its dependence is noted, unless ``silently``."""
         note = self._note
         if silently:
             self._note = lambda found: None
@@ -77,7 +77,7 @@ class Maker:
             terms = self._as_sums(target)
         if isinstance(terms, Terms):
             return terms
-        # Of a sum of samples that depend on each other the degree is right all the same.
+        # The degree of a sum is right even if its samples depend on each other.
         if found.degree is not None and found.linear:
             self._note(found)
             return Terms(degree=found.degree + (found.axis is not None))
@@ -85,13 +85,13 @@ class Maker:
         return None
 
     def _as_sums(self, target: Any) -> Terms | str:
-        """``target`` as a function of sums; or the name of an operation of which that is not known."""
+        """Return ``target`` as a function of sums; or the name of the operation that prevents it."""
         rewritten, leaves = as_plain_sums(target, self.flow)
         sums, lost = self._sums_of(rewritten)
         return lost or Terms(sums=sums, target=rewritten, leaves=leaves)
 
     def _sums_of(self, target: Any) -> tuple[list[Part], str]:
-        """The sums that ``target`` is a function of; or the name of an operation of which that is not known."""
+        """Return the sums that make up ``target``; or none, and the name of the operation that prevents it."""
         sums: list[Part] = []
         pending: list[tuple[Any, str]] = [(target, target.op.name)]
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""What becomes of micro-batches in the effective batch: sums that are counted beforehand, and kinds of logs."""
+"""Totals of the effective batch that are counted beforehand, and the kinds of its logs."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import tensorflow as tf
 
 
 class Mode(enum.Enum):
-    """What a trace is for: training with known totals, or counting them."""
+    """Purpose of a trace: training with known totals, or counting them."""
 
     TRAIN = "train"
     COUNT = "count"
 
 
 class Kind(enum.Enum):
-    """How a part of a micro-batch's logs becomes the effective batch's."""
+    """Rule by which a part of the micro-batches' logs becomes the effective batch's."""
 
     LAST = "last"
-    """As the last micro-batch has it: a metric's result, a constant."""
+    """Value of the last micro-batch: a metric's result, or a constant."""
     AVERAGED = "averaged"
-    """Weighed, and summed over the micro-batches times their shares."""
+    """Sum over the micro-batches of the weighed value times the micro-batch's share."""
     SUMMED = "summed"
     JOINED = "joined"
-    """A number, or a row, for each sample: one behind the other."""
+    """Concatenation of a number, or a row, for each sample."""
     LARGEST = "largest"
     SMALLEST = "smallest"
     NOT_TOLD = "not told"
-    """Averaged if it is one number, else as the last micro-batch has it; either may be another one."""
+    """Average if it is one number, else value of the last micro-batch; either may differ from the effective batch's."""
 
 
 class Totals:
     """Sums over the effective batch that one trace needs beforehand, in the order in which it asks for them.
 
-    ``vector`` holds them, as float64. While they are counted, :attr:`counted` collects this micro-batch's parts.
+    ``vector`` holds them, as float64. :attr:`counted` collects this micro-batch's parts in either mode.
     """
 
     def __init__(self, mode: Mode, vector: Any) -> None:
@@ -44,7 +44,7 @@ class Totals:
         self.counted: list[Any] = []
 
     def of(self, part: Any) -> Any:
-        """The total, over all micro-batches, of what ``part`` is in this one; ``part`` itself while counting."""
+        """Return the total of ``part`` over all micro-batches; ``part`` itself while counting. Both are float64."""
         flat = tf.reshape(tf.cast(part, tf.float64), [-1])
         self.counted.append(flat)
         if self.mode is Mode.COUNT:
@@ -56,5 +56,5 @@ class Totals:
 
     @property
     def length(self) -> int:
-        """How many numbers are counted."""
+        """Count of the numbers that were asked for."""
         return sum(part.shape.num_elements() for part in self.counted)

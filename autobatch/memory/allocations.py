@@ -1,11 +1,11 @@
-"""Records what a piece of a program asks of TensorFlow's allocator: every block, in order, with its address.
+"""Recordings of what a piece of a program asks of TensorFlow's allocator: every block, in order, with its address.
 
-TensorFlow's BFC allocator, which GPUs have and limited CPU arenas too, tells its profiler of each allocation: bytes,
-address, the operation that asked, and the shape of the tensor. A profile of one small step is therefore all that is
-needed to know where in memory everything will lie in a large one: see :mod:`autobatch.search.replay`.
+TensorFlow's BFC allocator serves GPUs and limited CPU arenas. It reports each allocation to its profiler: bytes,
+address, the operation that asked, and the shape of the tensor. So a profile of one small step is enough to compute
+where everything will lie in memory during a large one: see :mod:`autobatch.search.replay`.
 
-A recording is a hint. Where it cannot be made, be read or be true (events lost or out of order, blocks
-over one another), there is none, and nothing is lost: no error of this module leaves it.
+A recording is only a hint. There is none where it cannot be made or read, or cannot be true: events are lost or out of
+order, or blocks overlap. The search then goes on without it, for no error of this module leaves it.
 """
 
 from __future__ import annotations
@@ -28,33 +28,32 @@ from autobatch.types import Variable
 logger = logging.getLogger(__name__)
 
 SWITCH = "AUTOBATCH_RECORD_ALLOCATIONS"
-"""An environment variable: "0" leaves the profiler alone."""
+"""Name of the environment variable that decides about recording: "0" leaves the profiler alone."""
 
 _OF_THE_PROFILER = (b"profiler_session.cc", b"save_profile.cc")
 
 _LEAST_PRIME = 11
-"""From here on a prime micro-batch is unlikely to divide a dimension that has nothing to do with it."""
+"""Least prime micro-batch that is unlikely to divide a dimension that has nothing to do with it."""
 
 _WORKSPACES = ("Conv2DBackpropInput", "Conv2DBackpropFilter")
-"""On a CPU these work on so many images at once as its cache holds, whatever the micro-batch: temporaries of rank 3."""
+"""Operations with temporaries of rank 3 that do not grow: a CPU works on as many images at once as its cache holds."""
 
 _ROUND_BYTES = 256
-"""The allocator's unit."""
+"""Unit to which the allocator rounds a block up."""
 
 
 @dataclass(slots=True)
 class Recording:
-    """What :func:`recording` saw. ``held`` tells where the variables lay before it began, as address to bytes."""
+    """Events that :func:`recording` saw, in order. ``held`` gives bytes by address for the variables before it."""
 
     held: dict[int, int] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
 
     def most_bytes(self, *, leaving_out: str | None = None) -> int:
-        """The most bytes that the block held beyond what was held before it.
+        """Return the most bytes that were held at one time beyond what was held before the recording.
 
-        Bytes as they were asked for, without the allocator's rounding. A value that takes the place of a variable's old
-        one counts until the old one is given back. ``leaving_out`` is a part of the names of operations whose blocks
-        are not counted.
+        Bytes count as they were asked for, without the allocator's rounding. A variable's new value counts until the
+        old one is given back. Blocks of operations whose name contains ``leaving_out`` are not counted.
         """
         alive: dict[int, int] = {}
         now = most = 0
@@ -71,10 +70,10 @@ class Recording:
 
 @contextlib.contextmanager
 def recording(device: str, variables: Iterable[Variable]) -> Iterator[Recording]:
-    """Record what the block allocates on ``device``, whose ``variables`` are looked up first.
+    """Record what the ``with`` block allocates on ``device``; the addresses of ``variables`` are looked up first.
 
-    The recording is complete once the block has ended; it stays empty where nothing can be recorded, and where the
-    block raises.
+    The recording is complete once the ``with`` block has ended. It stays empty where nothing can be recorded, and where
+    the ``with`` block raises.
     """
     import tensorflow as tf
 
@@ -106,7 +105,7 @@ def recording(device: str, variables: Iterable[Variable]) -> Iterator[Recording]
 
 @contextlib.contextmanager
 def _as_a_hint(done: str) -> Iterator[None]:
-    """Keep every error of the block to itself: what it would have told is not known then."""
+    """Log every error of the ``with`` block and suppress it."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever a profiler or a damaged file raises must not end a search
@@ -115,7 +114,7 @@ def _as_a_hint(done: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """While this lasts, the profiler's own messages are kept from standard error; all others come at its end."""
+    """Keep the profiler's own messages from standard error; write all others there when the ``with`` block ends."""
     try:
         before = os.dup(2)
     except OSError:  # there is no standard error
@@ -136,11 +135,11 @@ def _silenced() -> Iterator[None]:
 
 
 def trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple[int, ...]]) -> AllocationTrace | None:
-    """What was recorded while ``micro_batch`` samples ran, as a trace that can be replayed for other sizes.
+    """Return what was recorded while ``micro_batch`` samples ran, as a trace that can be replayed for other sizes.
 
-    A block grows with the micro-batch where a dimension of its tensor is a multiple of it: the first one, or any if
-    the micro-batch is a prime that is not small. ``fixed_shapes`` are those of the weights, which never grow.
-    None where nothing was recorded, or what was recorded cannot be true.
+    A block grows with the micro-batch if the first dimension of its tensor is a multiple of it. Any dimension counts if
+    the micro-batch is a prime of at least 11. ``fixed_shapes`` are the shapes of the weights, which never grow.
+    The result is None where nothing was recorded, or what was recorded cannot be true.
     """
     with _as_a_hint("believed"):
         return _trace_of(found, micro_batch, fixed_shapes) if found.events else None
@@ -189,7 +188,7 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
 
 
 def _sizes(event: Event, micro_batch: int, fixed_shapes: Collection[tuple[int, ...]]) -> tuple[float, float]:
-    """Bytes of a block whatever the micro-batch, and bytes for each of its samples."""
+    """Return the bytes of a block that do not depend on the micro-batch, and its bytes for each sample."""
     wanted = event.requested_bytes
     shape = tuple(int(size) for size in event.shape.strip("[]").split(",") if size.strip().isdecimal())
     if micro_batch == 1 or not shape or not wanted or wanted % micro_batch or shape in fixed_shapes:
@@ -241,11 +240,12 @@ def _require_possible(events: Sequence[Event]) -> None:
 
 
 def _regions(held: dict[int, int], touched: dict[int, int], first: Event) -> list[tuple[int, int]]:
-    """The allocator's pieces of address space, none over another: known at their starts, and where they end at most.
+    """Return the allocator's regions of address space as (start, bytes); none overlaps another.
 
-    It is not told where a region ends. But the largest free piece is told, as a part of what is free in the regions
-    taken so far; it comes behind all that was held in the largest of them, before the next one begins. Blocks that all
-    lie within the limit of each other are taken to lie in one region, as they do where the arena is taken in one piece.
+    The events do not say where a region ends, so its size is an upper bound. They do give the largest free piece,
+    through the fragmentation of the regions taken so far. That piece is taken to follow the last block held in the
+    largest region, before the next region begins. Blocks that all lie within the limit of each other are taken to lie
+    in one region. They do where the arena is taken in one piece.
     """
     total = first.in_use_bytes + first.free_bytes
     largest_free = int(first.free_bytes * (1 - first.fragmentation)) // _ROUND_BYTES * _ROUND_BYTES
@@ -271,7 +271,7 @@ def _regions(held: dict[int, int], touched: dict[int, int], first: Event) -> lis
 
 
 def _within(regions: list[tuple[int, int]], blocks: dict[int, int]) -> list[tuple[int, int]]:
-    """The blocks that lie in a region, none over another."""
+    """Return the blocks that lie in a region; of two that overlap, only the lower one."""
     inside: list[tuple[int, int]] = []
     for address, taken in sorted(blocks.items()):
         fits = any(start <= address and address + taken <= start + size for start, size in regions)
@@ -281,7 +281,10 @@ def _within(regions: list[tuple[int, int]], blocks: dict[int, int]) -> list[tupl
 
 
 def _unaccounted(regions: list[tuple[int, int]], taken: dict[int, int], rest: int) -> list[tuple[int, int]]:
-    """Blocks for what is held, it is not known where: in the smallest holes, where the allocator puts small ones."""
+    """Return blocks that stand for ``rest`` bytes held at unknown addresses.
+
+    They fill the smallest holes, where the allocator puts small blocks.
+    """
     holes: list[tuple[int, int]] = []
     for start, size in regions:
         free_from = start
@@ -300,7 +303,7 @@ def _unaccounted(regions: list[tuple[int, int]], taken: dict[int, int], rest: in
 
 
 def _addresses(variables: Iterable[Variable]) -> dict[int, int]:
-    """Where the variables' buffers lie on their device, as address to bytes; those that cannot be told are left out."""
+    """Return the address of each variable's buffer with its bytes; a variable whose address is unknown is left out."""
     import tensorflow as tf
 
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -320,7 +323,7 @@ def _addresses(variables: Iterable[Variable]) -> dict[int, int]:
 
 
 def _tells(device: str) -> bool:
-    """Whether the allocator of ``device`` is BFC, as the environment says: others tell nothing of use."""
+    """Return True if ``device`` has the BFC allocator; other allocators report nothing of use."""
     if device.startswith("GPU"):
         return os.environ.get("TF_GPU_ALLOCATOR", "").strip().lower() != "cuda_malloc_async"
     return arena.arena_limit_bytes(device) is not None

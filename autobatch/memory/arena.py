@@ -1,11 +1,12 @@
-"""Gives a process a limit on its device memory, on a GPU or on the CPU, before TensorFlow starts its devices.
+"""Limits on the device memory of a process, on a GPU or on the CPU, set before TensorFlow starts its devices.
 
-On a GPU the limit is TensorFlow's own logical device. On the CPU it is the allocator class that the GPU uses (BFC),
-which TensorFlow puts in front of the CPU's when three environment variables ask for it; running out in it raises the
-same ``ResourceExhaustedError``, so it is also how running out of memory is tested without a GPU.
+On a GPU the limit is TensorFlow's own logical device. On the CPU it is an arena of the allocator class that GPUs use
+(BFC). TensorFlow puts the arena in front of the CPU's allocator when environment variables ask for it. A full arena
+raises the same ``ResourceExhaustedError`` as a full GPU, so running out of memory is tested without a GPU.
 
-What is private in TensorFlow and touched here: ``tensorflow.python.eager.context`` (``context_safe``, ``_initialized``,
-``_config``), seen in 2.19 to 2.21. Where it is missing, only speed and an early error message are lost.
+Private names of TensorFlow used here: ``context``, ``_context``, ``_initialized`` and ``_config`` of
+``tensorflow.python.eager.context``, seen in 2.19 to 2.21. Where one is missing, only speed and an early error message
+are lost. ``tensorflow.core.protobuf.config_pb2`` and ``tensorflow.python.util._pywrap_util_port`` are used as well.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ _DEFAULT_LIMIT_MIB = 2**16  # what TensorFlow takes where the BFC allocator is a
 def limit_memory(limit: int | str) -> None:
     """Let this process use at most ``limit`` bytes of device memory; call it before TensorFlow starts its devices.
 
-    With GPUs, each one that is visible becomes a logical device of this size. Without, TensorFlow's tensors on the
-    CPU live in a limited arena. Call it before ``import tensorflow`` or ``import keras`` where you can: on the CPU,
-    TensorFlow decides while it is imported whether to use oneDNN, whose convolutions crash in a full arena (an
-    `AutobatchWarning` then says so).
+    With GPUs, each one that is visible becomes a logical device of this size. Without one, TensorFlow's tensors on the
+    CPU live in a limited arena.
+
+    Call it before ``import tensorflow`` or ``import keras`` where you can. On the CPU, TensorFlow decides during that
+    import whether to use oneDNN, whose convolutions crash in a full arena. An `AutobatchWarning` says so if the call
+    comes later.
 
     Args:
         limit: bytes, or text such as ``"512MiB"`` or ``"1.5GB"``; rounded down to whole MiB, at least one.
@@ -73,8 +76,8 @@ def configure_memory(growth: bool = True, limit: int | str | None = None) -> Non
     Args:
         growth: take memory as it is needed (True), or nearly all of it at the start (False, TensorFlow's default).
             With ``limit`` it has no effect: TensorFlow lets a limited device grow up to its limit.
-        limit: the most that each GPU may give this process, in bytes or as text; None for no limit. See
-            `limit_memory`, which also limits the CPU; this function leaves the CPU alone.
+        limit: upper bound on each GPU's memory for this process, in bytes or as text; None for no limit. This function
+            leaves the CPU alone; `limit_memory` limits it too.
 
     Raises:
         RuntimeError: TensorFlow's devices have been started already.
@@ -109,9 +112,10 @@ def arena_environment(limit_bytes: int) -> dict[str, str]:
 
 
 def arena_limit_bytes(device: str | None = None) -> int | None:
-    """Return the limit that this process was given on ``device`` ("GPU:0", "CPU:0"; None: whichever it computes on).
+    """Return the limit that this process was given on ``device`` ("GPU:0", "CPU:0"), in bytes; None if it has none.
 
-    Recognises the environment variables, set by `limit_memory` or by hand, and GPU logical devices. None: no limit.
+    With ``device=None``, return the limit of the device that the process computes on. The environment variables are
+    recognised, whether `limit_memory` or a person set them, and so are GPU logical devices.
     """
     tf = sys.modules.get("tensorflow")
     if tf is not None and (device is None or device.startswith("GPU")):
@@ -128,11 +132,11 @@ def arena_limit_bytes(device: str | None = None) -> int | None:
 
 
 def reserve_in_one_piece() -> bool:
-    """Let a limited CPU arena take what is left of it at once, as a GPU's allocator does; return whether it did.
+    """Let a limited CPU arena take what is left of it at once, as a GPU's allocator does; return True if it did.
 
-    The arena grows in regions that double, and a tensor must lie within one: up to half of the limit would be lost to
-    the seams. Nothing is written to the memory, so that none is really used. Asking is left out where it would
-    likely fail.
+    The arena grows in regions that double in size, and a tensor must lie within one region. So up to half of the limit
+    would be lost at the ends of regions. Nothing is written to the memory, so none of the host's is really used. The
+    arena is left as it is where the request would likely fail.
     """
     limit_bytes = arena_limit_bytes("CPU:0")
     if limit_bytes is None:
@@ -150,28 +154,28 @@ def reserve_in_one_piece() -> bool:
     try:
         with tf.device("CPU:0"):
             tf.raw_ops.Empty(shape=[-(-wanted_bytes // 2**10), 2**10], dtype=tf.uint8)
-    except tf.errors.ResourceExhaustedError:  # more of it is taken than what was held tells
+    except tf.errors.ResourceExhaustedError:  # the regions take more than the peak suggests
         return False
     return True
 
 
 def devices_started() -> bool:
-    """Whether TensorFlow has started its devices, after which no limit can be set any more."""
+    """Return True if TensorFlow has started its devices: no limit can be set after that."""
     module = _eager_context()
     context = None if module is None else getattr(module, "_context", None)
     return bool(getattr(context, "_initialized", False))
 
 
 def without_allocation_wait() -> bool:
-    """Let a failed GPU allocation fail at once, not after TensorFlow's ten seconds; return whether that was set.
+    """Let a failed GPU allocation fail at once, not after TensorFlow's ten seconds; return True if that was set.
 
-    To be called in a worker process before TensorFlow starts its devices. The switch is read when the devices start
-    and cannot be put back in the same process, so a process that goes on to train must leave it alone: there the wait
-    lets another stream or thread free memory in time. It has no effect on the CPU's allocators.
+    Call it in a worker process before TensorFlow starts its devices. The switch is read when the devices start, and
+    cannot be put back in the same process. A process that goes on to train must not use it: there the wait lets another
+    stream or thread free memory in time. It has no effect on the CPU's allocators.
     """
     if devices_started():
         return False
-    # Looked up first, so that TensorFlow does not take the configuration set below for one of its version 1.
+    # The devices are listed first: else TensorFlow would take the configuration set below for one of its version 1.
     _import_tensorflow().config.get_visible_devices("GPU")
     module = _eager_context()
     make = getattr(module, "context", None)
@@ -212,7 +216,7 @@ def _limit_gpus(limit_bytes: int) -> None:
 
 
 def _logical_limits(tf: Any) -> list[int | None]:
-    """The memory limit of each logical GPU, in the order of their names; empty where none was configured."""
+    """Return the memory limit of each logical GPU, in the order of their names; empty if none was configured."""
     limits: list[int | None] = []
     configured = False
     for gpu in tf.config.get_visible_devices("GPU"):

@@ -1,7 +1,7 @@
-"""How many bytes may be used on a device, and who says so.
+"""Limits on the bytes that may be used on a device, each with its source.
 
 A limit is compared with the peak of TensorFlow's allocator (`peak_bytes`), which counts bytes that this process holds
-already. So wherever a source tells what is *free*, what the allocator holds is added to it.
+already. So where a source gives what is *free*, the bytes that the allocator holds are added to it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from autobatch.records import Limit
 from autobatch.units import format_bytes
 
 CUDA_CONTEXT_BYTES = 400 * 2**20
-"""What the driver takes for a process's CUDA context and libraries, outside TensorFlow's pool; about 300 to 500 MiB."""
+"""Allowance for a process's CUDA context and libraries, outside TensorFlow's pool; they take about 300 to 500 MiB."""
 
 _CGROUP_TOTALS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
 
@@ -29,7 +29,7 @@ def default_device() -> str:
 
 
 def find_limit(device: str, user_limit_bytes: int | None = None) -> Limit:
-    """Return the smallest of `all_limits`; one without bytes if nothing limits ``device``."""
+    """Return the smallest of `all_limits`; its ``limit_bytes`` is None if no limit of ``device`` is known."""
     found = [limit for limit in all_limits(device, user_limit_bytes) if limit.limit_bytes is not None]
     if not found:
         return Limit(None, "no limit known")
@@ -68,7 +68,7 @@ def bytes_in_use(device: str) -> int | None:
 
 
 def reset_peak(device: str) -> None:
-    """Let `peak_bytes` start again from what is in use now; does nothing where the allocator keeps no count."""
+    """Let `peak_bytes` start again from what is in use now; do nothing where the allocator keeps no count."""
     try:
         _tensorflow().config.experimental.reset_memory_stats(device)
     except ValueError as error:
@@ -85,7 +85,7 @@ def _memory_info(device: str, field: str) -> int | None:
 
 
 def _require_device(device: str, error: ValueError) -> None:
-    """Both a wrong name and an allocator without statistics are ValueErrors in TensorFlow."""
+    """Refuse a wrong device name. ``error`` may also come from an allocator without statistics, which is no fault."""
     if "stats" not in str(error):
         raise ValueError(f'A device is written as "GPU:0" or "CPU:0", and must exist. Received: {device!r}') from error
 
@@ -107,10 +107,10 @@ def _gpu_limits(device: str) -> list[Limit]:
 
 
 def _pool_bytes(card: nvml.NvmlCard) -> int | None:
-    """What TensorFlow's pool took from the card: in use or not, all of it can be used again. None: cannot be told.
+    """Return the bytes that TensorFlow's pool took from the card, in use or free within it; None if that is unknown.
 
-    TensorFlow tells only what is in use within the pool; the driver tells what the process holds. Inside a container
-    a process does not know its pid outside, so a card's only process is taken to be this one.
+    TensorFlow reports only what is in use within the pool; the driver reports what the process holds. Inside a
+    container a process does not know its pid outside, so a card's only process is taken to be this one.
     """
     processes = card.processes or ()
     own = [each for each in processes if each.pid == os.getpid()] or (processes if len(processes) == 1 else [])
@@ -120,7 +120,7 @@ def _pool_bytes(card: nvml.NvmlCard) -> int | None:
 
 
 def physical_device(device: str) -> str:
-    """Return the card behind ``device`` as TensorFlow numbers its physical devices: "GPU:1" may be half of "GPU:0"."""
+    """Return the name of the physical device behind the logical ``device``: "GPU:1" may be half of "GPU:0"."""
     tf: Any = sys.modules.get("tensorflow")
     if tf is None:
         return device
@@ -134,7 +134,7 @@ def physical_device(device: str) -> str:
 
 
 def tensorflow_device_name(device: str) -> str | None:
-    """Return the model of card that TensorFlow sees behind ``device``, None where it is not loaded or does not say."""
+    """Return the card model that TensorFlow sees behind ``device``; None if it is not loaded or does not say."""
     tf: Any = sys.modules.get("tensorflow")
     if tf is None:
         return None
@@ -176,7 +176,10 @@ def _mem_available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def _cgroup_available_bytes(root: Path = Path("/")) -> tuple[int, str] | None:
-    """What is left of the tightest memory limit on the way from this process's control group to the root."""
+    """Return the bytes left under the tightest memory limit from this process's control group up to the root.
+
+    The limit's source in words comes second. The result is None if no group on the way has a limit.
+    """
     found: list[tuple[int, str]] = []
     for directory, files, version in _cgroup_directories(root):
         limit, use = _read_int(directory / files[0]), _read_int(directory / files[1])
@@ -215,7 +218,7 @@ def _cgroup_directories(root: Path) -> list[tuple[Path, tuple[str, str, str], st
 
 
 def host_total_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """The machine's memory, or the control group's limit where that is less."""
+    """Return the machine's memory in bytes, or the control group's limit if that is less."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for name in _CGROUP_TOTALS:
         try:

@@ -1,7 +1,7 @@
-"""What NVIDIA's driver says about the cards: memory, and who holds it. Needs neither TensorFlow nor a driver.
+"""Answers of NVIDIA's driver about the cards: memory, and who holds it. Needs neither TensorFlow nor a driver.
 
 Nothing here raises because of the driver: no driver, no permission or a lost card are answers, with their reason.
-Cards are numbered as NVML does, by PCI bus id; `NvmlAnswer.for_tensorflow` finds the one that TensorFlow calls GPU:n.
+Cards are numbered as in NVML, by PCI bus id. `NvmlAnswer.for_tensorflow` finds the one that TensorFlow calls GPU:n.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TRANSIENT = (
 
 @dataclass(frozen=True, slots=True)
 class NvmlProcess:
-    """A process on a card, by the host's pid. ``name`` and ``used_bytes`` are None where the driver does not tell."""
+    """A process on a card, by the host's pid. ``name`` or ``used_bytes`` is None where the driver does not give it."""
 
     pid: int
     name: str | None
@@ -42,10 +42,11 @@ class NvmlProcess:
 
 @dataclass(frozen=True, slots=True)
 class NvmlCard:
-    """A card, or one MIG instance of it (``mig_parent_uuid`` is then the card's).
+    """A card, or one MIG instance of a card.
 
-    ``mig_enabled`` tells that a card is split up: CUDA programs get its instances, never the card.
-    ``processes`` is None where the driver would not list them.
+    ``mig_parent_uuid`` is the card's UUID for an instance, and None for a card. ``mig_enabled`` is True for a card
+    that is split up: CUDA programs get its instances, never the card. ``processes`` is None where the driver would not
+    list them.
     """
 
     index: int
@@ -62,17 +63,21 @@ class NvmlCard:
 
 @dataclass(frozen=True, slots=True)
 class NvmlAnswer:
-    """Every card that answered. ``reason`` tells why there are none, or which one did not answer; "" if all is well."""
+    """Every card that answered.
+
+    ``reason`` says why there are none, or which one did not answer; it is "" if all is well. ``environ`` holds the
+    environment variables that decide which cards CUDA shows, and in which order.
+    """
 
     cards: tuple[NvmlCard, ...] = ()
     reason: str = ""
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def for_tensorflow(self, device: str, *, device_name: str | None = None) -> NvmlCard | None:
-        """Return the card that TensorFlow's *physical* device ``device`` ("GPU:0") is, None where that cannot be told.
+        """Return the card that TensorFlow's *physical* device ``device`` ("GPU:0") is; None if that is uncertain.
 
-        ``device_name`` is what TensorFlow calls the model of card; it decides where cards of several models are built
-        in and CUDA_DEVICE_ORDER leaves their order to CUDA.
+        ``device_name`` is TensorFlow's name for the card's model. It decides where cards of several models are built in
+        and CUDA_DEVICE_ORDER leaves their order to CUDA.
         """
         index = int(device.rpartition(":")[2])
         visible = visible_cards(self.cards, self.environ)
@@ -102,8 +107,8 @@ def devices(library: ModuleType | None = None, *, sleep: Callable[[float], None]
 def visible_cards(cards: tuple[NvmlCard, ...], environ: Mapping[str, str]) -> tuple[NvmlCard, ...]:
     """Return the cards that CUDA shows to a process with this environment, in CUDA's order.
 
-    As CUDA reads ``CUDA_VISIBLE_DEVICES``: indices, or unique beginnings of UUIDs; the first entry that names nothing
-    hides the rest; a card named twice hides all.
+    ``CUDA_VISIBLE_DEVICES`` is read by CUDA's rules: its entries are indices, or unique beginnings of UUIDs. The first
+    entry that names nothing hides the rest. A card that is named twice hides all.
     """
     # CUDA numbers whole cards first, and shows at most one MIG instance where nothing is selected.
     whole = [card for card in cards if card.mig_parent_uuid is None and not card.mig_enabled]
@@ -136,13 +141,13 @@ def _order_is_known(cards: tuple[NvmlCard, ...], environ: Mapping[str, str]) -> 
     return (
         environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
         or entries.startswith(("GPU-", "MIG-"))
-        # CUDA's own order, fastest first, is that of the bus among equals.
+        # CUDA's own order is fastest first, and among equal cards that of the bus.
         or len({card.name for card in cards if card.mig_parent_uuid is None}) <= 1
     )
 
 
 class _Library:
-    """``pynvml`` with retries, and its errors turned into answers."""
+    """Wrapper around ``pynvml`` that tries again after passing errors, and turns lasting ones into answers."""
 
     def __init__(self, library: ModuleType, sleep: Callable[[float], None]) -> None:
         self._nvml: Any = library

@@ -1,11 +1,12 @@
 """The only place that decides whether an exception, or the end of a process, means out of memory.
 
-Everything that is known stands in two tables, `EXCEPTION_ROWS` and `EXIT_ROWS`, read from the top: the first row that
-matches decides. Exceptions are told by the *name* of their class and of its module, so TensorFlow is not imported here,
-and messages are searched, never matched from the start: TensorFlow, Keras and `tf.py_function` all put text in front.
+All the knowledge stands in two tables, `EXCEPTION_ROWS` and `EXIT_ROWS`. They are read from the top, and the first row
+that matches decides. Exceptions are recognised by the *name* of their class and of its module, so TensorFlow is not
+imported here. Messages are searched, never matched from the start, because TensorFlow, Keras and `tf.py_function` all
+put text in front.
 
-What is not in the tables is not memory. A message alone is never enough: a ``ValueError`` that mentions "OOM" is the
-user's own.
+A failure that is not in the tables is not memory. A message alone is never enough: a ``ValueError`` that mentions "OOM"
+is the user's own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _DETAIL_LENGTH = 200
 
 
 class Kind(enum.Enum):
-    """What a failure means for the next try."""
+    """The meaning of a failure for the next try."""
 
     DEVICE = "device"
     """The device that computes has no room (the CPU too, where TensorFlow computes on it): go smaller."""
@@ -41,7 +42,11 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What a failure was. ``requested_bytes`` is the allocation that its message names, None if it names none."""
+    """The finding about one failure.
+
+    ``requested_bytes`` is the size of the allocation that its message names, None if it names none. ``detail`` is the
+    failure in one line.
+    """
 
     kind: Kind
     requested_bytes: int | None = None
@@ -49,13 +54,17 @@ class Diagnosis:
 
     @property
     def is_memory(self) -> bool:
-        """Whether a smaller size may succeed where this one failed."""
+        """True if a smaller size may succeed where this one failed."""
         return self.kind in (Kind.DEVICE, Kind.HOST, Kind.AMBIGUOUS)
 
 
 @dataclass(frozen=True, slots=True)
 class ExceptionRow:
-    """``classes`` names exception classes as `_full_name` spells them; ``message`` is searched in the message."""
+    """A row of `EXCEPTION_ROWS`.
+
+    ``classes`` matches the name of an exception class with its module, as `_names` spells it; ``message`` is searched
+    for in the exception's message.
+    """
 
     classes: re.Pattern[str]
     message: re.Pattern[str]
@@ -65,7 +74,11 @@ class ExceptionRow:
 
 @dataclass(frozen=True, slots=True)
 class ExitRow:
-    """``stderr`` is searched in what the process wrote last. ``arena`` rows hold only where its arena was limited."""
+    """A row of `EXIT_ROWS`.
+
+    ``stderr`` is searched for in what the process wrote last. A row with ``arena`` holds only for a process whose CPU
+    memory was limited to an arena.
+    """
 
     signals: tuple[signal.Signals, ...]
     stderr: re.Pattern[str]
@@ -235,12 +248,12 @@ EXIT_ROWS: tuple[ExitRow, ...] = (
 
 
 def diagnose(error: BaseException) -> Diagnosis:
-    """Tell what ``error`` means for memory.
+    """Decide what ``error`` means for memory.
 
-    Looks through ``__cause__``, ``__context__`` (unless suppressed), the members of exception groups, and the exception
-    that ``tf.py_function`` reports inside the text of an ``UnknownError``. A poisoned device anywhere in there counts
-    most; otherwise the outermost exception that says anything about memory. ``KeyboardInterrupt`` and its like are
-    never memory, whatever was being handled when they came.
+    The search covers ``__cause__``, ``__context__`` (unless suppressed), the members of exception groups, and the
+    exception that ``tf.py_function`` reports inside the text of an ``UnknownError``. A poisoned device anywhere among
+    them decides; otherwise the outermost exception that says anything about memory does. ``KeyboardInterrupt`` and its
+    like are never memory, whatever was being handled when they came.
     """
     found = Diagnosis(Kind.NOT_MEMORY, detail=_one_line(type(error).__name__, str(error)))
     if not isinstance(error, Exception) and not hasattr(error, "exceptions"):
@@ -257,13 +270,13 @@ def diagnose(error: BaseException) -> Diagnosis:
 
 
 def diagnose_exit(returncode: int | None, stderr_tail: str = "", *, arena: bool = False) -> Diagnosis:
-    """Tell what the end of a process means for memory.
+    """Decide what the end of a process means for memory.
 
     Args:
-        returncode: as `subprocess` and `multiprocessing` give it, negative for a signal; a shell's 128 + signal is
-            understood. None: it has not ended. That a parent killed it itself is for the parent to know.
-        stderr_tail: the last of what it wrote.
-        arena: whether it ran in a limited arena, where a crash without a word is most likely memory.
+        returncode: exit code as `subprocess` and `multiprocessing` give it, negative for a signal; None if the process
+            has not ended. A shell's 128 + signal is understood. A parent that killed the process itself must not ask.
+        stderr_tail: the end of what the process wrote to standard error.
+        arena: True if it ran in a limited arena, where a crash without a word is most likely memory.
     """
     if returncode is None:
         return Diagnosis(Kind.NOT_MEMORY, detail="the process has not ended")
@@ -307,11 +320,12 @@ def _classify(names: tuple[str, ...], message: str) -> Diagnosis | None:
 
 
 def _inside_py_function(message: str) -> list[tuple[str, str]]:
-    """Names and messages of the exceptions that a `tf.py_function` ended with, outermost first; [] if it is none."""
+    """Return name and message of each exception that ended a `tf.py_function`, outermost first; [] if there is none."""
     if not _PY_FUNCTION.search(message):
         return []
     found = [(match.group("name"), match.group("message")) for match in _INNER.finditer(message)]
-    # Behind the first one stands its traceback; others in there count only where Python says that it came from them.
+    # The text behind the first exception is its traceback. Others in there count only where Python says that the first
+    # one came from them.
     return found if any(text in message for text in _CHAINED) else found[:1]
 
 
@@ -322,7 +336,7 @@ def _names(error: BaseException) -> tuple[str, ...]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The exception and all it came from, outermost first."""
+    """Yield the exception and all that it came from, outermost first."""
     pending, seen = [error], set()
     while pending:
         link = pending.pop(0)

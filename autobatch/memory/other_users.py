@@ -1,4 +1,4 @@
-"""Names the common causes of a card that is full before the first sample is on it."""
+"""Common causes of a card that is full before the first sample is on it, found and put into sentences."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _FRAMEWORKS = ("torch", "jax", "cupy")
 
 
 def explain_pressure(device: str, answer: nvml.NvmlAnswer | None = None) -> list[str]:
-    """Return sentences that name what else takes memory on ``device`` ("GPU:0"), the largest first; [] on a CPU.
+    """Return sentences that name what else takes memory on ``device`` ("GPU:0"); the list is empty on a CPU.
 
-    ``answer`` is what `nvml.devices` said, asked now if it is None.
+    Other processes come first, the largest user at the top. ``answer`` is the result of `nvml.devices`, which is called
+    if it is None.
     """
     if not device.startswith("GPU"):
         return []
@@ -74,7 +75,7 @@ def _other_processes(card: nvml.NvmlCard) -> list[str]:
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether it is this process, or one that it started: a worker that runs its trials."""
+    """Return True if ``pid`` is this process, or one that it started: a worker that runs its trials."""
     if pid == os.getpid():
         return True
     try:

@@ -1,8 +1,8 @@
-"""Reads the allocations out of the files that TensorFlow's profiler writes.
+"""Reader of the allocations in the files that TensorFlow's profiler writes.
 
-What is not a documented interface of TensorFlow and touched here: the names of the profiler's events
-(``MemoryAllocation``, ``MemoryDeallocation``) and of their figures, and the place of the module that reads its files,
-seen in 2.21. What a damaged file raises, the caller keeps to itself.
+It uses what is no documented interface of TensorFlow, as seen in 2.21: the names of the profiler's events
+(``MemoryAllocation``, ``MemoryDeallocation``), the names of their figures, and the place of the module that reads the
+files. The caller catches what a damaged file raises.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ _READERS = ("tensorflow.tsl.profiler.protobuf.xplane_pb2", "tensorflow.core.prof
 _ALLOCATED, _FREED = "MemoryAllocation", "MemoryDeallocation"
 
 _MOST_BYTES = 64 * 2**20
-"""A profile larger than this is not read: it would take longer than the trial that it might save."""
+"""Bytes of the largest profile that is read: a larger one would take longer than the trial that it might save."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One allocation (``shape`` as the profiler writes it, "[37,64]") or one release, with the figures after it.
+    """One allocation or one release, with the allocator's figures after it.
 
-    ``is_output`` tells a tensor that ``operation`` returns from one that it works with.
+    ``shape`` is written as in the profile, "[37,64]". ``is_output`` is True for a tensor that ``operation`` returns,
+    and False for a temporary one.
     """
 
     allocated: bool
@@ -40,7 +41,10 @@ class Event:
 
 
 def read(folder: Path, device: str) -> list[Event]:
-    """The allocations and releases on ``device`` that a profile's folder holds, in order; none if there is no file."""
+    """Return the allocations and releases on ``device`` in a profile's folder, in order.
+
+    The list is empty if there is no file, if the file is too large, or if this TensorFlow has no reader for it.
+    """
     reader = _reader()
     files = sorted(folder.rglob("*.xplane.pb"))
     if reader is None or not files or files[0].stat().st_size > _MOST_BYTES:

@@ -1,4 +1,4 @@
-"""Reads from a message how large the allocation was that failed. Standard library only; decides nothing."""
+"""Size of the allocation that failed, read from an error message. Standard library only; decides nothing."""
 
 from __future__ import annotations
 

@@ -6,7 +6,11 @@ import os
 
 
 def visible_devices(device: str) -> dict[str, str]:
-    """The environment in which CUDA shows nothing but ``device``, counted among what it shows now."""
+    """Return the environment in which CUDA shows only ``device``, numbered among the devices that it shows now.
+
+    Raises:
+        ValueError: ``device`` is not written as "CPU", "GPU" or "GPU:1", or there is no such device.
+    """
     kind, _, index = device.upper().partition(":")
     if kind == "CPU":
         return {"CUDA_VISIBLE_DEVICES": "-1"}

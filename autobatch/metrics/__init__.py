@@ -1,1 +1,1 @@
-"""Give metrics and logs the values of the whole effective batch."""
+"""Metrics and logs with the values of the whole effective batch."""

@@ -1,7 +1,7 @@
-"""Compute anew what a step's logs hold that was made of results of metrics.
+"""Parts of a step's logs that were made of results of metrics, computed again.
 
-A metric that is updated when the last micro-batch is through has its result after that. What the step computed from the
-result that it had before is computed again, by the same operations.
+A metric that is updated after the last micro-batch has its final result only then. The step has computed parts of its
+logs from an earlier result. They are computed again by the same operations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from autobatch.types import Tensor
 
 
 class Derived:
-    """The operations between the results of metrics and a tensor of the logs, apart from their graph."""
+    """Operations that lead from results of metrics to a tensor of the logs, copied out of their graph."""
 
     def __init__(
         self, graph_def: Any, name: str, results: dict[str, tuple[Any, int]], variables: dict[str, Any]
@@ -27,7 +27,7 @@ class Derived:
         self._variables = variables
 
     def now(self, result_of: Callable[[Any, int], Any]) -> Any:
-        """The tensor's value of now; ``result_of(metric, place)`` is a part of a metric's result."""
+        """Return the tensor's present value; ``result_of(metric, place)`` returns a part of a metric's result."""
         given = {name: tf.convert_to_tensor(result_of(*result)) for name, result in self._results.items()}
         given |= {name: variable.read_value() for name, variable in self._variables.items()}
         (value,) = tf.graph_util.import_graph_def(self._graph_def, input_map=given, return_elements=[self._name])
@@ -35,9 +35,14 @@ class Derived:
 
 
 def derived_from(tensor: Tensor, noted: Sequence[tuple[Any, int, Any]], readable: Sequence[Any]) -> Derived | None:
-    """How ``tensor`` of a graph is made of results of metrics; None if of none, or of anything else but variables.
+    """Return how ``tensor`` of a graph is made of results of metrics, or None.
 
-    ``noted`` are metrics, places in their results, and what stood there; ``readable`` are variables that may be read.
+    It is None if the tensor depends on no result, or on anything else but results and variables.
+
+    Args:
+        tensor: a part of the logs.
+        noted: metrics, places in their results, and the tensors that stood there.
+        readable: variables that may be read.
     """
     graph = tensor.graph
     result_of = {part.name: (metric, place) for metric, place, part in noted if getattr(part, "graph", None) is graph}

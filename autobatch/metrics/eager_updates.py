@@ -1,7 +1,7 @@
-"""Metrics that are given the whole effective batch at once where the model runs eagerly.
+"""Metrics that are given the whole effective batch at once in a model that runs eagerly.
 
-The same as :mod:`autobatch.metrics.whole_batch`, without a trace to look at: every class and function that is
-not Keras's is held back.
+There is no trace to look at, so the updates of every class and function that is not Keras's are held back. See
+:mod:`autobatch.metrics.whole_batch` for models that are traced.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from autobatch.types import Metric, Tensor
 
 
 class EagerUpdates:
-    """The updates of metrics that a micro-step which runs eagerly holds back.
+    """Updates of metrics that an eager micro-step holds back.
 
-    With the last micro-batch each is run where the step makes it, so that all that follows there sees its result.
+    With the last micro-batch each update runs at its place in the step, so that the code after it sees its result.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,10 @@ class EagerUpdates:
 
     @contextlib.contextmanager
     def holding(self, leaves: Sequence[Tensor], fraction: Tensor, *, discard: bool = False) -> Iterator[list[Any]]:
-        """While a micro-step runs, hold back updates, or run them if it is the last; nothing is to be returned."""
+        """Hold back updates while a micro-step runs, or run them with the last one; yield an empty list.
+
+        ``discard`` is for a run that only counts: its updates are neither kept nor run.
+        """
         samples = int(sample_count(list(leaves)))
         if not discard:
             self._seen += samples
@@ -70,7 +73,7 @@ class EagerUpdates:
             yield []
 
     def _result_after_update(self, metric: Metric, result: Callable[[], Any]) -> Any:
-        """Update a metric with what was held back, as its result cannot be read without; from now on hold nothing."""
+        """Update a metric whose result cannot be read without the held updates; then hold none of its updates again."""
         held = [key for key in self._pieces if key[0] == id(metric)]
         for key in held:
             self._pieces.pop(key).update()
@@ -80,7 +83,7 @@ class EagerUpdates:
         return result()
 
     def _build(self, metric: Metric, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Let a metric make the variables that it makes at its first update: its result is read before it."""
+        """Let a metric create its variables, since its result is read before the first update that is not held back."""
         if id(metric) not in self._met:
             self._met[id(metric)] = metric
             if not metric.variables:
@@ -89,17 +92,17 @@ class EagerUpdates:
                     metric.reset_state()
 
     def empty(self) -> list[Any]:
-        """Begin an effective batch: what a failed one has left is gone."""
+        """Begin an effective batch: drop what a failed one left behind, and return an empty list."""
         self._pieces, self._seen = {}, 0
         return []
 
     @staticmethod
     def push(carried: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
-        """Nothing is carried."""
+        """Return an empty list: nothing is carried through the loop."""
         return []
 
     def finish(self, carried: Sequence[Any]) -> bool:
-        """Run what the last micro-batch has not come to; no result is to be read anew."""
+        """Run the held updates that the last micro-batch did not make; return False: no result needs reading again."""
         for pieces in self._pieces.values():
             pieces.update()
         self._pieces = {}
@@ -107,7 +110,7 @@ class EagerUpdates:
 
 
 class _Pieces:
-    """What one update of a metric is given in each micro-batch."""
+    """Arguments of one update of a metric, from each micro-batch so far."""
 
     def __init__(
         self,
@@ -139,7 +142,7 @@ class _Pieces:
         self._pieces.append(list(arguments))
 
     def update(self) -> None:
-        """Update the metric with what was kept."""
+        """Update the metric once with the arguments of all micro-batches."""
         joined = []
         for place, is_held in enumerate(self._is_held):
             pieces = [arguments[place] for arguments in self._pieces]

@@ -1,4 +1,4 @@
-"""The logs of one micro-batch after another, merged into those of the effective batch."""
+"""Logs of one micro-batch after another, merged into those of the effective batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from autobatch.metrics.results import MetricResults
 from autobatch.types import Metric, Tensor, Variable
 
 Logs = Any
-"""What a step returns: a nest of tensors, mostly a dictionary of scalars."""
+"""Return value of a step: a nest of tensors, mostly a dictionary of scalars."""
 
 
 class MergedLogs:
-    """What a step's logs are made of, and how those of several micro-batches become one.
+    """Parts of a step's logs, and the way to merge those of several micro-batches.
 
-    ``kinds`` tells it of each part, and ``returned_by`` the metric whose result it is and its place there, None for
-    what is none. Both are known once a step was run or traced. ``not_told`` are the names of parts that may not be the
-    effective batch's.
+    Attributes:
+        kinds: the kind of each part, which decides how it is merged; known once a step was run or traced.
+        returned_by: for each part, the metric whose result it is and its place there, or None; known when ``kinds`` is.
+        not_told: names of parts that may not be the effective batch's.
     """
 
     def __init__(self) -> None:
@@ -30,12 +31,12 @@ class MergedLogs:
         self.returned_by: list[tuple[Any, int] | None] = []
         self.not_told: tuple[str, ...] = ()
         self._structure: Logs = None
-        self._latest: list[Any] = []  # of the last micro-batch, where steps run eagerly
+        self._latest: list[Any] = []  # of the last micro-batch, if steps run eagerly
         self._derived: list[Derived | None] = []
 
     @property
     def averaged(self) -> list[bool]:
-        """Which parts are single numbers that are averaged over the micro-batches."""
+        """True for each part that is a single number averaged over the micro-batches."""
         parts = [part for part in tf.nest.flatten(self._structure) if part is not None]
         return [
             kind in (Kind.AVERAGED, Kind.NOT_TOLD) and _is_scalar(part)
@@ -54,10 +55,14 @@ class MergedLogs:
         terms: Any,
         variables: Sequence[Variable] | None,
     ) -> Logs:
-        """Note what a step has returned; return it with the parts weighed that are averaged.
+        """Note what a step has returned; return it with its averaged parts weighed.
 
-        ``batch`` are the tensors of the micro-batch. ``variables`` are those that the step touches, where a metric was
-        held back, None where none was.
+        Args:
+            logs: what the step returned.
+            results: the results of metrics in that step.
+            batch: the tensors of the micro-batch.
+            terms: the losses of that step, which decide how other parts are merged.
+            variables: those that the step touches if a metric was held back; None if none was.
         """
         parts = _named_parts(logs)
         self._derived = [] if variables is None else [results.derived(part, variables) for _, part in parts]
@@ -75,7 +80,7 @@ class MergedLogs:
         return terms.weighed_logs(logs, kinds)
 
     def empty(self) -> list[Any]:
-        """Logs of no samples, to carry through the loop; nothing where there was no trace to learn from."""
+        """Return logs of no samples, to start the loop with; an empty list if no trace has shown their shapes."""
         if tf.executing_eagerly():
             self.kinds = []
         if self._structure is None or tf.executing_eagerly():
@@ -88,9 +93,9 @@ class MergedLogs:
         return empty
 
     def merged(self, carried: list[Any], logs: Logs, fraction: Tensor) -> list[Any]:
-        """The logs so far, with those of one more micro-batch that is ``fraction`` of the effective batch."""
+        """Return the logs so far, merged with those of a micro-batch that is ``fraction`` of the effective batch."""
         parts = [tf.convert_to_tensor(part) for part in tf.nest.flatten(logs) if part is not None]
-        if tf.executing_eagerly():  # it is the last micro-batch that shows which are results, and which are joined
+        if tf.executing_eagerly():  # only the last micro-batch shows which parts are results, and which are joined
             carried = carried or [(tf.zeros_like(part), part[:0] if part.shape.rank else part) for part in parts]
             self._latest = parts
             return [
@@ -105,7 +110,7 @@ class MergedLogs:
         ]
 
     def as_of_now(self, parts: list[Any]) -> list[Any]:
-        """The logs with the results of metrics, and what is computed from them, as they are now."""
+        """Return the logs with the present results of metrics, and with what is computed from them."""
 
         def result_of(metric: Metric, place: int) -> Any:
             return tf.nest.flatten(metric.result())[place]
@@ -120,7 +125,7 @@ class MergedLogs:
         ]
 
     def pack(self, parts: list[Any]) -> Logs:
-        """The logs in the structure in which the step returned them."""
+        """Return the logs in the structure in which the step returned them."""
         if self._latest:
             all_of_them = zip(parts, self._latest, self.kinds, strict=True)
             parts = [
@@ -134,12 +139,12 @@ class MergedLogs:
 
 
 def kinds_of(logs: Logs, results: MetricResults, batch: Sequence[Tensor], terms: Any) -> list[Kind]:
-    """How each part of the logs becomes the effective batch's: results of metrics are so already."""
+    """Return the kind of each part of the logs: ``LAST`` for a metric's result, which covers all micro-batches."""
     return [Kind.LAST if results.holds(name, part, batch) else terms.kind_of(part) for name, part in _named_parts(logs)]
 
 
 def _least(shape: list[int], dtype: Any, kind: Kind) -> Any:
-    """What nothing is changed by when it is merged with it."""
+    """Return the neutral element of a kind: a part merged with it stays the same."""
     if kind is Kind.LARGEST and dtype != tf.bool:
         return tf.fill(shape, tf.constant(dtype.min, dtype))
     if kind is Kind.SMALLEST:
@@ -148,10 +153,10 @@ def _least(shape: list[int], dtype: Any, kind: Kind) -> Any:
 
 
 def _settled(before: Kind, now: Kind) -> Kind:
-    """What is known of a part after another eager micro-batch, which may show more than those before.
+    """Return the kind of a part after another eager micro-batch, which may show more than those before.
 
-    What was no result once is none, though its value was a result's before; what is as long as a micro-batch by chance
-    is not as long as each.
+    A part that once was no metric's result is none, though its value equalled one before. A part is joined only if it
+    is as long as each micro-batch, not as one by chance.
     """
     if Kind.AVERAGED in (before, now):
         return Kind.AVERAGED
@@ -172,7 +177,7 @@ def _merged(before: Any, part: Any, kind: Kind, fraction: Tensor) -> Any:
 
 
 def together(parts: Sequence[Any], kind: Kind) -> Any:
-    """What several replicas have of one part of the logs, put together; the first one's where all have the same."""
+    """Combine one part of the logs from several replicas; return the first one's if all have the same."""
     if kind is Kind.JOINED:
         return tf.concat(parts, 0)
     if kind in (Kind.AVERAGED, Kind.SUMMED):
@@ -183,7 +188,7 @@ def together(parts: Sequence[Any], kind: Kind) -> Any:
 
 
 def _named_parts(logs: Logs) -> list[tuple[str, Any]]:
-    """What is in the logs, each under the key of the dictionary that it is in."""
+    """Return the parts of the logs, each with its key in the dictionary; the key is "" if there is none."""
     if not isinstance(logs, dict):
         return [("", part) for part in tf.nest.flatten(logs) if part is not None]
     # tf.nest sorts a dict by its keys; so must this.
@@ -196,7 +201,7 @@ def _is_scalar(part: Any) -> bool:
 
 
 def not_told_eagerly(logs: Logs, kinds: Sequence[Kind], terms: Any) -> tuple[str, ...]:
-    """The names of what a step returns that a trace can merge, and eager micro-batches cannot."""
+    """Return the names of parts of the logs that a trace can merge, but eager micro-batches cannot."""
     found = []
     for (name, part), kind in zip(_named_parts(logs), kinds, strict=True):
         single = kind is Kind.AVERAGED and _is_scalar(part) and terms.is_weighed(part)

@@ -1,8 +1,8 @@
-"""Find out from its graph whether a metric's update is a sum over the samples of a batch.
+"""Analysis of a metric's graph, to find out whether its update is a sum over the samples of a batch.
 
-Of such a metric, updates with one micro-batch after another end in the state that one update with the whole batch
-leaves. The analysis knows a set of operations and calls everything else unknown, so that it errs on one side only: an
-update that it calls a sum is one.
+Updating such a metric with one micro-batch after another leaves the same state as one update with the whole batch.
+The analysis knows a set of operations and calls everything else unknown. So it errs on one side only: an update that
+it calls a sum is one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tensorflow as tf
 from autobatch.types import Graph, Operation, Tensor
 
 FREE, ROWS, SUM, SHAPE, READ, UNKNOWN = "free", "rows", "sum", "shape", "read", "unknown"
-"""What a tensor is: free of data; a row for each sample, made of that sample's rows alone; a sum over such rows; the
+"""Kinds of tensors: free of data; a row for each sample, made of that sample's rows alone; a sum over such rows; the
 shape of rows; the value of a variable; anything else."""
 
 _ELEMENTWISE = frozenset(
@@ -37,11 +37,11 @@ _BY_LAST_AXIS = frozenset(
 )
 _ADDING = frozenset(["Add", "AddV2", "AddN", "Sub"])
 _WITHOUT_EFFECT = frozenset(["ReadVariableOp", "Placeholder", "Assert", "VarHandleOp"])
-"""Operations that TensorFlow calls stateful, and that change nothing."""
+"""Operations that TensorFlow calls stateful although they change nothing."""
 
 
 class Kinds:
-    """The kinds of all tensors of a graph, of which ``rows`` are given and have a row for each sample."""
+    """Kinds of all tensors of a graph. ``rows`` are the tensors that are known to have a row for each sample."""
 
     def __init__(self, graph: Graph, rows: Iterable[Any]) -> None:
         self._kinds: dict[str, str] = {tensor.name: ROWS for tensor in rows}
@@ -54,13 +54,13 @@ class Kinds:
                 self._kinds.setdefault(output.name, kind)
 
     def of(self, tensor: Tensor) -> str:
-        """The kind of one of the graph's tensors, or of a number."""
+        """Return the kind of one of the graph's tensors, or of a number."""
         if not tf.is_tensor(tensor) or not hasattr(tensor, "graph"):
             return FREE
         return self._kinds.get(tensor.name, UNKNOWN)
 
     def adds_sums_alone(self) -> bool:
-        """True if all that the graph writes are variables, to each of which it adds a sum over rows."""
+        """Return True if the graph writes nothing but variables, and adds a sum over rows to each of them."""
         for operation in self._operations:
             if operation.type in ("AssignAddVariableOp", "AssignSubVariableOp"):
                 if self.of(operation.inputs[1]) != SUM:
@@ -192,7 +192,7 @@ def _of_product(operation: Operation, kinds: list[str]) -> str:
 
 
 def _keeps_rows(operation: Operation, first_is_rows: bool, rank: int) -> bool:
-    """True if an operation moves or picks what is in each row, and leaves the rows where they are."""
+    """Return True if an operation moves or picks elements within each row, and leaves the order of the rows."""
     kind, inputs = operation.type, list(operation.inputs)
     if kind == "GatherV2" and not first_is_rows:  # a table of constants, and what to look up in it
         on_first = tf.get_static_value(inputs[2]) == 0 and not operation.get_attr("batch_dims")
@@ -232,7 +232,7 @@ def _reshapes_rows(shape: Any, target: Any) -> bool:
 
 
 def _joins_rows(operation: Operation, kinds: Sequence[str]) -> bool:
-    """True if rows are put beside rows, none behind another."""
+    """Return True if rows are joined beside each other, so that there are no more rows than before."""
     if operation.type == "Pack":
         return set(kinds) == {ROWS} and operation.get_attr("axis") != 0
     rank = operation.inputs[0].shape.rank

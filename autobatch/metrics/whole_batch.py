@@ -1,16 +1,16 @@
 """Metrics that are given the whole effective batch at once, as plain Keras gives it to them.
 
-A mean of per-batch numbers, a last value or a count of calls is another number where a metric is updated once for each
-micro-batch. So an update that is not known to be a sum over samples is held back: what it is given in each micro-batch
-is kept on the host, put together, and the metric is updated once, on the host too, when the last micro-batch is
-through. The device needs no memory for it, and the outputs that are kept are small beside activations.
+A mean of per-batch numbers, a last value or a count of calls changes if a metric is updated once for each micro-batch.
+So an update that is not known to be a sum over samples is held back. Its arguments from each micro-batch are kept on
+the host and joined. After the last micro-batch the metric is updated once, also on the host. The device needs no memory
+for it, and the outputs that are kept are small beside activations.
 
-Not held back are Keras's own metrics, but for functions that make one number of a batch; a class or a function whose
-traced update is seen to add sums over samples (:mod:`autobatch.metrics.row_sums`); and what cannot be:
-:data:`REASONS`.
+These updates are not held back: those of Keras's own metrics, except functions that make one number of a batch; those
+of a class or function whose traced update is seen to add sums over samples (:mod:`autobatch.metrics.row_sums`); and
+those that cannot be, for one of :data:`REASONS`.
 
-To look at an update it is traced once more than in plain Keras, on symbolic inputs: variables keep their values, but
-what Python does in it besides is done once more.
+To examine an update, it is traced once more than in plain Keras, on symbolic inputs. Variables keep their values, but
+Python side effects of the update happen once more.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ from autobatch.tensors.variables import components
 from autobatch.types import Graph, Metric, Tensor, Variable
 
 MOST_BYTES = 64 * 2**20
-"""Metrics whose inputs take more than this for an effective batch are updated with each micro-batch."""
+"""Most bytes that the inputs held for an effective batch may take.
+
+An update that would exceed it runs with each micro-batch. A traced step counts all held inputs together, an eager step
+those of each update alone.
+"""
 
 _OPEN_DIMENSION = 1024
-"""Stands for a dimension that varies, such as a length of text, when bytes are reckoned."""
+"""Size assumed for a dimension that varies, such as a length of text, when bytes are estimated."""
 
 _UNKNOWN_SAMPLES = 1024
-"""Stands for the samples of an effective batch where they are not told beforehand."""
+"""Samples assumed for an effective batch whose size is not known beforehand."""
 
 REASONS = {
     "bytes": f"what a full batch gives it takes more than {MOST_BYTES >> 20} MiB",
@@ -47,11 +51,14 @@ REASONS = {
     "trace": "its update cannot be traced by itself",
     "model": "it uses variables that are not its own, those of a model say",
 }
-"""Why an update is not held back."""
+"""Reasons for which an update is not held back, by their short names."""
 
 
 def sentences(updated_in_parts: Mapping[str, str]) -> list[str]:
-    """One sentence for each reason, on the metrics that are updated with each micro-batch for it."""
+    """Return one sentence for each reason, on the metrics that are updated with each micro-batch because of it.
+
+    ``updated_in_parts`` maps names of metrics to keys of :data:`REASONS`.
+    """
     named: dict[str, list[str]] = {}
     for name, reason in updated_in_parts.items():
         named.setdefault(reason, []).append(name)
@@ -64,7 +71,7 @@ def sentences(updated_in_parts: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """Stands for a tensor among the arguments of an update: the places of it and of its mask among the held parts."""
+    """Placeholder for a tensor argument of an update: the places of the tensor and its mask among the held parts."""
 
     place: int
     mask: int | None
@@ -72,14 +79,14 @@ class _Given:
 
 @dataclass(frozen=True, slots=True)
 class _Update:
-    """One held update of a metric: how to run it, and its arguments with :class:`_Given` for tensors."""
+    """One held update of a metric: the function to run, and its arguments with a :class:`_Given` for each tensor."""
 
     run: Callable[..., Any]
     structure: Any
     arguments: tuple[Any, ...]
 
     def __call__(self, parts: Sequence[Any]) -> None:
-        """Run it with these tensors."""
+        """Run the update with these tensors."""
         filled = []
         for each in self.arguments:
             if isinstance(each, _Given):
@@ -94,10 +101,10 @@ class _Update:
 
 
 class HeldUpdates:
-    """The updates of metrics that a traced micro-step holds back; :class:`.eager_updates.EagerUpdates` is for
-    steps that run eagerly.
+    """Updates of metrics that a traced micro-step holds back.
 
-    ``samples`` are those of an effective batch; None if they are not known.
+    ``samples`` is the number of samples in an effective batch; None if it is not known.
+    :class:`.eager_updates.EagerUpdates` is for steps that run eagerly.
     """
 
     def __init__(self, samples: int | None) -> None:
@@ -106,18 +113,18 @@ class HeldUpdates:
         self._specs: list[tuple[tf.TensorSpec, bool]] = []
         self._known: dict[tuple[int, int], tuple[Any, str]] = {}
         self.updated_in_parts: dict[str, str] = {}
-        """By their names, why metrics are updated with each micro-batch that are not known to be sums over samples."""
+        """Metrics that are updated with each micro-batch though not known to be sums over samples: name to reason."""
 
     @property
     def sample_bytes(self) -> int:
-        """What is held of one sample."""
+        """Bytes that are held for each sample."""
         return sum(_sample_bytes(spec) for spec, _ in self._specs)
 
     @contextlib.contextmanager
     def holding(self, leaves: Sequence[Tensor], fraction: Tensor, *, discard: bool = False) -> Iterator[list[Any]]:
-        """While a micro-step is traced, hold back updates; fills the list of tensors that the step is to return.
+        """Hold back updates while a micro-step is traced; yield the list of tensors that the step must return.
 
-        ``discard`` is for a trace that only counts: held updates go nowhere.
+        ``discard`` is for a trace that only counts: its held updates are dropped.
         """
         graph = tf.compat.v1.get_default_graph()
         step = _TracedStep(graph, self._samples, self._known)
@@ -127,7 +134,7 @@ class HeldUpdates:
             self._updates, self._specs, self.updated_in_parts = step.updates, step.specs, step.updated_in_parts
 
     def empty(self) -> list[Any]:
-        """What is carried through the loop over micro-batches: lists of nothing, on the host."""
+        """Return what the loop over micro-batches starts with: an empty tensor list for each part, on the host."""
         with tf.device("CPU:0"):
             return [
                 tf.raw_ops.EmptyTensorList(
@@ -140,7 +147,7 @@ class HeldUpdates:
 
     @staticmethod
     def push(carried: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
-        """Append what a micro-batch gave."""
+        """Append the parts of one micro-batch, and return the longer lists."""
         with tf.device("CPU:0"):
             return [
                 tf.raw_ops.TensorListPushBack(input_handle=held, tensor=part)
@@ -148,7 +155,7 @@ class HeldUpdates:
             ]
 
     def finish(self, carried: Sequence[Any]) -> bool:
-        """Update every held metric once, with what all micro-batches gave; tell if there was any."""
+        """Update every held metric once with the parts of all micro-batches; return True if there was any."""
         with tf.device("CPU:0"), patching.suspended():
             parts = [_together(held, spec, joined) for held, (spec, joined) in zip(carried, self._specs, strict=True)]
             for update in self._updates:
@@ -173,7 +180,7 @@ def _is_per_sample(values: Any) -> bool:
 
 
 class _TracedStep:
-    """Decides on each update of one trace of the micro-step."""
+    """Decisions on the updates in one trace of the micro-step: each is held back or runs."""
 
     def __init__(self, graph: Graph, samples: int, known: dict[tuple[int, int], tuple[Any, str]]) -> None:
         self._graph = graph
@@ -188,14 +195,14 @@ class _TracedStep:
         self.updated_in_parts: dict[str, str] = {}
 
     def offer(self, metric: Metric, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-        """Hold the update back unless there is a reason not to; tell if it is held."""
+        """Hold the update back unless there is a reason not to; return True if it is held."""
         call = self._calls.get(id(metric), 0)
         self._calls[id(metric)] = call + 1
-        # Where AutoGraph converts the step, it converts what the step calls.
+        # If AutoGraph converts the step, it converts what the step calls.
         run = tf.__internal__.autograph.tf_convert(run, tf.__internal__.autograph.control_status_ctx())
         arguments = tf.nest.flatten((args, kwargs))
         if (id(metric), call) not in self._known:
-            # Under a strategy, or where it only counts, the same metric is met again.
+            # Under a strategy, and in a trace that only counts, the same update is offered again.
             self._known[id(metric), call] = metric, self._why_not(metric, run, (args, kwargs), arguments)
         reason = self._known[id(metric), call][1]
         if reason in REASONS:
@@ -234,7 +241,7 @@ class _TracedStep:
         return _Given(self._place_of(tensor), None if mask is None else self._place_of(mask))
 
     def _place_of(self, tensor: Tensor) -> int:
-        """The place of a tensor among the parts; what several metrics are given is held once."""
+        """Return the place of a tensor among the parts; a tensor that several metrics are given is held once."""
         if id(tensor) not in self._places:
             self._places[id(tensor)] = len(self.parts)
             self.parts.append(tensor)
@@ -243,7 +250,7 @@ class _TracedStep:
 
 
 def _is_tensor(argument: Any) -> bool:
-    """Whether an argument is a tensor of a graph, or made of such; a constant or a variable stays what it is."""
+    """Return True if an argument is a tensor of a graph, or made of such tensors, and no variable."""
     return tf.is_tensor(argument) and not isinstance(argument, tf.Variable) and hasattr(_a_part_of(argument), "graph")
 
 
@@ -256,9 +263,10 @@ def _sample_bytes(spec: tf.TensorSpec) -> int:
 
 
 def _look_into(metric: Metric, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:
-    """Trace an update by itself; return why it is not to be held back, "sum" if it is a sum, nothing if it is to be.
+    """Trace an update by itself; return the reason not to hold it back, or "" to hold it.
 
-    This makes the variables that a metric makes at its first update, so that its result can be read before it.
+    The reason is "sum" if the update adds sums over samples. The trace creates the variables that a metric creates at
+    its first update, so that its result can be read before that.
     """
     symbols = [each for each in arguments if _is_tensor(each)]
     masks = [metrics.mask_of(each) for each in symbols]
@@ -302,12 +310,12 @@ def _look_into(metric: Metric, run: Callable[..., Any], structure: Any, argument
 
 
 def _is_state(variable: Variable) -> bool:
-    """Whether a variable is a seed's or a metric's."""
+    """Return True if a variable belongs to a seed or a metric."""
     return "seed_generator_state" in str(variable.name) or variable.aggregation == tf.VariableAggregation.SUM
 
 
 def _sums_rows(kinds: row_sums.Kinds, given: Sequence[Any]) -> bool:
-    """True if one of Keras's metrics is given rows of samples, and nothing else that is no number."""
+    """Return True if one of Keras's metrics is given rows of samples, and otherwise only numbers free of data."""
     found = {kinds.of(each) for each in given if tf.is_tensor(each) and each.shape.rank != 0}
     scalars = {kinds.of(each) for each in given if tf.is_tensor(each) and each.shape.rank == 0}
     return found == {row_sums.ROWS} and scalars <= {row_sums.FREE}

@@ -1,8 +1,8 @@
-"""The notebook: ``%autobatch``, records as HTML, and a search that shows how it goes while it runs.
+"""The notebook: ``%autobatch``, records as HTML, and a display of a search while it runs.
 
 IPython is imported in this room alone, and only in a shell that has it already. In a notebook the display is there from
-the first use of autobatch on; ``%load_ext autobatch`` adds the magic, and in a terminal's IPython it adds the report as
-text.
+the first use of autobatch on. ``%load_ext autobatch`` adds the magic. In a terminal's IPython it also adds the report
+as text.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from autobatch.types import Model
-
 _shells: list[Any] = []
-"""The shells that display what is ours."""
+"""Shells that display autobatch's records."""
 
 _unloaded: list[Any] = []
-"""The shells where the user has unloaded the extension; nothing is put there again but by loading it."""
+"""Shells from which the user has unloaded the extension; only loading it again puts anything there."""
 
 
-def load(shell: Model) -> None:
+def load(shell: Any) -> None:
     """Give ``shell`` the magic ``%autobatch`` and the display."""
     from autobatch.notebook import magic
 
@@ -29,8 +27,8 @@ def load(shell: Model) -> None:
     magic.register(shell)
 
 
-def unload(shell: Model) -> None:
-    """Take out of ``shell`` all that :func:`load` and :func:`attach` have put there."""
+def unload(shell: Any) -> None:
+    """Remove from ``shell`` all that :func:`load` and :func:`attach` have put there."""
     from autobatch.notebook import formats, magic, progress
 
     magic.unregister(shell)
@@ -58,7 +56,7 @@ def show_progress(shown: bool = True) -> None:
     progress.shown = shown
 
 
-def _display_in(shell: Model) -> None:
+def _display_in(shell: Any) -> None:
     from autobatch.notebook import formats, progress
     from autobatch.notebook.front_end import has_kernel
 

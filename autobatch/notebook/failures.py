@@ -1,8 +1,8 @@
-"""How an exception of the magic is shown: of autobatch's own a line, of the user's code the traceback from there on.
+"""Display of the magic's exceptions: autobatch's own take a line, others the traceback from the user's code on.
 
-IPython shows what ``_render_traceback_`` of an exception returns in place of its own rendering, in a kernel as in a
+IPython shows what ``_render_traceback_`` of an exception returns in place of its own rendering, in a kernel and in a
 terminal: https://ipython.readthedocs.io/en/stable/config/integrating.html#custom-exception-tracebacks. The exception
-itself, its type and its traceback stay as they were, for ``%debug``.
+itself, its type and its traceback stay unchanged, for ``%debug``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autobatch.tracebacks import is_library, is_own, raised_here
 
 
 def prepare(error: BaseException, shell: Any) -> None:
-    """Make IPython show ``error`` as this room wants it."""
+    """Make IPython show ``error`` in a line, or with the user's part of its traceback."""
     if isinstance(error, KeyboardInterrupt):
         _show(error, lambda: ["KeyboardInterrupt: the search was stopped; the model is as it was."])
     elif isinstance(error, AutobatchError) or _is_of_an_argument(error):
@@ -32,12 +32,12 @@ def _show(error: BaseException, lines: Callable[[], list[str]]) -> None:
 
 
 def _is_of_an_argument(error: BaseException) -> bool:
-    """Whether autobatch itself has raised this, of what it was given."""
+    """Return True if autobatch itself raised ``error`` because of an argument that it was given."""
     return isinstance(error, (TypeError, ValueError)) and "Received: " in str(error) and raised_here(error)
 
 
 def _users_part(traceback: TracebackType | None) -> TracebackType | None:
-    """``traceback`` from the user's first frame on, or from where autobatch has called the last time."""
+    """Return ``traceback`` from the user's first frame on; without one, from behind autobatch's last frame on."""
     links = list(_links(traceback))
     users = (link for link in links if not _is_own(link) and not is_library(_file(link)))
     after_own = max((i + 1 for i, link in enumerate(links) if _is_own(link)), default=0)

@@ -1,4 +1,4 @@
-"""Reports, plans and memory lines as a notebook displays them: HTML, and a report as text where there is no HTML."""
+"""Formats of reports, plans and memory lines in a notebook: HTML, and for a report also text where there is no HTML."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from typing import Any
 from autobatch.notebook import style
 from autobatch.records import MemoryModel, Plan, Report
 from autobatch.report import html, sentences
-from autobatch.types import Model
 
 _just_shown: list[tuple[Report, int]] = []
-"""The report that a magic has shown, and in which execution of a cell."""
+"""The report that a magic has shown last, with the number of the cell's execution; empty if there is none."""
 
 
 def report_html(report: Report) -> str:
-    """The whole report, for any page."""
+    """Return the whole report as HTML that can stand in any page."""
     return style.output(html.fragment(report))
 
 
 def plan_html(plan: Plan) -> str:
-    """The plan in a line."""
+    """Return the plan in a line of HTML."""
     return f"<div><b>Plan</b>: {escape(sentences.plan_alone(plan))}</div>"
 
 
 def memory_model_html(model: MemoryModel) -> str:
-    """The memory line in a line."""
+    """Return the memory line in a line of HTML."""
     return f"<div><b>Memory line</b>: {escape(sentences.memory_model(model))}</div>"
 
 
 _HTML = {Report: report_html, Plan: plan_html, MemoryModel: memory_model_html}
 
 
-def register(shell: Model) -> None:
-    """Display the records in ``shell`` so; the records themselves know nothing of it."""
+def register(shell: Any) -> None:
+    """Let ``shell`` display the records as HTML; the records themselves know nothing of it."""
     formatters = shell.display_formatter.formatters
     for record, to_html in _HTML.items():
         formatters["text/html"].for_type(record, to_html)
@@ -41,7 +40,7 @@ def register(shell: Model) -> None:
     shell.display_formatter.ipython_display_formatter.for_type(Report, _unless_just_shown)
 
 
-def unregister(shell: Model) -> None:
+def unregister(shell: Any) -> None:
     """Let ``shell`` display the records as any other object again."""
     formatters = shell.display_formatter.formatters
     for record in _HTML:
@@ -50,13 +49,17 @@ def unregister(shell: Model) -> None:
     shell.display_formatter.ipython_display_formatter.pop(Report, None)
 
 
-def was_shown(report: Report, shell: Model) -> None:
-    """Remember that ``report`` stands in this cell's output: as the cell's value it would stand there twice."""
+def was_shown(report: Report, shell: Any) -> None:
+    """Remember that ``report`` stands in this cell's output, so that it is not displayed again as the cell's value."""
     _just_shown[:] = [(report, shell.execution_count)]
 
 
 def _unless_just_shown(report: Report) -> None:
-    """IPython asks this first: to return is "it is displayed", NotImplementedError is "display it as usual"."""
+    """Return if ``report`` stands in the cell's output already: IPython then displays nothing more.
+
+    Raises:
+        NotImplementedError: it does not; IPython then displays it as usual.
+    """
     from IPython import get_ipython
 
     shell = get_ipython()

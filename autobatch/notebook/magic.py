@@ -31,16 +31,16 @@ of an option may be {an expression} or $a_name. The result can be kept: report =
 """
 
 
-def register(shell: Model) -> None:
+def register(shell: Any) -> None:
     """Give ``shell`` the magic."""
     shell.register_magic_function(_magic(shell), "line", NAME)
 
 
-def unregister(shell: Model) -> None:
+def unregister(shell: Any) -> None:
     shell.magics_manager.magics["line"].pop(NAME, None)
 
 
-def _magic(shell: Model) -> Callable[..., Report | None]:
+def _magic(shell: Any) -> Callable[..., Report | None]:
     from IPython.core.error import UsageError
     from IPython.core.magic import needs_local_scope, no_var_expand
 
@@ -82,7 +82,7 @@ def _magic(shell: Model) -> Callable[..., Report | None]:
         return report
 
     autobatch.__doc__ = parser.format_help()
-    # Braces are a dictionary in an expression: what IPython would put in their place is done for options alone.
+    # In an expression braces are a dictionary, so IPython must not expand them; values of options are expanded here.
     magic: Callable[..., Report | None] = needs_local_scope(no_var_expand(autobatch))
     return magic
 
@@ -133,7 +133,7 @@ def _options_of_the_command() -> list[str]:
     return re.findall(r"--[\w-]+", commands.choices["report"].format_usage())
 
 
-def _value(shell: Model, part: str, names: Mapping[str, Any]) -> Any:
+def _value(shell: Any, part: str, names: Mapping[str, Any]) -> Any:
     try:
         return magic_line.evaluate(part, names)
     except magic_line.LineError:
@@ -143,7 +143,7 @@ def _value(shell: Model, part: str, names: Mapping[str, Any]) -> Any:
         raise
 
 
-def _tune(shell: Model, model: Model, dataset: Dataset, y: Any, *, quiet: bool, **settings: Any) -> Report:
+def _tune(shell: Any, model: Model, dataset: Dataset, y: Any, *, quiet: bool, **settings: Any) -> Report:
     shown = progress.shown
     progress.shown = shown and not quiet
     try:
@@ -155,7 +155,7 @@ def _tune(shell: Model, model: Model, dataset: Dataset, y: Any, *, quiet: bool, 
         progress.shown = shown
 
 
-def _show(shell: Model, report: Report, options: argparse.Namespace) -> None:
+def _show(shell: Any, report: Report, options: argparse.Namespace) -> None:
     if options.quiet and options.output is None:
         return
     if options.output is None and has_kernel(shell) and options.format in (None, "html"):

@@ -1,6 +1,6 @@
-"""The line after ``%autobatch``, taken apart: Python expressions, and options as a command line has them.
+"""Parser of the line after ``%autobatch``: Python expressions, and options like those of a command line.
 
-Knows nothing of IPython.
+This module knows nothing of IPython.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 FILE_NAME = "<%autobatch>"
-"""What tracebacks call the line."""
+"""File name of the line in tracebacks."""
 
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "'\""
 
 
 class LineError(Exception):
-    """A line that cannot be used, told in one line."""
+    """The error for a line that cannot be used, with a message of one line."""
 
 
 def split(line: str) -> list[str]:
-    """Cut ``line`` at spaces, but within no bracket and no string: ``"model (x, y)"`` gives ``["model", "(x, y)"]``.
+    """Cut ``line`` at spaces outside brackets and strings: ``"model (x, y)"`` gives ``["model", "(x, y)"]``.
+
+    A comment is cut off.
 
     Raises:
         LineError: a bracket or a string is not closed.
@@ -44,7 +46,7 @@ def split(line: str) -> list[str]:
         elif character in _OPENING:
             depth += 1
         elif character in _CLOSING:
-            depth = max(0, depth - 1)  # one too many is for Python to tell
+            depth = max(0, depth - 1)  # Python will complain of one too many
         elif not depth and character.isspace():
             if part:
                 parts.append(part)
@@ -59,9 +61,9 @@ def split(line: str) -> list[str]:
 
 
 def with_values(parts: list[str], names: Mapping[str, Any]) -> list[str]:
-    """``parts`` with the options' values read as IPython's magics read theirs: ``"512 MiB"``, ``{n * 2}``, ``$n``.
+    """Return ``parts`` with the options' values read like IPython's: ``"512 MiB"``, ``{n * 2}``, ``$n``.
 
-    Expressions that stand for themselves, among them a dictionary, are left as they are.
+    Expressions that are no option's value, a dictionary among them, are left unchanged.
     """
     read = []
     after_option = False
@@ -88,12 +90,12 @@ def _value(text: str, names: Mapping[str, Any]) -> str:
         else:
             return text
     except (SyntaxError, ValueError):
-        return text  # a dictionary after a flag; argparse speaks of anything else
+        return text  # a dictionary after a flag; argparse complains of anything else
     return str(evaluate(text[1:-1].strip(), names))
 
 
 def evaluate(text: str, names: Mapping[str, Any]) -> Any:
-    """The value of a Python expression; what the code that it calls raises is passed on.
+    """Evaluate a Python expression and return its value; exceptions of the code that it calls are passed on.
 
     Raises:
         LineError: it is no expression, or a name in it is not defined.

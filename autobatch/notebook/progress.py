@@ -1,6 +1,6 @@
-"""A search on a live model, shown in a notebook while it runs: one display, updated with each trial.
+"""Display of a search on a live model in a notebook while it runs: one display, updated with each trial.
 
-Needs no widgets. At the end one line is left, the plan, with the trials folded behind it.
+It needs no widgets. At the end one line is left, the plan, with the trials folded behind it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from autobatch.errors import NoFeasibleBatchError
 from autobatch.notebook import style
 from autobatch.records import Environment, Report, TrialResult
 from autobatch.report import html, sentences
-from autobatch.types import Tensor
 from autobatch.units import format_bytes, format_seconds
 
 shown = True
-"""Whether searches are shown; see :func:`autobatch.notebook.show_progress`."""
+"""True if searches are shown; see :func:`autobatch.notebook.show_progress`."""
 
 
 def watch() -> None:
@@ -39,7 +38,7 @@ def _watched(trials: Any, search: Callable[..., Report]) -> Report:
     told = SearchDisplay(trials.model_name, trials.environment)
     try:
         report = search(WatchedTrials(trials, told), on_trial=told.tried)
-    except BaseException as error:  # an interrupt, too, shall not leave "Trying ..." behind
+    except BaseException as error:  # an interrupt, too, must not leave "Trying ..." behind
         told.stopped(error)
         raise
     told.found(report)
@@ -47,24 +46,21 @@ def _watched(trials: Any, search: Callable[..., Report]) -> Report:
 
 
 class SearchDisplay:
-    """The display of one search, which is told of each thing as it begins and ends.
-
-    An :class:`autobatch.cli.progress.Progress`.
-    """
+    """The display of one search: an :class:`autobatch.cli.progress.Progress`."""
 
     def __init__(self, model_name: str, environment: Environment, clock: Callable[[], float] = time.monotonic) -> None:
         self._environment = environment
         self._clock = clock
         self._started = clock()
         self._trials: list[TrialResult] = []
-        self._handle: Tensor = None
+        self._handle: Any = None
         where = [sentences.printable(model_name), sentences.printable(environment.device)]
         if environment.limit_bytes is not None:
             where.append(f"limit {format_bytes(environment.limit_bytes)}")
         self._where = " · ".join(part for part in where if part)
 
     def under(self, heading: str) -> None:
-        """Take in what the next trials are part of."""
+        """Show what follows as part of ``heading``."""
         self._where = heading
 
     def doing(self, what: str) -> None:
@@ -72,11 +68,11 @@ class SearchDisplay:
         self._show(f'<p class="doing">{escape(what)} … <span>{escape(self._where)}</span></p>{self._table()}', what)
 
     def tried(self, result: TrialResult) -> None:
-        """Take in how a trial ended; the next thing to begin shows it."""
+        """Note how a trial ended; the next update of the display shows it."""
         self._trials.append(result)
 
     def found(self, report: Report) -> None:
-        """Show the end of a search: its plan, or what fits where there was no target."""
+        """Show the end of a search: its plan, or the largest size that fits where there was no target."""
         line = f"Plan: {sentences.plan(report)}" if report.plan else f"Found: {sentences.found(report)}"
         self._end(line, self._table(sentences.decisive_trial(report), sentences.decisive_label(report)))
 

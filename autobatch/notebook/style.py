@@ -1,15 +1,15 @@
-"""How HTML of ours looks inside of a page that is not ours.
+"""Style of autobatch's HTML inside a page of somebody else.
 
-Which theme a notebook has cannot be told alike in JupyterLab, VS Code and Colab, and need not be the browser's. So text
-takes the page's own colour, soft text and lines are that colour thinned, backgrounds let the page's show through, and
-the few colours of the plots are of a middle lightness: 3.3 : 1 or more against white and against #1e1e1e.
+JupyterLab, VS Code and Colab have no common way to ask for a notebook's theme, which need not be the browser's. So text
+takes the page's own colour. Soft text and lines are that colour thinned, and backgrounds let the page's show through.
+The few colours of the plots have a middle lightness: 3.3 : 1 or more against white and against #1e1e1e.
 """
 
 from __future__ import annotations
 
 from autobatch.report import html_style
 
-# Two classes, so that a notebook's own rules for tables and headings, of one class and some elements, stand behind.
+# Two classes, so that this style prevails over a notebook's rules for tables and headings: one class and some elements.
 _ROOT = ".autobatch-output.autobatch"
 
 _STYLE = f"""
@@ -54,10 +54,10 @@ _STYLE = f"""
 
 
 def output(body: str) -> str:
-    """``body`` as one element that can stand anywhere, its style with it.
+    """Return ``body`` as one element that can stand anywhere, together with its style.
 
-    A notebook's table of contents takes headings from outputs too, and would list each report's: theirs are marked as
-    none of its own. No string of a user can be taken for a heading: all are escaped.
+    A notebook's table of contents takes headings from outputs too, and would list those of each report. So they are
+    marked to be left out of it. No string of a user can be taken for a heading, because all are escaped.
     """
     for heading in ("h1", "h2"):
         body = body.replace(f"<{heading}>", f'<{heading} class="jp-toc-ignore tocSkip">')

@@ -1,1 +1,1 @@
-"""Make each step a transaction: undo it after running out of memory, and run it again in smaller micro-batches."""
+"""Steps as transactions: each is undone after running out of memory, and run again in smaller micro-batches."""

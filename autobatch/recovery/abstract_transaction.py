@@ -1,6 +1,6 @@
-"""Run the steps of a training again, in smaller micro-batches, where memory ran out and they were undone.
+"""Repetition of a step in smaller micro-batches, after memory ran out and the step was undone.
 
-How a step is run and undone is for :mod:`autobatch.recovery.transaction` on one device, and for
+Running and undoing a single step is done by :mod:`autobatch.recovery.transaction` on one device, and by
 :mod:`autobatch.replicas.transaction` on several.
 """
 
@@ -35,7 +35,10 @@ StepT = TypeVar("StepT", bound=CompiledStep)
 
 
 class RolledBackError(Exception):
-    """A step ran out of memory and was undone. It carries no traceback, which would keep the failed tensors alive."""
+    """Signal of a step that ran out of memory and was undone.
+
+    It is raised outside of the handler of the original error, whose traceback would keep the failed tensors alive.
+    """
 
     def __init__(
         self,
@@ -55,17 +58,17 @@ class RolledBackError(Exception):
 
 
 class AbstractTransaction(abc.ABC, Generic[StepT]):
-    """Runs the steps of one training so that running out of memory never spoils it, on one device or on several.
+    """Steps of one training, on one device or several, each undone and run again if memory runs out.
 
     Args:
         step: the model's compiled steps.
         micro_batch: the largest size to use, proven or chosen.
-        begin_at: the size to begin with, if that is another one.
-        effective_batch: samples in all updates but an epoch's last; None where batches may have any size.
+        begin_at: the size to begin with; None begins with ``micro_batch``.
+        effective_batch: samples in all updates but an epoch's last; None if batches may have any size.
         device: TensorFlow's name of the device, such as "GPU:0".
-        memory_model: predicts the peak; picks the next size after a failure.
+        memory_model: predicts the peak, to choose the next size after a failure.
         lengths: sizes the micro-batch by the length of the samples; None leaves it as it is.
-        keeper: that of the trials before, which knows what they found; None makes one.
+        keeper: the keeper of the trials before, which knows their findings; None makes one.
         user_limit_bytes, headroom: as for ``fit``.
     """
 
@@ -100,18 +103,21 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._updates = 0
 
     def follow(self, before: AbstractTransaction[StepT]) -> None:
-        """Go on where another transaction of the same training ended: its sizes, its recoveries, its updates."""
+        """Continue another transaction of the same training: take over its sizes, recoveries and count of updates.
+
+        The other one's accumulators are released.
+        """
         self.recoveries = before.recoveries
         self.policy = before.policy
         self._updates = before._updates
         before._step.release_accumulators()
 
     def train(self, data: Batch) -> Logs:
-        """Make one update with an effective batch, whatever it takes.
+        """Make one update with an effective batch, in smaller and smaller micro-batches if memory runs out.
 
         Raises:
             NoFeasibleBatchError: not even one sample fits; the model holds the last completed update.
-            UpdateInterruptedError: see this module's docstring.
+            UpdateInterruptedError: memory ran out in the middle of an update whose weights were not kept.
         """
         logs = self._run(data, self._train_once, self.policy, "train")
         self._updates += 1
@@ -119,7 +125,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         before = self.policy.micro_batch
         self.policy.succeeded(self._samples_here(count_samples(data)))
         if self.policy.micro_batch > before:
-            self._good_updates = 0  # no update has been made beside so much yet
+            self._good_updates = 0  # no update was made yet beside a micro-batch of this size
         return logs
 
     def evaluate(self, data: Batch, element_spec: ElementSpec) -> Logs:
@@ -135,7 +141,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         return logs
 
     def _samples_here(self, samples: int) -> int:
-        """Of the samples of a step, those that are cut into micro-batches together."""
+        """Return the number of a step's samples that are cut into micro-batches together."""
         return samples
 
     def _run(self, data: Batch, once: Callable[[Any, int], Logs], policy: MicroBatchPolicy, phase: str) -> Logs:
@@ -162,7 +168,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
 
     @abc.abstractmethod
     def _train_once(self, data: Batch, samples: int) -> Logs:
-        """Make one update, or be as before it.
+        """Make one update, or leave everything as before.
 
         Raises:
             RolledBackError: memory ran out.
@@ -170,7 +176,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
 
     @abc.abstractmethod
     def _evaluate_once(self, step: StepT, data: Batch, samples: int) -> Logs:
-        """Run a validation batch, or be as before it.
+        """Run a validation batch, or leave everything as before.
 
         Raises:
             RolledBackError: memory ran out.
@@ -211,19 +217,19 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         )
 
     def _smaller(self, policy: MicroBatchPolicy, failure: RolledBackError) -> int | None:
-        """The size to run the same samples with again; None if one sample failed."""
+        """Return the size to run the same samples with again; None if one sample failed."""
         before, ratio, samples = failure.micro_batch, failure.length_ratio, failure.samples
         if failure.beside_copies:
             self._keeper.ran_out_beside_copies = True
             return before
-        if before > policy.micro_batch:  # more than was tried, of short samples: nothing is wrong with what was
+        if before > policy.micro_batch:  # a size grown for short samples: the one that trials proved is not in doubt
             self._lengths.failed(before / policy.micro_batch)
             return self._lengths.sized(policy.micro_batch, ratio, samples)
         if ratio <= 1:
             return policy.failed(before, samples=samples, fitting_now=self._fitting_now())
         if before <= 1:
             return None
-        # What this size is at the length that was tried is what the policy counts in: several sizes may be this one.
+        # The policy counts sizes at the length of the trials. Several of them may give the same size here.
         smaller = policy.failed(policy.micro_batch, samples=samples, fitting_now=None)
         while smaller is not None and min(samples, self._lengths.sized(smaller, ratio, samples)) >= before:
             smaller = policy.shrink()
@@ -238,4 +244,4 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
 
 
 AnyTransaction = AbstractTransaction[Any]
-"""Of whichever kind of step."""
+"""Transaction of any kind of step."""

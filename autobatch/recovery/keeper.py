@@ -1,17 +1,23 @@
-"""Where the values are kept that a step is undone with: beside the variables, in host memory, or nowhere.
+"""Values that undo a failed step, kept beside the variables, in host memory, or nowhere.
 
-What every micro-batch changes (statistics, seeds, metrics) is small and always kept on the device: where one
-micro-batch is the whole effective batch by the step itself, which saves a call. The weights and the
-optimizer's variables change in the update alone. Next to themselves on the device they are kept for nothing until the
-update overwrites them, if the budget has room for that then. Where it has none, or where an update ran out of memory
-beside them, they are copied to the host before each step until :data:`PROVEN_UPDATES` updates have gone well, if they
-fit there: that takes time, but no device memory. From then on nothing is kept, for what an update needs does not change
-from one to the next. Where one micro-batch is the whole effective batch nothing is kept from then on either: keeping
-the weights would cost a small model more time than its step; unless there are several optimizers. But under XLA such a
-step's weights are always kept on the device: without a second reference to their buffers TensorFlow 2.21 loses them
-when the step runs out of memory.
+The variables that every micro-batch changes (statistics, seeds, metrics) are small and always kept on the device. If
+one micro-batch is the whole effective batch, the step itself keeps them, which saves a call.
 
-Trials take the same copies as training, so that what they prove is what training does.
+The weights and the optimizer's variables change in the update alone. They are kept in one of three places:
+
+* On the device, if the budget has room for copies and update at once. A copy there costs no memory until the update
+  overwrites the variables.
+* In host memory, if the device has no room or an update ran out of memory beside the copies, and if the host has room.
+  That takes time before each step, but no device memory.
+* Nowhere, if neither has room, or once :data:`PROVEN_UPDATES` updates have gone well without room on the device. Each
+  update needs the same memory, so those that follow will fit. A step on a whole effective batch keeps nothing from then
+  on even if there is room: keeping the weights would take a small model longer than its step. But with several
+  optimizers it goes on keeping them.
+
+Under XLA a step on a whole effective batch always keeps the weights on the device. Without a second reference to their
+buffers TensorFlow 2.21 loses them when the step runs out of memory.
+
+Trials take the same copies as training, so that they prove what training does.
 """
 
 from __future__ import annotations
@@ -26,11 +32,11 @@ from autobatch.tensors.snapshots import InGraphSnapshot, Snapshot, SnapshotTaker
 from autobatch.tensors.variables import bytes_of
 
 PROVEN_UPDATES = 4
-"""So many updates in a row show that the optimizer's update fits beside all else that is held."""
+"""Successful updates in a row that prove that the optimizer's update fits beside everything else that is held."""
 
 
 class SnapshotPlace(enum.Enum):
-    """Where the weights and the optimizer's variables are kept during a step."""
+    """Place where the weights and the optimizer's variables are kept during a step."""
 
     DEVICE = "device"
     HOST = "host"
@@ -39,13 +45,13 @@ class SnapshotPlace(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The values from before one step."""
+    """Values of variables from before one step."""
 
     weights_at: SnapshotPlace
     snapshots: tuple[Snapshot | InGraphSnapshot, ...]
 
     def restore(self) -> None:
-        """Give every kept variable its value back, and let go of it."""
+        """Give every kept variable its value back, and let go of the values."""
         for snapshot in self.snapshots:
             snapshot.restore()
         self.drop()
@@ -57,7 +63,7 @@ class Kept:
 
 
 class Keeper:
-    """Keeps what the steps of one training, and of the trials before it, are undone with.
+    """Keeper of the values that undo the steps of one training and of the trials before it.
 
     Args:
         step: the compiled steps.
@@ -74,21 +80,21 @@ class Keeper:
         self._room: bool | None = None
         self._optimizers = len(step.optimizers)
         self.ran_out_beside_copies = False
-        """Whether an update ran out of memory beside copies on the device: then there are to be none."""
+        """True if an update ran out of memory beside copies on the device, so that none may be kept there."""
 
     def forget(self) -> None:
-        """Look anew at what there is to keep and at what room there is: something was traced, or memory ran out."""
+        """Find out again what there is to keep and how much room there is, after a trace or running out of memory."""
         self._recorders = {}
         self._room = None
 
     def take(self, *, whole: bool, proven: bool) -> Kept:
-        """Keep the values of now; everything that the step needs is traced.
+        """Keep the present values; call it once everything that the step needs is traced.
 
-        ``whole`` tells that one micro-batch is the whole effective batch, ``proven`` that :data:`PROVEN_UPDATES`
-        updates have gone well.
+        ``whole`` is True if one micro-batch is the whole effective batch, ``proven`` if :data:`PROVEN_UPDATES` updates
+        have gone well.
         """
         step = self._step
-        if len(step.optimizers) != self._optimizers:  # an eager step has applied one that nobody knew of
+        if len(step.optimizers) != self._optimizers:  # an eager step has applied one unknown before
             self._optimizers = len(step.optimizers)
             self.forget()
         place = self._place(whole=whole, proven=proven)
@@ -109,11 +115,11 @@ class Keeper:
 
     def _place(self, *, whole: bool, proven: bool) -> SnapshotPlace:
         if whole and self._step.model.jit_compile:
-            # Running out of memory, it frees the buffers of the variables that it writes and nobody else holds on to.
+            # When it runs out of memory, it frees the buffers of the variables that it writes, unless copies hold them.
             return SnapshotPlace.DEVICE
         if self._room is None:
             self._room = not self.ran_out_beside_copies and self._has_room()
-        # Where one optimizer has updated, another's forward and backward pass may still be to come.
+        # After one optimizer's update, another's forward and backward pass may still follow.
         if proven and (whole or not self._room) and not (whole and len(self._step.updating_optimizers) > 1):
             return SnapshotPlace.NOWHERE
         if self._room:
@@ -121,7 +127,7 @@ class Keeper:
         return SnapshotPlace.HOST if self._host_has_room() else SnapshotPlace.NOWHERE
 
     def _has_room(self) -> bool:
-        """Whether the budget has room for the copies and, at the same time, for the update itself."""
+        """Return True if the budget has room for the copies and the update at the same time."""
         limit = limits.find_limit(self._device, self._user_limit_bytes)
         in_use = limits.bytes_in_use(self._device)
         if limit.limit_bytes is None or in_use is None:

@@ -1,37 +1,40 @@
-"""Which micro-batch the next step uses: smaller after running out of memory, larger again after enough good steps.
+"""Policy for the next step's micro-batch: smaller after running out of memory, larger after enough good steps.
 
-A failure costs ten seconds or more, a good step at a size a little too small next to nothing. So failures are few, and
-waiting is what they are avoided with. The rules, for a ceiling that the search proved (or that the user chose):
+A failure costs ten seconds or more. A good step at a size a little too small costs next to nothing more than one at the
+best size. So the policy waits longer rather than risk a failure. Its rules hold below a ceiling that the search proved
+or the user chose:
 
-* Sizes are evened out for the largest effective batch seen: of the sizes that need as many accumulation steps, the
-  smallest. No other is worth trying, so that each size tried saves at least one accumulation step.
-* After a failure at ``b`` the next size is the largest that the memory model says fits what is free now. Where there
-  is no model, or it holds that ``b`` itself should have fitted, it is three quarters of ``b``, and half of it from the
-  second failure in a row on. Where ``b`` had just been grown to, it is the size before, which is known to fit.
-* A size that failed is passed over on the way down. Growing back, sizes between the present one and the smallest
-  larger one that failed come first, the middle of what is left at a time but at most twice the present one, each after
-  :data:`PATIENCE` good steps at the one before. Only then, and once :data:`CALM` times as many steps have gone well
-  since the last failure, is that one tried again: whatever took the memory may have given it back by then.
+* Sizes are evened for the largest effective batch seen: of all sizes that need as many accumulation steps, only the
+  smallest is tried. So each larger size that is tried saves at least one accumulation step.
+* After a failure at ``b`` the next size is the largest that fits the free memory according to the memory model. It is
+  three quarters of ``b`` if there is no model, or if by the model ``b`` itself should have fitted. From the second
+  failure in a row on it is then half of ``b``. If the policy had just grown to ``b``, the next size is the one before,
+  which is known to fit.
+* On the way down a size that failed is passed over. On the way up, sizes between the present one and the smallest
+  larger one that failed come first. Each is the middle between the two, at most twice the present one, and is tried
+  after :data:`PATIENCE` good steps. If no size is left between them, the failed one is tried again after :data:`CALM`
+  times as many good steps since the last failure. The cause of the failure may have given its memory back meanwhile.
 * Each failure but the first doubles the patience, :data:`MOST_DOUBLINGS` times at most, until the ceiling is reached.
-* A size that failed twice is not tried again, nor is anything above it.
+* A size that failed twice is not tried again, nor is any larger one.
 """
 
 from __future__ import annotations
 
 PATIENCE = 16
-"""Good steps at one size before a larger one is tried that has not failed yet."""
+"""Good steps at one size before a larger one that has not failed yet is tried."""
 
 CALM = 16
-"""Times the patience without a failure before a size that failed is tried again: that try is its last."""
+"""Multiple of the patience that must pass without a failure before a failed size gets its second and last try."""
 
 MOST_DOUBLINGS = 3
+"""Most times that failures double the patience."""
 
 GIVE_UP_AFTER = 2
 """Failures of one size after which neither it nor a larger one is tried again."""
 
 
 def evened(micro_batch: int, samples: int) -> int:
-    """The smallest micro-batch that needs as many accumulation steps for ``samples`` as this one does."""
+    """Return the smallest micro-batch that needs as many accumulation steps for ``samples`` as this one."""
     if micro_batch >= samples:
         return samples
     steps = -(-samples // micro_batch)
@@ -39,9 +42,9 @@ def evened(micro_batch: int, samples: int) -> int:
 
 
 class MicroBatchPolicy:
-    """The state behind the rules above; ``micro_batch`` is the size that the next step uses.
+    """Choice of the micro-batch by this module's rules; :attr:`micro_batch` is the size that the next step uses.
 
-    ``begin_at`` is the first, where a training before this one had to go below the ceiling.
+    ``begin_at`` is the first size, if a training before this one had to go below the ``ceiling``; None begins there.
     """
 
     def __init__(self, ceiling: int, *, begin_at: int | None = None) -> None:
@@ -58,11 +61,11 @@ class MicroBatchPolicy:
         self._grown_from: int | None = None  # until this size has proven itself
 
     def succeeded(self, samples: int) -> None:
-        """A step of ``samples`` went well at :attr:`micro_batch`."""
+        """Take note that a step of ``samples`` went well at :attr:`micro_batch`."""
         self._samples = max(self._samples, samples)
         self._failures_in_a_row = 0
         if samples < self.micro_batch and samples < self._samples:
-            return  # fewer than a micro-batch: nothing is learnt about its size
+            return  # fewer samples than a micro-batch: nothing is learnt about its size
         self._good_steps += 1
         self._calm_steps += 1
         if self._good_steps < self._patience:
@@ -76,9 +79,9 @@ class MicroBatchPolicy:
             self._doublings = -1
 
     def failed(self, tried: int, *, samples: int, fitting_now: int | None) -> int | None:
-        """A step of ``samples`` ran out of memory at ``tried``; return the next size, None when one sample failed.
+        """Return the size to use after a step of ``samples`` ran out of memory at ``tried``; None if one sample failed.
 
-        ``fitting_now`` is what the memory model says fits what is free at this moment, None if it cannot say.
+        ``fitting_now`` is the size that fits the free memory according to the memory model; None if it is unknown.
         """
         self._samples = max(self._samples, samples)
         self._failures[tried] = self._failures.get(tried, 0) + 1
@@ -95,7 +98,7 @@ class MicroBatchPolicy:
         return self.shrink(tried)
 
     def shrink(self, micro_batch: int | None = None) -> int | None:
-        """Go to a size below ``micro_batch``, or below the present one; return it, None where there is none."""
+        """Go to a size below ``micro_batch``, by default below the present one; return it, or None if there is none."""
         above = self.micro_batch if micro_batch is None else micro_batch
         if above <= 1:
             return None
@@ -108,7 +111,7 @@ class MicroBatchPolicy:
         return micro_batch
 
     def _not_failed(self, at_most: int) -> int:
-        """The largest evened size up to this one that has not failed yet; 1 if all have."""
+        """Return the largest evened size up to ``at_most`` that has not failed yet; 1 if all have."""
         size = evened(at_most, self._samples)
         while size > 1 and size in self._failures:
             size = evened(size - 1, self._samples)
@@ -119,7 +122,7 @@ class MicroBatchPolicy:
         return PATIENCE << max(0, self._doublings)
 
     def _larger(self) -> int | None:
-        """The next size to try; None while there is none."""
+        """Return the next larger size to try; None if there is none now."""
         steps = -(-self._samples // self.micro_batch)
         if steps == 1:
             return None

@@ -7,13 +7,13 @@ import tensorflow as tf
 from autobatch.memory import oom
 
 CAUGHT = (tf.errors.OpError, MemoryError)
-"""What TensorFlow and NumPy raise when memory runs out, and much else."""
+"""Exceptions that TensorFlow and NumPy raise when memory runs out, and for much else."""
 
 
 def memory_failure(error: BaseException) -> oom.Diagnosis:
     """Return the diagnosis of an error about memory; raise any other again.
 
-    The error's traceback is let go of: it keeps the failed step's tensors alive.
+    The traceback is dropped, because it keeps the failed step's tensors alive.
     """
     diagnosis = oom.diagnose(error)
     if not diagnosis.is_memory:

@@ -1,17 +1,17 @@
-"""Samples that vary in length: a micro-batch for an effective batch that is shorter or longer than the trials' was.
+"""Micro-batches for effective batches whose samples are shorter or longer than those of the trials.
 
-A search tries its sizes on the longest samples that it has seen. What is proven there is a number of elements,
-``micro_batch * elements_per_sample``, not of samples:
+A search tries its sizes on the longest samples that it has seen. It proves a number of elements,
+``micro_batch * elements_per_sample``, rather than a number of samples:
 
-* A shorter effective batch runs with as many elements, so with more samples at a time. What a micro-batch needs falls
-  with the length at least in a straight line (attention: with its square), but for what a sample needs whatever its
-  length is; should that show, by running out of memory, the step is rolled back as ever and the factor halved.
-* A longer one runs with fewer samples from the start, rather than into out of memory. What one sample needs is taken
-  to grow with the square of its length, which holds for attention and is careful for the rest; as long as the peak
-  that was measured, grown like that, stays within the budget, the micro-batch stays as it is.
+* A shorter effective batch runs with as many elements, so with more samples at a time. The memory of a micro-batch
+  falls at least linearly with the length, for attention with its square. The part of a sample's memory that does not
+  depend on its length is neglected. If memory runs out for that reason, the step is rolled back and the factor halved.
+* A longer one runs with fewer samples from the start, so that memory does not run out. The memory of a sample is
+  assumed to grow with the square of its length. That holds for attention and is cautious for the rest. The micro-batch
+  stays the same as long as the measured peak, grown like that, stays within the budget.
 
-The size is a tensor to the step, so that none of this needs a new trace; under XLA, where it would, the micro-batch
-stays what it is. So it does where a sample's length cannot be read from a shape: strings and sparse tensors.
+The size is a tensor in the step, so another size needs no new trace. Under XLA it would, so the micro-batch stays the
+same. It also stays the same if a sample's length cannot be read from a shape: for strings and sparse tensors.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from autobatch.types import Batch, Tensor
 
 
 class LengthRule:
-    """Sizes micro-batches by the length of an effective batch, relative to what the trials ran.
+    """Rule that sizes micro-batches by the length of an effective batch, relative to that of the trials.
 
     Args:
-        structure: of the data.
-        tried: the leaves of a micro-batch that trials ran, of any number of samples; None where none did.
-        peak_bytes, micro_batch: what the trial at the planned size needed; None where it is not known.
-        memory_model: tells which part of the peak does not grow with the samples.
-        budget_bytes: what the peak may be; None where there is no limit.
+        structure: the structure of the data.
+        tried: the leaves of a micro-batch that trials ran, of any number of samples; None if none did.
+        peak_bytes: the peak of the trial at the planned size; None if it is not known.
+        micro_batch: the planned size; None if it is not known.
+        memory_model: gives the part of the peak that does not grow with the samples; None takes 0.
+        budget_bytes: the largest peak allowed; None if there is no limit.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class LengthRule:
 
     @classmethod
     def after_search(cls, structure: Structure, tried: list[Any], report: Report) -> LengthRule:
-        """The rule for a plan; without a search, or under XLA, one that leaves every size as it is."""
+        """Make the rule for a report's plan; without trials, or under XLA, it leaves every size as it is."""
         plan, environment = report.plan, report.environment
         if plan is None or environment.jit_compile or not report.trials:
             return cls(structure, None)
@@ -76,7 +77,7 @@ class LengthRule:
         )
 
     def ratio(self, data: Batch) -> float:
-        """How long the samples of an effective batch are, relative to those that were tried: 1 is as long."""
+        """Return the length of an effective batch's samples relative to that of the trials; 1 means the same length."""
         if not self._varying:
             return 1.0
         leaves = self._structure.leaves(data)
@@ -84,7 +85,10 @@ class LengthRule:
         return max(length / tried for length, tried in zip(lengths, self._tried, strict=True))
 
     def sized(self, micro_batch: int, ratio: float, samples: int) -> int:
-        """The micro-batch for ``samples`` of this length where ``micro_batch`` is what suits the length tried."""
+        """Return the micro-batch for ``samples`` whose relative length is ``ratio``.
+
+        ``micro_batch`` is the size that suits the length of the trials.
+        """
         if ratio < 1:
             larger = min(samples, int(micro_batch * min(1 / ratio, self._most) + 1e-6))
             return micro_batch if larger <= micro_batch else max(micro_batch, evened(larger, samples))
@@ -96,12 +100,12 @@ class LengthRule:
         return micro_batch
 
     def failed(self, factor: float) -> None:
-        """A micro-batch ``factor`` times as large as the one for the length tried ran out of memory."""
+        """Limit the factor for short samples to half of ``factor``, at least 1: ``factor`` ran out of memory."""
         self._most = max(1.0, factor / 2)
 
 
 def _varying_leaves(structure: Structure) -> list[int]:
-    """The positions of the leaves whose samples vary in length; empty where the length of any cannot be told."""
+    """Return the positions of leaves whose samples vary in length; empty if any leaf hides its samples' length."""
     specs = structure.specs
     if any(isinstance(spec, tf.SparseTensorSpec) or spec.dtype == tf.string for spec in specs):
         return []
@@ -113,7 +117,7 @@ def _varying_leaves(structure: Structure) -> list[int]:
 
 
 def _elements(leaf: Tensor) -> int:
-    """Elements of a sample once the batch is padded to its longest, at least 1."""
+    """Return the elements of a sample once the batch is padded to its longest sample; at least 1."""
     if isinstance(leaf, tf.RaggedTensor):
         with tf.device("CPU:0"):
             shape = leaf.bounding_shape().numpy()

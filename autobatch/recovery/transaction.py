@@ -1,21 +1,19 @@
-"""A step as a transaction: it is done whole, or everything is as it was before it.
+"""A step on one device as a transaction: it is done whole, or everything is as it was before it.
 
-What a step touches falls in two parts:
+The variables that a step touches fall in two parts:
 
-* Seeds, metrics and the like change with every micro-batch, running averages behind the last. They are small; their
-  values are kept on the device before each step (by the step itself, where one micro-batch is the whole effective
-  batch) and put back when it fails. The accumulators need nothing: each step begins by clearing them.
+* Seeds, metrics and the like change with every micro-batch, running averages after the last. They are small. Their
+  values are kept on the device before each step, and put back when it fails. If one micro-batch is the whole effective
+  batch, the step itself keeps them. The accumulators need no copy: each step begins by clearing them.
 * The weights and the optimizer's variables change in the update alone, which begins when the last gradient is there.
   :mod:`autobatch.recovery.keeper` keeps their values too, on the device or on the host, and a failed update is undone.
-  Once updates have proven to fit it may keep nothing. The update then makes sure beforehand: it asks the allocator for
-  as much as its trace was found to need (:mod:`autobatch.step.update_room`), gives it back, and only then starts.
-  Should it run out of memory all the same, half done, :class:`~autobatch.errors.UpdateInterruptedError` says so rather
-  than training on with it.
+  Once updates have proven to fit, it may keep nothing. The update is then secured beforehand. It asks the allocator for
+  the memory that its trace was found to need (:mod:`autobatch.step.update_room`), and gives it back before it starts.
+  If it runs out of memory all the same, half done, :class:`~autobatch.errors.UpdateInterruptedError` ends training.
 
 After rolling back, the same samples run again with a smaller micro-batch
-(:mod:`autobatch.recovery.micro_batch_policy`). Only where
-the update ran out of memory beside copies of the weights the size is kept, and the copies are not: a smaller
-micro-batch would not make an update smaller.
+(:mod:`autobatch.recovery.micro_batch_policy`). There is one exception: if the update ran out of memory beside copies of
+the weights, the size is kept and the copies are not. A smaller micro-batch would not make an update smaller.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ from autobatch.types import Batch
 
 
 class Transaction(AbstractTransaction[AccumulatedStep]):
-    """Runs the steps of one training on one device so that running out of memory never spoils it."""
+    """Steps of one training on one device, each undone and run again if memory runs out."""
 
     def _train_once(self, data: Batch, samples: int) -> Logs:
         micro_batch = self.policy.micro_batch
-        # An epoch's last, smaller batch goes the way of the others: the plain step was never run beside accumulators.
+        # An epoch's last, smaller batch is accumulated like the others: no plain step was proven beside accumulators.
         whole = micro_batch >= max(samples, self._effective_batch or samples)
         ratio = self._lengths.ratio(data)
         micro_batch = self._lengths.sized(micro_batch, ratio, samples)

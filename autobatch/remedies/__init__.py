@@ -1,1 +1,1 @@
-"""Measure what may make a model fit better."""
+"""Measurement of what may make a model fit better."""

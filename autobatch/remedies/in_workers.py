@@ -1,4 +1,4 @@
-"""A report with its remedies: the model as it is, and each remedy, in a worker process of its own, one at a time."""
+"""Report with its remedies: the model as it is, and each remedy, in a worker process of its own, one at a time."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Base:
-    """The model as it is. ``fingerprint`` is None where it was not built in a worker, or not at all."""
+    """Report of the model as it is. ``fingerprint`` is None where it was not built in a worker, or not at all."""
 
     report: Report
     fingerprint: str | None = None
 
 
 def report_as_it_is(open_worker: OpenWorker, search: Search) -> Base:
-    """The report of the model as it is; an empty one where nothing fits: remedies are wanted then above all."""
+    """Return the report of the model as it is, an empty one where nothing fits: remedies are wanted most then."""
     try:
         trials = open_worker(Variant())
     except NoFeasibleBatchError as error:
@@ -52,7 +52,7 @@ def report_as_it_is(open_worker: OpenWorker, search: Search) -> Base:
 
 
 def with_own(base: Base, *, model_name: str, host_uses: tuple[HostUse, ...]) -> Base:
-    """``base`` with what only the process knows that has the model and the data themselves."""
+    """Return ``base`` with what only the process knows that has the model and the data themselves."""
     report = dataclasses.replace(base.report, model_name=model_name, host_uses=host_uses)
     return dataclasses.replace(base, report=report)
 
@@ -70,10 +70,10 @@ def with_remedies(
     host_total_bytes: int | None,
     on_start: Callable[[str], None] | None = None,
 ) -> Report:
-    """``base.report`` with its remedies and the advice; ``on_start`` is told what comes next, in words.
+    """Return ``base.report`` with its remedies and the advice; ``on_start`` gets each next step in words.
 
     Raises:
-        Interrupted: with what is known by then.
+        Interrupted: Ctrl-C came; it holds the remedies that were done.
     """
     report = dataclasses.replace(base.report, advice=measuring.advice(base.report, host_total_bytes))
     done: list[Remedy] = []

@@ -1,12 +1,12 @@
-"""What may make a model fit better, tried on the model itself: which remedies there are, and what each was worth.
+"""Remedies that may make a model fit better, tried on the model itself: which there are, and the worth of each.
 
-Knows records and arithmetic only. Who calls gives it a function that builds the model anew with a
-:class:`~autobatch.records.Variant`, searches, and returns the report; a worker process for each, one at a time. Nothing
-is promised that was not run: a remedy that cannot be run says why, one that gains nothing shows it in its figures.
+This module knows records and arithmetic only. Its caller gives it a function that builds the model anew with a
+:class:`~autobatch.records.Variant`, searches, and returns the report: a worker process for each, one at a time. Nothing
+is promised that was not run. A remedy that cannot be run says why; one that gains nothing shows it in its figures.
 
-A remedy gains where the update at the target becomes shorter, or, where there is no target, where the largest
-micro-batch grows; by more than 3 %, which is what two searches of the same model differ by. The best combination is
-made of those that gain alone. An optimizer without slots is no part of it, whatever it gains: it trains another way.
+A remedy gains if the update at the target becomes shorter by more than 3 %. Where there is no target, it gains if the
+largest micro-batch grows by as much. Two searches of the same model differ by 3 %. The best combination is made of the
+remedies that gain alone. An optimizer without slots is no part of it, whatever it gains: it trains another way.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from autobatch.records import Remedy, Report, TrialResult, Variant
 from autobatch.units import format_bytes, format_seconds
 
 GAIN = 1.03
-"""A ratio below this is no gain: the search itself ends within 3 %, and step times repeat about as well."""
+"""Least ratio that is a gain: the search itself ends within 3 %, and step times repeat about as well."""
 
 UNSTEADY = 1.25
-"""Times of the same step that differ by more than this are worth a warning."""
+"""Ratio between two times of the same step from which on a warning is due."""
 
 PIPELINE_SHARE = 0.1
-"""From this share of the host's memory on, what the input pipeline holds is worth a word."""
+"""Share of the host's memory from which on the input pipeline's part of it is worth a word."""
 
 COMBINATION = "best combination"
 INTERRUPTED = "not measured: interrupted"
 NO = "does not apply"
 MOST_NAMES = 6
-"""So many layers are named in a line of code."""
+"""Largest number of layers that are named in a line of code."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
-    """A remedy before it is tried: its line of code, how training will differ, and the variant that has it."""
+    """Remedy before it is tried: its line of code, the way training will differ, and the variant that has it."""
 
     name: str
     code: str
@@ -46,22 +46,22 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measured:
-    """The report of a variant, and the layers that ``keras.RematScope`` covers in it."""
+    """Report of a variant, and the layers that ``keras.RematScope`` covers in it."""
 
     report: Report
     rematerialised: tuple[str, ...] = ()
 
 
 Run = Callable[[Variant], Measured]
-"""Builds the variant in a worker of its own and searches.
+"""Function that builds the variant in a worker of its own and searches.
 
-It raises ``NotApplicableError`` where the variant is none, ``NoFeasibleBatchError`` where nothing fits, and another
-``AutobatchError`` where the model fails under it.
+It raises ``NotApplicableError`` where the variant does not apply, ``NoFeasibleBatchError`` where nothing fits, and
+another ``AutobatchError`` where the model fails under it.
 """
 
 
 def candidates(base: Report) -> tuple[Candidate, ...]:
-    """The remedies to try one by one, the cheapest to adopt first."""
+    """Return the remedies to try one by one, the cheapest to adopt first."""
     policies = [
         _precision("mixed_bfloat16", "activations and gradients with 8 bits of mantissa; the weights stay float32"),
         _precision("mixed_float16", "activations and gradients with 11 bits of mantissa, the loss scaled"),
@@ -110,10 +110,10 @@ def measure(
 ) -> tuple[Report, tuple[Remedy, ...]]:
     """Try every remedy of :func:`candidates`, then the best combination; return the base and what each gave.
 
-    ``again`` runs the model as it is once more, at its decisive micro-batch, after the single remedies: where it is
-    faster than before, that counts, and where its time has changed much the advice says so. ``on_start`` is told the
-    name, the number (from 1) and the count of all before each; ``on_remedy`` gets each as it is done, so that an
-    interrupt loses only the one under way; see :func:`unfinished`.
+    ``again`` runs the model as it is once more, at its decisive micro-batch, after the single remedies. A faster time
+    counts, and the advice says so if the time has changed much. ``on_start`` gets the name, the number (from 1) and the
+    count of all before each remedy. ``on_remedy`` gets each remedy as it is done, so that an interrupt loses only the
+    one under way; see :func:`unfinished`.
     """
     tried = candidates(base)
     done: list[Remedy] = []
@@ -144,14 +144,14 @@ def measure(
 
 
 def unfinished(base: Report, done: Sequence[Remedy]) -> tuple[Remedy, ...]:
-    """``done``, and the remedies that an interrupt left out."""
+    """Return ``done``, and the remedies that an interrupt left out."""
     planned = [*((each.name, each.code) for each in candidates(base)), (COMBINATION, "")]
     left_out = [Remedy(name, code, why_not=INTERRUPTED) for name, code in planned[len(done) :]]
     return recommend([*done, *left_out], base)
 
 
 def without_remedies(base: Report, reason: str) -> Report:
-    """``base`` with every remedy unmeasured for one reason."""
+    """Return ``base`` with every remedy unmeasured, for one ``reason``."""
     planned = [*((each.name, each.code) for each in candidates(base)), (COMBINATION, "")]
     return dataclasses.replace(
         base, remedies=tuple(Remedy(name, code, why_not=f"{NO}: {reason}") for name, code in planned)
@@ -159,7 +159,7 @@ def without_remedies(base: Report, reason: str) -> Report:
 
 
 def gains(remedy: Remedy, base: Report) -> bool:
-    """Whether ``remedy`` is better than the model as it is, by what counts; see the top of this module."""
+    """Return True if ``remedy`` is better than the model as it is, by what counts; see the top of this module."""
     if not remedy.measured or remedy.largest_fit is None:
         return False
     if base.largest_fit is None:
@@ -170,14 +170,14 @@ def gains(remedy: Remedy, base: Report) -> bool:
 
 
 def recommend(remedies: Sequence[Remedy], base: Report) -> tuple[Remedy, ...]:
-    """``remedies`` with the best of those that gain marked, if any does and keeps the optimizer."""
+    """Return ``remedies`` with the best one marked, if any of them gains and keeps the optimizer."""
     good = [remedy for remedy in remedies if remedy.keeps_optimizer and gains(remedy, base)]
     best = max(good, key=_merit, default=None)
     return tuple(dataclasses.replace(remedy, recommended=remedy is best) for remedy in remedies)
 
 
 def advice(base: Report, host_total_bytes: int | None) -> tuple[str, ...]:
-    """What the measurements say about memory growth and the input pipeline; empty where neither matters."""
+    """Return what the measurements say about memory growth and the input pipeline; empty where neither matters."""
     found = []
     if any(trial.retried for trial in base.trials):
         found.append(
@@ -231,7 +231,7 @@ def _figures(plain: Remedy, measured: Measured, base: Report, variant: Variant) 
 
 
 def _combination(gaining: Sequence[tuple[Candidate, Remedy]]) -> tuple[Candidate | None, str]:
-    """The best of each kind together; else None, and why."""
+    """Return the best remedies of each kind as one; else None, and why."""
     best: dict[str, tuple[Candidate, Remedy]] = {}
     for candidate, remedy in gaining:
         kind = "precision" if candidate.variant.precision else candidate.name.partition(" ")[0]
@@ -255,7 +255,7 @@ def _combination(gaining: Sequence[tuple[Candidate, Remedy]]) -> tuple[Candidate
 
 
 def _steadied(base: Report, again: Callable[[int], TrialResult]) -> Report:
-    """``base`` with its decisive trial run once more, where that was faster, and a warning where it was far off.
+    """Return ``base`` with its decisive trial run once more, where that was faster, and advice where it was far off.
 
     What else runs on a machine only ever slows steps down, so the faster run is the better measurement.
     """
@@ -283,7 +283,7 @@ def _steadied(base: Report, again: Callable[[int], TrialResult]) -> Report:
 
 
 def _merit(remedy: Remedy) -> tuple[float, float]:
-    """Orders remedies that gain, the best last."""
+    """Return the key that orders remedies that gain, the best last."""
     largest = float(remedy.largest_fit or 0)
     return (largest, 0.0) if remedy.update_seconds is None else (1 / max(remedy.update_seconds, 1e-9), largest)
 

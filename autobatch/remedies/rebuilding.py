@@ -27,7 +27,7 @@ from autobatch.worker import variants
 from autobatch.worker.trials import WorkerTrials
 
 MOST_SAMPLES = 32
-"""So many samples are written at most; trials repeat them as needed."""
+"""Largest number of samples that are written; trials repeat them as needed."""
 
 INSTEAD = "put what makes the model and its data into a function, and use: autobatch report file.py:function --remedies"
 
@@ -51,15 +51,15 @@ def report_with_remedies(
     memory_limit_bytes: int | None,
     headroom: float,
 ) -> Report:
-    """The report of a live model with its remedies, all in workers, so that they compare; one at a time.
+    """Return the report of a live model with its remedies, all made in workers, so that they compare; one at a time.
 
     Where the model cannot be built in a worker, the report is that of ``trials``, and every remedy says why.
 
     Args:
-        model: compiled; left as it is.
-        batch_of: makes a batch of so many samples, the largest that the data hold.
-        trials: of the live model.
-        search: the search that is made of each.
+        model: Compiled; left as it is.
+        batch_of: Makes a batch of the given number of samples, the largest that the data hold.
+        trials: Those of the live model.
+        search: Searches with the trials of the model, and of each remedy.
     """
     limit_bytes = memory_limit_bytes or arena.arena_limit_bytes(trials.environment.device)
     with tempfile.TemporaryDirectory(prefix="autobatch-") as folder:
@@ -88,7 +88,7 @@ def report_with_remedies(
 
 
 def build(folder: str) -> tuple[Any, Any]:
-    """In the worker: the model that :func:`report_with_remedies` wrote, compiled, and data made of its samples."""
+    """Build, in the worker, the compiled model that :func:`report_with_remedies` wrote, and data of its samples."""
     import keras
     import tensorflow as tf
 
@@ -117,7 +117,7 @@ def _write(folder: Path, model: Model, batch_of: Callable[[int], Any], samples: 
     """Write model, batch and target into ``folder``; return what the worker must be started with.
 
     Raises:
-        NotApplicableError: the model or its data cannot be written.
+        NotApplicableError: The model or its data cannot be written.
     """
     import keras
 
@@ -151,10 +151,10 @@ def _write(folder: Path, model: Model, batch_of: Callable[[int], Any], samples: 
 
 
 def _own_classes(described: Any) -> list[tuple[str, str]]:
-    """Module and name of every class described that is not Keras's.
+    """Return module and name of every class in ``described`` that is not Keras's.
 
     Raises:
-        ValueError: one of them is of the script itself: Keras then gives no module.
+        ValueError: One of them is of the script itself: Keras then gives no module.
     """
     found = []
     if isinstance(described, dict):
@@ -171,7 +171,13 @@ def _own_classes(described: Any) -> list[tuple[str, str]]:
 
 
 def _own_functions(model: Model) -> list[tuple[str, str]]:
-    """Module and name of the loss and of activations that are functions of the user's own; Keras writes names alone."""
+    """Return module and name of the loss and of activations that are functions of the user's own.
+
+    Keras writes the names of such functions alone.
+
+    Raises:
+        ValueError: One of them is defined where a worker cannot import it.
+    """
     import keras
 
     functions = [
@@ -188,7 +194,7 @@ def _own_functions(model: Model) -> list[tuple[str, str]]:
 
 
 def _without_policy(described: Any, policy: str) -> Any:
-    """``described`` less the dtype of every layer that has the policy that is global here."""
+    """Return ``described`` less the dtype of every layer that has the policy that is global here."""
     if isinstance(described, list):
         return [_without_policy(item, policy) for item in described]
     if not isinstance(described, dict):
@@ -216,7 +222,7 @@ def _on_host(batch: Batch) -> Any:
 
 
 def _require_room(environment: Environment) -> None:
-    """Refuse where this process holds the memory of the GPU that a worker would need."""
+    """Refuse a device if this process holds the memory of the GPU that a worker would need."""
     if not environment.device.startswith("GPU"):
         return
     device = environment.device
@@ -234,6 +240,6 @@ def _require_room(environment: Environment) -> None:
 
 def _not_rebuilt(error: BaseException) -> str:
     while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause  # what Keras raises over it says less
+        error = cause  # the errors that Keras raises over it say less
     told = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
     return f"the model cannot be rebuilt in a worker: {told}; {INSTEAD}"

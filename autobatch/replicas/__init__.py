@@ -1,1 +1,1 @@
-"""Train on several replicas and workers: the same protocol as on one device, with agreement between them."""
+"""Training on several replicas and workers: the protocol of one device, with agreement between them."""

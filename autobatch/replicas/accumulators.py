@@ -12,14 +12,14 @@ from autobatch.types import Tensor, Variable
 
 
 class SumsByReplica:
-    """The accumulators of this process's replicas; what is traced goes to those of the replica that is being traced."""
+    """Accumulators of this process's replicas. A trace goes to those of the replica that is being traced."""
 
     def __init__(self, of_each: list[Accumulators]) -> None:
         self.of_each = of_each
 
     @property
     def here(self) -> Accumulators:
-        """Those of the replica that is being traced."""
+        """Accumulators of the replica that is being traced."""
         return self.of_each[strategies.replica_here()]
 
     @property

@@ -1,9 +1,9 @@
-"""Agreement of the workers of one training, with a timeout: each gives a few numbers, and all learn all of them.
+"""Agreement of the workers of one training, with a timeout: each gives a few numbers, and all get all of them.
 
-What is agreed on goes through TensorFlow's own collectives. A collective that a worker never enters would keep the
-others waiting for ever, so that each wait is watched: after the timeout the collectives of this process are aborted,
-which ends the wait here and, TensorFlow passing it on, on the other workers. A worker whose process has died is found
-by TensorFlow's own heartbeat, mostly within ten seconds.
+The numbers go through TensorFlow's own collectives. A collective that one worker never enters would keep the others
+waiting for ever, so each wait is watched. After the timeout the collectives of this process are aborted. That ends the
+wait here, and TensorFlow passes it on to the other workers. A worker whose process has died is found by TensorFlow's
+own heartbeat, mostly within ten seconds.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from autobatch.seams import strategies
 from autobatch.types import Strategy
 
 TIMEOUT_SECONDS = 600.0
-"""How long a worker waits for the others: long enough for one of them to trace and compile what another has ready."""
+"""Seconds that a worker waits for the others: enough for one to trace and compile what another has ready."""
 
 
 MOST_NUMBERS = 64
-"""Length of the row that each worker gives. One that ran out of memory may not know how many numbers it has."""
+"""Length of the row that each worker gives. A worker that ran out of memory may not know its count of numbers."""
 
 
 _OF_COLLECTIVES = (
@@ -49,11 +49,11 @@ class SingleProcess:
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Hold while others are waited for in a collective."""
+        """Watch nothing: a single process waits for no others."""
         yield
 
     def give_up(self, message: str) -> None:
-        """Let the other workers know that there will be nothing more from this one."""
+        """Let the other workers know that nothing more will come from this one."""
 
     def share(self, samples: int) -> tuple[int, int]:
         """Return the first of this worker's samples and the one after its last; ``samples`` is the count on all."""
@@ -92,10 +92,10 @@ class Workers(SingleProcess):
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Hold while others are waited for in a collective.
+        """Watch a wait for others in a collective while the context is open; abort it after the timeout.
 
         Raises:
-            WorkerLostError: one of them died, failed, or did not come within the timeout.
+            WorkerLostError: A worker died, failed, or did not come within the timeout.
         """
         timed_out = threading.Event()
 

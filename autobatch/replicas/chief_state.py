@@ -15,9 +15,9 @@ from autobatch.types import Strategy, Variable
 
 
 class FromTheChief(keras.callbacks.Callback):  # type: ignore[misc]
-    """Gives every worker the chief's weights, optimizer and epoch when training begins.
+    """Callback that gives every worker the chief's weights, optimizer and epoch when training begins.
 
-    A worker that was killed while the chief was writing a backup thus cannot come back with an epoch more or less.
+    So a worker that was killed while the chief was writing a backup cannot come back an epoch ahead or behind.
     """
 
     def __init__(self, strategy: Strategy, agreement: SingleProcess) -> None:
@@ -46,7 +46,7 @@ class FromTheChief(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 def share_seed(agreement: SingleProcess) -> None:
-    """Let all workers shuffle alike where none was given a seed: they draw from the chief's."""
+    """Give all workers the chief's seed if none was given one of its own, so that they shuffle alike."""
     if agreement.count == 1:
         return
     own = strategies.global_seed()

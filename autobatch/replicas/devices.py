@@ -1,4 +1,4 @@
-"""Devices that a model trains on: one, or the replicas of a strategy. Which of them it is, is asked here, once."""
+"""Devices that a model trains on: one, or the replicas of a strategy. Only this module asks which of the two."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from autobatch.types import Model, Strategy
 
 
 class Devices(Protocol):
-    """Opens what depends on whether a model trains on one device or on several replicas."""
+    """Opener of what differs between a model that trains on one device and one that trains on several replicas."""
 
     def open_trials(self, model: Model, batches: Data, **options: Any) -> LiveTrials:
         """Open trials of ``model``; ``options`` are those of :class:`LiveTrials`."""
         ...
 
     def open_transaction(self, step: CompiledStep, micro_batch: int, **options: Any) -> AnyTransaction:
-        """Open a transaction over the step of such trials; ``options`` are those of :class:`Transaction`."""
+        """Open a transaction over the ``step`` of trials opened here; ``options`` are those of :class:`Transaction`."""
         ...
 
     def callbacks(self, given: Any, plan: Plan, transaction: AnyTransaction) -> Sequence[keras.callbacks.Callback]:
@@ -106,7 +106,7 @@ class Replicas:
 
 
 def devices_of_model(model: Model, timeout_seconds: float | None = None) -> Devices:
-    """Return the devices that ``model`` trains on. From then on the workers of a strategy shuffle alike."""
+    """Return the devices that ``model`` trains on, and let the workers of a strategy shuffle alike from then on."""
     strategy = strategies.strategy_of(model)
     if strategy is None:
         return OneDevice()

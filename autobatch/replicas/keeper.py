@@ -1,4 +1,4 @@
-"""Keeper of what undoes a step on several replicas."""
+"""Keeper of the values that undo a step on several replicas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autobatch.tensors.variables import bytes_of
 
 
 class ReplicatedKeeper(Keeper):
-    """Keeps the values of all replicas of this process: the weights on their devices, or nowhere."""
+    """Keeper of the values of all replicas of this process: the weights are kept on their devices, or nowhere."""
 
     def __init__(
         self, step: ReplicatedStep, agreement: SingleProcess, *, user_limit_bytes: int | None, headroom: float
@@ -27,7 +27,7 @@ class ReplicatedKeeper(Keeper):
         return SnapshotPlace.DEVICE if self._room else SnapshotPlace.NOWHERE
 
     def _has_room(self) -> bool:
-        """Whether each device has room for its copies and, at the same time, for the update itself."""
+        """Return True if each device has room for its copies and, at the same time, for the update itself."""
         weights = [bytes_of([variable]) for variable in self._step.model.trainable_variables]
         copies_bytes = bytes_of(self._step.updated_variables) // len(self._devices)
         # The sums and what is reduced take the weights' size once more each, and the update its temporaries.

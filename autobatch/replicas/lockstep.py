@@ -1,4 +1,4 @@
-"""Run one piece of local work on every worker, then exchange how it went.
+"""One piece of local work on every worker, and the exchange of its outcome.
 
 Running out of memory on one worker becomes a value that all of them get, so that all roll back and shrink alike. An
 error of the user's own on one worker ends the others with an error that says where to look.
@@ -20,7 +20,7 @@ from autobatch.replicas.agreement import SingleProcess
 
 ELSEWHERE = "another worker ran out of memory"
 PLACE = "place in the training"
-"""Name of the first thing that all workers must have the same: the phase."""
+"""Name of the first value that must be equal on all workers: the phase."""
 
 
 class Phase(enum.IntEnum):
@@ -45,7 +45,7 @@ class Status(enum.IntEnum):
 class WorkerMessage:
     """One worker's account of its local work, sent to all as a row of numbers.
 
-    ``same`` has, by name, what must be equal on all workers. ``fitting_now`` and ``requested_bytes`` are None unless
+    ``same`` holds, by name, what must be equal on all workers. ``fitting_now`` and ``requested_bytes`` are None unless
     memory ran out, and where they are unknown. ``numbers`` is what the work returned.
     """
 
@@ -63,8 +63,8 @@ class WorkerMessage:
     def from_row(cls, row: Any, names: Sequence[str], count: int) -> WorkerMessage:
         """Read the row of a message with these ``names`` in ``same`` and ``count`` numbers; it may be longer.
 
-        A worker in another phase has other names. Of its row only the place in the training is right, and anything may
-        stand where the status is looked for.
+        A worker in another phase has other names. Only the place in the training is then read correctly from its row,
+        and anything may stand where the status is looked for.
         """
         values = [float(value) for value in row]
         place = len(names)
@@ -114,18 +114,18 @@ def run_in_lockstep(
     *,
     fitting_now: Callable[[], int | None] = lambda: None,
 ) -> SharedOutcome:
-    """Do this worker's ``work``, then learn how it went on all.
+    """Do this worker's ``work``, then exchange with all workers how it went.
 
     Args:
         agreement: The workers to agree with.
         work: Returns the same count of numbers on each worker.
         phase, what: The place in the training, to be compared and in words.
         same: What must be the same on all workers, by name.
-        fitting_now: Called where memory ran out.
+        fitting_now: Returns the micro-batch that this worker expects to fit; called where memory ran out.
 
     Raises:
         WorkerLostError: A worker died, hangs, or had an error of its own.
-        WorkersDisagreeError: What must be the same is not.
+        WorkersDisagreeError: A value that must be the same on all workers is not.
     """
     own = _run_locally(work)
     fitting = None if own.diagnosis is None else fitting_now()

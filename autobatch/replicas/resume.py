@@ -1,7 +1,7 @@
-"""Going on after a restart: the plan kept beside the backup.
+"""Resumption after a restart: the plan kept beside the backup.
 
-Keras's ``BackupAndRestore`` keeps weights, optimizer and epoch. Beside them lie the plan's micro-batch, so that a
-restart searches no more, and the one that training had come to, with which it begins. On several workers the chief
+Keras's ``BackupAndRestore`` keeps weights, optimizer and epoch. Two micro-batches are kept beside them. The plan's
+spares a restart the search, and a restart begins with the one that training had come to. On several workers the chief
 alone writes them.
 """
 
@@ -24,14 +24,14 @@ FILE_NAME = "autobatch_plan.json"
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What is kept of a run: the micro-batch that was planned, and the one that was used last, at most as large."""
+    """Sizes kept of a run: the micro-batch that was planned, and the one that was used last, at most as large."""
 
     planned: int
     micro_batch: int
 
 
 def backup_of(callbacks: Any) -> Any:
-    """The ``BackupAndRestore`` among what was given as ``callbacks``, None if there is none."""
+    """Return the ``BackupAndRestore`` among what was given as ``callbacks``; None if there is none."""
     if callbacks is None:
         return None
     if not isinstance(callbacks, Iterable):
@@ -44,7 +44,7 @@ def remembered(
 ) -> Kept | None:
     """Return what an earlier run of the same training has kept, as the chief finds it; None if there is none.
 
-    ``gather`` gives numbers to all processes of the training and returns those of all, the chief's first.
+    ``gather`` gives numbers to all processes of the training, and returns the numbers of all, the chief's first.
     """
     backup = backup_of(callbacks)
     if backup is None:
@@ -69,7 +69,7 @@ def _read(path: Path, target_batch: int, replicas: int) -> Kept | None:
 
 
 class PlanBackup(keras.callbacks.Callback):  # type: ignore[misc]
-    """Keeps the micro-batches in the backup's directory, for as long as that is there."""
+    """Callback that keeps the micro-batches in the backup's directory, for as long as the directory exists."""
 
     def __init__(self, backup_dir: str, plan: Plan, transaction: AnyTransaction) -> None:
         super().__init__()

@@ -1,15 +1,15 @@
-"""The accumulated step on several replicas: each sums its own gradients, then one all-reduce, one update.
+"""Accumulated step on several replicas: each sums its own gradients, then come one all-reduce and one update.
 
-The effective batch is that of all replicas together. Each replica runs its micro-batches in a loop of its own, as many
-as its samples need, with no collective inside: one that runs out of memory there leaves no other waiting. Every loss is
-weighted by its share of the *whole* effective batch, so that the gradients of the replicas add up to the one of a
-single device; they are added up once, before the optimizer sees them, so that clipping acts on what one device would
+The effective batch is that of all replicas together. Each replica runs as many micro-batches as its samples need, in a
+loop of its own with no collective inside. A replica that runs out of memory there leaves no other waiting. Every loss
+is weighted by its share of the *whole* effective batch, so that the gradients of the replicas add up to those of a
+single device. They are added up once, before the optimizer sees them, so that clipping acts on what one device would
 clip.
 
 Under ``tf.distribute`` the weights are mirrored: a variable on each device, changed alike. The accumulators are plain
 variables, one on each device. Running averages, BatchNormalization's statistics among them, advance once an update by
-the statistics of the whole effective batch, put together from those of all replicas in the same all-reduce. Where they
-cannot, BatchNormalization's are averaged over the replicas, so that all of them evaluate and save the same model.
+the statistics of the whole effective batch. The same all-reduce puts these together from all replicas. Where that
+cannot be done, BatchNormalization's are averaged over the replicas, so that all evaluate and save the same model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from autobatch.types import Batch, ElementSpec, Model, Optimizer, Strategy, Tens
 
 
 class _Compiled(NamedTuple):
-    """A traced step on all replicas here: one micro-batch, what counts denominators, the loop over all samples."""
+    """Traced step on all replicas here: one micro-batch, the count of denominators, the loop over all samples."""
 
     micro: MicroStep
     count: Callable[..., Any]
@@ -62,9 +62,9 @@ class ReplicatedStep(CompiledStep):
         self._read_metrics: Callable[..., Any] | None = None
         self.metric_logs: dict[str, Any] | None = None
         self._pending: tuple[Any, list[Any]] | None = None
-        self._statistics: list[Any] = []  # of running averages: for each of their states, what each replica here has
+        self._statistics: list[Any] = []  # of running averages: for each state, the values on the replicas here
         self.replica_seconds: Any = None
-        """The seconds that each replica here took for its last micro-batches: a float64 tensor; None before them."""
+        """Seconds that each replica here took for its last micro-batches: a float64 tensor; None before them."""
 
     def _no_sums(self) -> SumsByReplica:
         return SumsByReplica(
@@ -143,14 +143,15 @@ class ReplicatedStep(CompiledStep):
     # -- running ------------------------------------------------------------------------------------------------------
 
     def count(self, data: Batch, micro_batch: int) -> Any:
-        """The denominators of this worker's samples: a float64 vector, to be summed over the workers."""
+        """Return the denominators of this worker's samples: a float64 vector, to be summed over the workers."""
         assert self._prepared is not None
         return self._prepared.count(self.structure.leaves(data), tf.constant(micro_batch, tf.int64)).numpy()
 
     def accumulate(self, data: Batch, micro_batch: int, *, total: float | None = None, totals: Tensor = None) -> Any:
         """Sum the gradients of this worker's samples on each replica; no weight changes, no collective, no logs yet.
 
-        Without ``total`` and ``totals`` every worker is taken to have the same samples as this one.
+        Without ``total`` and ``totals`` every worker is taken to have as many samples as this one, and the same
+        denominators.
         """
         self.prepare()
         ran = self._run(data, micro_batch, total, totals)
@@ -160,8 +161,8 @@ class ReplicatedStep(CompiledStep):
     def _reserve(self) -> None:
         """Make sure, before any replica enters the collective, that each has room for the update's temporaries.
 
-        These are the gradients side by side, their sums, and what the optimizer takes for its largest variable. The
-        block is only taken from the allocator, not written to, and given back at once.
+        The temporaries are the gradients side by side, their sums, and what the optimizer takes for its largest
+        variable. The block is only taken from the allocator, not written to, and given back at once.
         """
         sizes = [bytes_of([accumulator]) for accumulator in self._sums.of_each[0].variables]
         replicas = self.strategy.num_replicas_in_sync
@@ -200,7 +201,7 @@ class ReplicatedStep(CompiledStep):
         return self._finished(self._training.micro, others, *self._update(averaged, self._statistics))
 
     def evaluation_logs(self) -> Logs:
-        """The logs of all replicas after :meth:`evaluate`: a collective."""
+        """Return the logs of all replicas after :meth:`evaluate`: a collective."""
         assert self._evaluation is not None
         assert self._pending is not None
         micro = self._evaluation.micro
@@ -227,7 +228,7 @@ class ReplicatedStep(CompiledStep):
         return _Compiled(micro, *self._trace_loops(micro))
 
     def _trace_once(self, micro: MicroStep) -> None:
-        """Trace one micro-batch on each replica, never to be run: this learns what the logs and the counts are."""
+        """Trace one micro-batch on each replica, never to be run, to learn the logs and the counts."""
         scalars = tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)
 
         def once(leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> Any:
@@ -323,7 +324,7 @@ class ReplicatedStep(CompiledStep):
 
         def run(averaged: Tensor, states: list[Any]) -> Any:
             begun = self.update_room.note_begun(True)
-            # Replicas take turns while they are traced, so that this must not be theirs to undo.
+            # Replicas take turns while they are traced, so none of them may undo this: it is done around them all.
             optimizers = [update.optimizer for update in updates]
             with tf.control_dependencies([begun]), gradients_already_reduced(optimizers):
                 return self._first(self.strategy.run(on_replica, args=(averaged, states)))
@@ -338,7 +339,7 @@ class ReplicatedStep(CompiledStep):
         return self._first(self.strategy.run(lambda: self._reduce(micro, [], averaged)[1:]))
 
     def _first(self, nest: Any) -> Any:
-        """What the first replica here has, of values that are the same on all."""
+        """Return the first replica's part, among those here, of values that are the same on all."""
         return tf.nest.map_structure(lambda part: self.strategy.experimental_local_results(part)[0], nest)
 
     def _reduce(
@@ -346,7 +347,8 @@ class ReplicatedStep(CompiledStep):
     ) -> tuple[list[Any], Any, list[Any], dict[str, Any]]:
         """Sum over all replicas ``local``, the averaged logs and the state of the metrics: one all-reduce a dtype.
 
-        The metrics' results follow: those in the logs, and those that ``fit`` asks the model for.
+        The sums of ``local`` and of the logs are returned, then the metrics' results: those in the logs, and those that
+        ``fit`` asks the model for.
         """
         replica = strategies.replica_here()
         returned_by = [one for one in micro.logs.returned_by if one is not None]
@@ -373,12 +375,12 @@ def _distinct_keras(variables: Any) -> list[Any]:
 
 
 def all_reduce(values: list[Any], device: str) -> list[Any]:
-    """Sum each over all replicas, those of one dtype in one all-reduce; ``device`` is the replica's own."""
+    """Sum each value over all replicas, those of one dtype in one all-reduce; ``device`` is the replica's own."""
     results: list[Any] = [None] * len(values)
     context = tf.distribute.get_replica_context()
     for dtype in dict.fromkeys(value.dtype for value in values):
         places = [place for place, value in enumerate(values) if value.dtype == dtype]
-        # tf.distribute asks where each value is, which an argument of a function does not tell.
+        # tf.distribute asks where each value is, which an argument of a function does not show.
         with tf.device(device):
             placed = [tf.identity(values[place]) for place in places]
         for place, result in zip(places, context.all_reduce(tf.distribute.ReduceOp.SUM, placed), strict=True):

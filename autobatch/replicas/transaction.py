@@ -1,11 +1,12 @@
-"""The transaction of several replicas: nobody enters the collective before all are known to have come so far.
+"""Transaction of several replicas: nobody enters the collective before all are known to have come that far.
 
-A step has three parts. First each replica of each worker works by itself, with no collective: it counts where losses
-are masked or weighted, then it sums its gradients. Here memory runs out, and nobody waits for the one that it happened
-to. Then the workers tell each other how it went. Only if it went well on all of them do they reduce and update;
-otherwise all roll back, all shrink alike, and all run their parts of the same samples again.
+A step has three parts. In the first, each replica of each worker works by itself, with no collective: it counts where
+losses are masked or weighted, then it sums its gradients. This is where memory is likely to run out, and nobody waits
+for the replica that it happened to. In the second, the workers exchange how it went. If it went well on all of them,
+they reduce and update in the third. Otherwise all roll back, shrink alike, and run their parts of the same samples
+again.
 
-In one process there is nothing to tell: an exception on any replica is seen by all.
+In one process nothing need be exchanged: an exception on any replica is seen by all.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from autobatch.replicas.lockstep import Phase, run_in_lockstep
 from autobatch.replicas.step import ReplicatedStep
 from autobatch.tensors.batch_structure import cut
 from autobatch.tensors.snapshots import SnapshotTaker
-from autobatch.types import Batch
+from autobatch.types import Batch, Tensor
 
 
 class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
-    """Runs the steps of one training under a strategy. ``micro_batch`` is that of one replica.
+    """Transaction over the steps of one training under a strategy. ``micro_batch`` is that of one replica.
 
-    ``effective_batch`` and the samples of a step count all replicas of all workers; each worker is given all of them
+    ``effective_batch`` and the samples of a step count all replicas of all workers. Each worker is given all of them
     and takes its part.
     """
 
@@ -51,7 +52,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         self._metric_logs: dict[str, Any] | None = None
 
     def metrics_result(self) -> dict[str, Any] | None:
-        """The metrics of all replicas after the last step; None before the first."""
+        """Return the metrics of all replicas after the last step; None before the first."""
         return self._metric_logs
 
     def _train_once(self, data: Batch, samples: int) -> Logs:
@@ -96,10 +97,10 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
     ) -> int:
         """Do all that needs no collective, on every worker; return the micro-batch that was run.
 
-        Denominators that depend on the data are agreed on first; whether there are any, the first trace tells.
+        Denominators that depend on the data are agreed on first. The first trace shows whether there are any.
 
         Raises:
-            RolledBackError: memory ran out on some worker; all are as before.
+            RolledBackError: Memory ran out on some worker; all are as before.
         """
         part, mark = self._part(step, data, samples)
         head = {
@@ -109,7 +110,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
             "number of updates": float(self._updates),
         }
 
-        # Evened for the largest share, so that a share of a sample less takes as many micro-batches, none larger.
+        # Evened for the largest share: a share with one sample less takes as many micro-batches, none of them larger.
         largest = self._samples_here(samples)
         micro_batch = evened(micro_batch, largest)
 
@@ -160,7 +161,10 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         raise RolledBackError(local, self._samples_here(samples), diagnosis)
 
     def _part(self, step: ReplicatedStep, data: Batch, samples: int) -> tuple[Any, float]:
-        """This worker's samples of an effective batch, and a mark by which to tell it from others."""
+        """Return this worker's samples of an effective batch, and a checksum of the batch's first sample.
+
+        The checksum is 0 in a single process, and where the first leaf is ragged or sparse.
+        """
         leaves = step.structure.leaves(data)
         if self._agreement.count == 1:
             return leaves, 0.0
@@ -168,15 +172,15 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         with tf.device("CPU:0"):
             first = leaves[0]
             seen = first[:1] if tf.is_tensor(first) and not isinstance(first, tf.SparseTensor) else None
-            mark = 0.0 if seen is None or isinstance(seen, tf.RaggedTensor) else float(zlib.crc32(bytes(seen.numpy())))
+            mark = 0.0 if seen is None or isinstance(seen, tf.RaggedTensor) else _mark_of(seen)
             bounds = tf.constant(start, tf.int64), tf.constant(stop, tf.int64)
             return [cut(leaf, *bounds) for leaf in leaves], mark
 
     def _together(self, work: Callable[[], list[float]], moment: Phase, same: dict[str, float]) -> list[float]:
-        """Do this worker's part; return the sums over the workers of what it gave.
+        """Do this worker's ``work``; return the sums over the workers of the numbers that it gave.
 
         Raises:
-            RolledBackError: memory ran out on some worker.
+            RolledBackError: Memory ran out on some worker.
         """
         what = f"{'validation after ' if moment is Phase.EVALUATION else ''}update {self._updates}"
         told = run_in_lockstep(self._agreement, work, moment, what, same, fitting_now=super()._fitting_now)
@@ -190,3 +194,8 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
 
     def _samples_here(self, samples: int) -> int:
         return -(-samples // self._replicas)
+
+
+def _mark_of(sample: Tensor) -> float:
+    """Return a number by which a sample can be told from others; it is the same on all workers."""
+    return float(zlib.crc32(tf.io.serialize_tensor(sample).numpy()))

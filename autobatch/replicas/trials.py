@@ -1,8 +1,8 @@
 """Trials on all replicas of all workers at once, each with the micro-batch asked for.
 
-Every worker runs the same search, which is deterministic: as each trial's result is agreed on (the highest peak, the
-longest time, the worst outcome), all of them ask for the same sizes in the same order. A device smaller than the others
-decides by itself.
+Every worker runs the same search, which is deterministic. Each trial's result is agreed on: the highest peak, the
+longest time, the worst outcome. So all workers ask for the same sizes in the same order. The smallest device decides
+for all.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class ReplicatedTrials(LiveTrials):
         return ReplicatedKeeper(self.step, self._agreement, user_limit_bytes=limit, headroom=share)
 
     def estimate_sample(self) -> None:
-        """Return None: workers must run the same trials, and what is traced may differ from one to the other."""
+        """Return None: workers must run the same trials, and a trace may differ from one worker to the other."""
 
     def require_no_clock(self, max_seconds: float | None) -> None:
         """Refuse a search by the clock on several workers: they would not stop at the same trial.
 
         Raises:
-            ValueError: ``max_seconds`` is given, and there are several.
+            ValueError: ``max_seconds`` is given, and there are several workers.
         """
         if max_seconds is not None and self._agreement.count > 1:
             raise ValueError(
@@ -163,7 +163,7 @@ class ReplicatedTrials(LiveTrials):
     def _of_each(self, peaks: dict[str, int], micro_batches: int) -> str:
         """Return the peaks and times of this process's replicas in words, "" if it has only one.
 
-        ``micro_batches`` is the count that each of them ran last.
+        ``micro_batches`` is the count that each replica ran last.
         """
         if len(self._devices) < 2:
             return ""
@@ -185,7 +185,7 @@ class ReplicatedTrials(LiveTrials):
         """Return the largest number that the work gives on any worker.
 
         Raises:
-            _OutOfMemoryError: Memory ran out on one.
+            _OutOfMemoryError: Memory ran out on a worker.
         """
         same = {"micro-batch": float(micro_batch)}
         what = f"trial {self._trials_run}"

@@ -1,7 +1,7 @@
-"""A :class:`~autobatch.records.Report` goes in, text comes out: one module an output, :func:`render` for all.
+"""Renderers that turn a :class:`~autobatch.records.Report` into text: one module an output, :func:`render` for all.
 
-The renderers know the records and nothing else of autobatch: they run no trial and read no file. Each module has a
-``render(report) -> str``; it is imported when it is first asked for, so that naming the formats costs nothing.
+The renderers run no trial and read no file. Each module has a ``render(report) -> str``. It is imported when it is
+first asked for, so that naming the formats costs nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class Renderer(Protocol):
     """A module that turns a report into text."""
 
     def render(self, report: Report, /) -> str:
-        """The whole report, without a newline at its end."""
+        """Return the whole report, without a newline at its end."""
         ...
 
 
 class _Renderers(Mapping[str, Renderer]):
-    """The formats by name; looking one up imports its module."""
+    """The renderers by the name of their format; looking one up imports its module."""
 
     _formats = ("text", "json", "html")
 

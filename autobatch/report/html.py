@@ -1,6 +1,6 @@
 """The report as one HTML file: no script, no network, light and dark, readable on a telephone.
 
-Every string that came from outside is escaped here, once, on its way into the page.
+Every string that came from outside is escaped here, once, when it is put into the page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from autobatch.units import format_bytes, format_seconds
 
 
 def render(report: Report) -> str:
-    """A whole HTML page."""
+    """Return a whole HTML page."""
     title = escape(sentences.title(report))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -35,7 +35,7 @@ def render(report: Report) -> str:
 
 
 def fragment(report: Report) -> str:
-    """What stands in the page's body, to be put inside another page that brings :data:`html_style.STYLE`."""
+    """Return the body of the page, to be put inside another page that brings :data:`html_style.STYLE`."""
     sections = (
         _header(report),
         _cards(report),
@@ -63,7 +63,7 @@ def _header(report: Report) -> str:
 
 
 def _cards(report: Report) -> str:
-    """What the reader came for, in large figures."""
+    """Return the main results in large figures."""
     cards = []
     if report.plan is not None:
         made = report.plan
@@ -154,7 +154,7 @@ def _trials(report: Report) -> str:
 def trial_table(
     trials: Iterable[TrialResult], environment: Environment, *, chosen: TrialResult | None = None, label: str = ""
 ) -> str:
-    """A row for each trial, and ``label`` beside the chosen one."""
+    """Return a table with a row for each trial, and ``label`` beside the chosen one."""
     rows = []
     for trial in trials:
         cells = sentences.trial_cells(trial, environment)

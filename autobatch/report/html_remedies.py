@@ -13,7 +13,7 @@ from autobatch.report.sentences import printable
 
 
 def section(report: Report) -> str:
-    """The sections on remedies; empty where none were asked for."""
+    """Return the sections on remedies; "" if the report has none."""
     if not report.remedies:
         return ""
     advice = "".join(f"<p>{escape(printable(line))}</p>" for line in report.advice)

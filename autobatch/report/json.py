@@ -1,8 +1,9 @@
 """The report as JSON, and back: the format in which reports are kept.
 
-The keys are the records' field names, ``schema_version`` first; an enumeration is its value, a tuple a list, an unknown
-an explicit ``null``. Reading back gives an equal :class:`~autobatch.records.Report`. Keys that this version does not
-know are passed over and fields that have a default may be missing, so that adding a field needs no new schema version.
+The keys are the records' field names, ``schema_version`` first. An enumeration is written as its value, a tuple as a
+list, an unknown as an explicit ``null``. Reading back gives an equal :class:`~autobatch.records.Report`. Keys that this
+version does not know are passed over, and fields that have a default may be missing. So a new field needs no new schema
+version.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from autobatch.records import SCHEMA_VERSION, Report
 
 
 def render(report: Report, *, indent: int | None = 2) -> str:
-    """The report as a JSON object, ASCII only."""
+    """Return the report as a JSON object, ASCII only."""
     fields = encode(report)
     assert isinstance(fields, dict)
     ordered = {"schema_version": fields.pop("schema_version"), **fields}

@@ -1,6 +1,7 @@
 """The two plots of the HTML report, as inline SVG without a script.
 
-Every point is a trial that ran. Colours are left to the classes that ``html.py`` gives a light and a dark look.
+Every point is a trial that ran. The SVG has classes in place of colours; ``html_style.py`` gives them a light and a
+dark look.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _WIDTH, _HEIGHT = 440, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 22, 42
 _LABEL_WIDTH = 80
 
-# Beyond these multiples of what fits, a failure or the limit is told in words: to scale, it would squash the points.
+# Beyond these multiples of what fits, a failure or the limit is put into words: to scale, it would squash the points.
 _FARTHEST_FAILURE = 4
 _FARTHEST_LIMIT = 3
 
@@ -28,7 +29,7 @@ _BYTE_UNITS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), (
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """Maps a value to a coordinate; ``log2`` by powers of two."""
+    """A map from values to coordinates: linear, or logarithmic with ``log2``."""
 
     low: float
     high: float
@@ -43,9 +44,9 @@ class _Scale:
 
 
 def memory_plot(report: Report) -> str:
-    """Peak memory against micro-batch: measured points, the line through them, the limit, failures and the plan.
+    """Plot peak memory against micro-batch: measured points, the line through them, the limit, failures and the plan.
 
-    Empty where no peak was measured.
+    The result is an SVG element, "" where no peak was measured.
     """
     fits = [trial for trial in report.trials if trial.fits and trial.peak_bytes is not None]
     if not fits:
@@ -76,9 +77,9 @@ def memory_plot(report: Report) -> str:
     for trial in failures:
         needed = float(trial.peak_bytes or 0)
         if trial.peak_bytes is None:
-            # What it would have needed, by the line; it cannot have been less than the limit.
+            # The line gives what it would have needed; that cannot have been less than the limit.
             needed = max(limit or 0.0, float(line.peak_bytes(trial.micro_batch)) if line is not None else 0.0)
-        # Out of sight above the plot, it stands at the upper edge.
+        # A failure above the plot is drawn at its upper edge.
         parts.append(_cross(x(trial.micro_batch), y(min(needed, 0.97 * y_high)), trial))
     parts += [_point(x(t.micro_batch), y(t.peak_bytes or 0), t, format_bytes(t.peak_bytes or 0)) for t in fits]
     chosen = sentences.decisive_trial(report)
@@ -88,7 +89,7 @@ def memory_plot(report: Report) -> str:
 
 
 def speed_plot(report: Report) -> str:
-    """Samples per second against micro-batch, on a scale of powers of two. Empty where no trial was timed."""
+    """Plot samples per second against micro-batch, on a scale of powers of two; "" where no trial was timed."""
     timed = {trial.micro_batch: trial for trial in report.trials if trial.fits and trial.samples_per_second}
     if not timed:
         return ""
@@ -117,21 +118,21 @@ def speed_plot(report: Report) -> str:
 
 
 def shown_failures(report: Report) -> list[TrialResult]:
-    """The failed trials that stand in :func:`memory_plot`."""
+    """Return the failed trials that :func:`memory_plot` draws: those not far above the largest size that fits."""
     fitting = [trial.micro_batch for trial in report.trials if trial.fits]
     farthest = _FARTHEST_FAILURE * max(fitting, default=0)
     return [trial for trial in report.trials if not trial.fits and trial.micro_batch <= farthest]
 
 
 def drawn_limit(report: Report) -> int | None:
-    """The limit, where it is near enough to the peaks to stand in :func:`memory_plot`."""
+    """Return the limit that :func:`memory_plot` draws; None if it is far above the highest peak, or unknown."""
     limit = report.environment.limit_bytes
     highest = max((trial.peak_bytes or 0 for trial in report.trials if trial.fits), default=0)
     return limit if limit is not None and limit <= _FARTHEST_LIMIT * highest else None
 
 
 def _ticks(high: float, *, whole: bool = False) -> list[float]:
-    """Round values from 0 to ``high``, four to eight of them."""
+    """Return four to seven round values from 0 to ``high``; with ``whole``, fewer where ``high`` is small."""
     step = 10.0 ** math.floor(math.log10(high / 4))
     step = next(step * factor for factor in (1, 2, 2.5, 5, 10) if high / (step * factor) <= 6)
     if whole:
@@ -165,7 +166,7 @@ def _axes(
 
 
 def _memory_line(line: MemoryModel, x: _Scale, y: _Scale) -> str:
-    """The line from no sample to where it leaves the plot."""
+    """Draw the memory line from no sample to where it leaves the plot."""
     left, right = 0.0, x.high
     if line.per_sample_bytes > 0:
         left = max(left, -line.fixed_bytes / line.per_sample_bytes)
@@ -188,7 +189,7 @@ def _cross(px: float, py: float, trial: TrialResult) -> str:
 
 
 def _ring(px: float, py: float, report: Report, *, below: bool) -> str:
-    """The ring around the decisive trial, named on the side where there is room."""
+    """Draw the ring around the decisive trial, with a label on the side where there is room."""
     chosen = sentences.decisive_trial(report)
     assert chosen is not None
     label = f"{sentences.decisive_label(report)} {chosen.micro_batch:,}"

@@ -1,6 +1,6 @@
 """The remedies of a report in words and cells, each against the model as it is; text and HTML share them.
 
-Whoever renders escapes, as with :mod:`autobatch.report.sentences`.
+Nothing is escaped for HTML here: the renderer does that.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ IN_VAIN = (
         "the same.",
     ),
 )
-"""What is often tried against running out of memory while training, and why it does not help."""
+"""Measures that are often tried against running out of memory while training, each with the reason why it fails."""
 
 
 class Figure(NamedTuple):
-    """A figure, and its ratio to the model as it is: ``better`` is None where it is about the same or unknown."""
+    """A figure, and its ratio to that of the model as it is; ``better`` is None for about the same, or unknown."""
 
     text: str
     ratio: str = ""
@@ -51,12 +51,12 @@ class Row(NamedTuple):
 
 
 def has_target(report: Report) -> bool:
-    """Whether there is an update at a target to compare."""
+    """Return True if there is an update at a target to compare."""
     return report.plan is not None or any(remedy.plan is not None for remedy in report.remedies)
 
 
 def rows(report: Report) -> list[Row]:
-    """The model as it is, then each remedy."""
+    """Return the rows of the table: the model as it is, then each remedy."""
     base = report.decisive_trial
     speed = None if base is None else base.samples_per_second
     found = [
@@ -79,7 +79,7 @@ def rows(report: Report) -> list[Row]:
 
 
 def summary(report: Report) -> str:
-    """What to do, in a sentence."""
+    """Say in a sentence or two which remedy to take, and what it gains."""
     best = next((remedy for remedy in report.remedies if remedy.recommended), None)
     if best is None:
         measured = any(remedy.measured for remedy in report.remedies)
@@ -99,7 +99,7 @@ def summary(report: Report) -> str:
 
 
 def notes(report: Report, remedy: Remedy) -> list[str]:
-    """What the table cannot show of a remedy: its peak, how training will differ, and why its search ended early."""
+    """Return notes beside the table: a remedy's peak, how training will differ, and why its search ended early."""
     found = []
     base = report.decisive_trial
     size = remedy.plan.micro_batch if remedy.plan is not None else remedy.largest_fit
@@ -109,7 +109,7 @@ def notes(report: Report, remedy: Remedy) -> list[str]:
             f"{samples(size or 0)} peak at {format_bytes(remedy.peak_bytes)}, not {format_bytes(base.peak_bytes)}"
         )
     if remedy.measured and remedy.largest_fit is None:
-        # What to do about it stands in the report of the model as it is.
+        # The report of the model as it is says what to do about it.
         return [f"nothing fits: {printable(remedy.stopped_because).partition('. ')[0].rstrip('.')}"]
     if remedy.stopped_because.startswith("limit of"):
         found.append(f"its search was cut short: {printable(remedy.stopped_because)}")
@@ -119,7 +119,7 @@ def notes(report: Report, remedy: Remedy) -> list[str]:
 
 
 def unmeasured(report: Report) -> list[tuple[str, str]]:
-    """Name and reason of the remedies that were not measured; those that share a reason are told together."""
+    """Return names and reason of the remedies that were not measured; those that share a reason make one entry."""
     reasons: dict[str, list[str]] = {}
     for remedy in report.remedies:
         if not remedy.measured:
@@ -128,7 +128,7 @@ def unmeasured(report: Report) -> list[tuple[str, str]]:
 
 
 def code_lines(remedy: Remedy) -> list[str]:
-    """The lines of code that do it, indentation kept."""
+    """Return the lines of code that apply ``remedy``, indentation kept."""
     return ["".join(c if c.isprintable() else "?" for c in line) for line in remedy.code.splitlines()]
 
 

@@ -1,7 +1,7 @@
-"""What a report says, in words: the sentences that the text and the HTML renderer share.
+"""Sentences of a report that the text and the HTML renderer share.
 
-Whoever renders escapes: strings that come from the user's model or from an error message are passed on as they are,
-less the control characters that would act on a terminal.
+Nothing is escaped for HTML here: the renderer does that. Strings from the user's model or from an error message are
+passed on; only the control characters that would act on a terminal are shown as escapes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ OUTCOME_LABELS = {
 
 
 def printable(text: str) -> str:
-    """``text`` in one line, with every character that a terminal or a parser would act on shown as an escape."""
+    """Return ``text`` in one line, with every character that a terminal or a parser would act on as an escape."""
     folded = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in folded)
 
 
 def samples(count: int) -> str:
-    """``"1 sample"``, ``"64 samples"``."""
+    """Return ``"1 sample"`` or ``"64 samples"``."""
     return f"{count:,} sample" if count == 1 else f"{count:,} samples"
 
 
@@ -37,12 +37,12 @@ def title(report: Report) -> str:
 
 
 def decisive_trial(report: Report) -> TrialResult | None:
-    """The trial that the report is about; see :attr:`autobatch.records.Report.decisive_trial`."""
+    """Return the trial that the report is about; see :attr:`autobatch.records.Report.decisive_trial`."""
     return report.decisive_trial
 
 
 def share_of_limit(trial: TrialResult, environment: Environment) -> float | None:
-    """Peak over limit, None where either is unknown."""
+    """Return peak over limit; None where either is unknown."""
     if trial.peak_bytes is None or not environment.limit_bytes:
         return None
     return trial.peak_bytes / environment.limit_bytes
@@ -77,12 +77,12 @@ def format_speed(samples_per_second: float) -> str:
 
 
 def decisive_label(report: Report) -> str:
-    """What makes :func:`decisive_trial` stand out."""
+    """Return the label of :func:`decisive_trial`: "plan" or "largest"."""
     return "plan" if report.plan else "largest"
 
 
 def environment_lines(environment: Environment) -> list[tuple[str, str]]:
-    """Label and value of all that the trials ran under."""
+    """Return label and value of each condition that the trials ran under."""
     lines = [("Device", printable(environment.device)), ("Limit", _limit(environment))]
     if environment.budget_bytes is not None:
         budget = format_bytes(environment.budget_bytes)
@@ -103,7 +103,7 @@ def _limit(environment: Environment) -> str:
 
 
 def plan(report: Report) -> str:
-    """The plan in a line, with the time of an update where it was measured."""
+    """Describe the plan in a line, with the time of an update where it was measured."""
     if report.plan is None:
         return "none: nothing fits" if report.largest_fit is None else "none: no target batch was given"
     text = plan_alone(report.plan)
@@ -112,7 +112,7 @@ def plan(report: Report) -> str:
 
 
 def plan_alone(made: Plan) -> str:
-    """The plan in a line, by itself."""
+    """Describe a plan in a line, without times."""
     largest, smallest = made.micro_batches[0], made.micro_batches[-1]
     if made.replicas > 1:
         each = f"{made.accumulation_steps:,} {TIMES} micro-batch {largest:,}"
@@ -130,34 +130,34 @@ def plan_alone(made: Plan) -> str:
 
 
 def update_seconds(report: Report) -> float | None:
-    """One optimizer update of the plan, None where the trial was not timed."""
+    """Return the seconds of one optimizer update of the plan; None where its trial was not timed."""
     return report.update_seconds
 
 
 def memory_line(report: Report) -> str:
-    """The straight line through the measured peaks, and what its two parts hold."""
+    """Describe the memory line of a report, and what its two parts hold; or say that it is not known."""
     line = report.memory_model
     return "not known: too few trials measured a peak" if line is None else memory_model(line)
 
 
 def memory_model(line: MemoryModel) -> str:
-    """The straight line, by itself."""
+    """Describe a memory line, and what its two parts hold."""
     per_sample = f"{format_bytes(line.per_sample_bytes)} a sample (activations, inputs)"
     if line.fixed_bytes < 0:
-        # Measured peaks need not lie on a line; what it is below zero samples means nothing.
+        # Measured peaks need not lie on a line; a negative value at zero samples means nothing.
         return f"peak = {per_sample} less {format_bytes(-line.fixed_bytes)}"
     return f"peak = {format_bytes(line.fixed_bytes)} fixed (weights, gradients, optimizer slots) + {per_sample}"
 
 
 def host(report: Report) -> str:
-    """What the input pipeline will hold in host memory; empty where that is not known."""
+    """Say what the input pipeline will hold in host memory; "" where that is not known."""
     parts = [f"{format_bytes(use.held_bytes)} {use.name}" for use in report.host_uses]
     total = sum(use.held_bytes for use in report.host_uses)
     return f"{format_bytes(total)} in host memory: {printable('; '.join(parts))}" if parts else ""
 
 
 def found(report: Report) -> str:
-    """What was proven: the largest size that ran, the smallest that did not."""
+    """Say what was proven: the largest size that fits, and the smallest that does not."""
     largest, failure = report.largest_fit, report.smallest_failure
     if largest is None:
         if failure is None:
@@ -170,7 +170,7 @@ def found(report: Report) -> str:
 
 
 def distance(report: Report) -> str:
-    """How far the decisive trial's peak is from the limit."""
+    """Say how far the decisive trial's peak is from the limit."""
     trial = decisive_trial(report)
     if trial is None:
         return "not known: no trial fitted"
@@ -192,11 +192,11 @@ def stopped(report: Report) -> str:
 
 
 COMPILATION_SECONDS = 1.0
-"""A first step that takes so much longer than the next ones was compiled, and is worth a note."""
+"""Seconds by which a first step must exceed the next ones to be noted: it was traced and compiled."""
 
 
 def trial_note(trial: TrialResult) -> str:
-    """What a row of the table of trials cannot show: what came before its steps, a failure's words, a second try."""
+    """Return a note for below a trial's row in the table: time before its steps, a failure's words, a second try."""
     parts = []
     if trial.first_step_seconds is not None and trial.step_seconds is not None:
         before_seconds = trial.first_step_seconds - trial.step_seconds

@@ -23,15 +23,15 @@ _OUTCOME_STYLES = {Outcome.FITS: "green", Outcome.OUT_OF_MEMORY: "red", Outcome.
 
 _BETTER_STYLES = {True: "green", False: "red", None: ""}
 
-# Nothing but spaces and dashes: what is piped may meet an ASCII-only reader.
+# Nothing but spaces and dashes: piped text may meet an ASCII-only reader.
 _PLAIN_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
 def render(report: Report, *, width: int | None = None, color: bool | None = False) -> str:
-    """The report as lines of at most ``width`` columns.
+    """Return the report as lines of at most ``width`` columns.
 
-    ``color=None`` colours where standard output is a terminal, for what is written there at once; ``width=None`` takes
-    the terminal's width there and :data:`PLAIN_WIDTH` elsewhere.
+    ``color=None`` adds colours if standard output is a terminal; use it for text that is written there at once.
+    ``width=None`` takes the terminal's width there and :data:`PLAIN_WIDTH` elsewhere.
     """
     terminal = sys.stdout is not None and sys.stdout.isatty()
     if color is None:
@@ -76,7 +76,7 @@ def _layout(report: Report, *, rich_boxes: bool, width: int) -> Group:
 
 
 def _remedies(report: Report, *, rich_boxes: bool) -> list[Text | Table | Padding]:
-    """What each remedy was worth against the model as it is, then the code of those that were measured."""
+    """Lay out the gain of each remedy over the model as it is, then the code of those that were measured."""
     timed = remedies.has_target(report)
     table = Table(box=box.SIMPLE_HEAD if rich_boxes else _PLAIN_BOX, padding=(0, 0, 0, 1), show_edge=False)
     table.add_column("Remedy", overflow="fold", min_width=8)
@@ -159,7 +159,7 @@ def _trials(report: Report, *, rich_boxes: bool, width: int) -> Table:
 
 
 def _notes(report: Report) -> list[Padding]:
-    """What the failed or repeated trials said, below the table, where there is room for a sentence."""
+    """Lay out the notes of the trials below their table, where there is room for a sentence."""
     noted = [(trial, note) for trial in report.trials if (note := sentences.trial_note(trial))]
     if not noted:
         return []

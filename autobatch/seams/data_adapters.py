@@ -10,41 +10,39 @@ from keras.src.trainers.data_adapters import array_data_adapter as _array_data_a
 from keras.src.trainers.data_adapters import array_slicing as _array_slicing
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter as DataAdapter
 
-# -- Keras's data adapters --------------------------------------------------------------------------------------------
-
 
 def are_arrays(*parts: Any) -> bool:
-    """Whether Keras would slice these parts of the data itself; None counts as such."""
+    """Return True if Keras would slice these parts of the data itself. A part that is None counts as an array."""
     return bool(_array_data_adapter.can_convert_arrays(parts))
 
 
 def packed_arrays(adapter: Any) -> Any:
-    """The structure of arrays that an array adapter slices, in the shape of the batches that it makes."""
+    """Return the arrays that an array adapter slices, in the structure of its batches."""
     return adapter._inputs
 
 
 def array_samples(adapter: Any) -> int:
-    """How many samples an array adapter has."""
+    """Return the number of samples of an array adapter."""
     return int(adapter._num_samples)
 
 
 def py_dataset_of(adapter: Any) -> Any:
-    """The ``keras.utils.PyDataset`` behind an adapter; None for every other kind of data."""
+    """Return the ``keras.utils.PyDataset`` behind an adapter; None for every other kind of data."""
     return getattr(adapter, "py_dataset", None)
 
 
 def torch_loader_of(adapter: Any) -> Any:
-    """The ``torch.utils.data.DataLoader`` behind an adapter; None for every other kind of data."""
+    """Return the ``torch.utils.data.DataLoader`` behind an adapter; None for every other kind of data."""
     return getattr(adapter, "_dataloader", None)
 
 
 def is_dataset_adapter(adapter: Any) -> bool:
-    """Whether the adapter passes on a ``tf.data.Dataset``."""
+    """Return True if the adapter passes on a ``tf.data.Dataset``."""
     return isinstance(adapter, _data_adapters.TFDatasetAdapter)
 
 
 def batches_without_iterating(adapter: Any) -> Iterator[Any]:
-    """A PyDataset's batches by index, or those of a new iterator of a torch loader, as the adapter would give them."""
+    """Yield a PyDataset's batches by index, or a torch loader's from a new iterator, as the adapter gives them."""
     dataset = py_dataset_of(adapter)
     if dataset is None:
         yield from adapter.get_numpy_iterator()
@@ -56,9 +54,10 @@ def batches_without_iterating(adapter: Any) -> Iterator[Any]:
 
 
 def samples_of_loader(adapter: Any, first_batch_samples: int | None) -> tuple[int | None, int | None]:
-    """How many samples an epoch of a PyDataset or a torch loader may be expected to have: at least, at most.
+    """Return the least and the greatest number of samples in an epoch of a PyDataset or a torch loader.
 
-    ``first_batch_samples`` is the size of its first batch, where it was looked at; the last may have fewer.
+    ``first_batch_samples`` is the size of its first batch, None if nobody has looked at it. The last batch may have
+    fewer. Both numbers are None where they cannot be known.
     """
     loader = torch_loader_of(adapter)
     if (
@@ -76,17 +75,17 @@ def samples_of_loader(adapter: Any, first_batch_samples: int | None) -> tuple[in
 
 
 def signature_of(adapter: Any) -> Any:
-    """The element spec of a PyDataset's or a torch loader's batches, once the adapter has made its dataset."""
+    """Return the element spec of a PyDataset's or a torch loader's batches. The adapter must have made its dataset."""
     return adapter._output_signature
 
 
 def data_adapter_for(**arguments: Any) -> Any:
-    """Keras's own adapter for the data that ``Model.fit`` accepts; the arguments are those of ``Model.fit``."""
+    """Return Keras's own adapter for the data that ``Model.fit`` accepts. The arguments are those of ``Model.fit``."""
     return _data_adapters.get_data_adapter(**arguments)
 
 
 def is_array_adapter(adapter: Any) -> bool:
-    """Whether the adapter slices arrays, so that it makes batches of any size itself."""
+    """Return True if the adapter slices arrays, so that it makes batches of any size itself."""
     return isinstance(adapter, _data_adapters.ArrayDataAdapter)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 
 def live_functions() -> set[str] | None:
-    """The names of all functions that TensorFlow's eager context holds: each trace adds one, until it is freed.
+    """Return the names of all functions in TensorFlow's eager context: each trace adds one, until it is freed.
 
-    Private; seen in TensorFlow 2.20 and 2.21. None where it has moved: then retracing is not found.
+    This reads a private name, seen in TensorFlow 2.20 and 2.21. Where that has moved, None is returned and retracing is
+    not found.
     """
     try:
         from tensorflow.python.eager import context

@@ -1,4 +1,4 @@
-"""What is private in TensorFlow about functions that are traced, and what is replaced of them for a while.
+"""Private parts of TensorFlow's traced functions, and their temporary replacement.
 
 Seen with TensorFlow 2.20 and 2.21.
 """
@@ -21,7 +21,7 @@ _CONSTANTS = (bool, int, float, complex, np.generic, np.ndarray, tf.Variable)
 
 
 def converted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as AutoGraph makes it, with Python's branches and loops over tensors as TensorFlow's."""
+    """Return ``function`` converted by AutoGraph: Python's branches and loops over tensors become TensorFlow's."""
 
     def call(
         *args: Any, **kwargs: Any
@@ -34,10 +34,10 @@ def converted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def functions_inlined() -> contextlib.AbstractContextManager[None]:
-    """While this lasts, a ``tf.function`` that is called runs as the Python function that it was made of.
+    """Run every ``tf.function`` that is called as its Python function, while the context is open.
 
-    It would keep its first trace: with what was replaced then, and with tensors of a graph that is not there any more.
-    So its own traces are neither used nor made. Keras's own functions are left alone.
+    A ``tf.function`` would keep its first trace, with the replacements of that time and with tensors of a graph that is
+    gone. So its own traces are neither used nor made. Keras's own functions are left alone.
     """
 
     def inlined(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Replace ``GradientTape.gradient`` while a step is traced."""
+"""Replacements of ``GradientTape.gradient`` while a step is traced."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from autobatch.seams.patching import replaced
 def _gradient_replaced(
     make: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, ``GradientTape.gradient`` is what ``make`` makes of it.
+    """Replace ``GradientTape.gradient`` by what ``make`` makes of it, while the context is open.
 
-    Within a gradient it is what it was: what recomputes a part of a forward pass asks another tape for its own.
+    Calls within a gradient reach the original: code that recomputes a part of a forward pass asks another tape for its
+    own gradients.
     """
     within: list[bool] = []
 
@@ -40,9 +41,9 @@ def _gradient_replaced(
 def gradients_weighed(
     weigh: Callable[..., Any], note: Callable[[Any, Any], None]
 ) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, ``GradientTape.gradient`` is ``weigh(original, tape, target, sources, ...)``.
+    """Replace ``GradientTape.gradient`` by ``weigh(original, tape, target, sources, ...)``, while the context is open.
 
-    ``note`` is told every target and its gradients.
+    ``note`` gets every target and its gradients.
     """
 
     def weighed(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,10 +58,10 @@ def gradients_weighed(
 
 
 def without_gradients(weigh: Callable[..., Any]) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, ``GradientTape.gradient`` is zero for variables, so that a forward pass alone is traced.
+    """Replace the gradients of variables by zeros while the context is open, so that only a forward pass is traced.
 
-    ``weigh`` is called as under :func:`gradients_weighed`, with what makes zeros as the original. The gradients of
-    other tensors, which a loss may be made of, are what they are.
+    ``weigh`` is called as under :func:`gradients_weighed`; its ``original`` makes zeros. Gradients of other tensors,
+    which a loss may be made of, stay as they are.
     """
 
     def replacement(original: Callable[..., Any]) -> Callable[..., Any]:

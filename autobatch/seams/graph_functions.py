@@ -9,7 +9,10 @@ from tensorflow.python.framework import op_def_registry as _op_def_registry
 
 
 def output_item_bytes(node: Any) -> list[int]:
-    """The bytes of an element of each output of a ``NodeDef``; 0 where it is no number, and none if it is not known."""
+    """Return the bytes of one element of each output of a ``NodeDef``.
+
+    An output that holds no numbers counts as 0. The list is empty if the operation is unknown.
+    """
     definition = _op_def_registry.get(node.op)
     kinds: list[int] = []
     for output in () if definition is None else definition.output_arg:
@@ -22,7 +25,7 @@ def output_item_bytes(node: Any) -> list[int]:
 
 
 def called_graph(operation: Any) -> Any:
-    """The traced graph of the ``tf.function`` that an operation of a graph calls; None if it calls none."""
+    """Return the traced graph of the ``tf.function`` that a graph's operation calls; None if it calls none."""
     if operation.type not in ("PartitionedCall", "StatefulPartitionedCall"):
         return None
     function = operation.graph._get_function(operation.get_attr("f").name)
@@ -30,7 +33,7 @@ def called_graph(operation: Any) -> Any:
 
 
 def branch_graphs(operation: Any) -> list[Any]:
-    """The traced graphs of the branches of an operation that runs one of several; empty where they are not known."""
+    """Return the traced graphs of the branches of a conditional operation; an empty list if any is unknown."""
     names = (
         [operation.get_attr("then_branch").name, operation.get_attr("else_branch").name]
         if operation.type in ("If", "StatelessIf")
@@ -41,7 +44,7 @@ def branch_graphs(operation: Any) -> list[Any]:
 
 
 def body_graph(operation: Any) -> Any:
-    """The traced graph of a loop's body; None where it is not known."""
+    """Return the traced graph of a loop's body; None if it is unknown."""
     return _graph_named(operation, operation.get_attr("body").name)
 
 

@@ -1,4 +1,4 @@
-"""Replace the reductions of Keras's losses while a step is traced."""
+"""Replacements of the reductions of Keras's losses while a step is traced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from keras.src.trainers.compile_utils import CompileLoss as _CompileLoss
 from autobatch.seams.patching import replaced
 
 ReductionHandler = Callable[..., Any]
-"""Takes Keras's own ``reduce_weighted_values``, whether ``compile(loss=...)`` is calling, and its arguments."""
+"""Handler of one reduction, in place of Keras's own ``reduce_weighted_values``.
+
+It takes that function, True if ``compile(loss=...)`` is calling, and the arguments of the call.
+"""
 
 apply_mask = _loss_module.apply_mask
 squeeze_or_expand = _loss_module.squeeze_or_expand_to_same_rank
@@ -23,7 +26,7 @@ standardize_reduction = _loss_module.standardize_reduction
 
 @contextlib.contextmanager
 def intercept_reductions(handler: ReductionHandler) -> Iterator[None]:
-    """While this lasts, every Keras loss reduces its values through ``handler``.
+    """Let ``handler`` reduce the values of every Keras loss, while the context is open.
 
     Every ``keras.losses.Loss`` calls the module-level ``reduce_weighted_values``. ``handler`` gets that function, True
     if the loss is one of ``compile(loss=...)``, and the call's arguments.
@@ -57,9 +60,9 @@ def intercept_reductions(handler: ReductionHandler) -> Iterator[None]:
 
 
 def added_losses_noted(note: Callable[[Any, Any], None]) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, ``note`` is told each layer that calls ``add_loss``, and what it adds.
+    """Call ``note`` with each layer that calls ``add_loss`` and what it adds, while the context is open.
 
-    Keras's own call, for an activity regularizer, is none of the layer's.
+    Calls that Keras itself makes for an activity regularizer are not noted.
     """
 
     def noted(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -78,9 +81,9 @@ def added_losses_noted(note: Callable[[Any, Any], None]) -> contextlib.AbstractC
 
 @contextlib.contextmanager
 def losses_unscaled() -> Iterator[None]:
-    """While this lasts, a Keras loss is that of its samples, not divided by the number of replicas.
+    """Keep Keras from dividing losses by the number of replicas, while the context is open.
 
-    Replicas are traced on threads of their own: it holds on all of them.
+    Each replica is traced on a thread of its own, so this holds on every thread.
     """
     with (
         replaced(_loss_module, "scale_loss_for_distribution", _as_it_is, on_every_thread=True),

@@ -1,6 +1,6 @@
-"""What is replaced in Keras's metrics while a step runs on one micro-batch after another.
+"""Replacements in Keras's metrics while a step runs on one micro-batch after another.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21, as :mod:`autobatch.seams.models`.
+Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; see :mod:`autobatch.seams.models`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from autobatch.seams.patching import replaced, replaced_in_each
 
 
 def noting_results(note: Callable[[Any, Any], None]) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, ``note(metric, result)`` is told what the ``result`` of every metric returns.
+    """Call ``note(metric, result)`` with what the ``result`` of every metric returns, while the context is open.
 
-    Every class has a ``result`` of its own: there is no one place that all go through.
+    Every class has a ``result`` of its own: there is no one place that all calls go through.
     """
 
     def noted(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -41,7 +41,10 @@ def noting_results(note: Callable[[Any, Any], None]) -> contextlib.AbstractConte
 def failing_results_replaced(
     instead: Callable[[Any, Callable[[], Any]], Any],
 ) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, a ``result`` that raises returns what ``instead(metric, result)`` returns, or raises anew."""
+    """Let ``instead(metric, result)`` stand in for a ``result`` that raises, while the context is open.
+
+    It may return a value or raise in turn.
+    """
 
     def guarded(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def result(self: Any) -> Any:
@@ -56,7 +59,7 @@ def failing_results_replaced(
 
 
 def _kinds_with(name: str, kind: Any = keras.metrics.Metric) -> set[Any]:
-    """The classes of metrics that have an attribute of their own with this name."""
+    """Return the classes of metrics that define an attribute with this name themselves."""
     own = {kind} if name in vars(kind) else set()
     return own.union(*(_kinds_with(name, more) for more in kind.__subclasses__()))
 
@@ -67,13 +70,15 @@ def single_numbers_weighed(
     weigh: Callable[[Any], Any] = lambda values: values,
     note_untold: Callable[[str], None] = lambda name: None,
 ) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, a mean that is updated with one number and no weight counts it as ``fraction`` of an update.
+    """Count a mean's update with one number and no weight as ``fraction`` of an update, while the context is open.
 
-    Keras counts such a number as one, whatever the batch; so each micro-batch must count as its share of one. ``note``
-    is told the name of a metric of which that is not known to be exact: its number is what a function of the user's
-    made of a whole batch, or is weighed by what each sample weighs. ``weigh`` makes of a number what adds up, times its
-    fraction, to the effective batch's; of one of which that is not known it returns None, and ``note_untold`` is told
-    the metric's name.
+    Keras counts such a number as one, whatever the batch. So each micro-batch must count as its share of one.
+
+    ``note`` gets the name of a metric for which this is not known to be exact. Its number was made of a whole batch by
+    a function that the metric was given, or it is weighed by the weight of each sample.
+
+    ``weigh`` turns a number into one that adds up, times its fraction, to the number of the effective batch. It returns
+    None where no such number is known; ``note_untold`` then gets the metric's name.
     """
 
     def weighing(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,26 +104,26 @@ _CONTAINERS = (keras.metrics.Metric, _CompileMetrics, _MetricsList, _MeanMetricW
 """Classes whose ``update_state`` computes nothing itself: it calls others, or a function that somebody gave."""
 
 _OF_BATCHES = ("dice", "tversky", "circle")
-"""Keras's losses whose value, as a metric, is not made of the samples' own."""
+"""Keras's losses that, used as metrics, give no value for each sample."""
 
 UpdateHandler = Callable[[Any, Callable[..., Any], Any, Any], bool]
-"""Takes a metric, its own ``update_state`` without ``self``, and the arguments; True if it has taken them over."""
+"""Handler that takes a metric, its bound ``update_state`` and the arguments; True if it takes the update over."""
 
 mask_of = _backend.get_keras_mask
 set_mask = _backend.set_keras_mask
 
 
 class _OneNumberError(Exception):
-    """A function of Keras's has made of a batch what is not a value for each sample."""
+    """Keras's function gave something other than a value for each sample."""
 
 
 @contextlib.contextmanager
 def updates_offered(offer: UpdateHandler, is_per_sample: Callable[[Any], bool]) -> Iterator[None]:
-    """While this lasts, every update of a metric that may be no sum over samples is offered to ``offer`` first.
+    """Offer every update of a metric that may be no sum over samples to ``offer`` first, while the context is open.
 
-    Offered are updates of classes that are not Keras's, of functions that are not Keras's, and of those of Keras's
-    whose values ``is_per_sample`` denies. What is not taken runs as it is. Updates that a metric makes while it is
-    updated itself are part of its own.
+    Updates of classes and functions that are not Keras's are offered. So are those of Keras's losses of whole batches,
+    and of Keras's functions whose values ``is_per_sample`` denies. An update that is not taken over runs as usual.
+    Updates that a metric makes during its own update are part of that one.
     """
     running: list[Any] = []
 
@@ -172,9 +177,9 @@ def updates_offered(offer: UpdateHandler, is_per_sample: Callable[[Any], bool]) 
 def additive_updates_noted(
     note: Callable[[Any, Callable[..., Any], Any, Any], None],
 ) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, what is known to be a sum over samples is handed to ``note`` and not run.
+    """Hand updates that are known to be sums over samples to ``note`` and do not run them, while the context is open.
 
-    That is the ``update_state`` of each of Keras's metrics but for the function that it may have been given.
+    These are the updates of Keras's own classes of metrics, except those that call other metrics or a given function.
     """
 
     def noted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +199,7 @@ def _is_of_keras(function: Any) -> bool:
 
 
 def _makes_values_of_samples(function: Any) -> bool:
-    """True if the function of a metric is one of Keras's that makes a value of each sample."""
+    """Return True if the function of a metric is one of Keras's that gives a value for each sample."""
     if isinstance(function, functools.partial):
         return _makes_values_of_samples(function.func)
     name = getattr(function, "__name__", type(function).__name__)
@@ -207,7 +212,7 @@ def _makes_values_of_samples(function: Any) -> bool:
 
 
 def function_of(metric: Any) -> Any:
-    """The function whose values a metric averages; None if it has none."""
+    """Return the function whose values a metric averages; None if it has none."""
     return getattr(metric, "_fn", None) if isinstance(metric, _MeanMetricWrapper) else None
 
 

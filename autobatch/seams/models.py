@@ -20,9 +20,9 @@ from autobatch.seams.functions import converted
 
 
 def untraced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The Python function that a ``tf.function`` was made of, to be traced anew; any other function as it is.
+    """Return the Python function behind a ``tf.function``, to be traced anew; return any other function as it is.
 
-    A ``tf.function`` keeps its first trace: with the ``apply`` that was there then, and with what it captured.
+    A ``tf.function`` keeps its first trace, with the ``apply`` of that time and with what it captured.
     """
     function = getattr(step, "python_function", None)
     if function is None:
@@ -32,27 +32,27 @@ def untraced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def discarding_assignments(model: Any) -> Any:
-    """A context in which assignments to Keras variables go nowhere, so that a forward pass has no effect.
+    """Return a context that discards assignments to Keras variables, so that a forward pass has no effect.
 
-    The model's variables are given to it with their values: weight regularizers read them from there. What layers add
-    to the loss is collected, as outside of it.
+    The context holds the values of the model's variables, since weight regularizers read them there. It collects what
+    layers add to the loss, as happens outside of it.
     """
     values = [(variable, variable.value) for variable in model.variables]
     return _backend.StatelessScope(values, collect_losses=True)
 
 
 def global_seed_variables() -> list[Any]:
-    """The state of the seed generator that layers without a seed of their own share, if it exists yet."""
+    """Return the state of the seed generator that layers without a seed share; an empty list before it exists."""
     generator = _global_state.get_global_attribute("global_seed_generator")
     return [] if generator is None else [generator.state]
 
 
 def build_on(model: Any, element_spec: Any) -> None:
-    """Create what variables of a compiled model can be created before its first step is traced.
+    """Create those variables of a compiled model that can be created before its first step is traced.
 
-    ``element_spec`` describes a batch, its first dimension left open (a model built on another remembers that).
-    Functional and sequential models are built whole, metrics and optimizer too; what is left the first trace builds, as
-    in Keras's own ``fit``: a model with a ``call`` or a ``train_step`` of its own need not run on symbolic inputs.
+    ``element_spec`` describes a batch and leaves its first dimension open: a model remembers the size that it was built
+    on. Functional and sequential models are built whole, with metrics and optimizer. The first trace builds the rest,
+    as in Keras's own ``fit``: a model with its own ``call`` or ``train_step`` need not run on symbolic inputs.
     """
     strategy = getattr(model, "_distribute_strategy", None)
     with contextlib.nullcontext() if strategy is None else strategy.scope():
@@ -68,7 +68,7 @@ def _build_on(model: Any, element_spec: Any) -> None:
 
 
 _NOT_SYMBOLIC = (RuntimeError, ValueError, TypeError, AttributeError)
-"""What a model may raise on symbolic inputs. What is wrong with it, the trace raises from the user's own code."""
+"""Errors that a model may raise on symbolic inputs. The trace raises a real fault again, from the user's own code."""
 
 
 def _symbolic_batch(element_spec: Any) -> tuple[Any, Any, Any]:
@@ -80,17 +80,17 @@ def _symbolic_batch(element_spec: Any) -> tuple[Any, Any, Any]:
 
 
 def is_built(model: Any) -> bool:
-    """Whether all layers of the model have their variables."""
+    """Return True if all layers of the model have their variables."""
     return all(layer.built for layer in layers_of(model))
 
 
 def layers_of(model: Any) -> list[Any]:
-    """A model, its layers, theirs, and so on; empty for what is no layer."""
+    """Return a model, its layers, their layers, and so on; an empty list for anything that is no layer."""
     return list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
 
 
 def own_function(model: Any, kind: str) -> Callable[[Any], Any]:
-    """Keras's own "train" or "test" function of a model whose function is replaced at the moment."""
+    """Return Keras's own "train" or "test" function of a model whose function is replaced at the moment."""
     attribute = f"{kind}_function"
     replaced = getattr(model, attribute)
     getattr(model, f"make_{attribute}")(force=True)

@@ -1,4 +1,4 @@
-"""The optimizers of a step: which are known beforehand, and how their ``apply`` is taken from them while it is traced.
+"""Optimizers of a step: those known beforehand, and the capture of their ``apply`` while the step is traced.
 
 Seen with Keras 3.14 and 3.15. ``tests/seams/test_keras.py`` fails loudly when a piece moves.
 """
@@ -17,7 +17,7 @@ import keras
 from autobatch.seams.patching import replaced, replaced_in_each
 
 ApplyHandler = Callable[[Any, list[Any], list[Any]], None]
-"""Takes the optimizer, the gradients and their variables in place of ``optimizer.apply``."""
+"""Handler that takes the optimizer, the gradients and their variables in place of ``optimizer.apply``."""
 
 
 class _Here(threading.local):
@@ -25,18 +25,19 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.updates = 0
-        """Calls of :func:`apply_of`'s result that are under way."""
+        """Number of calls under way of functions that :func:`apply_of` has returned."""
         self.replaced: dict[int, Callable[..., Any]] = {}
-        """By the optimizer's id, the ``apply`` of an instance that :func:`capture_apply` has replaced."""
+        """Own ``apply`` of each instance on which :func:`capture_apply` has replaced it, by the optimizer's id."""
 
 
 _HERE = _Here()
 
 
 def optimizers_of(model: Any) -> tuple[Any, ...]:
-    """The optimizers that a ``train_step`` of this model is known to call: ``model.optimizer`` and its attributes.
+    """Return the optimizers that a model's ``train_step`` is known to call: ``model.optimizer`` and further attributes.
 
-    Of a ``LossScaleOptimizer`` and the optimizer that it wraps only the outer one counts.
+    Lists, tuples and dicts among the model's attributes are searched as well. A ``LossScaleOptimizer`` counts; the
+    optimizer that it wraps does not.
     """
     found: list[Any] = []
     candidates = [getattr(model, "optimizer", None)]
@@ -56,12 +57,14 @@ def optimizers_of(model: Any) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def capture_apply(optimizers: Sequence[Any], handler: ApplyHandler) -> Iterator[None]:
-    """While this lasts, the ``apply`` of any optimizer hands its gradients to ``handler`` instead of updating anything.
+    """Let ``handler`` take the gradients of any optimizer's ``apply`` in place of an update, while the context is open.
 
-    ``apply_gradients`` goes through ``apply`` as well. It is replaced in every class that has one, so that optimizers
-    nobody knew of are captured too, and the outermost is: that of a subclass of the user's, and of a
-    ``LossScaleOptimizer``, not what they call in turn. ``optimizers`` are those on which an ``apply`` that the user has
-    set on the instance is replaced as well. On other threads optimizers update their variables.
+    ``apply_gradients`` goes through ``apply`` as well. Every class that defines ``apply`` is patched, so that unknown
+    optimizers are captured too. Only the outermost call is captured: that of the user's subclass or of a
+    ``LossScaleOptimizer``, not the calls that it makes in turn.
+
+    ``optimizers`` are searched for an ``apply`` that the user has set on the instance, which is replaced as well. On
+    other threads optimizers update their variables.
     """
 
     def take(optimizer: Any, grads: Any, trainable_variables: Any = None) -> None:
@@ -91,7 +94,7 @@ def capture_apply(optimizers: Sequence[Any], handler: ApplyHandler) -> Iterator[
 
 
 def _classes_with_apply() -> list[Any]:
-    """Every class that an optimizer there can be now may get its ``apply`` from, those mixed in among them."""
+    """Return every class, mixins included, that an optimizer existing now may get its ``apply`` from."""
     found: dict[Any, None] = {}
     pending: list[Any] = [keras.optimizers.Optimizer]
     while pending:
@@ -103,7 +106,7 @@ def _classes_with_apply() -> list[Any]:
 
 
 def apply_of(optimizer: Any) -> Callable[..., None]:
-    """The ``apply`` that :func:`capture_apply` has replaced: the class's, or one that the user set on the instance."""
+    """Return the ``apply`` that :func:`capture_apply` has replaced: the class's, or the user's own on the instance."""
 
     def apply(gradients: list[Any], variables: list[Any]) -> None:
         own = _HERE.replaced.get(id(optimizer))
@@ -117,9 +120,9 @@ def apply_of(optimizer: Any) -> Callable[..., None]:
 
 
 def gradients_already_reduced(optimizers: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, the optimizers' ``apply`` takes gradients for the sums over all replicas, as they are.
+    """Let the optimizers' ``apply`` take gradients as sums over all replicas already, while the context is open.
 
-    Keras sums them itself, but after clipping, which is not what one device would do.
+    Keras sums them itself, but after clipping. One device would clip the sum.
     """
     inner = [getattr(optimizer, "inner_optimizer", None) for optimizer in optimizers]
     touched = [one for one in (*optimizers, *inner) if one is not None]

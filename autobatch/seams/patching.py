@@ -1,8 +1,8 @@
 """Replacement of attributes of Keras and TensorFlow for a while, on one thread or on all of them.
 
 No lock is held while a replacement lasts: threads that replace the same attribute neither wait for each other nor see
-each other's. The first replacement puts a function in the attribute's place that looks up what holds for its caller.
-The end of the last one puts the attribute back.
+each other's replacement. The first replacement puts a function in the attribute's place, which looks up the replacement
+for its caller. The end of the last one puts the attribute back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class _Here(threading.local):
-    """The calling thread, or the innermost :func:`suspended` that it is within: each is an object of its own."""
+    """Key of the calling thread, or of the innermost :func:`suspended` that it is within: an object for each."""
 
     def __init__(self) -> None:
         self.key = object()
@@ -24,17 +24,17 @@ class _Here(threading.local):
 _HERE = _Here()
 
 _CHANGING = threading.RLock()
-"""Held for as long as it takes to note a replacement or to strike it off, and never around other code."""
+"""Lock that is held while a replacement is noted or struck off, and never around other code."""
 
 _PLACES: dict[tuple[int, str], _Place] = {}
-"""The places of all attributes that are replaced now, by the owner's id and the attribute's name."""
+"""Places of all attributes that are replaced now, by the owner's id and the attribute's name."""
 
 _ABSENT = object()
 
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """While this lasts, what was replaced before it on this thread is the original; what is replaced within it is not.
+    """Set aside what was replaced on this thread before, while the context is open; what is replaced within it holds.
 
     A metric that is updated for the whole batch must find Keras as it is.
     """
@@ -49,12 +49,14 @@ def suspended() -> Iterator[None]:
 def replaced(
     owner: Any, name: str, make: Callable[[Any], Callable[..., Any]], *, on_every_thread: bool = False
 ) -> Iterator[None]:
-    """While this lasts, the function ``owner.name`` is ``make(original)`` for the thread that called this.
+    """Replace the function ``owner.name`` by ``make(original)`` for the calling thread, while the context is open.
 
     ``original`` is what the thread would have called without it: its replacement before this one, or the attribute as
-    it was found. ``owner`` is a class, an instance or a module; of a property the getter is replaced. Under a strategy
-    each replica is traced on a thread of its own, and what it replaces is replaced there. ``on_every_thread`` replaces
-    for all threads, :func:`suspended` or not. What somebody else puts in the attribute's place meanwhile stays there.
+    it was found. ``owner`` is a class, an instance or a module. If the attribute is a property, its getter is replaced.
+
+    Under a strategy each replica is traced on a thread of its own, and a replacement made there holds there alone.
+    ``on_every_thread`` replaces for all threads, :func:`suspended` or not. A value that somebody else puts in the
+    attribute's place meanwhile stays there.
     """
     replacement = _Replacement(None if on_every_thread else _HERE.key)
     with _CHANGING:
@@ -78,7 +80,7 @@ def replaced(
 def replaced_in_each(
     owners: Iterable[Any], name: str, make: Callable[[Any], Callable[..., Any]], *, on_every_thread: bool = False
 ) -> Iterator[None]:
-    """While this lasts, the attribute of every owner is replaced as by :func:`replaced`."""
+    """Replace the attribute of every owner, while the context is open; see :func:`replaced`."""
     with contextlib.ExitStack() as stack:
         for owner in owners:
             stack.enter_context(replaced(owner, name, make, on_every_thread=on_every_thread))
@@ -86,10 +88,10 @@ def replaced_in_each(
 
 
 class _Replacement:
-    """A function that is called in an attribute's place, and for whom: None for every thread."""
+    """Function that is called in an attribute's place, with the key of its callers; None stands for every thread."""
 
     function: Callable[..., Any] | None = None
-    """None before it begins and after it has ended."""
+    """Function to call; None before the replacement begins and after it has ended."""
 
     def __init__(self, key: object | None) -> None:
         self.key = key
@@ -104,7 +106,7 @@ class _Stack:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The function for the thread that reads this. AutoGraph looks into calls, but not into what is read."""
+        """Function for the thread that reads this. AutoGraph converts what is called, but not what is read."""
         for replacement in self.replacements:
             function = replacement.function  # read once: another thread may end what holds on every thread
             if function is not None and (replacement.key is None or replacement.key is _HERE.key):
@@ -112,7 +114,7 @@ class _Stack:
         return self.original
 
     def called(self) -> Callable[..., Any]:
-        """A function that calls what holds for its caller, with one frame between the two."""
+        """Return a function that calls the function for its caller, with one frame between the two."""
 
         @functools.wraps(self.original)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -121,14 +123,14 @@ class _Stack:
         return call
 
     def original_of(self, replacement: _Replacement) -> Callable[..., Any]:
-        """What calls to ``replacement`` find below it; the original itself if there can be nothing between."""
+        """Return what calls to ``replacement`` find below it; the original itself if nothing can be between."""
         keys = (None, replacement.key)
         below = tuple(each for each in self.replacements if replacement.key is None or each.key in keys)
         return _Stack(self.original, below).called() if below else self.original
 
 
 class _Place(_Stack):
-    """An attribute, from its first replacement to the end of its last."""
+    """Attribute that is replaced, from its first replacement to the end of its last."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self._owner = owner
@@ -142,11 +144,11 @@ class _Place(_Stack):
         _PLACES[id(owner), name] = self
 
     def is_in_place(self) -> bool:
-        """False if somebody else has put something else there."""
+        """Return False if somebody else has put another value in the attribute's place."""
         return vars(self._owner).get(self._name) is self._instead
 
     def put_back(self) -> None:
-        """Leave the attribute as it was found, unless it is somebody else's now."""
+        """Put the attribute back as it was found, unless it is somebody else's now."""
         if self.is_in_place():
             self._put(self._found)
         if _PLACES.get((id(self._owner), self._name)) is self:

@@ -19,11 +19,11 @@ from tensorflow.python.eager import execute as _execute
 from autobatch.seams.patching import replaced
 
 OWNER = "_autobatch_layer"
-"""The attribute of an operation that names the layer: TensorFlow leaves attributes with an underscore alone."""
+"""Attribute of an operation that names the layer. TensorFlow leaves attributes that begin with an underscore alone."""
 
 
 def running_layer() -> Any:
-    """The innermost layer whose call is running on this thread; None outside of any."""
+    """Return the innermost layer whose call is running on this thread; None outside of any."""
     scopes = _global_state.get_global_attribute("name_scope_stack") or []
     callers = (scope.caller for scope in reversed(scopes))
     return next((caller for caller in callers if isinstance(caller, keras.layers.Layer)), None)
@@ -32,9 +32,10 @@ def running_layer() -> Any:
 def operations_marked(
     is_marked: Callable[[str], bool], mark: Callable[[], str]
 ) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, operations for whose type ``is_marked`` holds get what ``mark`` returns as :data:`OWNER`.
+    """Mark operations of types that ``is_marked`` accepts with what ``mark`` returns, while the context is open.
 
-    Every operation of a graph goes through ``Graph._create_op_internal``, the calls of functions included.
+    The mark is their attribute :data:`OWNER`. Every operation of a graph goes through ``Graph._create_op_internal``,
+    the calls of functions included.
     """
 
     def marked(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +61,7 @@ def operations_marked(
 
 @contextlib.contextmanager
 def eager_operations_noted(note: Callable[[str], None]) -> Iterator[None]:
-    """While this lasts, ``note`` is told the type of every operation that runs eagerly on this thread."""
+    """Call ``note`` with the type of every operation that runs eagerly on this thread, while the context is open."""
 
     def callback(op_type: Any, *_: Any, graph: Any = None, **__: Any) -> None:
         if graph is None:

@@ -11,23 +11,23 @@ from autobatch.seams.models import layers_of
 
 
 def remat_mode_of(layer: Any) -> list[str] | None:
-    """The ``keras.RematScope`` that a layer was made in, in words; None if there was none."""
+    """Return mode, threshold and layer names of the ``keras.RematScope`` that a layer was made in; None without one."""
     mode = getattr(layer, "_remat_mode", None)
     return None if mode is None else [str(mode.mode), str(mode.output_size_threshold), str(mode.layer_names)]
 
 
 def rematerialisable_layers(model: Any) -> list[Any]:
-    """The outermost layers made under a ``keras.RematScope`` that TensorFlow can recompute in a compiled step.
+    """Return the outermost layers made under a ``keras.RematScope`` that TensorFlow can recompute in a compiled step.
 
-    ``tf.recompute_grad`` takes no keyword arguments there, and Keras passes ``training`` and ``mask`` as such: layers
-    whose ``call`` has either are looked into instead, and so is the model itself.
+    ``tf.recompute_grad`` takes no keyword arguments there, and Keras passes ``training`` and ``mask`` as such. A layer
+    whose ``call`` has either is not returned; its own layers are looked at instead. The model itself is treated alike.
     """
     found: list[Any] = []
     pending = list(model._flatten_layers(recursive=False, include_self=False))
     while pending:
         layer = pending.pop(0)
         keywords = {"training", "mask"} & set(inspect.signature(layer.call).parameters)
-        # What an embedding or an input puts out is no intermediate of its own.
+        # The output of an embedding or an input is no intermediate of its own.
         if isinstance(layer, (keras.layers.InputLayer, keras.layers.Embedding)):
             continue
         if keywords or isinstance(layer, keras.Model):
@@ -38,7 +38,7 @@ def rematerialisable_layers(model: Any) -> list[Any]:
 
 
 def activated_layers(model: Any) -> list[Any]:
-    """The layers made under a ``keras.RematScope`` that have an activation to recompute."""
+    """Return the layers made under a ``keras.RematScope`` that have an activation to recompute."""
     return [
         layer
         for layer in layers_of(model)

@@ -1,7 +1,7 @@
-"""The only place that touches what is private in ``tf.distribute`` and in how Keras uses it.
+"""Private parts of ``tf.distribute``, and of Keras's use of it: the only place that touches them.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; ``tests/seams/test_strategies.py`` fails loudly when a
-piece moves. What a user sees of strategies (scopes, ``TF_CONFIG``, cluster resolvers, collectives) stays TensorFlow's.
+Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; ``tests/seams/test_strategies.py`` fails loudly when a piece
+moves. What a user sees of strategies (scopes, ``TF_CONFIG``, cluster resolvers, collectives) stays TensorFlow's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SUPPORTED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredSt
 
 
 def strategy_of(model: Any) -> Any:
-    """The strategy that a Keras model was made under, None for a model of one device."""
+    """Return the strategy that a Keras model was made under; None for a model of one device."""
     return getattr(model, "_distribute_strategy", None)
 
 
@@ -61,14 +61,14 @@ def require_supported(model: Any) -> None:
 
 
 def spans_workers(strategy: Any) -> bool:
-    """Whether the strategy joins several processes."""
+    """Return True if the strategy joins several processes."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and bool(
         strategy.extended._in_multi_worker_mode()
     )
 
 
 def worker_of(strategy: Any) -> tuple[int, int]:
-    """This process's number among the workers of the strategy, and how many there are."""
+    """Return this process's number among the workers of the strategy, and the number of workers."""
     if not spans_workers(strategy):
         return 0, 1
     devices = len(strategy.extended.worker_devices)
@@ -76,20 +76,23 @@ def worker_of(strategy: Any) -> tuple[int, int]:
 
 
 def devices_of(strategy: Any) -> tuple[str, ...]:
-    """The devices of this process's replicas, as "GPU:0"; the place in it is the replica's number here."""
+    """Return the devices of this process's replicas, as "GPU:0", in the order of the replicas' numbers here."""
     specs = [tf.DeviceSpec.from_string(device) for device in strategy.extended.worker_devices]
     return tuple(f"{spec.device_type}:{spec.device_index}" for spec in specs)
 
 
 def replica_here() -> int:
-    """The number of the replica that is being traced, among those of this process."""
+    """Return the number of the replica that is being traced, among those of this process."""
     context = tf.distribute.get_replica_context()
     number = int(tf.get_static_value(context.replica_id_in_sync_group))
     return number % len(context.strategy.extended.worker_devices)
 
 
 def in_own_row(tensor: Any) -> Any:
-    """A tensor with a row for each replica of the strategy, all zero but this one's: their sum has all of them."""
+    """Return a tensor with a row for each replica of the strategy: this replica's holds ``tensor``, the others zeros.
+
+    The sum over all replicas has every replica's tensor in its row.
+    """
     context = tf.distribute.get_replica_context()
     row = int(tf.get_static_value(context.replica_id_in_sync_group))
     padding = [[row, context.num_replicas_in_sync - 1 - row], *[[0, 0]] * tensor.shape.rank]
@@ -98,11 +101,11 @@ def in_own_row(tensor: Any) -> Any:
 
 @contextlib.contextmanager
 def keras_on_one_device(model: Any, metrics_result: Callable[[], dict[str, Any] | None]) -> Iterator[None]:
-    """While this lasts, Keras's ``fit`` leaves distributing data and reading metrics to us.
+    """Keep Keras's ``fit`` from distributing data and reading metrics itself, while the context is open.
 
-    Keras's own way fails under several workers (it hands ``PerReplica`` values to what takes tensors), and each metric
-    that it reads there is a collective of its own. ``metrics_result`` returns the metrics of all replicas, None where
-    nothing has run yet.
+    Keras's own way fails under several workers: it hands ``PerReplica`` values to functions that take tensors. Each
+    metric that it reads there is also a collective of its own. ``metrics_result`` returns the metrics of all replicas,
+    None where nothing has run yet.
     """
 
     def of_all_replicas(original: Callable[[], Any]) -> Callable[[], Any]:
@@ -126,7 +129,7 @@ def abort_collectives(message: str) -> None:
 
 
 def unreachable_peers(strategy: Any, timeout_seconds: float = 2.0) -> tuple[str, ...]:
-    """The workers that do not answer a health check, as "worker 1"."""
+    """Return the workers that do not answer a health check, as "worker 1"."""
     spec = strategy.cluster_resolver.cluster_spec()
     own = (strategy.cluster_resolver.task_type, strategy.cluster_resolver.task_id)
     silent = []
@@ -144,13 +147,13 @@ def unreachable_peers(strategy: Any, timeout_seconds: float = 2.0) -> tuple[str,
 
 
 def global_seed() -> int | None:
-    """The seed of ``tf.random.set_seed``, None where none was set."""
+    """Return the seed of ``tf.random.set_seed``; None if none was set."""
     seed = _context.global_seed()
     return None if seed is None else int(seed)
 
 
 def initial_epoch(model: Any) -> int:
-    """The epoch that a callback has restored, to begin with; 0 if none has."""
+    """Return the epoch that a callback has restored for ``fit`` to begin with; 0 if none has."""
     return int(getattr(model, "_initial_epoch", None) or 0)
 
 
@@ -160,7 +163,7 @@ def begin_at_epoch(model: Any, epoch: int) -> None:
 
 
 def never_write(backup: Any) -> None:
-    """Let a ``BackupAndRestore`` read alone: neither save nor delete."""
+    """Let a ``BackupAndRestore`` only read: it neither saves nor deletes."""
     backup._save_model = lambda: None
     backup.delete_checkpoint = False
 

@@ -1,7 +1,7 @@
-"""The only place of the data modules that touches what is private in ``tf.data`` and in Keras's data adapters.
+"""Private parts of ``tf.data``: the only place that touches them.
 
-Seen with TensorFlow 2.20 and 2.21 and with Keras 3.14 and 3.15. Where a name has moved, what is asked here answers
-"unknown" (None) and the callers do without; ``tests/seams/test_tf_data.py`` fails loudly.
+Seen with TensorFlow 2.20 and 2.21. Where a name has moved, the functions here answer "unknown" (None, or an empty list)
+and their callers do without; ``tests/seams/test_tf_data.py`` fails loudly.
 """
 
 from __future__ import annotations
@@ -15,26 +15,23 @@ from tensorflow.core.framework import graph_pb2 as _graph_pb2
 from tensorflow.python.data.ops import dataset_ops as _dataset_ops
 
 _MOST_GRAPH_BYTES = 256 * 2**20
-"""A dataset whose tensors are larger is not copied by way of its graph, which would hold them a second time."""
-
-
-# -- tf.data ----------------------------------------------------------------------------------------------------------
+"""Most bytes of tensors in a dataset that is copied by way of its graph, which holds them a second time."""
 
 
 def inputs_of(dataset: Any) -> list[Any]:
-    """The datasets that this one reads; empty for a source, and where tf.data does not tell."""
+    """Return the datasets that this one reads; an empty list for a source, and where tf.data does not show them."""
     inputs = getattr(dataset, "_inputs", None)
     return list(inputs()) if callable(inputs) else []
 
 
 def kind_of(dataset: Any) -> str:
-    """What the dataset does, as its class says: "Batch", "ParallelMap", "Shuffle", "TensorSlice", ..."""
+    """Return the kind of a dataset by its class: "Batch", "ParallelMap", "Shuffle", "TensorSlice", ..."""
     name = type(dataset).__name__.lstrip("_")
     return name.removesuffix("DatasetV1").removesuffix("V2").removesuffix("Dataset")
 
 
 def constant_of(dataset: Any, attribute: str) -> Any:
-    """The value of one of the dataset's arguments, such as ``_buffer_size``; None where it is not known beforehand."""
+    """Return the value of a dataset's argument, such as ``_buffer_size``; None where it is not known beforehand."""
     value = getattr(dataset, attribute, None)
     if tf.is_tensor(value):
         value = tf.get_static_value(value)
@@ -42,14 +39,14 @@ def constant_of(dataset: Any, attribute: str) -> Any:
 
 
 def padding_of(dataset: Any) -> tuple[Any, Any] | None:
-    """``(padded_shapes, padding_values)`` of a padded batch; None if it is not one."""
+    """Return ``(padded_shapes, padding_values)`` of a padded batch; None if it is not one."""
     if kind_of(dataset) != "PaddedBatch" or not hasattr(dataset, "_padded_shapes"):
         return None
     return dataset._padded_shapes, dataset._padding_values
 
 
 def tensors_in(dataset: Any) -> list[Any]:
-    """The tensors that a dataset and those that it reads hold themselves."""
+    """Return the tensors that a dataset holds itself, and those of all datasets that it reads."""
     held = list(getattr(dataset, "_tensors", None) or [])
     for source in inputs_of(dataset):
         held += tensors_in(source)
@@ -57,14 +54,15 @@ def tensors_in(dataset: Any) -> list[Any]:
 
 
 def independent_copy(dataset: Any, *, keep_order: bool, may_call_python: bool) -> Any:
-    """A dataset of the same elements that can be read without moving anything in ``dataset``; None if there is none.
+    """Return a dataset of the same elements whose reading moves nothing in ``dataset``; None if there is none.
 
-    Reading a dataset that shuffles anew each time draws from a seed generator, which a plain copy would share, and a
-    ``cache()`` that is not read to its end is of no use. So the copy has no caches, and its shuffles either have
-    generators of their own (``keep_order``) or are left out, which spares filling their buffers.
+    A dataset that shuffles anew each time draws from a seed generator, which a plain copy would share. A ``cache()``
+    that is not read to its end is of no use. So the copy has no caches. Its shuffles have generators of their own with
+    ``keep_order``; otherwise they are left out, which spares filling their buffers.
 
-    Python's generators and functions within the dataset are called by the copy as well. Where one cannot be called
-    again without losing something, as ``from_generator(lambda: iterator)``, there must be no copy: ``may_call_python``.
+    The copy calls Python's generators and functions within the dataset as well. Some cannot be called again without
+    losing something, as ``from_generator(lambda: iterator)``. Unless ``may_call_python``, a dataset with any has no
+    copy.
     """
     if sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in tensors_in(dataset)) > _MOST_GRAPH_BYTES:
         return None

@@ -1,4 +1,4 @@
-"""Order the updates of an optimizer's variables one after another, in its traced graph."""
+"""Order of the updates of an optimizer's variables: one after another, in its traced graph."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ _RUN_FUNCTIONS = frozenset(
 
 @contextlib.contextmanager
 def updates_in_turn() -> Iterator[None]:
-    """While this lasts, what is traced, and is more than single numbers, waits for what was traced before it.
+    """Let each traced operation on more than single numbers wait for the one before it, while the context is open.
 
-    So an update holds what its code holds, line by line, and not what happens to be started together. In branches of a
-    condition it is the changes of variables that wait, and what leads to them: Keras's optimizers go through
-    ``extended.update`` for each variable, for weight decay and for the step itself. Single numbers may be elsewhere
-    than the weights, and a device that waits for another one stands still.
+    So an update holds the memory that its code holds line by line, not that of whatever is started together. In
+    branches of a condition, the changes of variables wait, and the operations that lead to them. Keras's optimizers go
+    through ``extended.update`` for each variable, for weight decay and for the step itself.
+
+    Single numbers are left out: they may be elsewhere than the weights, and a device that waits for another stands
+    still.
     """
     extended = tf.distribute.get_strategy().extended
     outer = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-    # By the graph's id: how far it was put in order, and the last that others wait for. The graph is held, so that no
-    # other gets its id.
+    # By the graph's id: the graph, the number of operations put in order, and the last one that others wait for. The
+    # graph is held so that no other gets its id.
     ordered: dict[int, tuple[Any, int, Any]] = {}
     if outer is not None:
         ordered[id(outer)] = outer, len(outer.get_operations()), None
@@ -64,7 +66,7 @@ def updates_in_turn() -> Iterator[None]:
 
 
 def _is_of_many_numbers(operation: Any) -> bool:
-    """Whether it takes or makes more than single numbers, or may do so, as branches and functions may within."""
+    """Return True if it takes or makes more than single numbers, or may do so within, as branches and functions may."""
     if operation.type in _RUN_FUNCTIONS:
         return True
     tensors = [tensor for tensor in (*operation.inputs, *operation.outputs) if tensor.dtype != tf.resource]

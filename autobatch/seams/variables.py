@@ -1,6 +1,6 @@
 """Private parts of Keras's variables and of its BatchNormalization.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21, as :mod:`autobatch.seams.models`.
+Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; see :mod:`autobatch.seams.models`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from autobatch.seams.patching import replaced
 
 
 def inner_of(variable: Any) -> Any:
-    """The ``tf.Variable`` behind a Keras variable, even while a trace reads something else in its place."""
+    """Return the ``tf.Variable`` behind a Keras variable, even while a trace reads something else in its place."""
     inner = getattr(variable, "_value", None)
     return variable.value if inner is None else inner
 
 
 @contextlib.contextmanager
 def assignments_taken(take: Callable[[Any, Any], bool], instead_of: Callable[[Any], Any]) -> Iterator[None]:
-    """While this lasts, assignments to Keras variables go to ``take(variable, value)``.
+    """Hand assignments to Keras variables to ``take(variable, value)``, while the context is open.
 
-    What ``take`` returns False for is assigned as usual. ``instead_of(variable)`` is read in the variable's place,
-    unless it is None.
+    An assignment for which ``take`` returns False is made as usual. ``instead_of(variable)`` is read in the variable's
+    place, unless it is None.
     """
 
     def taken(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -53,12 +53,15 @@ def assignments_taken(take: Callable[[Any, Any], bool], instead_of: Callable[[An
 
 
 MomentsHandler = Callable[[Any, Any, Callable[[], tuple[Any, Any, Any]]], tuple[Any, Any]]
-"""Takes a BatchNormalization, its inputs, and a function that computes weight, mean and variance; returns the latter
-two. The weight is the number of elements that were averaged: one for all channels, or under a mask one for each."""
+"""Handler that takes a BatchNormalization, its inputs and a function; it returns mean and variance.
+
+The function computes weight, mean and variance. The weight is the number of elements that were averaged: one for all
+channels, or under a mask one for each.
+"""
 
 
 def moments_handled(handler: MomentsHandler) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, every BatchNormalization in training mode gets its batch's mean and variance by ``handler``."""
+    """Let ``handler`` give BatchNormalizations in training mode their mean and variance, while the context is open."""
 
     def handled(original: Callable[..., Any]) -> Callable[..., Any]:
         def moments(self: Any, inputs: Any, mask: Any) -> Any:
@@ -81,14 +84,14 @@ def _weight(inputs: Any, mask: Any, axes: list[int], mean: Any) -> Any:
 
 
 def has_own_call(layer: Any) -> bool:
-    """Whether a subclass of BatchNormalization changes how its statistics are updated."""
+    """Return True if a subclass of BatchNormalization changes how its statistics are updated."""
     own = keras.layers.BatchNormalization
     names = ("call", "_update_renorm_statistics")
     return any(getattr(type(layer), name, None) is not getattr(own, name, None) for name in names)
 
 
 def statistics_of(layer: Any) -> list[Any]:
-    """The variables that a BatchNormalization updates itself in training."""
+    """Return the variables that a BatchNormalization updates itself in training."""
     names = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
     return [variable for name in names if (variable := getattr(layer, name, None)) is not None]
 
@@ -96,7 +99,7 @@ def statistics_of(layer: Any) -> list[Any]:
 def update_statistics(layer: Any, shape: list[int | None], mean: Any, variance: Any) -> None:
     """Let a BatchNormalization update its statistics with this mean and variance, as its ``call`` does.
 
-    ``shape`` is that of inputs which it was called with.
+    ``shape`` is the shape of inputs that it was called with.
     """
     with moments_handled(lambda *_: (mean, variance)):
         inputs = tf.zeros([1 if size is None else size for size in [1, *shape[1:]]], mean.dtype)

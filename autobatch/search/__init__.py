@@ -1,4 +1,4 @@
-"""Which sizes to run, and what to make of them: no TensorFlow, no I/O, no clock of its own."""
+"""Choice of the sizes to run, and conclusions from their trials: no TensorFlow, no I/O, no clock of its own."""
 
 from autobatch.search.driver import search
 from autobatch.search.planning import candidate_sizes, make_plan

@@ -1,7 +1,7 @@
-"""What is proven to fit and what is proven not to: a state machine without I/O.
+"""Bracket of the answer, between a size that is proven to fit and one that is proven not to: a state machine.
 
 Its job is to make it impossible to return, or to ask for, a size that the rules do not allow. It knows sizes and
-outcomes only, neither bytes nor seconds.
+outcomes only, neither bytes nor seconds, and does no I/O.
 
 State: two sizes, both from ``candidates`` (ascending, each at least 1), either of them None until it is known::
 
@@ -20,13 +20,13 @@ State: two sizes, both from ``candidates`` (ascending, each at least 1), either 
 
 Rules:
 
-1. Only an untried candidate can be observed. Anything else raises ``ValueError`` and changes nothing (the state is
-   frozen; a transition returns a new one). So no size is run twice and the two sides never cross, whatever the memory
-   curve looks like: on a curve that is not monotone the bracket still closes on a size that fits, next to one that
-   does not.
+1. Only an untried candidate can be observed. Anything else raises ``ValueError`` and changes nothing: the state is
+   frozen, and a transition returns a new one. So no size is run twice and the two sides never cross, whatever the
+   memory curve looks like. Even where the curve is not monotone, the bracket closes on a size that fits, next to one
+   that does not.
 2. A size that fits becomes ``largest_fit``, one that does not becomes ``smallest_failure``; nothing else moves.
-   Hence both were run, always.
-3. Every transition makes ``untried`` strictly shorter; where it is empty the bracket is closed and nothing moves.
+   Hence both sides have always been run.
+3. Every transition makes ``untried`` strictly shorter. Where it is empty, the bracket is closed and nothing moves.
 4. A size that ran out of time counts as one that does not fit: training with it would not get on either.
 """
 
@@ -39,7 +39,7 @@ from dataclasses import dataclass, replace
 
 
 class Stage(enum.Enum):
-    """Which of the two sides of a bracket are known."""
+    """The sides of a bracket that are known."""
 
     UNTRIED = "untried"
     ALL_FAILED = "all_failed"
@@ -49,7 +49,7 @@ class Stage(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """The proven sides. ``candidates`` is ascending: a ``range``, or the sizes that are useful for a target."""
+    """The proven sides among ``candidates``, which ascend: a ``range``, or the sizes that are useful for a target."""
 
     candidates: Sequence[int]
     largest_fit: int | None = None
@@ -74,7 +74,7 @@ class Bracket:
 
     @property
     def stage(self) -> Stage:
-        """Which sides are known."""
+        """The sides that are known."""
         if self.largest_fit is None:
             return Stage.UNTRIED if self.smallest_failure is None else Stage.ALL_FAILED
         return Stage.ALL_FIT if self.smallest_failure is None else Stage.BRACKETED
@@ -89,11 +89,11 @@ class Bracket:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing is left to run: the largest fit is the top, or the next candidate failed, or all failed."""
+        """True if nothing is left to run: the largest fit is the top, or the next candidate failed, or all failed."""
         return not self.untried
 
     def floor(self, micro_batch: int) -> int:
-        """The largest untried candidate that is at most ``micro_batch``, else the smallest untried one.
+        """Return the largest untried candidate that is at most ``micro_batch``, else the smallest untried one.
 
         Raises:
             ValueError: the bracket is closed.
@@ -104,7 +104,7 @@ class Bracket:
         return untried[max(0, bisect_right(untried, micro_batch) - 1)]
 
     def observe(self, micro_batch: int, *, fits: bool) -> Bracket:
-        """The bracket after ``micro_batch`` was run.
+        """Return the bracket after ``micro_batch`` was run.
 
         Raises:
             ValueError: it is not an untried candidate (rule 1).

@@ -1,6 +1,6 @@
-"""Runs the search: proposal, trial, bracket, until there is nothing more to run or a limit is reached.
+"""The search itself: proposal, trial, bracket, until there is nothing more to run or a limit is reached.
 
-Knows neither TensorFlow nor time: trials and clock are given to it.
+It knows neither TensorFlow nor time: trials and clock are given to it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from autobatch.search.proposals_by_line import propose, wants_estimate
 logger = logging.getLogger(__name__)
 
 FURTHEST = 2**20
-"""The largest size tried where neither a target nor ``max_micro_batch`` is given."""
+"""Largest size that is tried where neither a target nor ``max_micro_batch`` is given."""
 
 MOST_TRIALS_WITH_SPEED = 4
-"""A further trial for speed alone must not make a search longer than this."""
+"""Most trials of a search that has run one more for speed alone."""
 
 TIMED_STEPS = 3
-"""Micro-steps that are timed in each trial where the plan is chosen by speed."""
+"""Number of micro-steps that are timed in each trial where the plan is chosen by speed."""
 
 _REPLAYED_ALIKE = 0.25
-"""A replay whose own size ends with another peak than was measured, by more than this, is not believed."""
+"""Largest share of the measured peak by which a replay of the same size may miss it and still be believed."""
 
 _LEAST_GROWTH = 0.5
-"""Nor one in which all blocks together grow by less than this part of what the peak rose by: they are given back and
-asked for again, and add up to several times that."""
+"""Least growth of all blocks together in a replay that is believed, as a share of the measured rise of the peak. Blocks
+are given back and asked for again, so their growth normally adds up to several times that rise."""
 
 _FALLING = 1.05
-"""Throughput counts as falling where a smaller size passes this many times the samples per second."""
+"""Factor over the largest fit's throughput from which on a smaller size counts as faster."""
 
 
 def search(
@@ -57,62 +57,65 @@ def search(
     clock: Callable[[], float] | None = None,
     on_trial: Callable[[TrialResult], None] | None = None,
 ) -> SearchResult:
-    """Find the largest micro-batch that fits, by really running a few.
+    """Find the largest micro-batch that fits, by running a few sizes.
 
-    The first trial is the largest candidate where that is at most 32 and the weights take less than half of the budget:
-    it mostly fits, and then one trial is all. Otherwise ``estimate_sample`` is asked for what a sample needs, roughly:
-    the first trial is 0.4 of what fits by that or a prime a little below, or the largest candidate if twice as much
-    fits; without an estimate it is a probe of 8.
+    First trial: the largest candidate, if that is at most 32 and the weights take at most half of the budget. It mostly
+    fits, and is then the only trial. Where the weights alone fill the budget, it is the smallest candidate. Otherwise
+    ``estimate_sample`` gives a rough figure of what a sample needs. The first trial is then 0.4 of what fits by that
+    estimate, or a prime a little below. It is the largest candidate if twice that candidate fits by the estimate.
+    Without an estimate it is a probe of 8.
 
-    Where that trial recorded what it allocated, its blocks are replayed at other sizes
-    (:mod:`autobatch.search.replay`), and the largest that finds room for them, less a margin, comes next. Otherwise
-    what is held before the first sample and the probe's peak make a line; then: run what it says fits, and refine,
-    until what fits is within 3 % of that. A prediction leaves room for half of the estimate's largest tensor, in the
-    headroom if there is one, because free memory is in pieces by then; where that room would cost a whole candidate of
-    a target, it is not left. A far prediction goes through a trial half-way; see
-    :mod:`autobatch.search.proposals_by_line`.
+    Next trials: where a trial recorded its allocations, its blocks are replayed at other sizes
+    (:mod:`autobatch.search.replay`). The largest size that finds room for them, less a margin, comes next. Otherwise
+    the bytes held before the first sample and the probe's peak make a line. The search runs the size that the line
+    predicts to fit, and refines until a size fits that is within 3 % of the prediction.
 
-    Trials, where the budget and the peaks are known:
+    A prediction leaves room for half of the estimate's largest tensor, in the headroom if there is one: the free memory
+    of a nearly full allocator is in pieces. No such room is left where it would cost a whole candidate of a target. A
+    far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals_by_line`.
 
-    - a straight line whose fixed part is the hint, and an estimate that is wrong by less than a factor of 0.6 to 2.5: 3
-      at the most, mostly 2, and no failure, if the allocator loses up to half of the largest tensor;
-    - the same without an estimate: 4 at the most, mostly 2 or 3, and no failure unless the first trial fails (less than
-      8 fit, or a target up to 32 does not);
-    - any memory curve, however it bends: 8 led by the line, and up to 11 of bisection after those if some failed;
-    - ``exact``, a straight line whose fixed part is the hint: 6 at the most, and 2 failures (3 where but one sample
-      fits, if that); with an estimate and above 200 samples one or two more; any curve: 10 + 2 log2(n) for n
-      candidates.
+    Number of trials, where the budget and the peaks are known:
 
-    A budget that is all that the allocator has is reached by few models: free memory is in pieces by then, and sizes
-    fail below the line's prediction (on a CPU from 0.86 of it on, where convolutions ask for large workspaces). Each
-    such failure is met with a smaller size.
+    - A straight line whose fixed part is the hint, with an estimate that is wrong by less than a factor of 0.6 to 2.5:
+      3 at the most, mostly 2. There is no failure if the allocator loses up to half of the largest tensor.
+    - A straight line whose fixed part is the hint, without an estimate: 4 at the most, mostly 2 or 3. There is no
+      failure unless the first trial fails (less than 8 fit, or a target up to 32 does not).
+    - Any memory curve, however it bends: 8 led by the line, and up to 11 of bisection after those if some failed.
+    - ``exact``, a straight line whose fixed part is the hint: 6 at the most, with 2 failures (3 where no more than one
+      sample fits). With an estimate and above 200 samples there are one or two more.
+    - ``exact``, any curve: 10 + 2 log2(n) for n candidates.
 
-    Without a budget, or where the allocator keeps no peak, the size doubles from the first trial on until it fails and
-    is then bisected, to 3 % or, if ``exact``, to the end: 2 log2(n) + 2.
+    Few models reach a budget that is all that the allocator has. Free memory is then in pieces, and sizes fail below
+    the line's prediction: on a CPU from 0.86 of it on, where convolutions ask for large workspaces. After each such
+    failure a smaller size is run.
 
-    With a target, only the distinct ``ceil(target_batch / k)`` are run; "within 3 %" then also means that the next of
-    them is predicted not to fit. Under the objective "throughput" one smaller candidate more is run where two trials
-    have shown that throughput falls with the size, and fewer than 4 trials were run.
+    Without a budget, or where the allocator keeps no peak, the size doubles from the first trial on until it fails. It
+    is then bisected, to 3 % or, if ``exact``, to the end: 2 log2(n) + 2 trials.
+
+    With a target, only the distinct ``ceil(target_batch / k)`` are run. The search then also stops where the next of
+    them is predicted not to fit. Under the objective "throughput" one more, smaller candidate is run where a smaller
+    size was faster than the largest fit, and fewer than 4 trials were run.
 
     Args:
-        run_trial: Runs one size and says how it went. What it raises is passed on.
+        run_trial: Runs one size and returns its outcome. Its exceptions are passed on.
         target_batch: The effective batch, None if there is none.
-        budget_bytes: What a peak may be at most, None if unknown.
-        headroom_bytes: What the allocator has beside the budget: what it loses in pieces may be lost there.
+        budget_bytes: Upper bound on a peak, None if unknown.
+        headroom_bytes: Memory that the allocator has beside the budget; what it loses in pieces may be lost there.
         max_micro_batch: The largest size worth trying.
         fixed_bytes_hint: A lower bound on every peak: weights, accumulators and optimizer slots.
-        estimate_sample: Asked at most once, before the first trial. Roughly what a sample adds to the peak chooses the
-            first trial and nothing else; the largest tensor's share is how much room a prediction leaves.
+        estimate_sample: Called at most once, before the first trial. The bytes that a sample adds to the peak choose
+            the first trial; later they are a lower bound on the slope of a line (0.4 of them) or of a replay. The
+            largest tensor's bytes decide how much room a prediction leaves.
         exact: Prove it: one more than the size returned (with a target: the next candidate) is run and fails.
         objective: "throughput" or "largest".
-        max_trials: Stop after so many. The best that was run is returned.
+        max_trials: Stop after this number of trials. The best that was run is returned.
         max_seconds: Start no trial later than this after the start, other than the first. Needs ``clock``.
-        clock: Seconds from any origin, as ``time.monotonic``.
+        clock: Returns seconds from any origin, like ``time.monotonic``.
         on_trial: Called with each result as it comes.
 
     Returns:
-        ``largest_fit`` was run and fits. It is None where no size that was run fits: ``smallest_failure`` is 1 then,
-        unless a limit stopped the search before.
+        The result, whose ``largest_fit`` was run and fits. It is None where no size that was run fits. Then
+        ``smallest_failure`` is 1, unless a limit stopped the search before.
 
     Raises:
         ValueError: an argument is out of range, or ``run_trial`` returned another size than it was asked for.
@@ -133,7 +136,7 @@ def search(
         raise ValueError(f"max_seconds needs a clock, such as time.monotonic. Received: {max_seconds=}, {clock=}")
 
     started = clock() if clock is not None else 0.0
-    # Where no sizes compete for speed, the seconds of the steps that show that a size fits are enough to be told.
+    # Where no sizes compete for speed, nothing is timed beyond the steps that show that a size fits.
     timed_steps = 0 if target_batch is None or objective == "largest" else TIMED_STEPS
     trials: list[TrialResult] = []
     traces: list[AllocationTrace] = []
@@ -204,7 +207,7 @@ def search(
 
 
 def _as_a_hint(replayed: Callable[[], int | None]) -> int | None:
-    """What a replay tells; None where it could not be carried out, which is the same as one that is not believed."""
+    """Return the result of a replay; None where it could not be carried out, as if it were not believed."""
     try:
         return replayed()
     except Exception as error:  # noqa: BLE001 - any fault of a trace; no hint may end one
@@ -219,14 +222,14 @@ def _replayed(
     at_most: int,
     estimate: SampleEstimate | None,
 ) -> int | None:
-    """The largest size that fits where the newest trace, ``trial``'s, is replayed; None where that is not believed."""
+    """Return the largest size that fits in a replay of ``trial``'s trace, the newest; None where it is not believed."""
     if not trial.fits:
         return None
     trace = traces[-1] if len(traces) == 1 else replay.between(traces[-2], traces[-1])
     again = replay.peak_bytes(trace, trace.micro_batch)
     if again is None or trial.peak_bytes is None or abs(again - trial.peak_bytes) > _REPLAYED_ALIKE * trial.peak_bytes:
         return None
-    # Blocks that grow and are not known to would let any size fit: one buffer for all, as a compiler makes it.
+    # Blocks whose growth goes unnoticed would let any size fit: a compiler, for one, makes one buffer for all tensors.
     growth = sum(per_sample for _, per_sample in trace.sizes)
     held = sum(taken for _, taken in trace.held)
     risen = _LEAST_GROWTH * (trial.peak_bytes - held) / trial.micro_batch
@@ -251,7 +254,10 @@ def _top_name(target_batch: int | None, max_micro_batch: int | None) -> str:
 
 
 def _maybe_faster(bracket: Bracket, trials: Sequence[TrialResult]) -> int | None:
-    """An untried candidate between the largest fit and a smaller size that passed more samples per second."""
+    """Return an untried candidate between the largest fit and a smaller size that had a higher throughput.
+
+    The result is None if no smaller size was clearly faster, or if enough trials were run.
+    """
     largest = next((trial for trial in trials if trial.micro_batch == bracket.largest_fit), None)
     if largest is None or largest.samples_per_second is None or len(trials) >= MOST_TRIALS_WITH_SPEED:
         return None

@@ -1,23 +1,23 @@
-"""What the trials say about memory: ``peak_bytes(b) = fixed + per_sample * b``, near the size that matters.
+"""Model of memory from the trials: ``peak_bytes(b) = fixed + per_sample * b``, near the size that matters.
 
-``peak_bytes`` stands for the peak of the forward and backward passes alone where a trial told it apart from that of the
-optimizer's update, which is as high for any size: small sizes would look flat.
+``peak_bytes`` is the peak of the forward and backward passes alone, where a trial measured it apart from the peak of
+the optimizer's update. The update's peak is the same for every size, so with it small sizes would look flat.
 
-Real curves bend. Small probes may be ruled by workspaces (a flat start), and slopes differ
-by a factor of two between neighbouring probes. So there is no least-squares line over all trials: the line passes
-through the largest size that fits, and its slope is as local as the measurements allow:
+Real curves bend. Small probes may be ruled by workspaces (a flat start), and slopes differ by a factor of two between
+neighbouring probes. So there is no least-squares line over all trials. The line passes through the largest size that
+fits, and its slope is as local as the measurements allow:
 
-1. through the largest fit and the failure above it, where that failure's peak was measured: interpolation;
-2. else through the largest fit and the next smaller measurement that is far enough away for a slope;
-3. else ("chord") through the largest fit and ``fixed_bytes_hint`` at zero samples. As the hint is a lower bound on
-   every peak, this slope is never too small for a straight line, for one with a flat start, or for one that bends
+1. Through the largest fit and the failure above it, where that failure's peak was measured: interpolation.
+2. Else through the largest fit and the next smaller measurement that is far enough away for a slope.
+3. Else ("chord") through the largest fit and ``fixed_bytes_hint`` at zero samples. The hint is a lower bound on every
+   peak. So this slope is never too small for a straight line, for one with a flat start, or for one that bends
    downwards: the prediction errs on the side that fits.
 
 Peaks near the budget may be elastic: TensorFlow's allocator hands out whole pieces of up to twice what was asked for.
 There the peak stands still or falls while the size grows, seen up to sizes of a third more. Such peaks are only an
-upper bound of what is needed, and the line goes on from those below.
+upper bound of what is needed, and the line goes on from the peaks below.
 
-Knows bytes and sizes; proposes nothing.
+This module knows bytes and sizes; it proposes nothing.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from dataclasses import dataclass
 from autobatch.records import MemoryModel, Outcome, TrialResult
 
 _FAR_ENOUGH = 0.9
-"""A slope is taken from a measurement at most at this fraction of the anchor's size, if there is one: over a shorter
-distance the allocator's rounding is a large part of the difference."""
+"""Largest fraction of the anchor's size at which a measurement gives a slope with it. Over a shorter distance the
+allocator's rounding is a large part of the difference; it is used only where there is no other measurement."""
 
 _NOISE = 0.02
-"""A rise by less than this fraction of the peak tells nothing about the slope."""
+"""Fraction of the peak below which a rise says nothing about the slope."""
 
 _ELASTIC_FROM = 0.85
-"""Peaks are taken for elastic from this part of the budget on ..."""
+"""Part of the budget from which on a peak may be elastic."""
 
 _ELASTIC_GROWTH = 1.02
-"""... where the size then grew by this factor at least ..."""
+"""Least factor by which the largest measured size exceeds that of a peak which is judged elastic."""
 
 _ELASTIC_RISE = 0.5
-"""... and the peak by less than this part of what the line through the peaks below has it grow."""
+"""Part of the rise predicted by the line through the peaks below; a peak is elastic if less than that follows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,9 @@ class Point:
 class Fit:
     """A line, and the two points that it goes through.
 
-    ``anchor`` is the largest fit; ``chord_bytes`` is the slope of the chord to it, per sample. ``bends_between`` tells
-    that the curve was flat up to ``other``: the bend lies between the two points, and the line is not steep enough.
+    ``anchor`` is the largest fit; ``chord_bytes`` is the slope of the chord to it, per sample. ``bends_between`` is
+    True if the curve was flat up to ``other`` and rises after it. The bend then lies between the two points, and the
+    line is not steep enough.
     """
 
     model: MemoryModel
@@ -69,17 +70,17 @@ class Fit:
 
     @property
     def is_chord(self) -> bool:
-        """Whether the slope comes from one measurement and the hint alone."""
+        """True if the slope comes from one measurement and the hint alone."""
         return self.other.micro_batch == 0
 
     @property
     def is_interpolation(self) -> bool:
-        """Whether the budget lies between the two points."""
+        """True if the budget lies between the two points: the second one failed, with a measured peak."""
         return self.other.micro_batch > self.anchor.micro_batch
 
 
 def measured_points(trials: Sequence[TrialResult], budget_bytes: int | None) -> tuple[Point, ...]:
-    """The peaks of trials that ran to their end, ascending by size.
+    """Return the peaks of trials that ran to their end, ascending by size.
 
     A trial that ended out of memory counts only if its peak is above the budget: then it did run to its end, and was
     refused for its peak. A peak below the budget is only what had been held when an allocation failed.
@@ -97,12 +98,12 @@ def measured_points(trials: Sequence[TrialResult], budget_bytes: int | None) -> 
 
 
 def sample_peak(trial: TrialResult, peak_bytes: int) -> int:
-    """The part of a peak that grows with the samples: before the update, which may rule the whole trial's peak."""
+    """Return the peak before the update, which grows with the samples; ``peak_bytes`` if it was not measured apart."""
     return peak_bytes if trial.sample_peak_bytes is None else trial.sample_peak_bytes
 
 
 def least_peak_bytes(trial: TrialResult, budget_bytes: int, fixed_bytes_hint: int) -> int | None:
-    """What a trial that ran out of memory needs at the least; None for any other outcome.
+    """Return the least bytes that a trial which ran out of memory needs; None for any other outcome.
 
     It needs more than the budget, and the allocation that failed would have stood beside what is always held.
     """
@@ -114,7 +115,7 @@ def least_peak_bytes(trial: TrialResult, budget_bytes: int, fixed_bytes_hint: in
 def fit_memory_model(
     trials: Sequence[TrialResult], *, budget_bytes: int | None = None, fixed_bytes_hint: int | None = None
 ) -> Fit | None:
-    """The line near the budget (see the top of this file), None where no trial that fits has a peak."""
+    """Return the line near the budget (see the top of this file); None where no trial that fits has a peak."""
     points = measured_points(trials, budget_bytes)
     fitting = {trial.micro_batch for trial in trials if trial.fits}
     anchors = [point for point in points if point.micro_batch in fitting]
@@ -125,7 +126,7 @@ def fit_memory_model(
     if budget_bytes is not None and points[-1] == anchor:
         points = _without_elastic(points, budget_bytes)
         anchor = points[-1]
-    # A hint that is not below a measured peak is wrong, whatever its reason: nothing is then known about zero samples.
+    # A hint that is not below a measured peak is wrong, for whatever reason: nothing is then known about zero samples.
     origin = Point(0, hint if hint < anchor.peak_bytes else 0)
     other = origin
     below = [point for point in points if point.micro_batch < anchor.micro_batch]
@@ -137,7 +138,7 @@ def fit_memory_model(
         other = below[max(0, near - 1)]
         if anchor.peak_bytes - other.peak_bytes < anchor.peak_bytes * _NOISE:
             other = below[0]
-    # A peak that falls as the size grows tells of workspaces, not of samples: flat is the most that is believed.
+    # A peak that falls as the size grows comes from workspaces, not from samples: no line is believed to fall.
     per_sample = max(0.0, _slope(other, anchor))
     model = MemoryModel(anchor.peak_bytes - per_sample * anchor.micro_batch, per_sample)
     rises = anchor.peak_bytes - other.peak_bytes >= anchor.peak_bytes * _NOISE
@@ -149,7 +150,7 @@ def fit_memory_model(
 
 
 def _without_elastic(points: tuple[Point, ...], budget_bytes: int) -> tuple[Point, ...]:
-    """The points with the elastic ones taken out, and the last one's peak as the line through the others has it."""
+    """Return the points without the elastic ones; the last one's peak is what the line through the others predicts."""
     last = points[-1]
     for index in range(2, len(points) - 1):
         point, rigid = points[index], points[:index]
@@ -163,10 +164,10 @@ def _without_elastic(points: tuple[Point, ...], budget_bytes: int) -> tuple[Poin
 
 
 def largest_within(model: MemoryModel, budget_bytes: int, *, at_most: int) -> int:
-    """The largest size up to ``at_most`` whose predicted peak is within the budget; 0 if there is none.
+    """Return the largest size up to ``at_most`` whose predicted peak is within the budget; 0 if there is none.
 
-    Searched in whole numbers through ``model.peak_bytes`` itself, which never falls as the size grows, so that the
-    inverse agrees with the prediction to the last byte; a division would be off by one now and then.
+    The sizes are bisected through ``model.peak_bytes`` itself, which never falls as the size grows. So the inverse
+    agrees with the prediction to the last byte; a division would be off by one now and then.
     """
     fits, fails = 0, at_most + 1
     while fails - fits > 1:

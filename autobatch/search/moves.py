@@ -1,4 +1,4 @@
-"""What a search may do next, what it was asked for, and what both ways of choosing a size share."""
+"""Moves that a search may make, terms that it was asked for, and what both ways of choosing a size share."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from autobatch.records import SampleEstimate
 from autobatch.search.bracket import Bracket
 
 CLOSE_TO_PREDICTION = 0.9725
-"""The same where "can fit" is only predicted, which may itself be a little low."""
+"""Share of the largest size that is predicted to fit at which the search stops, unless it is exact. The prediction may
+itself be a little low."""
 
 COARSE = 1.1
-"""Candidates this factor apart are worth a risk: the next one makes fewer accumulation steps."""
+"""Factor between two candidates from which on the larger is worth a risk: it makes fewer accumulation steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run this untried candidate."""
+    """The move to run an untried candidate."""
 
     micro_batch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Run this size for its peak alone; a larger one fits already."""
+    """The move to run a size for its peak alone, although a larger one fits already."""
 
     micro_batch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Nothing more to run; ``reason`` is a short sentence for people."""
+    """The move to end the search; ``reason`` is a short sentence for people."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a search was asked for. ``top_name`` names the largest candidate in the reason for stopping.
+    """The terms of a search. ``top_name`` names the largest candidate in the reason for stopping.
 
-    ``replayed`` is the largest size that fits where the allocations of the last trial that recorded them are replayed.
+    ``replayed`` is the largest size that fits in a replay of the last trial that recorded its allocations; None if
+    there is none that is believed.
     """
 
     budget_bytes: int | None

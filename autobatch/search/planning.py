@@ -1,6 +1,6 @@
-"""From trials and a target to a plan: which micro-batch makes the shortest whole update.
+"""Plan from trials and a target: the micro-batch that makes the shortest whole update.
 
-Knows step times and arithmetic only. Nothing is predicted here: a plan is made of sizes that were run and fit.
+This module knows step times and arithmetic only. It predicts nothing: a plan is made of sizes that were run and fit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from autobatch.records import Plan, TrialResult
 OBJECTIVES = ("throughput", "largest")
 
 _NEARLY_EQUAL = 1.02
-"""Update times that differ by less than this factor are a tie: a repeated measurement differs by as much."""
+"""Factor below which two update times are a tie: a repeated measurement differs by as much."""
 
 
 def require_objective(objective: str) -> None:
@@ -22,10 +22,10 @@ def require_objective(objective: str) -> None:
 
 
 def candidate_sizes(target_batch: int, max_micro_batch: int | None = None) -> tuple[int, ...]:
-    """The distinct ``ceil(target_batch / k)``, ascending: the only micro-batches worth trying for a target.
+    """Return the distinct ``ceil(target_batch / k)``, ascending: the only micro-batches worth trying for a target.
 
     Any other size needs as many micro-batches an update as the next smaller of these, and more memory. There are
-    about ``2 * sqrt(target_batch)`` of them: 31 for a target of 256.
+    about ``2 * sqrt(target_batch)`` of them: 31 for a target of 256. None is above ``max_micro_batch``.
 
     Raises:
         ValueError: an argument is below 1.
@@ -46,7 +46,7 @@ def candidate_sizes(target_batch: int, max_micro_batch: int | None = None) -> tu
 
 
 def update_seconds(trial: TrialResult, target_batch: int) -> float | None:
-    """Seconds of one whole update of ``target_batch`` samples, None where the trial was not timed.
+    """Compute the seconds of one whole update of ``target_batch`` samples; None where the trial was not timed.
 
     A micro-batch that is smaller than the trial's counts at the fraction of samples it holds.
     """
@@ -58,9 +58,10 @@ def update_seconds(trial: TrialResult, target_batch: int) -> float | None:
 def make_plan(trials: Sequence[TrialResult], *, target_batch: int, objective: str = "throughput") -> Plan:
     """Choose the micro-batch, among those that were run and fit, and count the micro-batches of an update.
 
-    "throughput" takes the shortest update; among sizes within 2 % of it, one that divides ``target_batch`` (every
-    micro-batch has the same shape then, so there is one trace), then the fewest steps. Where no trial was timed it
-    takes the largest. "largest" takes the largest that fits.
+    The objective "throughput" takes the shortest update. Among sizes within 2 % of it, one that divides
+    ``target_batch`` is preferred: all micro-batches then have one shape and need one trace. Among equals the fewest
+    steps are preferred. Where no trial was timed, the largest size that fits is taken. The objective "largest" always
+    takes the largest size that fits.
 
     Raises:
         ValueError: nothing fits, or an argument is out of range.

@@ -1,7 +1,7 @@
-"""Which size to run next, or why to stop: a pure function of the bracket and the trials so far.
+"""Choice of the size to run next, or the reason to stop: a pure function of the bracket and the trials so far.
 
-What the rules add up to, in trials, stands in :func:`autobatch.search.driver.search`. A :class:`Run` is an untried
-candidate of the bracket, always; a :class:`Measure` lies below what fits already, is cheap, and moves nothing.
+:func:`autobatch.search.driver.search` states how many trials the rules add up to. A :class:`Run` is always an untried
+candidate of the bracket. A :class:`Measure` lies below what fits already, is cheap, and moves nothing.
 """
 
 from __future__ import annotations
@@ -17,84 +17,84 @@ from autobatch.search.moves import CLOSE_TO_PREDICTION, COARSE, Measure, Run, St
 from autobatch.search.proposals_by_replay import by_replay
 from autobatch.units import format_bytes
 
-# The constants below were chosen by simulation over ten shapes of curve, where the optimum is flat around each, and by
-# replaying the trials of real models (benchmarks/search_cost.py), which bend more at the start and end raggedly.
+# The constants below were chosen by simulation over ten shapes of curve; the optimum is flat around each. The trials of
+# real models (benchmarks/search_cost.py), which bend more at the start and end raggedly, were replayed as well.
 
 FIRST_PROBE = 8
-"""Small enough that it rarely fails, large enough that samples weigh something beside the weights."""
+"""First size without an estimate: small enough to fail rarely, large enough that samples weigh beside the weights."""
 
 _FIRST_SHARE = 0.4
-"""How much of what is estimated to fit is run first: the estimate is good to a factor of two."""
+"""Share of what is estimated to fit that is run first: the estimate is good to a factor of two."""
 
 _TELLING_FROM = 0.7
-"""A prime may be so much smaller than what was to be run first."""
+"""Share of the first size down to which a prime is run in its place."""
 
 _SURE = 2.0
-"""The top is run first where so many times its size are estimated to fit."""
+"""Multiple of the largest candidate that must be estimated to fit for that candidate to be run first."""
 
 SMALL_TOP = 32
-"""Up to here the top itself is the first trial: it mostly fits, and then one trial is all."""
+"""Limit up to which the largest candidate itself is the first trial: it mostly fits, and is then the only one."""
 
 CLOSE_ENOUGH = 0.97
-"""Default mode stops once what fits is this much of what can fit."""
+"""Share of what can fit that a size must reach for the search to stop, unless it is exact."""
 
 MODEL_TRIALS = 8
-"""From so many trials on, the line has misled too often, and only the bracket is believed."""
+"""Number of trials after which the line has misled too often, and only the bracket is believed."""
 
 _AIM = 0.9775
-"""A prediction aims at the least size that is this much of what is predicted to fit: a failure is expensive, and an
-allocator that is nearly full often fails although the bytes would do, because no free piece is large enough."""
+"""Share of what is predicted to fit at which the next trial aims. A failure is expensive, and an allocator that is
+nearly full often fails although the bytes would do, because no free piece is large enough."""
 
 _PIECE = 0.5
-"""How much of its largest tensor a size must leave free, beside what it is predicted to need, to be taken for safe:
-free memory is in pieces by then. An allocator fails earlier the fewer and larger the tensors are."""
+"""Part of its largest tensor that a safe size must leave free, beside what it is predicted to need: the free memory of
+a nearly full allocator is in pieces. An allocator fails earlier the fewer and larger the tensors are."""
 
 _LEAST_OF_ESTIMATE = 0.4
-"""A line that is flatter than this part of the estimate is not believed: workspaces hide what samples need."""
+"""Least slope that is believed, as a part of the estimate: where a line is flatter, workspaces hide the samples."""
 
 _EDGE_SHARE = 0.25
-"""How far from the last safe size to where the line itself leads the edge is looked for first."""
+"""Part of the way from the largest safe size to the line's own end, run first once the safe sizes are exhausted."""
 
 _NEARLY_SAFE = 1.01
-"""Safe sizes are behind where they go on for less than this."""
+"""Factor over the largest fit below which the largest safe size is no longer worth a trial in exact mode."""
 
 _EXACT_NEAR = 1.25
-"""In exact mode there is no margin for a prediction of less than this factor of growth."""
+"""Factor of growth below which a prediction gets no margin in exact mode."""
 
 _CHORD_REACH = 64
-"""A single probe is not trusted to predict further than this many times its size ..."""
+"""Multiple of its own size up to which a single probe is trusted to predict."""
 
 _FAR_STEEPER = 4.0
-"""... beyond it, the next trial is to fit even if the slope is this many times steeper."""
+"""Factor of error in the slope that the next size must survive where a single probe would have to predict too far."""
 
 _SECANT_REACH = (0.25, 1.5)
-"""A secant is trusted outright to predict a further rise of this part of what it has seen itself, and beyond the second
-figure not at all: where small sizes are ruled by workspaces, the bend lies between the two points, and the secant
-promises too much. In between the slope goes over to the chord's."""
+"""Further rise of the peak, as a part of the rise between a secant's two points, that the secant may predict. Up to the
+first figure it is trusted outright, beyond the second not at all; in between the slope goes over to the chord's. Where
+small sizes are ruled by workspaces, the bend lies between the two points, and the secant promises too much."""
 
 _FAR_GROWTH = 3.0
-"""A distrusted line still lets the size grow by this factor, or half-way to where it leads if that is less, or else
-weights that fill most of the budget make it crawl."""
+"""Factor by which a distrusted line still lets the size grow, or half-way to where it leads if that is less. Otherwise
+weights that fill most of the budget would make the size crawl."""
 
 _NEAR_CHORD = 1.3
-"""Where one probe and the hint leave less than this factor of growth, a second, smaller probe gives a real slope."""
+"""Factor of growth by one probe and the hint below which a second, smaller probe is run, to give a real slope."""
 
 _ONE_SAMPLE = 0.5
-"""One sample's peak over a hint that is a lower bound tells little of what a second one needs, and no smaller size can
-tell more. If this part of it is left, a second one is worth a try."""
+"""Part of one sample's predicted bytes that must be left for a second sample to be worth a try. The hint is a lower
+bound, so the prediction says little of what a second one needs; no smaller size can be run to improve it."""
 
 _BELOW_FAILURE = 0.65
-"""Where a predicted size failed, the next lies this far from what fits to what failed."""
+"""Part of the way from what fits to a predicted size that failed, at which the next size lies."""
 
 _BELOW_FAILURES = 0.4
-"""The same where the one before it failed too."""
+"""Part of the way from what fits to a predicted size that failed, for the next size after two failures in a row."""
 
 _BELOW_FIRST_FAILURE = 0.6
-"""How much of what the bytes named by a first failure would allow is tried next: they are a lower bound."""
+"""Share of the size allowed by the bytes that a first failure names, run next: those bytes are a lower bound."""
 
 
 def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Run | Measure | Stop:
-    """The next step of a search in this state."""
+    """Choose the next step of a search in this state."""
     low, high = bracket.largest_fit, bracket.smallest_failure
     if bracket.stage is Stage.UNTRIED:
         return Run(_first_probe(bracket, terms))
@@ -118,7 +118,7 @@ def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Ru
 
 
 def wants_estimate(bracket: Bracket, terms: Terms) -> bool:
-    """Whether the first trial would be chosen better if it were known, roughly, what a sample adds to the peak."""
+    """Return True if a rough estimate of what a sample adds to the peak would improve the choice of the first trial."""
     budget = terms.budget_bytes
     return budget is not None and terms.fixed_bytes_hint < budget and not _runs_top_first(bracket, terms)
 
@@ -144,7 +144,7 @@ def _first_probe(bracket: Bracket, terms: Terms) -> int:
 
 
 def _telling(bracket: Bracket, most: int) -> int:
-    """A candidate up to ``most``, a prime if there is one nearby: what grows with it is told from what does not."""
+    """Return a candidate up to ``most``, a prime if there is one nearby: it shows which blocks grow with the size."""
     largest = bracket.floor(most)
     candidates = bracket.untried
     near = candidates[bisect_left(candidates, _TELLING_FROM * largest) : bisect_right(candidates, largest)]
@@ -160,7 +160,7 @@ def _below_first_failure(bracket: Bracket, trials: Sequence[TrialResult], terms:
         room = terms.budget_bytes - terms.fixed_bytes_hint
         if least is not None and least > terms.budget_bytes + 1 and room > 0:
             allowed = failed.micro_batch * room / (least - terms.fixed_bytes_hint)
-            # A whole peak says more than the one allocation that failed, which others would have followed.
+            # A whole peak says more than the one allocation that failed: others would have followed that one.
             guess = min(_BELOW_FIRST_FAILURE * allowed, failed.micro_batch / (2 if failed.peak_bytes else 4))
     return bracket.floor(int(guess))
 
@@ -216,7 +216,7 @@ def _by_model(
 
 
 def _cautious(fit: Fit, terms: Terms) -> MemoryModel:
-    """The line through the largest fit, not flatter than the estimate allows, and room for what is lost in pieces."""
+    """Return the line through the largest fit, no flatter than the estimate allows, with room for memory in pieces."""
     if terms.estimate is None:
         return fit.model
     lost_bytes = _PIECE * terms.estimate.largest_tensor_bytes
@@ -226,13 +226,13 @@ def _cautious(fit: Fit, terms: Terms) -> MemoryModel:
 
 
 def _safe(fit: Fit, terms: Terms, budget: int, at_most: int) -> int:
-    """The largest size that is predicted to fit with room to spare, which may lie in the headroom."""
+    """Return the largest size that is predicted to fit with room to spare; that room may lie in the headroom."""
     edge = largest_within(fit.model, budget, at_most=at_most)
     return min(edge, largest_within(_cautious(fit, terms), budget + terms.headroom_bytes, at_most=at_most))
 
 
 def _reach(bracket: Bracket, fit: Fit, terms: Terms, budget: int) -> int:
-    """The largest size that is predicted to fit: with room to spare, unless that would cost a whole candidate."""
+    """Return the largest size predicted to fit: with room to spare, unless that would cost a whole candidate."""
     most = bracket.untried[-1]
     edge = largest_within(fit.model, budget, at_most=most)
     if terms.estimate is None:
@@ -247,7 +247,11 @@ def _reach(bracket: Bracket, fit: Fit, terms: Terms, budget: int) -> int:
 def _beyond_caution(
     bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
 ) -> int | None:
-    """Where exact mode goes on once the safe sizes are behind it; None before that, and where the line ends too."""
+    """Return the size to run in exact mode once the safe sizes are exhausted.
+
+    The result is None before that, in default mode, without an estimate, or with no slope but a chord's. It is also
+    None where the line itself predicts no larger size to fit.
+    """
     if not terms.exact or terms.estimate is None or fit.is_chord:
         return None
     top = bracket.untried[-1]
@@ -268,9 +272,9 @@ def _beyond_caution(
 def _below_failure(
     bracket: Bracket, low: int, high: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
 ) -> int:
-    """The line says that ``high`` fits, and it was seen not to."""
+    """Return the size to run next after ``high`` failed although the line predicts it to fit."""
     if terms.estimate is not None and fit.is_chord and len(trials) == 2:
-        # A chord is too steep rather than too flat, and room was left: what failed all the same failed for little.
+        # A chord is too steep rather than too flat, and room was left: a size that failed all the same lacked little.
         return bracket.floor(math.ceil(CLOSE_ENOUGH * (high - 1)))
     share = _BELOW_FAILURE if len(trials) < 2 or trials[-2].fits or trials[-1].fits else _BELOW_FAILURES
     guess = int(low + share * (high - low))
@@ -284,7 +288,7 @@ def _below_failure(
 
 
 def _proof(bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms, budget: int) -> int:
-    """One more than fits, to be seen failing; where that has just fitted, against the line, the steps double."""
+    """Return one more than fits, to be seen failing; where that has just fitted, against the line, double the steps."""
     if trials[-1].micro_batch == low:
         before = fit_memory_model(trials[:-1], budget_bytes=budget, fixed_bytes_hint=terms.fixed_bytes_hint)
         if before is not None and before.model.peak_bytes(low) > budget:
@@ -293,7 +297,7 @@ def _proof(bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Ter
 
 
 def _trusted(fit: Fit, low: int, reach: int, budget: int) -> int:
-    """How far towards ``reach`` the line may be believed in a single step."""
+    """Return the size up to ``reach`` to which the line may be believed in a single step."""
     room, slope = budget - fit.anchor.peak_bytes, fit.model.per_sample_bytes
     if fit.is_interpolation:
         return reach
@@ -315,11 +319,11 @@ def _trusted(fit: Fit, low: int, reach: int, budget: int) -> int:
 
 
 def _aim(bracket: Bracket, low: int, trusted: int, terms: Terms, fit: Fit, budget: int) -> int:
-    """A candidate a little below ``trusted``, unless the budget is far away or the candidates are far apart."""
+    """Return a candidate a little below ``trusted``, unless the budget is far away or the candidates are far apart."""
     edge = bracket.floor(trusted)
     if terms.estimate is not None:
-        return edge  # a margin for the largest tensor is in it already
-    # The edge itself is what exact mode asks for, and must be run sooner or later.
+        return edge  # it leaves a margin for the largest tensor already
+    # Exact mode must run the edge itself sooner or later.
     if (terms.exact and trusted < _EXACT_NEAR * low) or fit.model.peak_bytes(edge) <= _AIM * budget:
         return edge
     safe = bracket.floor(math.ceil(_AIM * trusted))

@@ -1,4 +1,4 @@
-"""Which size to run next where a trial's allocations were replayed (:mod:`autobatch.search.replay`)."""
+"""Choice of the size to run next where a trial's allocations were replayed (:mod:`autobatch.search.replay`)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from autobatch.search.bracket import Bracket
 from autobatch.search.moves import CLOSE_TO_PREDICTION, COARSE, Run, Stop, Terms, between
 
 _REPLAY_AIM = 0.985
-"""A replay's edge is aimed at with this margin."""
+"""Share of the largest size that fits in a replay at which the next trial aims."""
 
 _BELOW_REPLAY = 0.975
-"""Where it failed all the same, the next size is this much of the largest that may still fit ..."""
+"""Share of the largest size that may still fit, run next after a size failed that the replay had predicted to fit."""
 
 _REPLAY_FAILURES = 2
-"""... unless that happened more often than this."""
+"""Most failed trials of a search in which the replay is still believed."""
 
 _NEARLY_WITHIN = 1.03
-"""A measured peak over the budget by more than this tells that the replay was wrong, and the line knows better."""
+"""Factor over the budget beyond which a measured peak proves the replay wrong; the line then chooses the size."""
 
 _REPLAY_NEAR = 0.96
-"""In exact mode the sides are this near to each other when they are bisected."""
+"""Share of the smallest failure that must fit in exact mode before the two sides of the bracket are bisected."""
 
 _REPLAY_CREEP = 0.05
-"""Two sizes that fit and are nearer than this are steps of the proof, which double."""
+"""Part of the largest fit: two sizes that fit and are nearer than this are steps of the proof, which double."""
 
 
 def by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResult], terms: Terms) -> Run | Stop | None:
-    """Towards ``edge``, where the replay finds no more room; None where it was seen to be wrong, and the line is next.
+    """Choose the next move towards ``edge``, the largest size that fits in the replay.
 
-    It is right to a few per cent: what lies where before a trial is not quite the same each time.
+    The result is None where the replay was seen to be wrong; the line then chooses. A replay is right to a few per
+    cent, because the addresses held before a trial are not quite the same each time.
     """
     high, untried = bracket.smallest_failure, bracket.untried
     if high is not None and edge >= high:
@@ -57,7 +58,7 @@ def by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResul
 
 
 def _beyond(bracket: Bracket, low: int, trials: Sequence[TrialResult]) -> int:
-    """One more than fits, to be seen failing; where it keeps fitting, the steps double."""
+    """Return one more than fits, to be seen failing; where it keeps fitting, double the steps."""
     if bracket.smallest_failure is not None:
         return between(bracket, low, bracket.smallest_failure)
     fitting = sorted(trial.micro_batch for trial in trials if trial.fits)

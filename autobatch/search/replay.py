@@ -1,17 +1,18 @@
-"""What a size would ask of the allocator, played through on a model of it: its peak, and whether all finds room.
+"""Replay of a trial's allocations for another size, on a model of the allocator: its peak, and if every block has room.
 
-An allocator that is nearly full fails although the bytes would do, because free memory is in pieces by then. How many
-pieces depends on what is allocated and given back, and in what order. A trial's :class:`AllocationTrace` tells exactly
-that, and how each block grows with the micro-batch. So it is played again for another size, on a model of the
-allocator that GPUs have in TensorFlow (and limited CPU arenas), BFC, "best fit with coalescing", after
-``xla/tsl/framework/bfc_allocator.cc``:
+An allocator that is nearly full fails although the bytes would do, because its free memory is in pieces. The number of
+pieces depends on what is allocated and given back, and in what order. A trial's :class:`AllocationTrace` holds exactly
+that, and how each block grows with the micro-batch. So the trace can be played again for another size.
 
-- a block is rounded up to 256 bytes, and gets the smallest free chunk that is large enough; of equals, the lowest;
-- chunks are looked for in bins of sizes that double, from the block's own bin on;
-- a chunk is split where it is at least twice as large as the block, or 128 MiB larger; otherwise the block gets all;
-- a chunk that is given back is joined with its free neighbours in the same region.
+The model is BFC, "best fit with coalescing", after ``xla/tsl/framework/bfc_allocator.cc``: TensorFlow's allocator on
+GPUs and in limited CPU arenas. Its rules:
 
-Knows bytes; proposes nothing.
+- A block is rounded up to 256 bytes, and gets the smallest free chunk that is large enough; of equals, the lowest.
+- Chunks are looked for in bins of sizes that double, from the block's own bin on.
+- A chunk is split where it is at least twice as large as the block, or 128 MiB larger; otherwise the block gets all.
+- A chunk that is given back is joined with its free neighbours in the same region.
+
+This module knows bytes; it proposes nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _SPLIT_BYTES = 128 * 2**20
 _BINS = 21
 
 _CLOSE = 0.005
-"""Sizes closer together than this part of themselves are not told apart: a replay takes up to a second."""
+"""Part of a size to which a search by replay is precise: a replay takes up to a second."""
 
 _LOOK_BACK = (0.98, 0.96, 0.93, 0.9)
-"""Smaller sizes, as parts of the largest that fits, that must fit too for it to be believed."""
+"""Smaller sizes that must fit too for the largest that fits to be believed, as parts of it."""
 
 
 class FullError(Exception):
@@ -36,7 +37,7 @@ class FullError(Exception):
 
 
 class Allocator:
-    """BFC on ``regions`` (start, bytes), with blocks that are there already. Addresses and sizes are bytes."""
+    """A BFC allocator on ``regions`` (start, bytes) in which the blocks ``held`` (address, bytes) are taken."""
 
     def __init__(self, regions: tuple[tuple[int, int], ...], held: tuple[tuple[int, int], ...]) -> None:
         self._free: list[list[tuple[int, int]]] = [[] for _ in range(_BINS)]
@@ -55,7 +56,7 @@ class Allocator:
             self._add(at, end - at)
 
     def allocate(self, wanted_bytes: int) -> int:
-        """The address of a new block.
+        """Return the address of a new block.
 
         Raises:
             FullError: no free chunk is large enough.
@@ -107,7 +108,7 @@ def _bin(size: int) -> int:
 
 
 def peak_bytes(trace: AllocationTrace, micro_batch: int) -> int | None:
-    """The peak if ``micro_batch`` samples asked for what the trace says; None where a block would find no room."""
+    """Compute the peak of ``micro_batch`` samples that follow the trace; None where a block would find no room."""
     allocator = Allocator(trace.regions, trace.held)
     addresses = [address for address, _ in trace.held] + [0] * len(trace.sizes)
     wanted = [int(fixed + per_sample * micro_batch) for fixed, per_sample in trace.sizes]
@@ -124,10 +125,10 @@ def peak_bytes(trace: AllocationTrace, micro_batch: int) -> int | None:
 
 
 def largest_that_fits(trace: AllocationTrace, budget_bytes: int, *, at_most: int) -> int:
-    """A size up to ``at_most`` whose replay finds room within the budget, and no more than half a percent more does.
+    """Return the largest size up to ``at_most`` whose replay finds room within the budget; 0 if there is none.
 
-    By bisection. Near the edge a size may find room where a smaller one does not: what is returned is the largest below
-    the first that was seen to find none. 0 if there is none.
+    The sizes are bisected, to half a percent. Near the edge a size may find room where a smaller one does not. So the
+    result lies below the smallest size that was seen to find no room.
     """
 
     def fits(micro_batch: int) -> bool:
@@ -156,7 +157,10 @@ def largest_that_fits(trace: AllocationTrace, budget_bytes: int, *, at_most: int
 
 
 def between(one: AllocationTrace, other: AllocationTrace) -> AllocationTrace:
-    """``other`` with each block's growth as the two sizes show it, where both did the same; else ``other`` as it is."""
+    """Return ``other`` with each block's growth measured between the two traces.
+
+    ``other`` is returned unchanged if both have the same micro-batch, or allocate and release in a different order.
+    """
     if (
         one.micro_batch == other.micro_batch
         or len(one.sizes) != len(other.sizes)

@@ -1,1 +1,1 @@
-"""Search with trials, remember what was found, and report it."""
+"""Search with trials, a memory of what was found, and reports of it."""

@@ -1,7 +1,7 @@
-"""Earlier results in place of a search: found by what they depend on, and run once before anything is made of them.
+"""Earlier results in place of a search: found by what they depend on, and run once before they are used.
 
-What is returned was run now. A remembered size that fails, or that needs much less than it did, leads to a search as if
-nothing had been remembered, and that search's result takes its place.
+The size that is returned was run now. A remembered size may fail, or need much less than it did. Then a search is made
+as if nothing had been remembered, and its result takes the old one's place.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 
 _LESS = 0.9
-"""Share of the remembered peak: one below it means that a larger size than was found then may fit now."""
+"""Share of the remembered peak; a new peak below it means that a larger size may fit now."""
 
 _LESS_BYTES = 16 * 2**20
-"""Least difference between the two peaks that counts: what a process holds besides differs by a little."""
+"""Least difference between the two peaks that counts: what else a process holds differs by a little."""
 
 
 @dataclass(frozen=True, slots=True)
 class Confirmed:
-    """A remembered result, confirmed: the plan of the sizes that were run now, and what the search had found."""
+    """Remembered result, confirmed: the plan of the sizes that were run now, and what the search had found."""
 
     result: SearchResult
     plan: Plan | None
 
 
 class RememberedResult:
-    """What is remembered for one search over ``trials``, and the place where its result will be kept.
+    """Remembered result of one search over ``trials``, and the place where a new result will be kept.
 
     ``target_batch`` is at most ``trials.largest_useful``.
     """
@@ -53,10 +53,11 @@ class RememberedResult:
         self._found = None if self._store is None else self._store.find(self._first_key)
 
     def confirm(self, run: Callable[[TrialRequest], TrialResult], tried: list[TrialResult]) -> Confirmed | None:
-        """Run what is remembered, adding each trial to ``tried``; None where there is nothing, or it is so no more.
+        """Run what is remembered, adding each trial to ``tried``; return None if nothing is, or if it no longer holds.
 
-        One trial, of the remembered plan's micro-batch. An ``exact`` result whose plan is not of the largest size that
-        fits takes a second one, of that size: the proof is remembered with it, and not repeated.
+        One trial is run, of the remembered plan's micro-batch. An ``exact`` result whose plan is not of the largest
+        size that fits takes a second trial, of that size. The proof that no larger one fits is remembered with it, and
+        not repeated.
         """
         found = self._found
         if found is None:
@@ -80,7 +81,7 @@ class RememberedResult:
         return Confirmed(result, plan)
 
     def keep(self, result: SearchResult, plan: Plan | None) -> None:
-        """Remember a search that came to its end by itself."""
+        """Remember the result of a search that came to its end by itself."""
         if self._store is None or result.largest_fit is None:
             return
         if any(trial.outcome is Outcome.TIMED_OUT for trial in result.trials):
@@ -103,7 +104,7 @@ class RememberedResult:
             stopped_because=result.stopped_because,
             created_seconds=time.time(),
         )
-        # The trials have built what was not built yet. The same model is known by both, before training and after.
+        # The trials have built what was not built yet, so the model has two keys: before training and after.
         for key in {self._first_key, self._key()}:
             self._store.put(key, remembered)
 
@@ -133,7 +134,7 @@ def _open_store() -> ResultStore | None:
 
 
 def _needs_less(trial: TrialResult, found: Remembered) -> bool:
-    """Whether memory that bounded the search then is free now, so that another size would be found."""
+    """Return True if memory that bounded the search then is free now, so that another size would be found."""
     if not found.is_bound or found.peak_bytes is None or trial.peak_bytes is None:
         return False
     return trial.peak_bytes < _LESS * found.peak_bytes and found.peak_bytes - trial.peak_bytes > _LESS_BYTES
@@ -153,6 +154,6 @@ def _words(found: Remembered, trials: int, exact: bool) -> str:
 def without_repeats(
     run: Callable[[TrialRequest], TrialResult], tried: Sequence[TrialResult]
 ) -> Callable[[TrialRequest], TrialResult]:
-    """``run``, which answers at once for a size that was tried a moment ago: a failure takes ten seconds or more."""
+    """Return ``run`` with a ready answer for each size that was just tried: a failure takes ten seconds or more."""
     known = {trial.micro_batch: trial for trial in tried}
     return lambda request: known.get(request.micro_batch) or run(request)

@@ -40,7 +40,7 @@ def _accumulates(plan: Plan) -> bool:
 
 
 def say_what_differs(report: Report, *, listed_in: str) -> None:
-    """Warn in short that the plan's updates are not those of one batch; ``listed_in`` is where all differences are."""
+    """Warn in short that the plan's updates are not those of one batch; ``listed_in`` names where all are listed."""
     plan = report.plan
     if plan is None or not report.warnings:
         return
@@ -93,8 +93,8 @@ def nothing_fits(trials: Trials, result: SearchResult) -> NoFeasibleBatchError:
 def _what_it_needs(trials: Trials, smallest: TrialResult, needed: int | None) -> str:
     """Return in words what the smallest trial needed and what there is.
 
-    ``needed`` is a lower bound, unless the trial's peak is known: where the limit is above it, only what is known of it
-    is said.
+    ``needed`` is a lower bound, unless the trial's peak is known. Where the limit is above that bound, only the known
+    parts of the need are named.
     """
     environment = trials.environment
     limit, budget = environment.limit_bytes, environment.budget_bytes

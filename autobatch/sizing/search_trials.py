@@ -1,6 +1,6 @@
-"""From trials to a report: the search, whoever runs the trials.
+"""Search that leads from trials to a report, whoever runs the trials.
 
-Knows no TensorFlow; importing this imports none.
+This module knows no TensorFlow; importing it imports none.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def search_with(
 ) -> Report:
     """Run the search over any source of trials and make the report of it.
 
-    With ``cache``, an earlier result is confirmed instead where there is one (:mod:`autobatch.sizing.remembered`). The
-    trials of one that failed are in the report, and do not count for ``max_trials``.
+    With ``cache``, an earlier result is confirmed in place of a search, where there is one; see
+    :mod:`autobatch.sizing.remembered`. If it does not hold, its trials are in the report, and do not count for
+    ``max_trials``.
 
     Raises:
         NoFeasibleBatchError: Not even one sample fits.

@@ -27,7 +27,8 @@ def searched_or_given(
 ) -> Report:
     """Search and close the trials, or take the ``micro_batch`` if there is one; warn of what differs.
 
-    ``why`` says in the report where the ``micro_batch`` comes from, ``listed_in`` where all differences are to be read.
+    ``why`` is the report's account of where the ``micro_batch`` comes from. ``listed_in`` names the place where all
+    differences can be read.
     """
     if micro_batch is None:
         try:
@@ -41,7 +42,7 @@ def searched_or_given(
 
 
 def shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Report:
-    """Run :func:`search_with`, watched by whoever has asked for it."""
+    """Run :func:`search_with`; show it by :data:`autobatch.display.show_search` if that is set and not ``quiet``."""
 
     def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
         return search_with(trials, on_trial=on_trial, **settings)

@@ -1,1 +1,1 @@
-"""Compile the accumulated step. It divides, weighs, sums and updates; it knows nothing of running out of memory."""
+"""The accumulated step, compiled. It divides, weighs, sums and updates; it does not handle running out of memory."""

@@ -1,12 +1,12 @@
 """The accumulated step: an effective batch in, one optimizer update out.
 
-``model.train_step``, whoever wrote it, is traced once with the batch dimension left open and with the optimizers'
-``apply`` captured (:mod:`autobatch.step.micro_step`). The captured gradients, times the micro-batch's share of the
-effective batch (:mod:`autobatch.losses.loss_weights`), are added up (:mod:`autobatch.step.accumulators`). A
-``tf.while_loop`` runs it for each micro-batch, one at a time; slices are cut on the host, so that one micro-batch is on
-the device. Then the real ``apply`` runs once. Where one micro-batch is the whole effective batch, Keras's own step
-runs, with nothing accumulated (:mod:`autobatch.step.whole_batch_step`). Nothing here knows about running out of memory:
-:mod:`autobatch.recovery.transaction` does.
+The model's ``train_step``, Keras's or the user's, is traced once with the batch dimension left open and with the
+optimizers' ``apply`` captured (:mod:`autobatch.step.micro_step`). The captured gradients, times the micro-batch's share
+of the effective batch (:mod:`autobatch.losses.loss_weights`), are added up (:mod:`autobatch.step.accumulators`). A
+``tf.while_loop`` runs the trace for each micro-batch, one at a time. Slices are cut on the host, so that only one
+micro-batch is on the device. Then the real ``apply`` runs once. If one micro-batch is the whole effective batch,
+Keras's own step runs, with nothing accumulated (:mod:`autobatch.step.whole_batch_step`). Nothing here handles running
+out of memory: :mod:`autobatch.recovery.transaction` does.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from autobatch.types import Batch, ElementSpec, Model, Tensor, Variable
 
 
 class AccumulatedStep(CompiledStep):
-    """The compiled steps of one model on one device.
+    """Compiled steps of one model on one device.
 
-    With ``effective_batch``, the most samples in an update, large embeddings' gradients are kept as rows.
+    ``effective_batch`` is the most samples in an update. If given, gradients of large embeddings are kept as rows.
     """
 
     def __init__(self, model: Model, element_spec: ElementSpec, *, effective_batch: int | None = None) -> None:
@@ -56,7 +56,10 @@ class AccumulatedStep(CompiledStep):
         return AccumulatedStep(self.model, element_spec, effective_batch=self._most_samples)
 
     def prepare(self, *, whole: bool = False) -> bool:
-        """Trace what :meth:`plain` (``whole``) or :meth:`accumulate` and :meth:`apply` need."""
+        """Trace what :meth:`plain` needs if ``whole``, else what :meth:`accumulate` and :meth:`apply` need.
+
+        Return True if anything was missing.
+        """
         if whole:
             return self._whole.prepare()
         if self._apply is not None:
@@ -99,7 +102,7 @@ class AccumulatedStep(CompiledStep):
 
     @property
     def micro_graph(self) -> tf.Graph | None:
-        """The traced forward and backward pass of one micro-batch; None for a model that runs eagerly."""
+        """Graph of the forward and backward pass of one micro-batch; None for a model that runs eagerly."""
         self.prepare()
         return None if self.model.run_eagerly or self._micro is None else self._micro.graph
 
@@ -118,7 +121,7 @@ class AccumulatedStep(CompiledStep):
         self._ran_whole = False
         self._logs = {}
         samples = count_samples(data)
-        if not self._sums.holds(samples):  # more samples than was said: there is no room for so many rows
+        if not self._sums.holds(samples):  # more samples than were announced: there is no room for their rows
             self._most_samples = None
             self.release_accumulators()
         self.prepare()

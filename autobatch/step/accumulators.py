@@ -1,7 +1,7 @@
 """Sums of the gradients of an update's micro-batches, on one device.
 
-Each variable that gets a gradient has one sum, of its own size. Of large embeddings' tables the rows are kept instead
-(:mod:`autobatch.step.embedding_rows`). Which of them there are is known once a micro-batch was traced.
+Each variable that gets a gradient has one sum, of its own size. For large embedding tables the rows are kept instead
+(:mod:`autobatch.step.embedding_rows`). The trace of a micro-batch shows which sums and rows are needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from autobatch.types import Model, Optimizer, Tensor, Variable
 
 
 class Update(NamedTuple):
-    """One optimizer's update: the variables that it is applied to, and which of them got a gradient."""
+    """One optimizer's update: the variables that it is applied to, and for each whether it got a gradient."""
 
     optimizer: Optimizer
     variables: list[Variable]
@@ -30,17 +30,17 @@ class Update(NamedTuple):
 
     @property
     def summed(self) -> list[Any]:
-        """The ``tf.Variable`` of each variable that got a gradient."""
+        """A ``tf.Variable`` for each variable that got a gradient."""
         pairs = zip(self.variables, self.has_gradient, strict=True)
         return [_inner(variable) for variable, has_gradient in pairs if has_gradient]
 
 
 class Accumulators:
-    """The sums of one device.
+    """Sums of the gradients on one device.
 
     Args:
         model: a compiled Keras model.
-        structure: that of the data.
+        structure: the structure of the data.
         touched: is asked to ignore the sums.
         note_update: is called with the optimizer, the gradients and the variables of each update in a trace.
         most_samples: the most samples in an update; None keeps no rows.
@@ -66,39 +66,39 @@ class Accumulators:
         self._sums: dict[int, Any] = {}
         self._rows: dict[int, RowBuffer] = {}
         self.updates: list[Update] = []
-        """The updates of the trace or the eager run that was captured last."""
+        """Updates of the trace or eager run that was captured last."""
 
     @property
     def variables(self) -> list[Variable]:
-        """The sums, in the order in which they were made; empty until a micro-batch was traced."""
+        """Sums, in the order in which they were made; empty until they are expected or a micro-batch is traced."""
         return list(self._sums.values())
 
     @property
     def row_variables(self) -> list[Variable]:
-        """The variables that rows are kept in."""
+        """Variables that rows are kept in."""
         return [variable for buffer in self._rows.values() for variable in buffer.variables]
 
     @property
     def tables_kept_as_rows(self) -> set[int]:
-        """The ids of the tables whose rows are kept."""
+        """Ids of the tables whose rows are kept."""
         return set(self._rows)
 
     @property
     def least_bytes(self) -> int:
-        """A lower bound on what the sums will take; known before anything is traced."""
+        """Lower bound on the bytes of the sums; known before anything is traced."""
         return bytes_of(self._model.trainable_variables) - bytes_of(self._possible_tables())
 
     def holds(self, samples: int) -> bool:
-        """Return True if there is room for an update of so many samples."""
+        """Return True if there is room for the rows of an update of ``samples`` samples."""
         return not self._rows or self._most_samples is None or samples <= self._most_samples
 
     def expect(self, variables: Iterable[Variable]) -> None:
-        """Make the sums of variables that are sure to get gradients, before anything is traced."""
+        """Make the sums for variables that are sure to get gradients, before anything is traced."""
         for variable in variables:
             self._sum_of(_inner(variable))
 
     def expect_rows(self) -> None:
-        """Make buffers for the rows of every table that they may serve; they take no memory yet."""
+        """Make a buffer for the rows of every table that may use one; it takes no memory yet."""
         for table in self._possible_tables():
             buffer = self._rows[id(table)] = RowBuffer(table, _dtype_of_sum(table))
             self._touched.ignore(buffer.variables)
@@ -110,7 +110,7 @@ class Accumulators:
 
     def _sum_of(self, inner: Variable) -> Any:
         if id(inner) not in self._sums:
-            # Beside a buffer of rows it takes no memory before the trace shows which of the two is used.
+            # Beside a buffer of rows the sum takes no memory before the trace shows which of the two is used.
             beside_rows = id(inner) in self._rows
             with tf.init_scope(), tf.device(self._device or inner.device):
                 self._sums[id(inner)] = tf.Variable(
@@ -123,7 +123,10 @@ class Accumulators:
         return self._sums[id(inner)]
 
     def capture(self, fraction: Tensor) -> ApplyHandler:
-        """Return what takes an optimizer's ``apply``: it adds the gradients, times ``fraction``, to the sums."""
+        """Return a handler for an optimizer's ``apply`` that adds the gradients, times ``fraction``, to the sums.
+
+        The handler raises a ``ValueError`` if one optimizer is applied twice.
+        """
         updates = self.updates = []
 
         def add(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
@@ -171,9 +174,9 @@ class Accumulators:
         self._sums, self._rows = sums, rows
 
     def zero(self, zero: Any) -> None:
-        """Set all sums to ``zero``, a float32 scalar that is not known beforehand, and forget all rows.
+        """Set all sums to ``zero``, a float32 scalar that is no constant in the graph, and forget all rows.
 
-        Of a constant zero TensorFlow would keep a copy of each shape.
+        For a constant zero TensorFlow would keep a copy of each shape.
         """
         for accumulator in self._sums.values():
             accumulator.assign(tf.fill(tf.shape(accumulator), tf.cast(zero, accumulator.dtype)))
@@ -181,13 +184,13 @@ class Accumulators:
             buffer.clear()
 
     def sums(self) -> dict[int, Any]:
-        """The values of the sums, by the id of the ``tf.Variable`` that each is the gradient of."""
+        """Return the values of the sums, by the id of the ``tf.Variable`` that each is the gradient of."""
         return {key: accumulator.read_value() for key, accumulator in self._sums.items()}
 
     def gradients_of(self, update: Update, sums: Mapping[int, Any] | None = None) -> list[Tensor]:
-        """The gradients of the effective batch for one update, None where a variable has none.
+        """Return the gradients of the effective batch for one update, with None for a variable that has none.
 
-        ``sums`` are used in place of the device's own, such as those of all replicas together.
+        ``sums`` replace the device's own sums, for example by those over all replicas.
         """
         pairs = zip(update.variables, update.has_gradient, strict=True)
         return [self._gradient(_inner(each), sums) if has_gradient else None for each, has_gradient in pairs]
@@ -202,8 +205,8 @@ class Accumulators:
     def release(self) -> None:
         """Let go of the sums and their memory.
 
-        TensorFlow's registry of gradient functions keeps a traced update, and the buffers that it names, for the life
-        of the process; so the buffers are emptied first.
+        TensorFlow's registry of gradient functions keeps a traced update, and the buffers that it names, as long as the
+        process lives. So the buffers are emptied first.
         """
         for accumulator in self._sums.values():
             with tf.device(accumulator.device):
@@ -220,5 +223,5 @@ def _inner(variable: Variable) -> Any:
 
 
 def _dtype_of_sum(inner: Variable) -> Any:
-    """Sums of 16-bit gradients are kept in 32 bits: else what a micro-batch adds is lost in what is there."""
+    """Return the dtype of a variable's sum: 32 bits for 16-bit gradients, as small additions would be lost in 16."""
     return tf.float32 if inner.dtype.size < 4 else inner.dtype

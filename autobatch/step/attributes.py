@@ -1,4 +1,4 @@
-"""Puts back what user's code keeps in a model's attributes while it is traced and not run."""
+"""Restoration of the model attributes that the user's code changes while it is traced but not run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _NUMBERS = (int, float, str, bytes, type(None))
 
 @contextlib.contextmanager
 def attributes_kept(model: Model) -> Iterator[list[str]]:
-    """Put back the numbers, lists, dictionaries and sets that a model and its layers hold, when this ends.
+    """Put back the numbers, lists, dictionaries and sets that a model, its layers and metrics hold, when this ends.
 
-    A trace leaves tensors in them that have no value. Yields the names of the numbers that were changed, once it ends.
+    A trace leaves tensors without a value in them. The yielded list is empty at first; at the end it gets the names of
+    the numbers that were changed.
     """
     holders = [model, *models.layers_of(model), *getattr(model, "metrics", ())]
     before = [(holder, dict(vars(holder))) for holder in {id(each): each for each in holders}.values()]
@@ -50,7 +51,7 @@ def attributes_kept(model: Model) -> Iterator[list[str]]:
 
 
 def _is_same(value: Any, content: Any) -> bool:
-    """Whether a list, dictionary or set still holds the very objects that were in it."""
+    """Return True if a list, dictionary or set still holds the very objects that were in it."""
     if isinstance(value, dict):
         value, content = value.items(), content.items()
     if len(value) != len(content):

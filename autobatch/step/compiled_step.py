@@ -1,8 +1,8 @@
-"""The compiled steps of one model, on one device or on several replicas: what both of them offer.
+"""Interface of one model's compiled steps, on one device or on several replicas.
 
 An update is :meth:`CompiledStep.accumulate`, then :meth:`CompiledStep.apply`. A validation batch is
 :meth:`CompiledStep.evaluate`, then :meth:`CompiledStep.evaluation_logs`. On replicas the second of each pair is a
-collective, and the first is not. ``tests/step/test_contract.py`` holds both kinds to what is said here.
+collective, and the first is not. ``tests/step/test_contract.py`` tests both implementations against this interface.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class CompiledStep(abc.ABC):
-    """The compiled steps of one model on data of one structure. Everything is traced at its first use.
+    """Compiled steps of one model on data of one structure. Everything is traced at its first use.
 
     Args:
         model: a compiled Keras model.
@@ -39,9 +39,9 @@ class CompiledStep(abc.ABC):
         self.structure = Structure(element_spec)
         self.update_room = UpdateReserve()
         self.on_traced: Callable[[], None] = lambda: None
-        """Is called when :attr:`traced` has changed."""
+        """Callback for a change of :attr:`traced`."""
         self.on_optimizer_found: Callable[[], None] = lambda: None
-        """Is called for an optimizer that nobody knew of, once it is built and before it has updated anything."""
+        """Callback for an optimizer unknown before; called once it is built, before it updates anything."""
         self._touched = TouchedVariables(model)
         self._touched.ignore(self.update_room.variables)
         self._micro: MicroStep | None = None
@@ -49,14 +49,14 @@ class CompiledStep(abc.ABC):
 
     @abc.abstractmethod
     def for_data(self, element_spec: ElementSpec) -> Self:
-        """The steps of the same model on other data."""
+        """Return the steps of the same model for data of another structure."""
 
     @abc.abstractmethod
     def prepare(self) -> bool:
         """Trace what :meth:`accumulate` and :meth:`apply` need; return True if anything was missing.
 
-        Tracing builds what is not built yet and runs nothing. Afterwards :attr:`variables` is complete, but for eager
-        models' optimizers that nobody knows of before they are applied.
+        Tracing builds what is not built yet and runs nothing. Afterwards :attr:`variables` is complete, except for
+        optimizers of an eager model that are unknown until they are applied.
         """
 
     @abc.abstractmethod
@@ -68,7 +68,7 @@ class CompiledStep(abc.ABC):
         """Sum the gradients of an effective batch, ``micro_batch`` samples at a time; no weight changes.
 
         Returns:
-            Tensors that are there once all of it has run.
+            Tensors that have a value once all of it has run.
         """
 
     @abc.abstractmethod
@@ -80,7 +80,7 @@ class CompiledStep(abc.ABC):
         """Run ``model.test_step`` over a batch, ``micro_batch`` samples at a time.
 
         Returns:
-            Tensors that are there once all of it has run.
+            Tensors that have a value once all of it has run.
         """
 
     @abc.abstractmethod
@@ -89,79 +89,79 @@ class CompiledStep(abc.ABC):
 
     @abc.abstractmethod
     def release_accumulators(self) -> None:
-        """Let go of the accumulators, of their memory, and of what was traced with them."""
+        """Let go of the accumulators, their memory, and the functions traced with them."""
 
     @property
     @abc.abstractmethod
     def accumulators(self) -> list[Variable]:
-        """The accumulators, in the order in which they were made."""
+        """Accumulators, in the order in which they were made."""
 
     @property
     @abc.abstractmethod
     def _updates(self) -> list[Update]:
-        """The updates of the micro-step that was traced last."""
+        """Updates of the micro-step that was traced last."""
 
     @property
     @abc.abstractmethod
     def least_accumulator_bytes(self) -> int:
-        """A lower bound on what a device's accumulators will take; known before anything is traced."""
+        """Lower bound on the bytes that a device's accumulators will take; known before anything is traced."""
 
     @property
     def copies(self) -> InGraphSnapshot | None:
-        """What a step on a whole effective batch has changed before its update; None where there is no such step."""
+        """Copies of what a step on a whole effective batch changes before its update; None if there are none."""
         return None
 
     @property
     def tables_kept_as_rows(self) -> list[Variable]:
-        """The embeddings' tables whose gradients are not summed but kept, a row for each token."""
+        """Embedding tables whose gradients are not summed but kept, a row for each token."""
         return []
 
     def update_has_begun(self) -> bool:
-        """Return True if the step that has just failed came as far as its update: weights may have changed."""
+        """Return True if the step that has just failed had begun its update, so that weights may have changed."""
         return self.update_room.has_begun()
 
     @property
     def traced(self) -> TraceFindings:
-        """What the last trace of a training's micro-step has shown."""
+        """Findings from the last trace of a training's micro-step."""
         return self._findings if self._micro is None else self._micro.findings
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
-        """The optimizers known from the model, and those that a step was seen to apply."""
+        """Optimizers known from the model, and those that a step was seen to apply."""
         return self._touched.optimizers
 
     @property
     def updating_optimizers(self) -> tuple[Optimizer, ...]:
-        """The optimizers that the traced step applies; before, all that it could apply."""
+        """Optimizers that the traced step applies; before the trace, all known ones."""
         return tuple(update.optimizer for update in self._updates) or self.optimizers
 
     @property
     def variables(self) -> list[Variable]:
-        """Every variable that a step traced so far can touch, accumulators apart."""
+        """Variables that the steps traced so far can touch, accumulators apart."""
         return self._touched.variables
 
     @property
     def updated_variables(self) -> list[Variable]:
-        """The variables that an optimizer's update changes: trainable weights and the optimizers' own."""
+        """Variables that an optimizer's update changes: trainable weights and the optimizers' own."""
         return self._touched.updated_variables
 
     @property
     def changed_before_update(self) -> list[Variable]:
-        """What a step can touch before its update or beside it: statistics, metrics, seeds, what a layer assigns."""
+        """Variables that a step can touch outside of its update: statistics, metrics, seeds, those a layer assigns."""
         return self._touched.changed_before_update
 
     @property
     def variables_written_by_micro_steps(self) -> list[Variable]:
-        """What traced micro-steps write, accumulators apart; of the plain step, what it writes before its update."""
+        """Variables that traced micro-steps write, accumulators apart, or the plain step writes before its update."""
         return self._touched.written_variables
 
     @property
     def update_room_bytes(self) -> int:
-        """What the optimizers' temporaries need; a guess before an update was traced."""
+        """Bytes that the optimizers' temporaries need; a guess until an update was traced."""
         return self.update_room.bytes or guessed_bytes(distinct(self.model.trainable_variables))
 
     def note_update(self, optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
-        """Note that a step applies an optimizer, known or not, to these variables."""
+        """Note that a step applies an optimizer, known before or not, to these variables."""
         found = self._touched.note_update(optimizer, variables)
         self.update_room.note_gradients(gradients, variables)
         if found:

@@ -1,16 +1,16 @@
 """Division of an effective batch into micro-batches of even sizes.
 
-``samples`` at ``micro_batch`` are cut into ``ceil(samples / micro_batch)`` micro-batches, as few as there can be. Their
-sizes differ by at most one: 16 at 5 is 4 + 4 + 4 + 4, not 5 + 5 + 5 + 1. That takes as many steps and less memory. A
-last micro-batch of one or two samples distorts BatchNormalization, makes NaN of an unbiased variance and breaks code
-that squeezes. No micro-batch is larger than ``micro_batch``, the size that was proven to fit.
+``samples`` at ``micro_batch`` are cut into ``ceil(samples / micro_batch)`` micro-batches, the fewest possible. Their
+sizes differ by at most one: 16 at 5 is 4 + 4 + 4 + 4, not 5 + 5 + 5 + 1. The even division takes as many steps and less
+memory. A last micro-batch of one or two samples would distort BatchNormalization, make NaN of an unbiased variance and
+break code that squeezes. No micro-batch is larger than ``micro_batch``, the size that was proven to fit.
 
-The larger ones come first. Memory that runs out does so at the first micro-batch, before work is done in vain, and the
+The larger micro-batches come first. If memory runs out, it does so at the first one, before work is done in vain. The
 later ones find room where the first was.
 
-Under XLA each size is compiled by itself. An even division has one size or two, as has an uneven one. An epoch's tail
-may bring two new ones where a division into the size that is compiled already, and a remainder, brings one. That
-division is taken if the remainder is at least half of that size (:func:`with_few_shapes`).
+Under XLA each size is compiled by itself. An even division has one or two sizes, and so has an uneven one. For the tail
+of an epoch an even division may need two new sizes. Dividing it into a size that is compiled already and a remainder
+needs only one. That division is used if the remainder is at least half of that size (:func:`with_few_shapes`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from autobatch.types import Model
 
 
 class Division(NamedTuple):
-    """The sizes of micro-batches, in turn: ``larger`` for the first ``larger_samples`` samples, ``smaller`` after.
+    """Sizes of micro-batches: ``larger`` for the first ``larger_samples`` samples, ``smaller`` for the others.
 
-    The first micro-batch has ``larger`` samples. Each of the three is an int, or a scalar int64 tensor.
+    The first micro-batch always has ``larger`` samples. Each of the three is an int, or a scalar int64 tensor.
     """
 
     larger: Any
@@ -34,9 +34,9 @@ class Division(NamedTuple):
 
 
 def evenly(samples: Any, micro_batch: Any) -> Division:
-    """Divide ``samples``, at least 1, into as few micro-batches as ``micro_batch`` allows, as even as can be.
+    """Divide ``samples`` into the fewest micro-batches that ``micro_batch`` allows, as evenly as possible.
 
-    Both are ints, or both are scalar int64 tensors.
+    Both are at least 1. Both are ints, or both are scalar int64 tensors.
     """
     steps = -(-samples // micro_batch)
     larger, smaller = -(-samples // steps), samples // steps
@@ -44,11 +44,11 @@ def evenly(samples: Any, micro_batch: Any) -> Division:
 
 
 def with_few_shapes(samples: int, micro_batch: int, *, whole: int) -> Division:
-    """Divide the samples of a tail where each size is compiled by itself.
+    """Divide the samples of an epoch's last batch so that few new sizes must be compiled.
 
-    ``whole`` counts the samples of most batches; the sizes that they are divided into need no compilation. The
-    division is even, unless one of those sizes and a remainder need fewer compilations. The remainder is at least half
-    as large. It depends on the arguments alone, so that training does not depend on what was compiled before.
+    ``whole`` counts the samples of most batches. The sizes that those are divided into are compiled already. The
+    division is even, unless one of those sizes and a remainder need fewer compilations. The remainder is then at least
+    half as large as that size. The result depends on the arguments alone, not on what was compiled before.
     """
     even = evenly(samples, micro_batch)
     compiled = {*evenly(whole, micro_batch)[:2]}
@@ -63,7 +63,7 @@ def with_few_shapes(samples: int, micro_batch: int, *, whole: int) -> Division:
 
 
 class Divider:
-    """Division of one kind of a model's batches, in training or in evaluation.
+    """Division of a model's batches, either those of training or those of evaluation.
 
     ``whole`` counts the samples of most batches; None takes the largest batch so far.
     """
@@ -75,14 +75,17 @@ class Divider:
         self._latest: tuple[Division, Any] | None = None
 
     def division(self, samples: int, micro_batch: int) -> Division:
-        """The division of a batch: even, and under XLA into few shapes."""
+        """Return the division of a batch: even, or under XLA with few sizes to compile."""
         self._most_samples = max(self._most_samples, samples)
         if not self._model.jit_compile or self._model.run_eagerly:
             return evenly(samples, micro_batch)
         return with_few_shapes(samples, micro_batch, whole=self._whole or self._most_samples)
 
     def tensor(self, samples: int, micro_batch: int) -> Any:
-        """The same as a vector on the host, to give to a compiled loop; most batches are divided as the one before."""
+        """Return the division of a batch as a vector on the host, for a compiled loop.
+
+        The latest vector is kept, since most batches are divided as the one before.
+        """
         division = self.division(samples, micro_batch)
         if self._latest is None or self._latest[0] != division:
             with tf.device("CPU:0"):

@@ -1,12 +1,12 @@
-"""Gradients of a table's rows, kept as rows: for embeddings whose table is much larger than what an update touches.
+"""Gradients of embeddings kept as rows, for tables much larger than the rows that an update touches.
 
-The gradient of an ``Embedding`` names a row for each token looked up. Summed up in a dense accumulator it takes the
-table's size. Here the rows of all micro-batches are put next to each other in a buffer for as many as an effective
-batch can have, and the optimizer gets what it gets in plain Keras: the rows of the whole effective batch, in order.
+The gradient of an ``Embedding`` names a row for each token looked up. Its sum in a dense accumulator takes the size of
+the table. Here the rows of all micro-batches are put next to each other in a buffer that can hold those of an effective
+batch. The optimizer gets what it gets in plain Keras: the rows of the whole effective batch, in order.
 
-How many that can be is read from the trace. It is certain where the ids come straight from the data: then a sample
-has as many as its shape says. Where they do not, or lengths vary, the accumulator stays dense; so it does under XLA,
-which cannot write at an offset that it does not know.
+The most rows that a sample can have is read from the trace. It is certain if the ids come straight from the data: then
+a sample has as many rows as its shape has elements. In other code, or if lengths vary, the accumulator stays dense. It
+stays dense under XLA too, which cannot write at an offset that it does not know.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from autobatch.tensors.variables import distinct
 from autobatch.types import Layer, Tensor, Variable
 
 WORTH_IT = 0.5
-"""The buffer is used where it takes less than this share of the dense accumulator."""
+"""Largest share of the dense accumulator's size that a buffer may take to be used."""
 
 _AS_MANY = ("Reshape", "Cast", "Identity", "ExpandDims", "Squeeze", "Transpose", "StopGradient")
-"""Operations whose result has as many elements as their first input has."""
+"""Operations whose result has as many elements as their first input."""
 
 _NO_MORE = ("StridedSlice", "Slice")
-"""Operations whose result has no more elements than their first input has."""
+"""Operations whose result has no more elements than their first input."""
 
 _ELEMENT_BY_ELEMENT = ("SelectV2", "AddV2", "BiasAdd", "Sub", "Mul", "FloorMod", "Maximum", "Minimum")
-"""Operations on elements, one by one: ids from the end of a table, offsets, hashing."""
+"""Operations on elements, one by one, such as ids from the end of a table, offsets and hashing."""
 
 
 class RowBuffer:
-    """The rows of one table's gradient in one update, and which they are.
+    """Rows of one table's gradient in one update, and their indices.
 
-    ``table`` is the ``tf.Variable``. It holds nothing before :meth:`reserve`; everything else may be traced before.
+    ``table`` is the ``tf.Variable``. The buffer takes no memory before :meth:`reserve`. Every other method may be
+    traced before that.
     """
 
     def __init__(self, table: Variable, dtype: Any) -> None:
@@ -58,11 +59,14 @@ class RowBuffer:
 
     @property
     def variables(self) -> list[Variable]:
-        """All variables of the buffer."""
+        """Variables of the buffer."""
         return [self._values, self._indices, self._filled]
 
     def takes(self, gradient: Tensor, structure: Structure, samples: int) -> bool:
-        """Whether a buffer for so many samples is certain to hold all rows and is worth it; to be asked in a trace."""
+        """Return True if a buffer for ``samples`` is certain to hold all rows and saves memory.
+
+        This must be called in a trace. It sets ``rows_per_sample`` if it returns True.
+        """
         rows = _rows_per_sample(gradient.indices, structure)
         if rows is None:
             return False
@@ -73,19 +77,19 @@ class RowBuffer:
         return True
 
     def reserve(self, samples: int) -> None:
-        """Take the memory for the rows of so many samples."""
+        """Take the memory for the rows of ``samples`` samples."""
         assert self.rows_per_sample is not None
         rows = samples * self.rows_per_sample
         self._values.assign(tf.zeros([rows, *self._values.shape[1:]], self._values.dtype))
         self._indices.assign(tf.zeros([rows], tf.int64))
 
     def clear(self) -> None:
-        """Forget the rows of the update before."""
+        """Forget the rows of the previous update."""
         with tf.device("CPU:0"):
             self._filled.assign(0)
 
     def add(self, gradient: Tensor, scale: Any) -> None:
-        """Put the rows of one micro-batch's gradient, times ``scale``, behind those that are there."""
+        """Append the rows of one micro-batch's gradient, times ``scale``."""
         self._index_dtype = gradient.indices.dtype
         with tf.device("CPU:0"):
             start = self._filled.read_value()
@@ -94,7 +98,7 @@ class RowBuffer:
         self._indices[start:stop].assign(tf.cast(gradient.indices, tf.int64))
 
     def gradient(self) -> Any:
-        """The gradient of the effective batch: ``tf.IndexedSlices``, a row for each token."""
+        """Return the gradient of the effective batch: ``tf.IndexedSlices`` with a row for each token."""
         with tf.device("CPU:0"):
             filled = self._filled.read_value()
         values = tf.cast(self._values.read_value()[:filled], self._table.dtype)
@@ -108,13 +112,13 @@ class RowBuffer:
 
 
 def tables_of(layers: Iterable[Layer]) -> list[Any]:
-    """The ``tf.Variable`` of each embedding that is trained: the tables that a :class:`RowBuffer` may serve."""
+    """Return the ``tf.Variable`` of each trained embedding, whose rows a :class:`RowBuffer` may hold."""
     found = [layer for layer in layers if isinstance(layer, keras.layers.Embedding) and layer.built and layer.trainable]
     return distinct(weight for layer in found for weight in layer.trainable_weights if len(weight.shape) == 2)
 
 
 def _rows_per_sample(indices: Any, structure: Structure) -> int | None:
-    """How many rows a sample can have at the most; None if the trace does not tell."""
+    """Return the most rows that a sample can have; None if the trace does not show it."""
     if tf.executing_eagerly() or any(not isinstance(spec, tf.TensorSpec) for spec in structure.specs):
         return None  # the first dimension of a ragged tensor's values does not count samples
     operation = indices.op
@@ -126,7 +130,7 @@ def _rows_per_sample(indices: Any, structure: Structure) -> int | None:
         return _rows_per_sample(operation.inputs[0], structure)
     shape = indices.shape
     if operation.type in _ELEMENT_BY_ELEMENT:
-        # Scalars and vectors of a known length may be spread over the others, which must have the result's own shape.
+        # Scalars and vectors of a known length may be broadcast to the others, which must have the result's own shape.
         others = [part for part in operation.inputs if not part.shape.is_fully_defined()]
         if not others or any(part.shape.rank is None or part.shape.as_list() != shape.as_list() for part in others):
             return None

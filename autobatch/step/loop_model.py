@@ -12,10 +12,10 @@ from autobatch.types import Metric, Model, Optimizer, Variable
 
 
 class LoopModel:
-    """What :class:`AccumulatedStep` needs to know of a model, with the user's function as its ``train_step``.
+    """A stand-in for a Keras model in :class:`AccumulatedStep`, with the user's function as its ``train_step``.
 
-    ``train_step(batch)`` runs forward and backward and calls ``apply`` or ``apply_gradients`` of each optimizer once;
-    what it returns is averaged over the micro-batches where it is a scalar, each weighted by its samples.
+    ``train_step(batch)`` runs forward and backward and calls ``apply`` or ``apply_gradients`` of each optimizer once.
+    A scalar that it returns is averaged over the micro-batches, each weighted by its samples.
     """
 
     compiled = True
@@ -57,10 +57,10 @@ class LoopModel:
 
 
 def require_optimizers(optimizer: Optimizer) -> tuple[Any, ...]:
-    """The optimizers that ``wrap_step`` was given, one or several.
+    """Return as a tuple the one or several optimizers that ``wrap_step`` was given.
 
     Raises:
-        TypeError: something else is among them.
+        TypeError: one of them is no Keras optimizer.
         ValueError: there is none.
     """
     found = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)

@@ -1,9 +1,9 @@
-"""Loop over the micro-batches of an effective batch, inside of TensorFlow."""
+"""Loop over the micro-batches of an effective batch, inside TensorFlow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tensorflow as tf
 
@@ -11,17 +11,17 @@ from autobatch.step.division import Division
 from autobatch.tensors.batch_structure import cut
 from autobatch.types import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 def loop(leaves: list[Tensor], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:
-    """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn."""
+    """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn; return what the last one carries.
+
+    ``part`` holds the leaves of a micro-batch, and ``fraction`` is its share of ``samples``.
+    """
 
     def step(start: Any, carried: Any) -> tuple[Any, Any]:
         with tf.device("CPU:0"):
             is_larger = start < division.larger_samples
-            # tf.where would look for shapes to broadcast, in every micro-batch.
+            # tf.where would look for shapes to broadcast in every micro-batch.
             taken = tf.raw_ops.Select(condition=is_larger, x=division.larger, y=division.smaller)
             stop = start + taken
             fraction = tf.cast(taken, tf.float64) / tf.cast(samples, tf.float64)
@@ -32,7 +32,7 @@ def loop(leaves: list[Tensor], samples: Any, division: Division, carried: Any, b
         start = tf.constant(0, tf.int64)
 
     def more(start: Any, _: Any) -> Any:
-        with tf.device("CPU:0"):  # a comparison on the device would wait for it at every micro-batch
+        with tf.device("CPU:0"):  # a comparison on the device would make every micro-batch wait for it
             return start < samples
 
     if tf.executing_eagerly():

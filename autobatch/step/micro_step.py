@@ -1,4 +1,4 @@
-"""One micro-batch through ``train_step`` or ``test_step``, and the loop over the micro-batches of an update."""
+"""One micro-batch through ``train_step`` or ``test_step``, and the merging of its results with those of others."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """What gradients are added to: :class:`autobatch.step.accumulators.Accumulators`, of one device or of several."""
+    """Receiver of gradients: the :class:`autobatch.step.accumulators.Accumulators` of one device or of several."""
 
     @property
     def variables(self) -> list[Variable]:
-        """The sums."""
+        """Variables that hold the sums."""
 
     def expect(self, variables: Iterable[Variable]) -> None:
-        """Make the sums of variables that are sure to get gradients."""
+        """Make the sums for variables that are sure to get gradients."""
 
     def capture(self, fraction: Tensor) -> ApplyHandler:
-        """Return what takes an optimizer's ``apply``."""
+        """Return the handler that is called in place of an optimizer's ``apply``."""
 
     def settle(self) -> None:
-        """Let go of what was made and is not used."""
+        """Let go of sums that were made and are not used."""
 
 
 class MicroStep:
-    """``train_step`` or ``test_step`` on one micro-batch; and how its logs become those of the effective batch.
+    """A model's ``train_step`` or ``test_step`` on one micro-batch, whose logs merge into the effective batch's.
 
     Args:
         model: a compiled Keras model.
-        structure: that of the data.
+        structure: the structure of the data.
         step: the model's ``train_step`` or ``test_step``.
         touched: learns the variables that a trace shows.
         sink: takes the gradients; None in an evaluation.
-        findings: those of an earlier trace of the same step.
+        findings: the findings of an earlier trace of the same step.
         on_traced: is called when :attr:`findings` are complete; in eager code after every micro-batch.
-        most_samples: the most samples in an effective batch; None if nobody knows.
+        most_samples: the most samples in an effective batch; None if not known.
     """
 
     def __init__(
@@ -87,41 +87,45 @@ class MicroStep:
         self._sink = sink
         self._on_traced = on_traced
         self.findings = findings or TraceFindings()
-        """What the last trace of a training step has shown."""
+        """Findings from the last trace of a training step."""
         self.averages = RunningAverages(model, touched)
-        """What is assigned once an update; nothing in an evaluation."""
+        """Running averages, assigned once an update; unused in an evaluation."""
         self._compiled: Callable[..., tuple[Logs, list[Any], Any]] = self._run_averaging
         self._count_compiled: Callable[..., Any] = self._run_counting
         self._second_references: InGraphSnapshot | None = None
         self._told: tuple[tuple[str, Any], ...] = ()
         self._learnt: TraceFindings | None = None
-        """What a trace has shown of a step that runs eagerly; None where it was not traced, or is."""
+        """Findings from a trial trace of a step that runs eagerly; None if there was none, or for a traced step."""
         self.logs = MergedLogs()
         self._held = EagerUpdates() if model.run_eagerly else HeldUpdates(most_samples)
         self._count_length: int | None = None
         self.graph: tf.Graph | None = None
-        """What was traced; None before, and where the step runs eagerly."""
+        """Graph of the traced step; None before the trace, and if the step runs eagerly."""
 
     @property
     def count_length(self) -> int | None:
-        """How many denominators depend on the data; known once a step was traced."""
+        """Number of denominators that depend on the data; None until a step was traced."""
         return self._count_length
 
     def __call__(self, leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> tuple[Logs, list[Any], Any]:
-        """Run one micro-batch: its logs, what metrics that are to see the whole batch are given, its statistics."""
+        """Run one micro-batch; return its logs, the arguments of held metric updates, and its statistics."""
         if self._second_references is None:
             return self._compiled(leaves, fraction, totals)
         with tf.control_dependencies([self._second_references.keep()]):
             return self._compiled(leaves, fraction, totals)
 
     def release(self) -> None:
-        """Let go of what is held between micro-batches."""
+        """Let go of the memory that is held between micro-batches."""
         if self._second_references is not None:
             self._second_references.drop()
         self.averages.release()
 
     def trace(self) -> None:
-        """Trace now, outside of any loop: this learns what the logs look like and whether counts are needed."""
+        """Trace now, outside of any loop, to learn the structure of the logs and whether counts are needed.
+
+        Raises:
+            ValueError: a second trace shows another number of denominators than the first.
+        """
         model, sink, specs = self._model, self._sink, self._structure.specs
         if sink is not None and len(self._touched.optimizers) == 1:
             # A tf.function that creates variables while it is traced is traced a second time.
@@ -138,8 +142,8 @@ class MicroStep:
         if sink is not None:
             sink.settle()
         if model.jit_compile:
-            # A step compiled by XLA that runs out of memory frees the buffers of the variables that it writes, although
-            # they stay the variables', unless there is a second reference (TensorFlow 2.21 on a CPU).
+            # When a step compiled by XLA runs out of memory, it frees the buffers of the variables that it writes. The
+            # variables still use them. A second reference prevents that (TensorFlow 2.21 on a CPU).
             sums = [] if sink is None else sink.variables
             written = written_variables(concrete.graph, [*self._touched.variables, *sums])
             self._second_references = InGraphSnapshot(written)
@@ -156,14 +160,14 @@ class MicroStep:
                 )
 
     def look_at_losses(self) -> None:
-        """Learn from a trace that is never run what the losses are made of, where the step runs eagerly.
+        """Trace an eager step, without running the trace, to learn what its losses are made of.
 
-        What the user's code keeps of it in the model's attributes is put back. Code that cannot be traced tells
-        nothing.
+        The model's attributes that the user's code changes meanwhile are put back. Nothing is learnt from code that
+        cannot be traced.
         """
         model = self._model
         if not rules.has_code_of_its_own(model) or not models.is_built(model):
-            return  # what is made in a trace that fails would stay without a value
+            return  # variables made in a trace that fails would stay without a value
         traced = TraceFindings()
 
         def look(leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> Any:
@@ -192,13 +196,13 @@ class MicroStep:
         try:
             with attributes_kept(model) as changed:
                 tf.function(look, autograph=False, input_signature=signature).get_concrete_function()
-        except Exception as error:  # noqa: BLE001 - it was written to run eagerly, and may need to
+        except Exception as error:  # noqa: BLE001 - the code was written to run eagerly, and may need to
             logger.info("the step runs eagerly and cannot be traced: %r", error)
             return
         traced.forget_tensors()
         if any(kind == "gradient" and None in told[0] for kind, told in self._told) and not traced.untold:
             traced.untold, traced.is_told = "a step that runs eagerly", False
-        if changed and not traced.untold:  # what it does may depend on what it counts
+        if changed and not traced.untold:  # what the step does may depend on what it counts
             traced.untold, traced.is_told = f"code that counts in {changed[0]}", False
         self._learnt = traced
         if self._sink is not None:
@@ -243,7 +247,7 @@ class MicroStep:
                 traced.take_over(self._learnt)
             traced.updated_in_parts = dict(self._held.updated_in_parts)
             traced.held_sample_bytes = self._held.sample_bytes
-            if not traced.untold and not traced.comparing:  # else it is the loss that is named
+            if not traced.untold and not traced.comparing:  # otherwise the loss is named
                 scalar_metrics += untold_metrics
             traced.scalar_metrics = tuple(
                 name for name in dict.fromkeys(scalar_metrics) if name not in traced.updated_in_parts
@@ -259,7 +263,7 @@ class MicroStep:
     def _weighing(
         self, mode: Mode, leaves: list[Tensor], fraction: Tensor, totals: Tensor, traced: TraceFindings | None = None
     ) -> tuple[LossWeights, LossTerms | EagerTerms]:
-        """What weighs the losses of one trace, or of one run where nothing is traced."""
+        """Return what weighs the losses, and what follows them, in one trace or one eager run."""
         needed = Totals(mode, totals)
         if tf.executing_eagerly():
             normalizer = LossWeights(fraction, needed)
@@ -283,7 +287,7 @@ class MicroStep:
         return capture_apply(self._touched.optimizers, take)
 
     def _noting_draws(self, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
-        """Note what draws random numbers: in a trace, and in the first micro-batch that runs eagerly."""
+        """Note the code that draws random numbers, in a trace and in the first micro-batch that runs eagerly."""
         if self._sink is None:
             return contextlib.nullcontext()
         if not tf.executing_eagerly():
@@ -312,8 +316,8 @@ class MicroStep:
         return tf.concat(counted, 0) if counted else tf.zeros([0], tf.float64)
 
     def count_over(self, leaves: list[Tensor], samples: Any, division: Division) -> Any:
-        """The denominators of the effective batch: a float64 vector, empty where none depends on the data."""
-        if self._count_length is None:  # an eager step has no trace to learn it from: count the first micro-batch
+        """Return the denominators of the effective batch: a float64 vector, empty if none depends on the data."""
+        if self._count_length is None:  # an eager step has no trace that shows it: count the first micro-batch
             part = [cut(leaf, tf.constant(0, tf.int64), division.larger) for leaf in leaves]
             self._run_counting(part, tf.constant(1.0, tf.float64), tf.zeros([0], tf.float64))
         counts = tf.zeros([self._count_length], tf.float64)
@@ -328,12 +332,12 @@ class MicroStep:
         )
 
     def empty(self) -> list[Any]:
-        """What to carry through the loop, of no samples: logs, what metrics are given, statistics."""
+        """Return what the loop starts with: logs, arguments of held metric updates and statistics of no samples."""
         held = self._held.empty()
         return [self.logs.empty(), [] if tf.executing_eagerly() else held, self.averages.empty()]
 
     def merge(self, carried: list[Any], results: tuple[Logs, list[Any], Any], fraction: Tensor) -> list[Any]:
-        """What is carried, with the results of one more micro-batch."""
+        """Return what the loop carries, merged with the results of one more micro-batch."""
         logs, given, statistics = results
         return [
             self.logs.merged(carried[0], logs, fraction),
@@ -342,7 +346,7 @@ class MicroStep:
         ]
 
     def finish(self, carried: list[Any]) -> tuple[list[Any], Any]:
-        """Update the metrics that were held back, with the whole batch; return the logs as of now, and statistics."""
+        """Update the metrics that were held back with the whole batch; return the final logs, and statistics."""
         parts, held, statistics = carried
         return (self.logs.as_of_now(parts) if self._held.finish(held) else parts), statistics
 

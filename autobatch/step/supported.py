@@ -1,4 +1,4 @@
-"""Refuse models that cannot be trained here, with the reason and the remedy."""
+"""Refusal of models that cannot be trained here, with the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from autobatch.types import Model
 
 
 def require_supported(model: Model) -> None:
-    """Refuse models whose training goes another way than through Keras's own ``fit``.
+    """Refuse models that cannot be trained through Keras's own ``fit``.
 
     Raises:
-        ValueError: the model was made under a distribution strategy that is not supported, or cannot be trained under
-            the one that it was made under, or makes its own train function.
+        ValueError: the distribution strategy that the model was made under is not supported, or cannot train this
+            model; or the model makes its own train function, or is stateful (see :func:`require_stateless`).
     """
     strategies.require_supported(model)
     if getattr(type(model), "make_train_function", None) is not keras.Model.make_train_function:
@@ -26,10 +26,10 @@ def require_supported(model: Model) -> None:
 
 
 def require_stateless(model: Model) -> None:
-    """Refuse recurrent layers that hand a sample's state on to the one in the same place of the next batch.
+    """Refuse recurrent layers that hand each sample's state to the sample in the same place of the next batch.
 
     Raises:
-        ValueError: names the layers.
+        ValueError: there are such layers; it names them.
     """
     stateful = [layer.name for layer in layers_of(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
     if stateful:

@@ -1,6 +1,6 @@
-"""Keras's own step on a whole effective batch, as one micro-batch: nothing is accumulated.
+"""Keras's own step on a whole effective batch as one micro-batch, without accumulation.
 
-Its update begins when every gradient is there. What the step changes before is copied by the step itself.
+Its update begins when every gradient is there. The step itself copies the variables that it changes before that.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from autobatch.types import Model, Optimizer, Tensor, Variable
 
 
 class WholeBatchStep:
-    """One model's compiled step; it is traced by :meth:`prepare`.
+    """One model's compiled step, traced by :meth:`prepare`.
 
     Args:
         model: a compiled Keras model.
-        structure: that of the data.
+        structure: the structure of the data.
         touched: learns the variables that the trace shows.
-        reserve: makes sure of the update's memory.
+        reserve: makes sure that the update has its memory.
         note_update: is called with the optimizer, the gradients and the variables of each update in the trace.
     """
 
@@ -50,10 +50,10 @@ class WholeBatchStep:
         self._note_update = note_update
         self._compiled: Callable[..., Logs] | None = None
         self.copies: InGraphSnapshot | None = None
-        """Of what the step changes before its update; None where it runs eagerly."""
+        """Copies of the variables that the step changes before its update; None if it runs eagerly or is not traced."""
 
     def prepare(self) -> bool:
-        """Trace the step if it was not traced; return True if it was now."""
+        """Trace the step unless it was traced before; return True if this call did it."""
         missing = self._compiled is None
         if missing:
             self._compiled = self._trace()
@@ -68,7 +68,7 @@ class WholeBatchStep:
         return self._compiled(leaves)
 
     def has_not_reached_update(self) -> bool:
-        """Return True if the call that has just failed did so before any of its updates."""
+        """Return True if the call that has just failed did so before its first update."""
         return self.copies is not None and not self.copies.are_of_failed_call
 
     def _trace(self) -> Callable[..., Logs]:

@@ -1,1 +1,1 @@
-"""Batches, variables and snapshots of variables, as TensorFlow has them."""
+"""TensorFlow's side of batches, variables and snapshots of variables."""

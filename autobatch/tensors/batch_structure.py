@@ -1,4 +1,4 @@
-"""Effective batches as lists of leaves: how many samples, and the same structure cut to some of them.
+"""Effective batches as lists of leaves: their number of samples, and cuts of some of the samples.
 
 A leaf is a dense, ragged or sparse tensor whose first dimension counts samples. Missing parts (no targets, no sample
 weight) are None in the structure, or an empty ``tf.experimental.Optional`` where Keras's data adapters put one.
@@ -14,16 +14,16 @@ import tensorflow as tf
 from autobatch.types import Batch, ElementSpec, Tensor
 
 NONE_SPEC = type(tf.type_spec_from_value(None))
-"""How tf.data describes a part that is None."""
+"""Class of the type spec by which tf.data describes a part that is None."""
 
 
 def is_missing(part: Any) -> bool:
-    """Whether there is nothing where this part of a batch, or its type spec, stands."""
+    """Return True if this part of a batch, or its type spec, stands for a missing part."""
     return part is None or isinstance(part, (tf.experimental.Optional, tf.OptionalSpec, NONE_SPEC))
 
 
 def open_batch_dimension(spec: Any) -> Any:
-    """The same type spec with the first dimension left open, so that one trace serves all sizes."""
+    """Return a type spec with its first dimension left open, so that one trace serves all sizes."""
     shape = tf.TensorShape(None) if spec.shape.rank is None else tf.TensorShape([None, *spec.shape[1:]])
     if isinstance(spec, tf.RaggedTensorSpec):
         return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
@@ -33,9 +33,9 @@ def open_batch_dimension(spec: Any) -> Any:
 
 
 class Structure:
-    """The nesting of one data set's elements.
+    """Nesting of one data set's elements.
 
-    ``element_spec`` is that of a dataset of batches: a nest of type specs, with None where a part is missing.
+    ``element_spec`` describes a batch: a nest of type specs, with None in place of a missing part.
     """
 
     def __init__(self, element_spec: ElementSpec) -> None:
@@ -45,7 +45,7 @@ class Structure:
         ]
 
     def leaves(self, data: Batch) -> list[Tensor]:
-        """The tensors of one batch, in order; missing parts left out."""
+        """Return the tensors of one batch, in order; missing parts are left out."""
         parts = [part for part in tf.nest.flatten(data) if not is_missing(part)]
         if all(tf.is_tensor(part) for part in parts):
             return parts
@@ -56,14 +56,14 @@ class Structure:
             ]
 
     def pack(self, leaves: list[Tensor]) -> Any:
-        """The structure that ``train_step`` takes, around these leaves."""
+        """Return the leaves in the structure that ``train_step`` takes."""
         remaining = iter(leaves)
         flat = [None if is_missing(part) else next(remaining) for part in tf.nest.flatten(self._nest)]
         return tf.nest.pack_sequence_as(self._nest, flat)
 
 
 def sample_count(leaves: list[Tensor]) -> Any:
-    """How many samples a batch has: a scalar int64 tensor."""
+    """Return the number of samples in a batch: a scalar int64 tensor."""
     first = leaves[0]
     if isinstance(first, tf.RaggedTensor):
         return tf.cast(first.nrows(), tf.int64)
@@ -73,7 +73,7 @@ def sample_count(leaves: list[Tensor]) -> Any:
 
 
 def count_samples(data: Batch) -> int:
-    """How many samples a batch outside of any graph has; runs no operation where the shape tells."""
+    """Return the number of samples in a batch outside of any graph; a dense batch needs no operation for it."""
     first = next(part for part in tf.nest.flatten(data) if not is_missing(part))
     if isinstance(first, (tf.RaggedTensor, tf.SparseTensor)):
         return int(sample_count([first]))
@@ -81,7 +81,7 @@ def count_samples(data: Batch) -> int:
 
 
 def cut(leaf: Tensor, start: Any, stop: Any) -> Any:
-    """Samples ``start`` to ``stop`` (int64 scalars) of one leaf; no copy of a dense tensor where it is aligned."""
+    """Return samples ``start`` to ``stop`` (int64 scalars) of one leaf; an aligned dense slice is no copy."""
     if isinstance(leaf, tf.SparseTensor):
         begin = tf.concat([[start], tf.zeros_like(leaf.dense_shape[1:])], axis=0)
         extent = tf.concat([[stop - start], leaf.dense_shape[1:]], axis=0)
@@ -90,7 +90,7 @@ def cut(leaf: Tensor, start: Any, stop: Any) -> Any:
 
 
 def repeat_to(leaf: Tensor, samples: int) -> Any:
-    """The leaf with its samples repeated in order until there are ``samples`` of them."""
+    """Return the leaf with its samples repeated in order until there are ``samples`` of them."""
     if isinstance(leaf, tf.SparseTensor):
         times = -(-samples // max(int(leaf.dense_shape[0]), 1))
         return cut(tf.sparse.concat(0, [leaf] * times), tf.constant(0, tf.int64), tf.constant(samples, tf.int64))
@@ -99,9 +99,9 @@ def repeat_to(leaf: Tensor, samples: int) -> Any:
 
 
 def row_sizes(leaf: Tensor) -> Any:
-    """What each sample of a leaf holds, in bytes: an array of integers; None where all hold the same.
+    """Return the bytes of each sample of a leaf as an array of integers; None if all samples have the same.
 
-    A ragged sample counts its values, a sparse one those that are there, a sample of strings their characters.
+    A ragged sample counts its values, a sparse one its stored values, a sample of strings their characters.
     """
     if isinstance(leaf, tf.SparseTensor):
         return np.bincount(leaf.indices.numpy()[:, 0], minlength=int(leaf.dense_shape[0])) * leaf.dtype.size

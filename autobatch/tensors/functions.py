@@ -1,4 +1,4 @@
-"""Call traced functions without what Python adds to each call."""
+"""Calls of traced functions without the time that Python adds to each call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from autobatch.types import Tensor
 
 
 def called_directly(compiled: Any) -> Callable[..., Any]:
-    """A ``tf.function`` of leaves, and of tensors besides, without being looked up for its arguments at every call.
+    """Return a faster call for a ``tf.function`` that takes a list of leaves and further tensors.
 
-    That takes as long as the call itself; but it converts them, which ragged and sparse leaves need.
+    A ``tf.function`` looks up its trace by the arguments at every call, which takes as long as the call itself. It is
+    used only for ragged and sparse leaves, which it converts.
     """
     concrete = compiled.get_concrete_function()
 

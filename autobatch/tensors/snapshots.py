@@ -1,8 +1,8 @@
-"""Take and restore every variable that a step can touch.
+"""Snapshots of variables, from which the values before a step are restored.
 
-On the device a copy costs nothing until something is overwritten: reading a resource variable shares its buffer, and
-TensorFlow copies the buffer only when the variable is next updated in place. On the host it is a real copy, and no
-device memory is held.
+A copy on the device costs nothing until something is overwritten. Reading a resource variable shares its buffer, and
+TensorFlow copies the buffer only when the variable is next updated in place. A copy on the host is a real one, and
+takes no device memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from autobatch.types import Variable
 
 
 class Snapshot:
-    """The values of some variables at one moment."""
+    """Values of some variables at one moment."""
 
     def __init__(self, variables: list[Variable], values: list[Any]) -> None:
         self._variables = variables
@@ -36,15 +36,15 @@ class Snapshot:
             variable.assign(value)
 
     def drop(self) -> None:
-        """Let go of the values; from here on an update copies nothing."""
+        """Let go of the values, so that later updates need not copy them."""
         self._values = []
         self._variables = []
 
 
 class InGraphSnapshot:
-    """Values that a traced step keeps by itself before it does anything else, in variables of their own.
+    """Values that a traced step itself keeps in separate variables before it does anything else.
 
-    That costs a call less than a snapshot taken before the step. Buffers are shared until a variable is updated.
+    This saves one call compared to a snapshot taken before the step. Buffers are shared until a variable is updated.
     """
 
     def __init__(self, variables: Iterable[Variable]) -> None:
@@ -62,33 +62,33 @@ class InGraphSnapshot:
             self._times = tf.Variable(tf.constant(0, tf.int64), trainable=False, name="autobatch_times_kept")
         self._called = 0
         self.are_of_failed_call = False
-        """Whether the call that failed last, if none was begun since, came as far as to keep the values."""
+        """True if the last call failed after it had kept the values, and no other call was begun since."""
 
     def keep(self) -> Any:
-        """An operation that keeps the values, to be traced in front of everything else."""
+        """Return an operation that keeps the values; trace it before everything else."""
         kept = [copy.assign(variable.read_value(), read_value=False) for variable, copy in self._pairs]
         with tf.control_dependencies(kept), tf.device("CPU:0"):
             return self._times.assign_add(1, read_value=False)
 
     @contextlib.contextmanager
     def around_call(self) -> Iterator[None]:
-        """Around a call of what :meth:`keep` was traced into."""
+        """Enclose a call of the function that :meth:`keep` was traced into, and note whether it fails."""
         self.forget()
         self._called += 1
         try:
             yield
-        except BaseException:  # an interrupt, too, comes before the values are kept, or after
+        except BaseException:  # an interrupt too may come before the values are kept or after
             times = int(self._times)
             self.are_of_failed_call = times == self._called
             self._called = times
             raise
 
     def forget(self) -> None:
-        """Restore nothing if what comes next fails before the call; the values stay where they are."""
+        """Let :meth:`restore` do nothing until a call fails after keeping its values; keep the memory of the values."""
         self.are_of_failed_call = False
 
     def restore(self) -> None:
-        """Give every variable back, bit for bit, what it had before the call that failed, if that changed anything."""
+        """Give every variable back, bit for bit, its value from before a failed call, if that call had kept it."""
         if self.are_of_failed_call:
             for variable, copy in self._pairs:
                 variable.assign(tf.ensure_shape(copy.read_value(), variable.shape))
@@ -102,9 +102,9 @@ class InGraphSnapshot:
 
 
 class SnapshotTaker:
-    """Takes snapshots of the same variables again and again, on the device, in one call each.
+    """Maker of repeated snapshots of the same variables, on the device, in one call each.
 
-    ``beforehand`` is traced into that call.
+    ``beforehand`` is traced into that call, before the variables are read.
     """
 
     def __init__(self, variables: Iterable[Variable], *, beforehand: Callable[[], object] = lambda: None) -> None:
@@ -118,7 +118,7 @@ class SnapshotTaker:
         self._concrete: Callable[[], list[Any]] | None = None
 
     def take(self) -> Snapshot:
-        """The values now; buffers are shared with the variables until those are updated."""
+        """Return the present values; buffers are shared with the variables until those are updated."""
         if self._concrete is None:  # quicker to call than a function that is looked up for its arguments
             self._concrete = self._read.get_concrete_function()
         return Snapshot(self._variables, list(self._concrete()))

@@ -1,4 +1,4 @@
-"""Variables as TensorFlow's: unwrapped from Keras's, each once, and their bytes."""
+"""TensorFlow's variables behind Keras's, each listed once, and their bytes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from autobatch.types import Variable
 
 
 def unwrap(variable: Variable) -> Variable:
-    """The ``tf.Variable`` behind a Keras variable, or the ``tf.Variable`` itself."""
+    """Return the ``tf.Variable`` behind a Keras variable; return a ``tf.Variable`` as it is."""
     is_keras = hasattr(variable, "regularizer") and not isinstance(variable, tf.Variable)
     return inner_of(variable) if is_keras else variable
 
 
 def distinct(variables: Iterable[Variable]) -> list[Variable]:
-    """Each ``tf.Variable`` once, in order, Keras's wrappers taken off."""
+    """Return each ``tf.Variable`` once, in order, without Keras's wrappers."""
     found: dict[int, Any] = {}
     for variable in variables:
         inner = unwrap(variable)
@@ -27,7 +27,7 @@ def distinct(variables: Iterable[Variable]) -> list[Variable]:
 
 
 def components(variables: Iterable[Variable]) -> list[Variable]:
-    """Each ``tf.Variable`` once; of one that a strategy mirrors, its copy on each device of this process."""
+    """Return each ``tf.Variable`` once; for one that a strategy mirrors, its copy on each device of this process."""
     found: dict[int, Any] = {}
     for variable in distinct(variables):
         parts = variable.values if isinstance(variable, tf.distribute.DistributedValues) else (variable,)
@@ -36,5 +36,5 @@ def components(variables: Iterable[Variable]) -> list[Variable]:
 
 
 def bytes_of(variables: Iterable[Variable]) -> int:
-    """The bytes that the variables' values take."""
+    """Return the bytes that the variables' values take, each variable counted once."""
     return sum(variable.shape.num_elements() * variable.dtype.size for variable in distinct(variables))

@@ -1,1 +1,1 @@
-"""Run Keras's own ``fit``, or the user's own loop, with every step a transaction."""
+"""Keras's own ``fit``, or the user's own loop, with every step a transaction."""

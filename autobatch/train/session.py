@@ -63,14 +63,14 @@ def train(
 
 
 def _add(callback: keras.callbacks.Callback, callbacks: Any, model: Model) -> None:
-    """Add to a list of callbacks that Keras has made, as Keras would have."""
+    """Add ``callback`` to a list of callbacks that Keras has made, as Keras would have."""
     callback.set_params(callbacks.params)
     callback.set_model(model)
     callbacks.callbacks.append(callback)
 
 
 def _callback_list(model: Model, batches: EffectiveBatches, options: dict[str, Any]) -> Any:
-    """The list that ``Model.fit`` would make of its options; made here, so that it can be ended after a failure."""
+    """Return the list that ``Model.fit`` would make of its options. Made here, it can be ended after a failure."""
     callbacks = options.pop("callbacks", None)
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return callbacks
@@ -88,10 +88,10 @@ def _callback_list(model: Model, batches: EffectiveBatches, options: dict[str, A
 
 @contextlib.contextmanager
 def _functions_replaced(model: Model, transaction: AnyTransaction) -> Iterator[None]:
-    """While this lasts, ``model.fit`` and ``model.evaluate`` run the transaction's steps.
+    """Let ``model.fit`` and ``model.evaluate`` run the transaction's steps, while the context is open.
 
-    What a callback trains or tests on by itself, by ``train_on_batch``, ``test_on_batch`` or a ``fit`` of its own, goes
-    to Keras's own functions.
+    Keras's own functions run what a callback trains or tests by itself: ``train_on_batch``, ``test_on_batch`` or a
+    ``fit`` of its own.
     """
     own: dict[str, Callable[[Any], Any]] = {}
 
@@ -123,7 +123,11 @@ def _functions_replaced(model: Model, transaction: AnyTransaction) -> Iterator[N
 
 
 def _several(model: Model, iterator: Any, once: Callable[[Any], Any]) -> Any:
-    """Run ``steps_per_execution`` batches, as Keras's functions do; StopIteration if there was none left."""
+    """Run ``steps_per_execution`` batches, or those that are left, as Keras's functions do; return the last logs.
+
+    Raises:
+        StopIteration: No batch was left.
+    """
     logs = None
     for _ in range(model.steps_per_execution):
         try:
@@ -138,7 +142,7 @@ def _several(model: Model, iterator: Any, once: Callable[[Any], Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet_about_length(batches: EffectiveBatches, options: dict[str, Any]) -> Iterator[None]:
-    """Where nobody could know how many batches there are, reaching their end is no reason for Keras's warning."""
+    """Silence Keras's warning at the end of the data where nobody could know how many batches there are."""
     with warnings.catch_warnings():
         if batches.num_batches is None and not options.get("steps_per_epoch"):
             warnings.filterwarnings("ignore", message="Your input ran out of data")

@@ -108,12 +108,12 @@ class WrappedStep:
 
     @property
     def report(self) -> Report | None:
-        """The report of the search, None before the first batch."""
+        """Report of the search; None before the first batch."""
         return self._session.report
 
     @property
     def recoveries(self) -> tuple[Recovery, ...]:
-        """The times that a batch ran out of memory and the loop went on, in turn."""
+        """Recoveries in turn: the times that a batch ran out of memory and the loop went on."""
         return () if self._transaction is None else tuple(self._transaction.recoveries)
 
     def __call__(self, batch: Batch) -> Any:

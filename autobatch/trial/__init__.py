@@ -1,1 +1,1 @@
-"""Run trials on the live model, and leave no trace."""
+"""Trials on the live model that leave no trace."""

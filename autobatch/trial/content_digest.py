@@ -1,9 +1,9 @@
-"""What is trained, in one digest: equal for two trainings that need the same memory and the same time.
+"""Digest of what is trained: equal for two trainings that need the same memory and the same time.
 
-A remembered result is found by it. It holds what the model is made of (classes, configurations, the shapes of its
-variables, the code of what the user wrote), the optimizer and the loss, and the data's shapes and dtypes; not the names
-that Keras counts up, nor numbers that change no shape, such as a learning rate. What has no configuration goes in by
-its class and plain attributes. So two different models may share a digest: what is remembered is run once before it is
+A remembered result is found by it. It covers the optimizer, the loss, the data's shapes and dtypes, and what the model
+is made of: classes, configurations, the shapes of its variables, the user's own code. It leaves out the names that
+Keras counts up, and numbers that change no shape, such as a learning rate. An object without a configuration goes in by
+its class and plain attributes. So two different models may share a digest: a remembered size is run once before it is
 used.
 """
 
@@ -31,10 +31,10 @@ from autobatch.types import Model, Optimizer
 logger = logging.getLogger("autobatch")
 
 _LIBRARIES = ("keras", "tensorflow", "autobatch", "builtins", "abc", "typing", "collections")
-"""Classes of these packages are known by their versions; the code of all others counts."""
+"""Packages whose classes are known by the packages' versions; the code of all other classes counts."""
 
 _CHANGE_MEMORY = ("TF_ENABLE_ONEDNN_OPTS", "TF_GPU_ALLOCATOR", "TF_XLA_FLAGS", "XLA_FLAGS")
-"""Environment variables that change what a step needs."""
+"""Environment variables that change the memory that a step needs."""
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
 _DEEPEST = 30
@@ -42,7 +42,7 @@ _MOST_ITEMS = 1000
 
 
 def content_digest(model: Model, sample: Iterable[object], surroundings: Mapping[str, object]) -> str:
-    """The digest of a compiled model, of what its data hold, and of ``surroundings``: further plain values."""
+    """Return the digest of a compiled model, of what its data hold, and of ``surroundings``: further plain values."""
     try:
         text = json.dumps(_content(model, sample, surroundings), sort_keys=True)
     except Exception as error:  # noqa: BLE001 - objects of the user's may do anything when they are looked at
@@ -53,7 +53,7 @@ def content_digest(model: Model, sample: Iterable[object], surroundings: Mapping
 
 
 def surroundings_of(device: str, user_limit_bytes: int | None) -> dict[str, object]:
-    """The device's name, the limits that somebody set, and what else of the process changes what a step needs."""
+    """Return the device's name, the limits that somebody set, and what else here changes the needs of a step."""
     return {
         "device_name": limits.tensorflow_device_name(device) or platform.machine(),
         "user_limit_bytes": user_limit_bytes,
@@ -83,7 +83,7 @@ def _variables(model: Model) -> list[object]:
 
 
 def _describe(thing: Any) -> object:
-    """A model, layer, loss or the like: its class, the code of it that is the user's, and its configuration."""
+    """Return class and configuration of a model, layer, loss or the like, and the user's own part of its code."""
     described = [_class_name(type(thing)), _without_counted_names(_plain(_config_of(thing)))]
     if isinstance(thing, keras.layers.Lambda):
         described.append(_plain(thing.function))
@@ -98,8 +98,8 @@ def _describe(thing: Any) -> object:
 
 @functools.cache
 def _attributes_of_keras() -> frozenset[str]:
-    """What Keras itself keeps in a layer's and a model's dictionary."""
-    # Given a name, they do not make Keras count on those of the user's layers.
+    """Return the names that Keras itself keeps in the dictionaries of layers and models."""
+    # With names given, they leave Keras's count for the names of the user's layers alone.
     plain = (keras.layers.Layer(name="plain"), keras.Model(name="plain"))
     return frozenset(["stop_training", *(name for thing in plain for name in vars(thing))])
 
@@ -113,7 +113,10 @@ def _config_of(thing: Any) -> object:
 
 
 def _describe_optimizer(optimizer: Optimizer) -> object:
-    """Its class and what of its configuration makes slots; of a rate or a factor only whether it is zero."""
+    """Return the class of an optimizer, and the part of its configuration that makes slots.
+
+    A rate or a factor counts only by whether it is zero.
+    """
     config = _config_of(optimizer)
     kept: dict[str, object] = {}
     if isinstance(config, dict):
@@ -135,7 +138,7 @@ def _is_simple(value: object, depth: int = 0) -> bool:
 
 
 def _plain(value: object, depth: int = 0) -> object:
-    """``value`` as JSON holds it, the same in every process: no addresses, no order of a set."""
+    """Return ``value`` as JSON holds it, the same in every process: no addresses, no order of a set."""
     if depth > _DEEPEST:
         return "..."
     inside = functools.partial(_plain, depth=depth + 1)
@@ -169,7 +172,7 @@ def _plain(value: object, depth: int = 0) -> object:
 
 
 def _function_of(value: Any) -> types.FunctionType | None:
-    """The Python function behind a method, a ``tf.function`` or a ``functools.partial``."""
+    """Return the Python function behind a method, a ``tf.function`` or a ``functools.partial``; None without one."""
     for _ in range(_DEEPEST):
         if isinstance(value, types.FunctionType):
             return value
@@ -195,10 +198,10 @@ def _class_name(cls: type) -> str:
 
 
 def _without_counted_names(config: object) -> object:
-    """A configuration with each layer's name replaced by when it came: Keras counts on where a process lives on.
+    """Return a configuration with each layer's name replaced by its place in the order of appearance.
 
-    Other parts refer to a name from lists ("keras_history", "output_layers"). What stands by itself, an activation
-    called "softmax" say, is no layer's name.
+    Keras goes on counting names for as long as a process lives. Other parts refer to a name from lists
+    ("keras_history", "output_layers"). A string outside of lists, such as the activation "softmax", is no layer's name.
     """
     names: dict[str, str] = {}
 

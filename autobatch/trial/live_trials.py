@@ -1,8 +1,8 @@
 """Trials on the live model, in this process, that leave no trace.
 
-Each trial runs what training will run: the accumulated step with its accumulators and the optimizer's update, or
-Keras's plain step where one micro-batch is the whole effective batch. Everything that a step can touch is copied to
-host memory before the first trial and put back by :meth:`LiveTrials.close`, bit for bit.
+Each trial runs what training will run: the accumulated step with its accumulators and the optimizer's update. Where one
+micro-batch is the whole effective batch, that is Keras's plain step. Everything that a step can touch is copied to host
+memory before the first trial, and put back by :meth:`LiveTrials.close`, bit for bit.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from autobatch.version import __version__
 class LiveTrials:
     """A :class:`autobatch.trial.protocol.Trials` on a compiled model and its data.
 
-    ``target_batch`` is None where only the largest micro-batch is wanted. ``user_limit_bytes`` counts as out of memory
-    wherever a trial's peak exceeds it, whatever the device itself allows.
+    ``target_batch`` is None where only the largest micro-batch is wanted. A trial whose peak exceeds
+    ``user_limit_bytes`` counts as out of memory, whatever the device itself allows.
     """
 
     replicas = 1
@@ -117,7 +117,7 @@ class LiveTrials:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What will differ from the full batch where gradients are accumulated; complete once a trial was run."""
+        """Differences from the full batch where gradients are accumulated; complete once a trial has run."""
         return rules.differences(
             self._model,
             self.step.updating_optimizers,
@@ -127,15 +127,15 @@ class LiveTrials:
         )
 
     def length_rule(self, report: Report, structure: Structure | None = None) -> LengthRule:
-        """How training is to size micro-batches of samples that are shorter or longer than the trials'.
+        """Return the rule by which training sizes micro-batches of samples shorter or longer than the trials'.
 
-        ``structure`` tells which dimensions vary, where more of them do than in the data that the trials saw.
+        ``structure`` shows which dimensions vary, where more of them do than in the data that the trials saw.
         """
         return LengthRule.after_search(structure or self._sample.structure, self._sample.leaves, report)
 
     @property
     def content(self) -> str:
-        """A digest of model, data, optimizer and loss, of the device's name and the limits that somebody set."""
+        """Digest of model, data, optimizer and loss, of the device's name, and of the limits that somebody set."""
         # Only what the trials build changes it.
         variables = len(self._model.variables)
         if self._content is None or self._content[0] != variables:
@@ -147,12 +147,12 @@ class LiveTrials:
         return content_digest(self._model, self._sample.describe(), surroundings)
 
     def require_no_clock(self, max_seconds: float | None) -> None:
-        """Refuse ``max_seconds`` where it cannot be held to; one process can."""
+        """Refuse ``max_seconds`` where it cannot be kept to; a single process can keep to it."""
 
     def trace(self) -> None:
         """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial.
 
-        Of a model that runs eagerly some of them show in the first step alone: they are said then.
+        Some differences show only in the first step of a model that runs eagerly; they are warned of then.
         """
         try:
             self.step.prepare()
@@ -166,7 +166,7 @@ class LiveTrials:
         self.step.on_traced = lambda: None
         found = [sentence for sentence in self.warnings if sentence not in known]
         if found:
-            # No report holds these, so all of them are said.
+            # No report holds these, so the warning names all of them.
             clauses = "; ".join(difference.clause_of(sentence) for sentence in found)
             warn(
                 f"The first micro-batch shows what else differs from the full batch: {clauses}. "
@@ -174,9 +174,9 @@ class LiveTrials:
             )
 
     def estimate_sample(self) -> SampleEstimate | None:
-        """What a sample needs, from the traced step; None where it is not traced or cannot be told.
+        """Return what a sample needs, by the traced step; None where it is not traced or cannot be estimated.
 
-        What the user's own code raises while it is traced is passed on.
+        An error that the user's own code raises in the trace is passed on.
         """
         if self._model.run_eagerly:
             return None
@@ -185,7 +185,10 @@ class LiveTrials:
         return None if graph is None else sample_bytes.of_graph(graph)
 
     def _fixed_bytes(self) -> int:
-        """A lower bound on every peak: what is held already, weights and slots among it, and the accumulators."""
+        """Return a lower bound on every peak.
+
+        It is what is held already, or weights and slots if they are more, and the accumulators.
+        """
         slots = sum(bytes_of(optimizer.variables) for optimizer in self.step.optimizers)
         held = (limits.bytes_in_use(self.device) or 0) + self._pipeline.least_bytes
         return max(held, bytes_of(self._model.variables) + slots) + self.step.least_accumulator_bytes
@@ -206,7 +209,7 @@ class LiveTrials:
         )
 
     def run(self, request: TrialRequest) -> TrialResult:
-        """Run one size for real; what the user's own code raises is passed on."""
+        """Run one size for real; an error that the user's own code raises is passed on."""
         if self._model.run_eagerly and not models.is_built(self._model):
             raise ValueError(
                 "This model runs eagerly and is not built yet, so that its state before a trial cannot be kept. Build "
@@ -272,13 +275,13 @@ class LiveTrials:
         )
 
     def batch_of(self, samples: int) -> Any:
-        """A batch of so many samples, of the longest ones seen, on the host."""
+        """Return a batch of ``samples`` samples on the host, made of the longest ones seen."""
         return self._sample.micro_batch(samples)
 
     def _try_beside_copies(self, whole: bool, micro_batch: int) -> None:
         """Run an update beside the copies of the weights that training keeps; if that is too much, it keeps none.
 
-        What an update needs does not depend on the micro-batch, so once is enough; it is no part of a trial's peak.
+        An update needs the same at every micro-batch, so one run is enough. It is no part of a trial's peak.
         """
         if whole in self._tried_beside_copies or self.keeper.ran_out_beside_copies:
             return
@@ -302,7 +305,7 @@ class LiveTrials:
         return peak_bytes is not None and budget is not None and peak_bytes > budget
 
     def _save(self) -> None:
-        """Copy what was not copied before; called once everything is traced and nothing has run."""
+        """Copy the variables not copied before; called once everything is traced and nothing has run."""
         new = [variable for variable in self.step.variables if id(variable) not in self._saved]
         if new and tf.executing_eagerly():  # what a trace has found is copied when the trace has ended
             self._snapshots.append(Snapshot.on_host(new))

@@ -1,8 +1,9 @@
-"""Tells a trial that was too large from one that failed because another process took memory while it ran.
+"""Distinction between a trial that was too large and one that failed because another process took memory.
 
-A limit that others can change (what is free on a card by NVML, what is available on the host) is looked at before a
-trial and after it has failed. If it fell, others took what is missing: what this process's allocator holds is counted
-into the limit, see :mod:`autobatch.memory.limits`. Limits that nobody else can change, as that of an arena, stay.
+Others can change some limits: memory free on a card by NVML, or available on the host. Such a limit is looked at before
+a trial and after it has failed. If it fell, others took what is missing, since what this process's allocator holds is
+counted into the limit; see :mod:`autobatch.memory.limits`. Limits that nobody else can change, such as an arena's,
+stay.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from autobatch.records import Limit
 from autobatch.units import format_bytes
 
 NOTABLE = 0.01
-"""A fall of the limit by less than this part of it explains no failure: host memory never stands still."""
+"""Least part of the limit whose loss can explain a failure: host memory never stands still."""
 
 PATIENCE_SECONDS = 30.0
-"""How long memory that others took is waited for."""
+"""Seconds to wait for memory that others took."""
 
 _LOOK_SECONDS = 1.0
 
 
 def taken_since(before: Limit, limit_now: Callable[[], Limit], *, requested_bytes: int | None = None) -> str | None:
-    """What others took since ``before``, in words; None where it cannot be why a trial failed.
+    """Return in words what others took since ``before``; None where it cannot be why a trial failed.
 
-    That is where it is too little, or where the allocation that failed asked for more than there was ``before``.
+    It cannot be if it is too little, or if the allocation that failed asked for more than there was ``before``.
     """
     if before.limit_bytes is not None and (requested_bytes or 0) > before.limit_bytes:
         return None
@@ -37,7 +38,7 @@ def taken_since(before: Limit, limit_now: Callable[[], Limit], *, requested_byte
 def wait_until_back(
     before: Limit, limit_now: Callable[[], Limit], *, patience_seconds: float = PATIENCE_SECONDS
 ) -> bool:
-    """Wait until the limit is nearly what it was, at the most ``patience_seconds``; tell whether it is."""
+    """Wait until the limit is nearly what it was, at the most ``patience_seconds``; return True if it is."""
     waiting = tenacity.Retrying(
         retry=tenacity.retry_if_result(lambda missing: missing is not None),
         stop=tenacity.stop_after_delay(patience_seconds),

@@ -1,4 +1,4 @@
-"""What a source of trials offers, in this process or in a worker's. Standard library only."""
+"""Protocol of a source of trials, in this process or in a worker's. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from autobatch.records import Environment, HostUse, SampleEstimate, TrialRequest
 
 
 class Trials(Protocol):
-    """Runs micro-batch sizes for real.
+    """Source of trials, which runs micro-batch sizes for real.
 
-    ``largest_useful`` is a size above which trying makes no sense (the target batch, or the samples there are), None
-    if unknown. ``fixed_bytes_hint`` is what weights, accumulators and optimizer slots will hold together, a lower bound
-    on every peak, None if unknown. ``model_name``, ``warnings`` and ``host_uses`` go into the report. ``content`` is a
-    digest of what is trained and of what was set for it, by which an earlier result is found; it may change once the
-    first trial has built what was not built. ``replicas`` run each size at once: sizes are those of one of them.
+    ``largest_useful`` is a size above which trying makes no sense (the target batch, or the samples there are), None if
+    unknown. ``fixed_bytes_hint`` is a lower bound on every peak: what weights, accumulators and optimizer slots hold
+    together; None if unknown. ``model_name``, ``warnings`` and ``host_uses`` go into the report.
+
+    ``content`` is a digest of what is trained and of what was set for it, by which an earlier result is found. It may
+    change when the first trial builds what was not built. ``replicas`` run each size at once: sizes are those of one.
     """
 
     @property
@@ -42,13 +43,13 @@ class Trials(Protocol):
     def content(self) -> str: ...
 
     def estimate_sample(self) -> SampleEstimate | None:
-        """What a sample needs, told from the traced step before anything ran; None if unknown."""
+        """Return what a sample needs, estimated from the traced step before anything ran; None if unknown."""
         ...
 
     def run(self, request: TrialRequest) -> TrialResult:
-        """Run one size. Out of memory is an outcome; what the user's code raises is passed on."""
+        """Run one size. Out of memory is an outcome; an error that the user's code raises is passed on."""
         ...
 
     def close(self) -> None:
-        """Put everything back as it was before the first trial, and let go of what was held."""
+        """Put everything back as it was before the first trial, and release what was held."""
         ...

@@ -1,4 +1,4 @@
-"""Time the steps of a trial, and record what the first of them allocates."""
+"""Timing of a trial's steps, with a record of what the first of them allocates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from autobatch.recovery.out_of_memory import CAUGHT
 from autobatch.step.compiled_step import CompiledStep
 
 ENOUGH_SECONDS = 4.0
-"""Once a trial's steps have taken this long, one timed repeat is precise enough."""
+"""Seconds of a trial's steps from which on one timed repeat is precise enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A trial's seconds, the peak before the update where the two come one after the other, and what was allocated."""
+    """Seconds of a trial, its peak before the update where that comes separately, and what was allocated."""
 
     first_seconds: float
     step_seconds: float
@@ -32,11 +32,11 @@ class Timed:
 
 
 class Timing:
-    """Times one model's steps.
+    """Timer of one model's steps.
 
     Args:
-        batch_of: makes a batch of so many samples on the host.
-        clock: returns seconds.
+        batch_of: Makes a batch of the given number of samples on the host.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -66,7 +66,10 @@ class Timing:
 
     @contextlib.contextmanager
     def _undone_under_xla(self) -> Iterator[None]:
-        """Keep under XLA what training would keep, and put it back at once: see :mod:`autobatch.recovery.keeper`."""
+        """Keep under XLA what training would keep, and put it back if the step fails.
+
+        See :mod:`autobatch.recovery.keeper` for the reason.
+        """
         if not self._step.model.jit_compile:
             yield
             return
@@ -80,7 +83,10 @@ class Timing:
             kept.drop()
 
     def of_accumulated_step(self, request: TrialRequest) -> Timed:
-        """Time two micro-batches that are added up and their update, then one of each again as often as is asked."""
+        """Time two micro-batches added up and their update, then repeats of one of each.
+
+        There are ``request.timed_steps`` repeats, at most one where the first steps were slow. The first trial has one.
+        """
         # Two micro-batches first, so that the second is added to accumulators that hold the first one's gradients.
         micro_batch = request.micro_batch
         with self._recorded(request) as recorded:
@@ -90,7 +96,7 @@ class Timing:
             first_apply = self.seconds(self._step.apply)
         repeats = request.timed_steps
         if not self._has_accumulated or first >= ENOUGH_SECONDS:
-            # A graph's very first run optimises it, for seconds; and slow steps are measured well enough by one.
+            # A graph's first run spends seconds on optimising it, so it is repeated once. Slow steps need no more.
             repeats = 1 if repeats or not self._has_accumulated else 0
         self._has_accumulated = True
         one = self._batch_of(micro_batch)
@@ -106,7 +112,10 @@ class Timing:
 
     @contextlib.contextmanager
     def _recorded(self, request: TrialRequest) -> Iterator[Callable[[], AllocationTrace | None]]:
-        """What the block allocates, if that is asked for; to be called for once the block has ended."""
+        """Record what the block allocates, if ``request`` asks for it.
+
+        The function that is yielded returns the record once the block has ended; None if none was asked for.
+        """
         if not request.record_allocations:
             yield lambda: None
             return

@@ -12,11 +12,11 @@ from autobatch.trial.worst_case import Data
 
 
 class WaitingBatches:
-    """Holds, while trials run, as much as effective batches under way will take beside training's steps in an arena.
+    """Holder of as much memory, while trials run, as effective batches under way take from an arena in training.
 
-    In a CPU's arena they are in the memory that the steps need. On a GPU they wait on the host, and without an arena
-    nothing is limited by what this process takes; so nothing is held then, nor where nothing is to be trained. What
-    the user's own pipeline buffers is left out: it may be held already.
+    In a CPU's arena those batches share the memory that the steps need. On a GPU they wait on the host. Without an
+    arena nothing is limited by what this process takes. So in these two cases nothing is held, nor where nothing is to
+    be trained. What the user's own pipeline buffers is left out: it may be held already.
     """
 
     def __init__(self, batches: Data, device: str, *, target_batch: int | None) -> None:
@@ -27,12 +27,12 @@ class WaitingBatches:
         self._held: Any = None
 
     def hold(self, samples: int, sample_bytes: int = 0) -> None:
-        """Hold it beside a trial on so many samples, until the next one.
+        """Hold the memory of the waiting batches beside a trial on ``samples`` samples, until the next trial.
 
-        ``sample_bytes`` are those of a sample that are kept for metrics until an effective batch is through.
+        ``sample_bytes`` are the bytes of a sample that are kept for metrics until an effective batch is through.
 
         Raises:
-            ResourceExhaustedError: it does not fit.
+            ResourceExhaustedError: It does not fit.
         """
         self.drop()
         size = 0
@@ -43,5 +43,5 @@ class WaitingBatches:
                 self._held = tf.zeros([size], tf.uint8)
 
     def drop(self) -> None:
-        """Hold it no longer: training may begin."""
+        """Release the memory that is held: training may begin."""
         self._held = None

@@ -1,9 +1,9 @@
-"""The worst case that a trial runs: a micro-batch of any size, of the longest samples seen in the user's own data.
+"""Worst case that a trial runs: a micro-batch of any size, of the longest samples seen in the user's own data.
 
-Where all samples hold the same, the first effective batch is repeated. Where they vary (ragged and sparse tensors,
-strings), the longest one fills the whole micro-batch: memory then grows with its size in a straight line, which the
-search relies on, and no micro-batch of the samples seen needs more. Nothing is read here but what
-:meth:`autobatch.data.effective_batches.EffectiveBatches.look` shows, which leaves the data as they were.
+Where all samples are of one size, the first effective batch is repeated. Where they vary (ragged and sparse tensors,
+strings), the longest one fills the whole micro-batch. Memory then grows with its size in a straight line, which the
+search relies on, and no micro-batch of the samples seen needs more. The data are read by
+:meth:`autobatch.data.effective_batches.EffectiveBatches.look` alone, which leaves them as they were.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from autobatch.types import Tensor
 
 
 class Data(Protocol):
-    """The data that trials run on: :class:`autobatch.data.effective_batches.EffectiveBatches`, or one batch of a
-    loop."""
+    """Data that trials run on.
+
+    They are :class:`autobatch.data.effective_batches.EffectiveBatches`, or one batch of a loop.
+    """
 
     @property
     def element_spec(self) -> Any: ...
@@ -33,15 +35,15 @@ class Data(Protocol):
     def sample_limit(self) -> int | None: ...
 
     def host_uses(self) -> tuple[HostUse, ...]:
-        """What these data will hold in host memory while they are trained on."""
+        """Return what these data will hold in host memory while they are trained on."""
         ...
 
     def bytes_to_come(self, samples: int) -> int:
-        """What effective batches under way will take in training besides ``samples`` of them."""
+        """Return the bytes that effective batches under way will take in training besides ``samples`` of them."""
         ...
 
     def look(self) -> Any:
-        """A batch of the data, which are left as they were."""
+        """Return a batch of the data, which are left as they were."""
         ...
 
 
@@ -49,7 +51,7 @@ class WorstCaseSample:
     """Samples to fill micro-batches with.
 
     Raises:
-        ValueError: there are no data.
+        ValueError: There are no data.
     """
 
     def __init__(self, batches: Data) -> None:
@@ -60,18 +62,18 @@ class WorstCaseSample:
 
     @property
     def rows(self) -> int:
-        """How many different samples there are to repeat."""
+        """Number of different samples that there are to repeat."""
         return int(sample_count(self.leaves))
 
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """What one sample holds: each leaf's kind, dtype and sizes, those that vary in steps of a fifth.
+        """Describe what one sample holds: each leaf's kind, dtype and sizes, those that vary in steps of a fifth.
 
-        Else a shuffled data set, which begins with other samples each time, would be another one each time.
+        With exact sizes a shuffled data set would be another one each time, since it begins with other samples.
         """
         return [_describe(leaf, spec) for leaf, spec in zip(self.leaves, self.structure.specs, strict=True)]
 
     def micro_batch(self, samples: int) -> Any:
-        """A batch of ``samples`` of them, in the structure that ``train_step`` takes, on the host."""
+        """Return a batch of ``samples`` of them, in the structure that ``train_step`` takes, on the host."""
         with tf.device("CPU:0"):
             return self.structure.pack([repeat_to(leaf, samples) for leaf in self.leaves])
 
@@ -95,7 +97,7 @@ def _describe(leaf: Tensor, spec: Any) -> tuple[str, str, tuple[int, ...]]:
 
 
 def _step(size: int) -> int:
-    """Four steps to each doubling, so that sizes in one step differ by a fifth at the most."""
+    """Return the step of a size, four to each doubling, so that sizes in one step differ by a fifth at the most."""
     return int(4 * math.log2(size)) if size else -1
 
 

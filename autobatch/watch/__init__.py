@@ -1,1 +1,1 @@
-"""Watch memory from epoch to epoch, and name the likely cause of growth."""
+"""The memory watch: growth from epoch to epoch, and its likely cause."""

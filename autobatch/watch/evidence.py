@@ -1,4 +1,4 @@
-"""Evidence of growth: what was alive at each look, and which of it grew with the memory."""
+"""Evidence of growth: the levels of memory, and a mark to compare live objects with."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from autobatch.watch.steady_growth import (
 )
 
 LATE_STEPS = 2
-"""Epochs between a mark that is set late and the comparison with it: what is built once is then no growth."""
+"""Epochs between a late mark and the comparison with it, so that objects built only once do not count as growth."""
 
-_MARK_BYTES = MINIMUM_BYTES // 4  # before a growth can prove to be steady, so that the two can be compared
+_MARK_BYTES = MINIMUM_BYTES // 4  # less than a steady growth needs, so that the mark comes before its proof
 
 
 class Evidence:
-    """The levels of one kind of memory since the warm-up or the last finding, and what was alive when they first rose.
+    """Levels of one kind of memory since the warm-up or the last finding, with a mark from when they first rose.
 
-    After each finding twice as many grown steps are asked for, so that looking for causes stays rare.
+    After each finding the number of grown steps required doubles, so that looking for causes stays rare.
 
     Args:
-        marks_late: Set the mark only when the growth is steady, and compare a few steps later.
+        marks_late: True sets the mark only when the growth is steady, and compares :data:`LATE_STEPS` steps later.
     """
 
     def __init__(self, *, marks_late: bool = False) -> None:
@@ -36,13 +36,14 @@ class Evidence:
 
     @property
     def since_mark(self) -> tuple[int, int]:
-        """How many steps ago the mark was set, and by how many bytes the level has grown since."""
+        """Number of steps since the mark was set, and bytes by which the level has grown since."""
         return len(self.levels) - 1 - self._marked_at, self.levels[-1] - self.levels[self._marked_at]
 
     def add(self, level: int, look: Callable[[], Any]) -> float | None:
         """Add a level; return the slope once it is steady and has gone on since the mark, else None.
 
-        The mark is what ``look`` returns, called once when the level has first risen: looking costs time.
+        The mark is the return value of ``look``. Looking costs time, so ``look`` is called once, when the level has
+        first risen, or with ``marks_late`` when the growth is steady.
         """
         self.levels.append(level)
         if self.mark is None and not self._marks_late:
@@ -65,12 +66,12 @@ class Evidence:
         if slope is None:
             return False
         steps, grown = self.since_mark
-        # Half of what is usual: the mark may have been set at a high level.
+        # Half of the usual growth is enough: the mark may have been set at a high level.
         return grown >= slope * steps / 2
 
     @property
     def unreported(self) -> float | None:
-        """The slope that was steady when the mark was set late, where it has gone on and nothing was returned yet."""
+        """Slope that was steady when the mark was set late, if it has gone on and is not returned yet; else None."""
         return self._slope_at_mark if self._has_gone_on(self._slope_at_mark) else None
 
     def restart(self, level: int | None) -> None:

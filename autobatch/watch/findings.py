@@ -1,4 +1,4 @@
-"""Findings of the memory watch: the records, the causes that it can name, and the words for them."""
+"""Findings of the memory watch: their records, the causes that it can name, and their texts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from autobatch.units import format_bytes
 
-_EXPLAINS = 0.5  # what was counted accounts for the growth if it is at least this share of it
+_EXPLAINS = 0.5  # counted bytes explain a growth if they are at least this share of it
 
 
 class Cause(enum.Enum):
-    """Why memory grows from epoch to epoch."""
+    """Cause of a growth of memory from epoch to epoch."""
 
     RETRACING = "retracing"
     TENSORS = "tensors kept"
@@ -39,13 +39,16 @@ REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
-    """Memory at the end of one epoch.
+    """Memory at the end of one epoch. Every number but the first two is None if it is not known.
 
-    ``fit`` counts the trainings that the same watch has seen, ``epoch`` is Keras's, both from 0. ``device_bytes`` is
-    what TensorFlow's allocator holds on a GPU or in a limited CPU arena, ``device_peak_bytes`` the most that it held;
-    ``host_bytes`` what of the process is in the host's memory. ``traces`` is by how many the TensorFlow functions that
-    this training has made and that are in memory grew over the epoch, 0 where they became fewer. Each is None where it
-    is not known.
+    Attributes:
+        fit: number of the training among those that the same watch has seen, from 0.
+        epoch: Keras's number of the epoch, from 0.
+        device_bytes: bytes that TensorFlow's allocator holds on a GPU or in a limited CPU arena.
+        device_peak_bytes: the most bytes that it held.
+        host_bytes: the part of the process that is in the host's memory.
+        traces: increase over the epoch in the TensorFlow functions that this training has made and that are in memory,
+            0 if they became fewer.
     """
 
     fit: int
@@ -58,10 +61,17 @@ class MemorySample:
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """What was alive in the process at one moment; bytes are of what could be sized.
+    """Counts of the objects alive in the process at one moment; bytes are those of objects with a known size.
 
-    ``functions`` counts TensorFlow functions, one a trace, None where they cannot be counted; ``tensors`` the eager
-    tensors with values, ``arrays`` the NumPy arrays in lists, ``memory_caches`` the ``tf.data`` caches without a file.
+    Attributes:
+        functions: TensorFlow functions, one a trace; None if they cannot be counted.
+        tensors: eager tensors with values.
+        host_tensor_bytes: bytes of those on the host.
+        device_tensor_bytes: bytes of those on the device.
+        layers: Keras layers.
+        arrays: NumPy arrays in lists and dictionaries.
+        array_bytes: bytes of those arrays.
+        memory_caches: ``tf.data`` caches without a file.
     """
 
     functions: int | None
@@ -74,7 +84,7 @@ class Census:
     memory_caches: int
 
     def tensor_bytes(self, where: str) -> int:
-        """Bytes of the eager tensors on the "device" or the "host"."""
+        """Return the bytes of the eager tensors on the "device" or the "host"."""
         return self.device_tensor_bytes if where == "device" else self.host_tensor_bytes
 
 
@@ -82,10 +92,18 @@ class Census:
 class MemoryFinding:
     """A steady growth, its likely cause and the remedy.
 
-    ``where`` is "device" or "host". ``per`` is "epoch", or "fit" for a growth from one training to the next one that
-    the same watch saw; ``bytes_per_epoch`` and ``epochs_left`` count in it. ``epochs_left`` is how many more fit into
-    ``available_bytes``, None where these are not known; ``left_bytes`` what would be left of them after the last
-    epoch, below zero if they do not suffice, None where the last epoch is not known.
+    Attributes:
+        where: "device" or "host".
+        per: "epoch", or "fit" for a growth from one training to the next that the same watch saw.
+        bytes_per_epoch: growth for each ``per``.
+        cause: the likely cause.
+        detail: evidence for the cause, in words; may be empty.
+        remedy: advice against the cause.
+        available_bytes: memory still available; None if not known.
+        epochs_left: number of further ``per`` that fit into ``available_bytes``; None if those are not known.
+        left_bytes: part of ``available_bytes`` left after the last epoch, below zero if they do not suffice; None if
+            they or the last epoch are not known.
+        message: the text of the warning.
     """
 
     where: str
@@ -101,11 +119,11 @@ class MemoryFinding:
 
 
 def explain(mark: Census, now: Census, collected: Census, grown_bytes: int, *, where: str, steps: int) -> Cause:
-    """Return the likely cause of a growth by ``grown_bytes`` over ``steps`` epochs, from what was alive around it.
+    """Return the likely cause of a growth by ``grown_bytes`` over ``steps`` epochs, by comparing live objects.
 
-    ``mark`` is from its beginning, ``now`` from its end, ``collected`` from after a garbage collection then. Garbage
-    counts as growth only where there is more of it than at the mark. What is counted in bytes comes first, then what
-    brings the next one with it: a model built again is traced again.
+    ``mark`` is from the beginning of the growth, ``now`` from its end, and ``collected`` from after a garbage
+    collection at its end. Garbage counts as growth only if there is more of it than at the mark. Causes that are
+    counted in bytes come first. Models come before retracing, because a model built again is traced again.
     """
     enough = _EXPLAINS * grown_bytes
     for cause, sizes in (
@@ -138,7 +156,7 @@ def describe(
     cause: Cause,
     detail: str,
 ) -> MemoryFinding:
-    """Make the finding and its text. ``step`` and ``last_step`` count from 1, as Keras prints epochs."""
+    """Return the finding with its text. ``step`` and ``last_step`` count from 1, as Keras prints epochs."""
     name = "Device" if where == "device" else "Host"
     article = "an" if per == "epoch" else "a"
     parts = [f"{name} memory grows by {format_bytes(bytes_per_step)} {article} {per}"]

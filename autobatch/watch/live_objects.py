@@ -1,10 +1,10 @@
-"""What is alive in this process: TensorFlow's functions, tensors, layers, arrays, caches; and what holds them.
+"""Live objects of this process (functions, tensors, layers, arrays, caches), and the objects that hold them.
 
-Objects are found through Python's garbage collector, which shows half-made ones as well: containers are asked for
-their contents through the collector, never iterated over, and types are told by their bases.
+Objects are found through Python's garbage collector, which shows half-made ones as well. So containers are asked for
+their contents through the collector, never iterated over, and types are recognised by their bases.
 
-Measured on 2 busy cores, with TensorFlow, scikit-learn and pandas loaded (500,000 objects): 0.6 s a census, 0.3 s a
-collection; with 2 million more containers 3 s and 0.5 s.
+Measured on 2 busy cores, with TensorFlow, scikit-learn and pandas loaded (500,000 objects): a census takes 0.6 s, a
+collection 0.3 s. With 2 million more containers they take 3 s and 0.5 s.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _FEW = 16  # tensors whose holder is looked for
 
 
 def function_count() -> int | None:
-    """How many functions there are; None where they cannot be counted."""
+    """Return the number of TensorFlow functions in memory; None if they cannot be counted."""
     names = live_functions()
     return None if names is None else len(names)
 
 
 def function_name(name: str) -> str:
-    """What a function is called in the user's code, of the name that TensorFlow gave to one of its traces."""
+    """Return a function's name in the user's code, given the name that TensorFlow gave to one of its traces."""
     match = _FUNCTION_NAME.match(name)
     return match.group(1) if match else name
 
 
 def live_tensors() -> list[Any]:
-    """All eager tensors."""
+    """Return all eager tensors."""
     eager = type(tf.constant(0))
     return [found for found in gc.get_objects() if type(found) is eager]
 
 
 def census() -> Census:
-    """Count what is alive. Types are told by their bases, since ``isinstance`` may run code of the object's own."""
+    """Count the live objects; recognise types by their bases, as ``isinstance`` may run the object's own code."""
     kinds: dict[int, Any] = {}
     counts: collections.Counter[Any] = collections.Counter()
     tensor_bytes: collections.Counter[str] = collections.Counter()
@@ -86,11 +86,14 @@ def census() -> Census:
 
 
 def _kind(exact: type) -> Any:
-    """What this type is counted as, None if not at all. ``tf.data.Dataset`` stands for ``cache()`` alone."""
+    """Return the class that a type is counted as, None if it is not counted.
+
+    ``tf.data.Dataset`` stands for the datasets of ``cache()`` alone.
+    """
     bases = exact.__mro__
     for kind in (tf.Tensor, keras.layers.Layer, tf.data.Dataset, list, dict):
         if kind in bases:
-            # Private names, seen in TensorFlow 2.20 and 2.21. Where they have moved, these are not found.
+            # Private names, seen in TensorFlow 2.20 and 2.21. In a version without them, these objects are not found.
             name = {tf.Tensor: "EagerTensor", tf.data.Dataset: "CacheDataset"}.get(kind, exact.__name__)
             return kind if name == exact.__name__ else None
     return None
@@ -107,10 +110,10 @@ def _tensor_bytes(tensor: Tensor) -> int:
 
 
 def _arrays_in(container: Any, kind: Any) -> Collection[Any]:
-    """The arrays in a container, or in the tuples of a list.
+    """Return the arrays in a container, or in the tuples of a list.
 
-    Asked of the garbage collector, not of the container: a list that C code is still filling has holes, and to iterate
-    over one is a segmentation fault.
+    The garbage collector is asked for the contents, not the container. A list that C code is still filling has holes,
+    and iterating over it would be a segmentation fault.
     """
     items = gc.get_referents(container)
     if kind is list and items and type(items[-1]) is tuple:
@@ -119,14 +122,14 @@ def _arrays_in(container: Any, kind: Any) -> Collection[Any]:
 
 
 def remember_tensors() -> dict[int, weakref.ref[Any]]:
-    """Note which eager tensors there are, by their ids; a new tensor may get the id of one that is gone by then."""
+    """Return weak references to all eager tensors, by their ids; a new tensor may get the id of one that is gone."""
     return {id(tensor): weakref.ref(tensor) for tensor in live_tensors()}
 
 
 def where_kept(known: Mapping[int, weakref.ref[Any]]) -> str:
-    """Say what holds the largest tensors that were not remembered: ", in a list, attribute 'kept' of Watched".
+    """Say what holds the largest tensors that are not among the ``known`` ones.
 
-    Returns "" if it cannot be told.
+    The text is like ", in a list, attribute 'kept' of Watched". It is "" if the holder is not found.
     """
     new = (tensor for tensor in live_tensors() if id(tensor) not in known or known[id(tensor)]() is not tensor)
     tensors = sorted(new, key=_tensor_bytes)
@@ -141,13 +144,13 @@ def where_kept(known: Mapping[int, weakref.ref[Any]]) -> str:
         ]
         if not containers:
             return ""
-        # Counted, not told by their lengths: a dictionary of one tensor and three numbers holds one of them.
+        # Count the tensors, not the items: a dictionary of one tensor and three numbers holds one tensor.
         ids = set(map(id, held))
         holding = [len(ids.intersection(map(id, gc.get_referents(container)))) for container in containers]
         if max(holding) >= max(len(tensors) // 2, 2):
             fullest = containers[holding.index(max(holding))]
             return f", in a {_container_kind(fullest).__name__}{_owner(fullest)}"
-        # Pairs or dictionaries of a few tensors each: what holds those?
+        # Each holds only a few tensors, as pairs or small dictionaries do: look for what holds those.
         own.append(containers)
         held = containers
     return ""
@@ -159,7 +162,7 @@ def _container_kind(found: Any) -> Any:
 
 
 def _owner(container: Any) -> str:
-    """Say which object has this container as an attribute."""
+    """Say which object has this container as an attribute; "" if none is found."""
     for referrer in gc.get_referrers(container):
         # From Python 3.11 on an instance may hold its attributes itself, without a dictionary.
         attributes = referrer if type(referrer) is dict else _attributes(referrer)
@@ -178,7 +181,7 @@ def _owner(container: Any) -> str:
 
 
 def _attributes(found: Any) -> Any:
-    """An object's own attributes, told without running code of its own; None if it has none."""
+    """Return an object's own attributes without running its code; None if it has none."""
     for base in type(found).__mro__:
         descriptor: Any = base.__dict__.get("__dict__")
         if type(descriptor) in (types.GetSetDescriptorType, types.MemberDescriptorType):

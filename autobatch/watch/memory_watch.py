@@ -1,8 +1,8 @@
 """`MemoryWatch`: memory growth from epoch to epoch, and its likely cause.
 
-After an epoch it reads two or three numbers. What is alive in the process is counted only once memory has grown, and
-again when the growth has proved to be steady; the difference tells the cause. What is steady, and what a difference
-means, `growth` decides; here it is only measured.
+After an epoch it reads two or three numbers. Live objects are counted only once memory has grown, and again when the
+growth has proved to be steady. The difference shows the cause. This module only measures: `steady_growth` decides what
+is steady, and `findings` what a difference means.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ONCE_STEADY = "once steady"
 
 
 class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ships no types
-    """Watches device and host memory, and warns once for each cause of a steady growth.
+    """A Keras callback that watches device and host memory, and warns once for each cause of a steady growth.
 
     ::
 
@@ -39,19 +39,19 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         model.fit(dataset, epochs=50, callbacks=[watch])
         watch.samples, watch.findings
 
-    Give one watch to several trainings, such as those of a search over models, and a growth from training to training
-    is found as well. It watches this process and the device that computes; of several GPUs the first.
+    If one watch is given to several trainings, such as those of a search over models, it finds a growth from training
+    to training as well. It watches this process and the device that computes; of several GPUs the first.
 
-    Host memory is the process's resident set, from /proc on Linux; on macOS the most that it has been, which grows
-    with a leak as well; on Windows it is not watched. On a CPU without an arena, device memory is the host's.
+    Host memory is the process's resident set. On Linux it is read from /proc. On macOS it is the peak, which grows with
+    a leak as well. On Windows it is not watched. On a CPU without an arena, device memory is the host's.
 
     Args:
         warmup_epochs: Epochs of each training that may grow: the first one traces, allocates the optimizer's slots
             and fills ``cache()``. At least 1.
         verbose: 1 logs each epoch's memory, to the logger "autobatch" at level INFO.
-        look_for_cause: True counts what is alive among Python's objects once memory grows, to name the cause.
-            "once steady" counts only once the growth has proved to be steady, so never in a healthy training, and
-            names the cause two epochs later: the watch that ``autobatch.fit`` adds. False tells only retracing apart.
+        look_for_cause: True counts live Python objects once memory grows, to name the cause. "once steady" counts
+            only once the growth has proved to be steady, so never in a healthy training, and names the cause two
+            epochs later; the watch that ``autobatch.fit`` adds does this. False recognises no cause but retracing.
 
     Attributes:
         samples: A :class:`MemorySample` for each epoch.
@@ -81,7 +81,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         self._fits = self._no_evidence()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Begin a training: its own first epochs are its warm-up."""
+        """Begin to watch a training, whose first epochs are its warm-up."""
         self._fit += 1
         self._epochs_seen = 0
         device = limits.default_device()
@@ -89,11 +89,11 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         self._functions_before = eager_context.live_functions()
         self._functions = 0
         if self._device is not None:
-            limits.reset_peak(self._device)  # what a search tried before is not what this training needs
+            limits.reset_peak(self._device)  # the peak of a search before it is not that of this training
         self._epochs = self._no_evidence()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Sample, and report what has proved to grow. Keras has validated by now."""
+        """Take a sample after Keras's validation, and report a growth that has proved to be steady."""
         sample = self._sample(epoch)
         self.samples = (*self.samples, sample)
         if self._verbose:
@@ -103,7 +103,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
             self._consider(self._epochs, sample, per="epoch", step=epoch + 1, last_step=self.params.get("epochs"))
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Report what is still to be compared, and compare this training's end with those of the ones before it."""
+        """Report a growth not compared yet, and compare the end of this training with the ends of those before it."""
         if self._epochs_seen:
             last = self.samples[-1]
             for where, evidence in self._epochs.items():
@@ -124,7 +124,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         )
 
     def _count_functions(self) -> int | None:
-        """How many functions of this training there are: those of another one may be freed at any moment."""
+        """Return the number of this training's functions; those of an earlier one may be freed at any moment."""
         functions, before = eager_context.live_functions(), self._functions_before
         return None if functions is None or before is None else len(functions - before)
 
@@ -142,7 +142,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
                 self._report(evidence, slope, sample, where, per=per, step=step, last_step=last_step)
 
     def _ends_soon(self, slope: float | None, where: str, sample: MemorySample) -> bool:
-        """Whether a growth that waits for its cause may run out of memory before that is known."""
+        """Return True if memory may run out before the cause of a steady growth is known."""
         available = None if slope is None else self._room(where, sample)[0]
         return slope is not None and available is not None and available < (LATE_STEPS + 1) * slope
 
@@ -179,7 +179,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         warn(finding.message)
 
     def _look_for_cause(self, evidence: Evidence, where: str, per: str) -> tuple[Cause, str]:
-        """Compare what is alive with the mark that was set when memory began to grow."""
+        """Compare live objects with the mark; return the likely cause of the growth, and details in words."""
         mark, names_at_mark, tensors_at_mark = evidence.mark
         steps, grown = evidence.since_mark
         if not steps:
@@ -216,7 +216,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         return cause, detail
 
     def _cause_without_comparison(self) -> tuple[Cause, str]:
-        """What can be told where training ends as soon as the growth has proved to be steady."""
+        """Return the cause and details as far as samples show them, if training ends before objects can be compared."""
         traces = [sample.traces or 0 for sample in self.samples[-steady_growth.MINIMUM_STEPS :]]
         if min(traces) > 0:
             return Cause.RETRACING, f"new traces: {sum(traces) / len(traces):.0f} an epoch"
@@ -228,7 +228,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         return {where: Evidence(marks_late=self._marks_late) for where in ("device", "host")}
 
     def _mark(self) -> tuple[Census, frozenset[str], dict[int, weakref.ref[Any]]]:
-        """What is alive, the functions' names and the tensors, to tell which ones are new later on."""
+        """Return a census, the names of functions and the tensors, to recognise new ones later."""
         if self._marks_late:
             gc.collect()  # old garbage is no part of what grows from here
         tensors = live_objects.remember_tensors() if self._look_for_objects else {}
@@ -245,7 +245,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
         return None if self._device is None else limits.bytes_in_use(self._device)
 
     def _room(self, where: str, sample: MemorySample) -> tuple[int | None, int | None]:
-        """Bytes that are still available, and those that this process may have in all."""
+        """Return the bytes still available, and the bytes that this process may have in all; None if not known."""
         if where == "device":
             limit = limits.find_limit(str(self._device)).limit_bytes
             used = max(sample.device_bytes or 0, sample.device_peak_bytes or 0)
@@ -259,7 +259,7 @@ class MemoryWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ship
 
 
 def _host_bytes() -> int | None:
-    """The process's resident set; its peak where only that is told; None on Windows."""
+    """Return the process's resident set; without /proc its peak; None on Windows."""
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

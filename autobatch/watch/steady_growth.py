@@ -1,16 +1,18 @@
-"""When does memory grow steadily, and what does that mean? Pure: no TensorFlow, no I/O, no clock.
+"""Statistical test for steady growth of memory. Pure: no TensorFlow, no I/O, no clock.
 
-The statistic must not be fooled by what memory in use does in a healthy training: white noise, the random walk of a
-host allocator, one jump (a first validation), a rise that levels off. It looks at the *increments* between levels
-``y_0 .. y_m``. Where nothing but chance moves the level, their mean is zero, so a one-sided Student t test of
-``mean / (deviation / sqrt(m))`` is exact for a Gaussian random walk; for white noise around one level it is
+Memory in use also moves in a healthy training: white noise, the random walk of a host allocator, one jump (a first
+validation), a rise that levels off. The statistic must not take that for growth. It looks at the *increments* between
+levels ``y_0 .. y_m``. If nothing but chance moves the level, their mean is zero. So a one-sided Student t test of
+``mean / (deviation / sqrt(m))`` is exact for a Gaussian random walk. For white noise around one level it is
 conservative, because increments then undo each other.
 
-The test is made again after every epoch, so the level of the j-th test of a view is its share of FALSE_ALARM_RATE over
-``j (j + 1)``: these sum to that share, however long the training is. The views are: the whole series, cut into up to 16
-equal intervals, in which a slow growth stands out of noise as they become longer (half of the rate); its last 8
-intervals of 1, 2, 4, ... steps, for a growth that starts late (an eighth, a sixteenth, ... of the rate); and its last 4
-steps, for an even growth after an odd beginning (a quarter).
+The test is made again after every epoch. So the significance level of the j-th test of a view is the view's share of
+FALSE_ALARM_RATE, divided by ``j (j + 1)``. These levels sum to that share, however long the training is. The views are:
+
+* The whole series, cut into up to 16 equal intervals (half of the rate). As the intervals become longer, a slow growth
+  stands out of the noise.
+* Its last 8 intervals of 1, 2, 4, ... steps (an eighth, a sixteenth, ... of the rate), for a growth that starts late.
+* Its last 4 steps (a quarter), for an even growth after an odd beginning.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 FALSE_ALARM_RATE = 0.01
-"""The share of endless series of noise, of any level, in which a growth is seen: at the most, by the bound above."""
+"""Largest share of endless series of noise, of any level, in which a growth is reported; see the bound above."""
 
 MINIMUM_BYTES = 16 * 2**20
-"""Growth since the warm-up that is worth a word. A host's allocator drifts by a few MiB in a healthy training."""
+"""Least growth since the warm-up to report. A host's allocator drifts by a few MiB in a healthy training."""
 
 MINIMUM_STEPS = 3
-"""Epochs after the warm-up that must have grown."""
+"""Least number of epochs after the warm-up in which growth can be reported."""
 _MOST_INTERVALS = 16
 _FEWEST_INTERVALS = 8
 _CLEAN_INTERVALS = 4
@@ -36,11 +38,14 @@ _CLEAN_INTERVALS = 4
 def steady_growth(
     levels: Sequence[float], *, minimum_bytes: float = MINIMUM_BYTES, minimum_steps: int = MINIMUM_STEPS
 ) -> float | None:
-    """Return by how many bytes a step the levels grow steadily, None if they do not or if it cannot be told yet.
+    """Return the bytes a step by which the levels grow steadily; None if they do not, or if it is too early to say.
 
-    ``levels`` are bytes in use after each step, the warm-up left out; the first is where growth is counted from. The
-    slope returned is Theil and Sen's, the median of all slopes between two levels, so that one odd epoch counts
-    little.
+    The slope returned is Theil and Sen's, the median of all slopes between two levels. So one odd epoch counts little.
+
+    Args:
+        levels: bytes in use after each step, without the warm-up; growth is counted from the first.
+        minimum_bytes: least growth to report.
+        minimum_steps: least number of steps; fewer than :data:`MINIMUM_STEPS` count as that.
     """
     steps = len(levels) - 1
     if steps < max(minimum_steps, MINIMUM_STEPS):
@@ -53,13 +58,13 @@ def steady_growth(
 
 
 def _slope(levels: Sequence[float], false_alarm_rate: float, minimum_bytes: float) -> float | None:
-    """The slope a step if the mean increment is above zero at this rate, is still there, and came to something."""
+    """Return the slope a step if the growth is significant at this rate, goes on, and is large enough; else None."""
     increments = [after - before for before, after in itertools.pairwise(levels)]
     count = len(increments)
     mean = statistics.fmean(increments)
     if mean * count < minimum_bytes:
         return None
-    # What levels off has stopped by its last third.
+    # A rise that levels off has stopped in its last third.
     if statistics.fmean(increments[-(count // 3 or 1) :]) < mean / 2:
         return None
     deviation = statistics.stdev(increments, mean)
@@ -71,7 +76,7 @@ def _slope(levels: Sequence[float], false_alarm_rate: float, minimum_bytes: floa
 
 
 def _student_tail(t: float, degrees: int) -> float:
-    """P(T > t) of Student's distribution with a whole number of degrees, t >= 0: Abramowitz and Stegun 26.7.3-4."""
+    """Return P(T > t) of Student's distribution for whole degrees and t >= 0: Abramowitz and Stegun 26.7.3-4."""
     theta = math.atan(t / math.sqrt(degrees))
     cosine, sine = math.cos(theta), math.sin(theta)
     odd = degrees % 2 == 1

@@ -1,1 +1,1 @@
-"""Run trials in a process of their own."""
+"""Trials in a process of their own."""

@@ -1,7 +1,7 @@
 """Trials in a process of their own: the worker's side.
 
-Started by `worker.py` as ``python -m autobatch.worker.main REQUEST_FD REPLY_FD``. Nothing here imports TensorFlow
-or Keras before the target needs them: its file may set what TensorFlow reads when it is imported.
+Started by ``worker/process.py`` as ``python -m autobatch.worker.main REQUEST_FD REPLY_FD``. Nothing here imports
+TensorFlow or Keras before the target needs them: the target's file may set what TensorFlow reads when it is imported.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _read_requests(descriptor: int, requests: queue.SimpleQueue[Message]) -> None:
-    """Pass on what the parent asks; when the parent is gone, so are we, even in the middle of a trial."""
+    """Pass on what the parent asks. Once the parent is gone, end this process, even in the middle of a trial."""
     buffer = bytearray()
     while chunk := os.read(descriptor, 1 << 16):
         buffer += chunk
@@ -122,7 +122,10 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
 
 
 def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
-    """Load the target, call it, and open the trials of what it returns; with what `_serve` tells of them."""
+    """Load the target, call it, and open the trials of what it returns.
+
+    Return the trials, the model's fingerprint, the names of its rematerialised layers, and notes for the report.
+    """
     target = options["target"]
     notes: list[str] = []
     build = load_target(options)
@@ -158,7 +161,7 @@ def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
 
 
 def _build(options: Message, variant: Variant, build: Callable[[], object]) -> tuple[Any, object, object, list[str]]:
-    """What the target returns, changed as the variant says, and the names of the layers that are rematerialised."""
+    """Return what the target returns, changed as ``variant`` says, and the names of the rematerialised layers."""
     names: list[str] = []
     if variant.rematerialise:
         (model, dataset, y), names = variants.rematerialised(
@@ -176,14 +179,14 @@ def _build(options: Message, variant: Variant, build: Callable[[], object]) -> t
 
 
 def _fingerprint(model: Model) -> str:
-    """The model's variables in short: equal for two models that are built alike."""
+    """Return the model's variables in short: equal for two models that are built alike."""
     variables = [f"{tuple(v.shape)}:{v.dtype}:{v.trainable}" for v in getattr(model, "variables", ())]
     digest = hashlib.sha256("\n".join(variables).encode()).hexdigest()[:8]
     return f"{len(variables)} variables ({digest})"
 
 
 def _limit_devices(target: str, limit_bytes: int | None) -> None:
-    """Set what the environment cannot: the limit of a GPU, and that a failed allocation fails at once."""
+    """Set what the environment cannot: the limit of a GPU, and that a failing allocation fails at once."""
     if limit_bytes is not None:
         if not arena.devices_started():
             arena.limit_memory(limit_bytes)
@@ -197,7 +200,7 @@ def _limit_devices(target: str, limit_bytes: int | None) -> None:
 
 
 def _failure(error: BaseException, target: str) -> Message:
-    """The message that tells the parent of ``error``."""
+    """Return the message that reports ``error`` to the parent."""
     if isinstance(error, NoFeasibleBatchError):
         sizes = {"needed_bytes": error.needed_bytes, "limit_bytes": error.limit_bytes}
         return {"kind": "no_feasible_batch", "message": str(error), **sizes}

@@ -19,13 +19,13 @@ _LENGTH = struct.Struct(">I")
 
 
 def pack(message: Mapping[str, object]) -> bytes:
-    """One frame: the length in four bytes, then JSON."""
+    """Return one frame: the length in four bytes, then JSON."""
     body = json.dumps(message).encode("ascii")
     return _LENGTH.pack(len(body)) + body
 
 
 def unpack(buffer: bytearray) -> Message | None:
-    """Take one whole frame off the front of ``buffer``; None while there is none."""
+    """Take one whole frame off the front of ``buffer`` and return its message; None while there is none."""
     if len(buffer) < _LENGTH.size:
         return None
     (length,) = _LENGTH.unpack_from(buffer)
@@ -42,7 +42,7 @@ def unpack(buffer: bytearray) -> Message | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker's message that its model is built and its trials are open."""
+    """Message of a worker that its model is built and its trials are open."""
 
     environment: Environment
     largest_useful: int | None

@@ -1,7 +1,7 @@
-"""A worker process and the frames of JSON that it and its parent exchange; neither side's meaning is known here.
+"""Worker process, and the frames of JSON that it and its parent exchange; their meaning is not known here.
 
-Imports no TensorFlow. What the frames hold is between :mod:`autobatch.worker.trials` and
-:mod:`autobatch.worker.main`.
+This module imports no TensorFlow. Only :mod:`autobatch.worker.trials` and :mod:`autobatch.worker.main` know what the
+frames hold.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _POLL_SECONDS = 0.2
 
 
 class WorkerDied(Exception):
-    """The worker is gone; ``returncode`` as subprocess gives it."""
+    """The worker is gone; ``returncode`` is as subprocess gives it."""
 
     def __init__(self, returncode: int) -> None:
         super().__init__(returncode)
@@ -78,7 +78,13 @@ class WorkerProcess:
             raise WorkerDied(self._reap()) from error
 
     def receive(self, deadline: float | None) -> Message:
-        """The worker's next message, by ``deadline`` on the monotonic clock."""
+        """Return the worker's next message; wait until ``deadline`` on the monotonic clock, or for ever if it is None.
+
+        Raises:
+            WorkerLate: No message came in time.
+            WorkerDied: The worker ended, or closed its pipe.
+            WorkerError: It sent what is no message.
+        """
         with selectors.DefaultSelector() as selector:
             selector.register(self._reply_read, selectors.EVENT_READ)
             while True:
@@ -101,7 +107,7 @@ class WorkerProcess:
                     raise WorkerDied(self._reap())
 
     def log_tail(self) -> str:
-        """The last of what the worker and the user's code printed."""
+        """Return the end of what the worker and the user's code printed."""
         # pread: seeking would move the offset that the worker writes at, too.
         size = os.fstat(self._log.fileno()).st_size
         start = max(0, size - _LOG_TAIL_BYTES)
@@ -109,7 +115,7 @@ class WorkerProcess:
         return tail.partition("\n")[2] if start and "\n" in tail else tail
 
     def stack_and_log(self) -> str:
-        """The log's tail after asking a worker that hangs to print where it is."""
+        """Return the log's tail, after asking a worker that hangs to print where it is."""
         self._process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STACK_SECONDS)
@@ -134,7 +140,7 @@ class WorkerProcess:
         self._log.close()
 
     def _reap(self) -> int:
-        """The exit status of a worker whose pipe has closed."""
+        """Return the exit status of a worker whose pipe has closed; kill it if it lives on."""
         try:
             return self._process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:

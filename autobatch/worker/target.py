@@ -1,4 +1,4 @@
-"""Load the function that builds the user's model: a file, a module, or one of ``keras.applications``."""
+"""Loading of the function that builds the user's model: a file's, a module's, or one of ``keras.applications``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SYNTHETIC_SAMPLES = 1 << 16
 
 
 def load_target(options: Message) -> Callable[[], object]:
-    """The function that the target names."""
+    """Return the function that the target names."""
     target: str = options["target"]
     place, _, name = target.rpartition(":")
     if place == "keras":
@@ -35,7 +35,7 @@ def load_target(options: Message) -> Callable[[], object]:
         raise TargetError(f"{place} has no function {name!r}.{_did_you_mean(name, vars(module))}") from None
     if not callable(function):
         raise TargetError(f"{target} is not a function. Received: an object of type {type(function).__name__}")
-    # Builtins and some classes tell no signature.
+    # Builtins and some classes have no signature to be read.
     with contextlib.suppress(ValueError, TypeError):
         signature = inspect.signature(function)
         needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in _NEEDED_KINDS]
@@ -86,7 +86,7 @@ def _import_module(name: str, target: str) -> ModuleType:
 def _keras_application(
     name: str, input_shape: tuple[int, ...], classes: int, target_batch: int | None
 ) -> Callable[[], object]:
-    """A function that builds a model of keras.applications with random weights, and synthetic data for it."""
+    """Return a function that builds a model of keras.applications with random weights, and synthetic data for it."""
     keras = needed_keras()
     known = {n: f for n, f in vars(keras.applications).items() if n[:1].isupper() and callable(f)}
     if name not in known:

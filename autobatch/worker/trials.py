@@ -1,12 +1,12 @@
 """Trials in a process of their own: the parent's side, which imports no TensorFlow.
 
 A worker is spawned with the limit's arena in its environment and imports the user's code once. Parent and worker speak
-over a pair of pipes of their own, in frames of JSON with a length in front, so that nothing the user's code prints can
-get between; what it prints goes to a file whose tail is read when the worker dies.
+over a pair of pipes of their own, in frames of JSON with a length in front. So nothing that the user's code prints can
+get between: it goes to a file whose tail is read when the worker dies.
 
-However a worker ends - segmentation fault, abort, kill, hang - it is one trial's outcome if `memory.oom` says that it
-was memory, or if it was the time; the next trial then starts a new worker. Any other death is the user's to know about.
-The worker leads a process group, which is killed as a whole; it ends by itself when the parent is gone.
+A worker may end by a segmentation fault, an abort, a kill or a hang. Its end is one trial's outcome if memory was the
+cause by `memory.oom`, or if the time was up; the next trial then starts a new worker. Any other death is the user's to
+know about. The worker leads a process group, which is killed as a whole; it ends by itself when the parent is gone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from autobatch.worker.messages import Message, Ready, decode_result
 from autobatch.worker.process import WorkerDied, WorkerLate, WorkerProcess, exit_words
 
 OPENER = "autobatch.opening:open_trials"
-"""What the worker calls with the user's model and data; it returns a ``trial.protocol.Trials``."""
+"""Function that the worker calls with the user's model and data; it returns a ``trial.protocol.Trials``."""
 
 AS_IT_IS = Variant()
 
@@ -39,18 +39,18 @@ class WorkerTrials:
         target_batch: the effective batch to plan for, None to look for the largest micro-batch.
         memory_limit: what the worker's device may use, in bytes or as text; None for what there is.
         headroom: share of the limit to be kept free.
-        trial_timeout_seconds: how long building the model, and one trial, may take; None for ever.
+        trial_timeout_seconds: seconds that building the model, and one trial, may take; None for ever.
         device: "CPU", "GPU" or "GPU:1"; None for TensorFlow's own choice.
         precision: a Keras dtype policy set before the target is called; None leaves it alone.
         jit_compile: XLA on or off; None leaves the model as it was compiled.
         variant: the model built or compiled in another way; goes before ``precision`` and ``jit_compile``.
         input_shape, classes: of a ``keras:Name`` target.
-        strategy: "mirrored" calls the target under a MirroredStrategy over all devices; None leaves that to it.
+        strategy: "mirrored" calls the target under a MirroredStrategy over all devices; None leaves it alone.
         opener: for tests, another ``module:function`` in place of :data:`OPENER`.
 
     Raises:
         TargetError: the target cannot be used.
-        UserCodeError: it failed, with its traceback.
+        UserCodeError: the target failed; the error has its traceback.
         NoFeasibleBatchError: there is not even room for the model.
         WorkerError: no worker could be started, or two workers built different models.
         NotApplicableError: the variant would change nothing, or cannot be made of this model.
@@ -130,16 +130,16 @@ class WorkerTrials:
 
     @property
     def fingerprint(self) -> str:
-        """The model's variables in short: equal for two models that are built alike."""
+        """Model's variables in short: equal for two models that are built alike."""
         return self._ready.fingerprint
 
     @property
     def rematerialised(self) -> tuple[str, ...]:
-        """The names of the layers that the variant rematerialises."""
+        """Names of the layers that the variant rematerialises."""
         return self._ready.rematerialised
 
     def estimate_sample(self) -> SampleEstimate | None:
-        """See ``trial.protocol.Trials``; None as well where the worker did not live to tell: a trial will say why."""
+        """Return what a sample needs; None if unknown, or if the worker died or was late: a trial will say why."""
         if self._process is None:
             self._restart()
         assert self._process is not None
@@ -208,7 +208,7 @@ class WorkerTrials:
         return None if self._timeout_seconds is None else time.monotonic() + self._timeout_seconds
 
     def _start(self) -> Ready:
-        """A new worker, once it has built the model."""
+        """Start a worker; return what it reports once it has built the model."""
         self._process = WorkerProcess(self._environment)
         try:
             return self._wait_until_ready(self._process)
@@ -236,7 +236,7 @@ class WorkerTrials:
         return decode_record(Ready, message["ready"], "ready")
 
     def _restart(self) -> None:
-        """A new worker, which must build the same model as the first."""
+        """Start a new worker, which must build the same model as the first."""
         ready = self._start()
         if ready.fingerprint != self._ready.fingerprint:
             self.kill()
@@ -286,7 +286,7 @@ class WorkerTrials:
         )
 
     def _raise(self, message: Message) -> None:
-        """Raise what a message of failure tells; the worker that sent it is done with."""
+        """Raise the error that a message of failure reports, and end the worker that sent it."""
         self.kill()
         kind, text = message["kind"], message.get("message", "")
         if kind == "target_error":

@@ -1,4 +1,4 @@
-"""A model built or compiled in another way, inside a worker: what :class:`autobatch.records.Variant` asks for.
+"""Models built or compiled in another way, inside a worker, as a :class:`autobatch.records.Variant` asks.
 
 Each function changes what it says, or raises ``NotApplicableError`` where that would change nothing. Keras is imported
 when it is first needed.
@@ -17,12 +17,11 @@ _Built = tuple[Any, object, object]  # model, dataset, y
 
 
 def rematerialised(call: Callable[[], _Built], what: str) -> tuple[_Built, list[str]]:
-    """What ``call`` returns, made under ``keras.RematScope``, and the names of the layers that it covers.
+    """Return what ``call`` returns, made under ``keras.RematScope``, and the names of the layers that it covers.
 
     The scope's mode "full" covers the model as well, which then fails in a compiled step; see
-    :func:`autobatch.seams.rematerialisation.rematerialisable_layers`. So the layers are named, once it is known which
-    there
-    are: Keras looks for a layer's name among them when the layer is called.
+    :func:`autobatch.seams.rematerialisation.rematerialisable_layers`. So the scope lists layers, and the list is filled
+    once they are known: Keras looks for a layer's name in it when the layer is called.
     """
     import keras
 
@@ -47,7 +46,7 @@ def rematerialised(call: Callable[[], _Built], what: str) -> tuple[_Built, list[
 
 
 class _Names:
-    """Names that are known only later. A list would not do: Keras copies those that it keeps in a layer."""
+    """Names that are known only later. A list would not do: Keras copies the lists that it keeps in a layer."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -91,21 +90,21 @@ def take_slots_away(model: Model) -> None:
 
 
 def set_jit(model: Model, jit_compile: bool) -> None:
-    """Turn XLA on or off where it has a say."""
+    """Turn XLA on or off; refuse to turn it on for a model that runs eagerly."""
     if jit_compile and getattr(model, "run_eagerly", False):
         raise NotApplicableError("the model runs eagerly (run_eagerly=True), and XLA compiles only what is traced")
     model.jit_compile = jit_compile
 
 
 def layers_of(model: Model) -> list[Layer]:
-    """A model, its layers, theirs, and so on."""
+    """Return a model, its layers, their layers, and so on."""
     from autobatch.seams import models
 
     return models.layers_of(model)
 
 
 def require_policy(model: Model, policy: str) -> None:
-    """Refuse a model none of whose layers took the global policy that was set before it was built."""
+    """Refuse a model if none of its layers took the global policy that was set before it was built."""
     found = sorted({layer.dtype_policy.name for layer in layers_of(model) if layer.variables})
     if found and policy not in found:
         raise NotApplicableError(

@@ -123,7 +123,7 @@ def test_answers_of_a_worker(make):
 def test_the_estimate_comes_from_the_worker(make):
     with make(_acting("return None if size == 0 else 9")) as trials:
         assert trials.estimate_sample() is None
-    with make(_acting("return 12.5")) as trials:
+    with make(_acting("return 12.5 if size == 0 else 9")) as trials:
         assert trials.estimate_sample() == SampleEstimate(12.5, 1.5)
         assert trials.run(TrialRequest(4)).fits
     failing = make(_acting("if size == 0: raise RuntimeError('mine')"))
