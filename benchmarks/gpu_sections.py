@@ -336,7 +336,7 @@ def search(name: str, precision: str, xla: str, seconds: str) -> None:
             if trace is not None:
                 self.traces[micro_batch] = trace
             if record:
-                again = None if trace is None else replay.peak_bytes(trace, micro_batch)
+                again = None if trace is None else replay.replayed_peak_bytes(trace, micro_batch)
                 answer["recordings"].append(
                     {
                         "micro_batch": micro_batch,

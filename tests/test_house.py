@@ -87,6 +87,23 @@ def own_private_names(tree):
     return names
 
 
+# The same question asked of each of several modules, or the same check in the words of another caller.
+ONE_FOR_EACH = {
+    *("add_parser", "run", "main", "check", "render", "load", "register", "unregister"),
+    *("headroom", "memory_limit", "positive_int", "seconds"),
+}
+
+
+def test_no_public_name_stands_for_two_things():
+    homes = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                homes.setdefault(node.name, set()).add(path.relative_to(ROOT).as_posix())
+    twice = {name for name, files in homes.items() if len(files) > 1}
+    assert twice == ONE_FOR_EACH, {name: homes[name] for name in twice ^ ONE_FOR_EACH}
+
+
 NO_BEGINNING = ("What", "Whether", "How", "Where", "Which", "If", "That", "Those", "So", "As", "The same")
 
 

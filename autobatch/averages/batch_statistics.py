@@ -19,7 +19,7 @@ import tensorflow as tf
 from autobatch.types import Tensor
 
 
-class Kind(enum.Enum):
+class StatisticKind(enum.Enum):
     """Rule by which the statistics of two micro-batches are merged."""
 
     MOMENTS = "moments"
@@ -36,13 +36,13 @@ class Statistic:
     are the tensors that the statistic was taken of. They are empty where the layer is known.
     """
 
-    kind: Kind
+    kind: StatisticKind
     parts: tuple[Any, ...]
     weight: Any = None
     sources: tuple[Any, ...] = ()
 
     @property
-    def group(self) -> tuple[Kind, Any]:
+    def group(self) -> tuple[StatisticKind, Any]:
         """Kind and type by which the statistic is merged; those that share both are kept in one tensor."""
         dtype = self.parts[0].dtype
         return self.kind, tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
@@ -53,13 +53,13 @@ class Statistic:
         return int(self.parts[0].shape.num_elements())
 
 
-Layout = list[tuple[Kind, Any, int]]
+Layout = list[tuple[StatisticKind, Any, int]]
 """Kind, type and count of the numbers in each tensor of packed statistics."""
 
 
 def layout_of(statistics: Sequence[Statistic]) -> Layout:
     """Return the layout of :func:`packed` statistics."""
-    lengths: dict[tuple[Kind, Any], int] = {}
+    lengths: dict[tuple[StatisticKind, Any], int] = {}
     for statistic in statistics:
         lengths[statistic.group] = lengths.get(statistic.group, 0) + statistic.length
     return [(kind, dtype, length) for (kind, dtype), length in lengths.items()]
@@ -67,12 +67,12 @@ def layout_of(statistics: Sequence[Statistic]) -> Layout:
 
 def packed(statistics: Sequence[Statistic]) -> list[Any]:
     """Pack the statistics of one micro-batch into one tensor for each group."""
-    by_group: dict[tuple[Kind, Any], list[Statistic]] = {}
+    by_group: dict[tuple[StatisticKind, Any], list[Statistic]] = {}
     for statistic in statistics:
         by_group.setdefault(statistic.group, []).append(statistic)
     return [
         _moments_of(members, dtype)
-        if kind is Kind.MOMENTS
+        if kind is StatisticKind.MOMENTS
         else _side_by_side([_row(one.parts[0], one, dtype) for one in members])
         for (kind, dtype), members in by_group.items()
     ]
@@ -113,15 +113,20 @@ def empty(layout: Layout) -> list[Any]:
     """Return packed statistics of no samples."""
     states = []
     for kind, dtype, length in layout:
-        shape = [3, length] if kind is Kind.MOMENTS else [length]
-        start = {Kind.LARGEST: dtype.min, Kind.SMALLEST: dtype.max}.get(kind, 0)
+        shape = [3, length] if kind is StatisticKind.MOMENTS else [length]
+        start = {StatisticKind.LARGEST: dtype.min, StatisticKind.SMALLEST: dtype.max}.get(kind, 0)
         states.append(tf.fill(shape, tf.constant(start, dtype)))
     return states
 
 
-def merged(layout: Layout, one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
+def merged_statistics(layout: Layout, one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
     """Merge the packed statistics of two sets of samples."""
-    merging = {Kind.MOMENTS: merged_moments, Kind.SUM: tf.add, Kind.LARGEST: tf.maximum, Kind.SMALLEST: tf.minimum}
+    merging = {
+        StatisticKind.MOMENTS: merged_moments,
+        StatisticKind.SUM: tf.add,
+        StatisticKind.LARGEST: tf.maximum,
+        StatisticKind.SMALLEST: tf.minimum,
+    }
     return [merging[kind](*both) for (kind, _, _), *both in zip(layout, one, other, strict=True)]
 
 
@@ -144,7 +149,7 @@ def unpacked(statistics: Sequence[Statistic], states: Sequence[Any]) -> dict[int
         group, begin = statistic.group, begins[statistic.group]
         begins[group] += statistic.length
         state = state_of[group][..., begin : begin + statistic.length]
-        values = mean_and_variance(state) if statistic.kind is Kind.MOMENTS else (state,)
+        values = mean_and_variance(state) if statistic.kind is StatisticKind.MOMENTS else (state,)
         for part, value in zip(statistic.parts, values, strict=False):
             found[id(part)] = tf.reshape(tf.cast(value, part.dtype), part.shape)
     return found

@@ -14,16 +14,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from autobatch.averages.batch_statistics import Kind, Statistic
+from autobatch.averages.batch_statistics import Statistic, StatisticKind
 from autobatch.graphs import linearity, writes
 from autobatch.types import Operation, Tensor
 
 _REDUCTIONS = {
-    "Mean": Kind.MOMENTS,
-    "Sum": Kind.SUM,
-    "Max": Kind.LARGEST,
-    "Min": Kind.SMALLEST,
-    "UnsortedSegmentSum": Kind.SUM,
+    "Mean": StatisticKind.MOMENTS,
+    "Sum": StatisticKind.SUM,
+    "Max": StatisticKind.LARGEST,
+    "Min": StatisticKind.SMALLEST,
+    "UnsortedSegmentSum": StatisticKind.SUM,
 }
 _PRODUCTS = frozenset(["MatMul", "BatchMatMul", "BatchMatMulV2"])
 """Products of two matrices: if both have a dimension of samples and the product has none, it is a sum over them."""
@@ -121,12 +121,12 @@ def statistic_at(tensor: Tensor, apart: Collection[int]) -> Statistic | None:
     if not tensor.shape.is_fully_defined() or not operation.inputs:
         return None
     sources = tuple(operation.inputs[:2]) if operation.type in _PRODUCTS else (operation.inputs[0],)
-    kind = Kind.SUM if operation.type in _PRODUCTS else _REDUCTIONS.get(operation.type)
+    kind = StatisticKind.SUM if operation.type in _PRODUCTS else _REDUCTIONS.get(operation.type)
     if kind is None:
         return _count(tensor)
     if any(_is_of_one_size(source) for source in sources):
         return None
-    averaged = kind is Kind.MOMENTS
+    averaged = kind is StatisticKind.MOMENTS
     statistic = _moments(tensor, sources[0]) if averaged else Statistic(kind, (tensor,), sources=sources)
     return None if any(_is_scaled_or_compared(source, apart) for source in statistic.sources) else statistic
 
@@ -139,9 +139,9 @@ def _moments(tensor: Tensor, source: Any) -> Statistic:
     weight = tf.cast(tf.size(source, tf.int64), tf.float32) / max(1, tensor.shape.num_elements())
     found = _deviations(tensor.op)
     if found is None:
-        return Statistic(Kind.MOMENTS, (tensor,), weight, (source,))
+        return Statistic(StatisticKind.MOMENTS, (tensor,), weight, (source,))
     mean, centred = found
-    return Statistic(Kind.MOMENTS, (mean, tensor), weight, (centred,))
+    return Statistic(StatisticKind.MOMENTS, (mean, tensor), weight, (centred,))
 
 
 def _deviations(averaging: Any) -> tuple[Any, Any] | None:
@@ -182,7 +182,7 @@ def _count(tensor: Tensor) -> Statistic | None:
     # Of two unknown sizes, one does not count samples: it is the same in every micro-batch.
     sizes = counted.shape.as_list() if counted.shape.rank else []
     is_count = sizes[:1] == [None] and sizes.count(None) == 1
-    return Statistic(Kind.SUM, (tensor,)) if is_count else None
+    return Statistic(StatisticKind.SUM, (tensor,)) if is_count else None
 
 
 def _is_scaled_or_compared(source: Any, apart: Collection[int]) -> bool:

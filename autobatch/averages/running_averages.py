@@ -20,7 +20,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.averages import batch_statistics
-from autobatch.averages.batch_statistics import Kind, Statistic
+from autobatch.averages.batch_statistics import Statistic, StatisticKind
 from autobatch.averages.recipes import Recipe, recipe_of, statistic_at
 from autobatch.graphs import linearity, writes
 from autobatch.graphs.touched_variables import TouchedVariables
@@ -36,13 +36,13 @@ class RunningAverages:
     def __init__(self, model: Model, touched: TouchedVariables) -> None:
         self._model = model
         self._touched = touched
-        self._traces: dict[int, _Trace | _Run] = {}
+        self._traces: dict[int, _TracedRun | _EagerRun] = {}
         """One trace for each replica, by the replica's number."""
 
     @contextlib.contextmanager
     def deferring(self, *shares: Any) -> Iterator[None]:
         """Defer, within this context, what can be; ``shares`` hold a micro-batch's share of the effective batch."""
-        trace = _Run() if tf.executing_eagerly() else _Trace(self._apart(), shares)
+        trace = _EagerRun() if tf.executing_eagerly() else _TracedRun(self._apart(), shares)
         self._traces[_replica()] = trace
         with (
             assignments_taken(trace.take, trace.pending.get),
@@ -61,7 +61,7 @@ class RunningAverages:
         self._here.note_applied(self._touched.updated_variables)
 
     @property
-    def _here(self) -> _Trace | _Run:
+    def _here(self) -> _TracedRun | _EagerRun:
         return self._traces[_replica()]
 
     @property
@@ -140,7 +140,7 @@ class _Pending:
         self._values = {}
 
 
-class _Trace:
+class _TracedRun:
     """Deferred assignments of one trace of a micro-step."""
 
     def __init__(self, apart: set[int], shares: Iterable[Any]) -> None:
@@ -170,7 +170,7 @@ class _Trace:
 
     def note_moments(self, layer: Layer, inputs: Any, compute: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any]:
         weight, mean, variance = compute()
-        statistic = Statistic(Kind.MOMENTS, (mean, variance), weight)
+        statistic = Statistic(StatisticKind.MOMENTS, (mean, variance), weight)
         self._known.update({id(mean): statistic, id(variance): statistic})
         return mean, variance
 
@@ -241,7 +241,7 @@ class _Trace:
         return batch_statistics.empty(self._layout)
 
     def merged(self, one: Any, other: Any) -> list[Any]:
-        return batch_statistics.merged(self._layout, one, other)
+        return batch_statistics.merged_statistics(self._layout, one, other)
 
     def assign(self, statistics: Any) -> None:
         self._assign(batch_statistics.unpacked(self._statistics, statistics), follows_update=False)
@@ -274,7 +274,7 @@ def _is_used(statistic: Statistic, targets: list[Any], others: list[Statistic]) 
     )
 
 
-class _Run:
+class _EagerRun:
     """BatchNormalization layers of one micro-step that runs eagerly."""
 
     def __init__(self) -> None:
@@ -293,7 +293,7 @@ class _Run:
         if not has_own_call(layer):
             self._deferred.update(id(variable) for variable in statistics_of(layer))
             key = id(layer), sum(known == id(layer) for known, _ in self._states)
-            statistic = Statistic(Kind.MOMENTS, (mean, variance), weight)
+            statistic = Statistic(StatisticKind.MOMENTS, (mean, variance), weight)
             self._states[key] = layer, inputs.shape, batch_statistics.packed([statistic])[0]
         return mean, variance
 

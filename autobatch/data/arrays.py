@@ -142,7 +142,7 @@ def _read_rows(array: Any, numbers: Any) -> Any:
     return tensor
 
 
-def split_validation(x: Any, y: Any, sample_weight: Any, validation_split: float) -> tuple[Any, Any]:
+def split_arrays_for_validation(x: Any, y: Any, sample_weight: Any, validation_split: float) -> tuple[Any, Any]:
     """Split arrays as ``Model.fit(validation_split=...)`` does; mapped arrays become views of their files."""
     parts = (x, y, sample_weight)
     if not any_mapped(*parts):

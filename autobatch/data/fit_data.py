@@ -32,7 +32,7 @@ def prepare_data(
     arrays.require_usable(x, y, sample_weight)
     split = remaining.pop("validation_split", 0.0)
     if split and remaining.get("validation_data") is None:
-        parts, remaining["validation_data"] = arrays.split_validation(x, y, sample_weight, split)
+        parts, remaining["validation_data"] = arrays.split_arrays_for_validation(x, y, sample_weight, split)
         x, y, sample_weight = parts
     input_shapes = _input_shapes(model)
     validation_data = remaining.get("validation_data")

@@ -18,7 +18,7 @@ import tensorflow as tf
 from autobatch.differences.difference import Difference
 from autobatch.differences.naming import listed, named, named_pairs, optimizer_name, the_optimizer
 from autobatch.differences.trace_findings import TraceFindings
-from autobatch.graphs.draws import Kind
+from autobatch.graphs.draws import DrawKind
 from autobatch.metrics import whole_batch
 from autobatch.seams import models
 from autobatch.tensors.variables import components, distinct
@@ -79,25 +79,25 @@ def _drawing(subject: _Subject) -> Iterator[str]:
     is_traced = subject.traced.draws is not None and not subject.model.run_eagerly
     holding = [] if is_traced else [layer for layer in subject.layers if _holds_generator(layer)]
     # For an eager model these are named before its first micro-batch, which shows the others.
-    yield from _said_of_draws(Kind.NEW, [_pair(layer) for layer in holding if _keras_rates(layer)])
-    yield from _said_of_draws(Kind.UNKNOWN, [_pair(layer) for layer in holding if not _keras_rates(layer)])
+    yield from _said_of_draws(DrawKind.NEW, [_pair(layer) for layer in holding if _keras_rates(layer)])
+    yield from _said_of_draws(DrawKind.UNKNOWN, [_pair(layer) for layer in holding if not _keras_rates(layer)])
     said = {_pair(layer) for layer in holding}
-    for kind in Kind:
+    for kind in DrawKind:
         of_kind = [draw.layer for draw in draws if draw.kind is kind]
         own = _step_of(subject.model) if None in of_kind else ""
         yield from _said_of_draws(kind, [pair for pair in of_kind if pair and pair not in said], own)
 
 
-def _said_of_draws(kind: Kind, layers: list[tuple[str, str]], own: str = "") -> Iterator[str]:
+def _said_of_draws(kind: DrawKind, layers: list[tuple[str, str]], own: str = "") -> Iterator[str]:
     """Yield a sentence on layers (pairs of class and name) and the step's ``own`` code, whose draws are of ``kind``."""
     who = listed([part for part in (named_pairs(layers), own) if part])
     is_one = len({class_name for class_name, _ in layers}) + bool(own) == 1
     if not who:
         return
-    if kind is Kind.REPEATED:
+    if kind is DrawKind.REPEATED:
         yield f"The seed of {who} does not change: each micro-batch gets the same random numbers."
         return
-    verb = "may draw" if kind is Kind.UNKNOWN else "draws" if is_one else "draw"
+    verb = "may draw" if kind is DrawKind.UNKNOWN else "draws" if is_one else "draw"
     yield f"{who if layers else who[0].upper() + who[1:]} {verb} new random numbers in each micro-batch."
 
 

@@ -129,7 +129,7 @@ class TraceFindings:
         )
         updated = [variable for _, _, variables in self._applied_at for variable in variables]
         applied_at = min((position for _, position, _ in self._applied_at), default=0)
-        self.settled = writes.settled(graph, updated, applied_at)
+        self.settled = writes.settled_handles(graph, updated, applied_at)
 
     def _depends_on_data(self, tensor: Tensor) -> bool:
         return linearity.depends_on_arguments(tensor, self._on_arguments)

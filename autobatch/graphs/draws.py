@@ -42,7 +42,7 @@ _SEED_AT = {"StatelessMultinomial": 2}
 """Place of the input with the seed or the key of a stateless draw, where it does not follow the shape."""
 
 
-class Kind(Enum):
+class DrawKind(Enum):
     """Numbers that the micro-batches of an update draw, compared with one batch."""
 
     NEW = "new numbers in each micro-batch"
@@ -55,7 +55,7 @@ class Draw:
     """A draw of random numbers; ``layer`` holds class and name of the layer whose call made it, None outside layers."""
 
     layer: tuple[str, str] | None
-    kind: Kind
+    kind: DrawKind
 
 
 def is_drawing(kind: str) -> bool:
@@ -75,7 +75,7 @@ def noted_eagerly(traced: Any) -> Iterator[None]:
 
     def note(kind: str) -> None:
         if is_drawing(kind):
-            found[Draw(_layer_of(_mark()), Kind.UNKNOWN if kind.startswith("Stateless") else Kind.NEW)] = None
+            found[Draw(_layer_of(_mark()), DrawKind.UNKNOWN if kind.startswith("Stateless") else DrawKind.NEW)] = None
 
     with random_operations.eager_operations_noted(note):
         yield
@@ -177,21 +177,21 @@ class _Body:
                 pending += [] if node is None else [_node_of(each) for each in node.input if not each.startswith("^")]
         return list(found)
 
-    def _kind_of(self, node: Any, call: _Call | None) -> Kind | None:
+    def _kind_of(self, node: Any, call: _Call | None) -> DrawKind | None:
         """Return what differs in a draw; None where every micro-batch has the very numbers of the batch."""
         if not node.op.startswith("Stateless"):
-            return Kind.NEW
+            return DrawKind.NEW
         seed_of = self._origin([_node_of(node.input[_SEED_AT.get(node.op, 1)])], call)
         if seed_of is _Origin.STATE:
-            return Kind.NEW
+            return DrawKind.NEW
         shape = tf.TensorShape(node.attr["_output_shapes"].list.shape[0]) if "_output_shapes" in node.attr else None
         is_of_one_size = shape is not None and shape.is_fully_defined()
         if seed_of is _Origin.DATA:
             # In a function, it is drawn for each sample, as by tf.map_fn, with the sample's own seed.
-            return None if is_of_one_size and call is not None else Kind.UNKNOWN
+            return None if is_of_one_size and call is not None else DrawKind.UNKNOWN
         if is_of_one_size or self._origin([_node_of(node.input[0])], call) is _Origin.CONSTANT:
             return None
-        return Kind.REPEATED
+        return DrawKind.REPEATED
 
     def _origin(self, names: list[str], call: _Call | None) -> _Origin:
         """Return what these depend on, inside of the function and, through its arguments, outside."""

@@ -83,7 +83,7 @@ def is_read_after(graph: Graph, variables: Iterable[Variable], position: int) ->
     return any(id(taken) in handles for operation in later for taken in operation.inputs)
 
 
-def settled(graph: Graph, updated: Iterable[Any], applied_at: int) -> list[Any]:
+def settled_handles(graph: Graph, updated: Iterable[Any], applied_at: int) -> list[Any]:
     """Return the handles of the variables that a graph writes with an effect in its first run only.
 
     ``updated`` are the variables that optimizers change. ``applied_at`` is the number of operations that the graph had
@@ -104,7 +104,7 @@ def settled(graph: Graph, updated: Iterable[Any], applied_at: int) -> list[Any]:
 
 
 class _Look:
-    """View that :func:`settled` has of a graph; handles are identified by their ids."""
+    """View that :func:`settled_handles` has of a graph; handles are identified by their ids."""
 
     def __init__(self, graph: Graph, *, written: set[int], updated: set[int], applied_at: int) -> None:
         self._outer_of = {id(inner): outer for outer, inner in graph.captures}

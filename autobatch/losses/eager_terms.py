@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from autobatch.losses.totals import Kind
+from autobatch.losses.totals import LogKind
 from autobatch.types import Tensor
 
 
@@ -108,23 +108,23 @@ class EagerTerms:
     def _power(self, degree: Any, like: Any) -> Any:
         return tf.cast((1.0 / self._fraction) ** float(degree or 0), like.dtype)
 
-    def kind_of(self, part: Any) -> Kind:
+    def kind_of(self, part: Any) -> LogKind:
         """Return the kind of a part of the logs, as far as its shape shows it; see :meth:`LossTerms.kind_of`."""
         tensor = tf.convert_to_tensor(part)
         if tensor.shape.rank:
-            return Kind.JOINED if int(tensor.shape[0]) == self._samples else Kind.LAST
-        return Kind.AVERAGED if tensor.dtype.is_floating else Kind.LAST
+            return LogKind.JOINED if int(tensor.shape[0]) == self._samples else LogKind.LAST
+        return LogKind.AVERAGED if tensor.dtype.is_floating else LogKind.LAST
 
     def has_numbers_of_the_batch(self, part: Any) -> bool:
         """Return False: a value does not show its making. See :meth:`LossTerms.has_numbers_of_the_batch`."""
         return False
 
-    def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
+    def weighed_logs(self, logs: Any, kinds: Sequence[LogKind]) -> Any:
         """Weigh those parts of the logs that are averaged; see :meth:`LossTerms.weighed_logs`."""
         following = iter(kinds)
         flat = []
         for part in tf.nest.flatten(logs):
-            is_averaged = part is not None and next(following) is Kind.AVERAGED
+            is_averaged = part is not None and next(following) is LogKind.AVERAGED
             weighed = self.weighed(tf.convert_to_tensor(part)) if is_averaged else None
             flat.append(part if weighed is None else weighed)
         return tf.nest.pack_sequence_as(logs, flat)

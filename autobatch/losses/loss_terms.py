@@ -23,11 +23,11 @@ from autobatch.graphs.copies import copied, gradients_of, sources_of
 from autobatch.graphs.dependence import Dependence, unknown
 from autobatch.graphs.sample_flow import SampleFlow
 from autobatch.losses.linear_forms import as_plain_sums
-from autobatch.losses.terms import Maker, Part, Terms
-from autobatch.losses.totals import Kind, Mode, Totals
+from autobatch.losses.terms import Composition, Maker, Part
+from autobatch.losses.totals import LogKind, Mode, Totals
 from autobatch.types import Tensor
 
-_EXTREMES = {"Max": Kind.LARGEST, "Any": Kind.LARGEST, "Min": Kind.SMALLEST, "All": Kind.SMALLEST}
+_EXTREMES = {"Max": LogKind.LARGEST, "Any": LogKind.LARGEST, "Min": LogKind.SMALLEST, "All": LogKind.SMALLEST}
 """Operations whose result for a batch is the largest, or smallest, of those for its parts."""
 
 
@@ -194,17 +194,17 @@ class LossTerms:
                 result = result + tf.cast(tf.reduce_sum(slope * here), value.dtype)
         return result
 
-    def kind_of(self, part: Any) -> Kind:
+    def kind_of(self, part: Any) -> LogKind:
         """Return the rule by which a part of the logs, no metric's result, becomes the effective batch's."""
         if not _is_symbolic(part):
-            return Kind.LAST
+            return LogKind.LAST
         found = self.flow.of(part)
         if found.unknown:
-            return Kind.NOT_TOLD
+            return LogKind.NOT_TOLD
         if found.axis is not None:
-            return Kind.JOINED if found.axis == 0 and part.shape.rank else Kind.NOT_TOLD
+            return LogKind.JOINED if found.axis == 0 and part.shape.rank else LogKind.NOT_TOLD
         if not found.data and found.degree == 0:
-            return Kind.LAST
+            return LogKind.LAST
         if part.op.type in _EXTREMES and self.flow.of(part.op.inputs[0]).axis is not None:
             return _EXTREMES[part.op.type]
         if part.dtype.is_floating:
@@ -214,8 +214,10 @@ class LossTerms:
                 told = terms is not None and not (found.mixed and terms.degree is not None)
             else:
                 told = not found.mixed and (found.is_plain_sum or not found.data)
-            return Kind.AVERAGED if told else Kind.NOT_TOLD
-        return Kind.SUMMED if part.dtype.is_integer and found.is_plain_sum and found.degree == 1 else Kind.NOT_TOLD
+            return LogKind.AVERAGED if told else LogKind.NOT_TOLD
+        return (
+            LogKind.SUMMED if part.dtype.is_integer and found.is_plain_sum and found.degree == 1 else LogKind.NOT_TOLD
+        )
 
     def has_numbers_of_the_batch(self, part: Any) -> bool:
         """Return True if each sample's number is also made of numbers of the batch, which here is the micro-batch."""
@@ -227,13 +229,13 @@ class LossTerms:
         terms = self._maker.of(part, silently=True)
         return terms is not None and terms.degree is not None
 
-    def weighed_logs(self, logs: Any, kinds: Sequence[Kind]) -> Any:
+    def weighed_logs(self, logs: Any, kinds: Sequence[LogKind]) -> Any:
         """Weigh those parts of a step's logs that are averaged over the micro-batches."""
         following = iter(kinds)
         # tf.nest sorts a dict by its keys, as :class:`autobatch.metrics.merged_logs.MergedLogs` does.
         flat = []
         for part in tf.nest.flatten(logs):
-            weighed = None if part is None or next(following) is not Kind.AVERAGED else self.weighed(part)
+            weighed = None if part is None or next(following) is not LogKind.AVERAGED else self.weighed(part)
             flat.append(part if weighed is None else weighed)
         return tf.nest.pack_sequence_as(logs, flat)
 
@@ -277,7 +279,7 @@ class LossTerms:
             self._total_of[tensor.name] = tf.cast(total, tensor.dtype)
         return self._total_of[tensor.name]
 
-    def _weighed_pieces(self, target: Any, terms: Terms | None, above: Any) -> list[tuple[Any, Any]]:
+    def _weighed_pieces(self, target: Any, terms: Composition | None, above: Any) -> list[tuple[Any, Any]]:
         """Return the tensors to differentiate in place of ``target``, each with its upstream gradient."""
         if terms is None or terms.degree == 0:
             return [(target, above)]

@@ -1,4 +1,4 @@
-"""Terms of a loss, or of another number of a batch: the sums over samples that it is made of."""
+"""Composition of a loss, or of another number of a batch: the sums over samples that it is made of."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class Terms:
+class Composition:
     """Makeup of a tensor: it is of one ``degree``, or else a function of ``sums``."""
 
     degree: Any = None
@@ -50,7 +50,7 @@ class Maker:
         self.flow = flow
         self._note = note
 
-    def of(self, target: Any, *, silently: bool = False) -> Terms | None:
+    def of(self, target: Any, *, silently: bool = False) -> Composition | None:
         """Return the terms of ``target``; None where they are unknown. Its dependence is noted, unless ``silently``."""
         note = self._note
         if silently:
@@ -60,7 +60,7 @@ class Maker:
         finally:
             self._note = note
 
-    def _noted_terms(self, target: Any) -> Terms | None:
+    def _noted_terms(self, target: Any) -> Composition | None:
         found = self.flow.of(target)
         if found.unknown:
             self._note(found)
@@ -68,27 +68,27 @@ class Maker:
         if found.axis is not None:  # differentiated, a vector is a sum
             if found.degree is not None and found.linear and not found.mixed:
                 self._note(found)
-                return Terms(degree=found.degree + 1)
+                return Composition(degree=found.degree + 1)
             terms = self._as_sums(tf.reduce_sum(target))
         elif found.degree is not None and (found.linear or not found.data) and not found.mixed:
             self._note(found)
-            return Terms(degree=found.degree)
+            return Composition(degree=found.degree)
         else:
             terms = self._as_sums(target)
-        if isinstance(terms, Terms):
+        if isinstance(terms, Composition):
             return terms
         # The degree of a sum is right even if its samples depend on each other.
         if found.degree is not None and found.linear:
             self._note(found)
-            return Terms(degree=found.degree + (found.axis is not None))
+            return Composition(degree=found.degree + (found.axis is not None))
         self._note(unknown(terms))
         return None
 
-    def _as_sums(self, target: Any) -> Terms | str:
+    def _as_sums(self, target: Any) -> Composition | str:
         """Return ``target`` as a function of sums; or the name of the operation that prevents it."""
         rewritten, leaves = as_plain_sums(target, self.flow)
         sums, lost = self._sums_of(rewritten)
-        return lost or Terms(sums=sums, target=rewritten, leaves=leaves)
+        return lost or Composition(sums=sums, target=rewritten, leaves=leaves)
 
     def _sums_of(self, target: Any) -> tuple[list[Part], str]:
         """Return the sums that make up ``target``; or none, and the name of the operation that prevents it."""

@@ -15,7 +15,7 @@ class Mode(enum.Enum):
     COUNT = "count"
 
 
-class Kind(enum.Enum):
+class LogKind(enum.Enum):
     """Rule by which a part of the micro-batches' logs becomes the effective batch's."""
 
     LAST = "last"

@@ -25,7 +25,7 @@ from autobatch.units import format_bytes
 _DETAIL_LENGTH = 200
 
 
-class Kind(enum.Enum):
+class FailureKind(enum.Enum):
     """The meaning of a failure for the next try."""
 
     DEVICE = "device"
@@ -48,14 +48,14 @@ class Diagnosis:
     failure in one line.
     """
 
-    kind: Kind
+    kind: FailureKind
     requested_bytes: int | None = None
     detail: str = ""
 
     @property
     def is_memory(self) -> bool:
         """True if a smaller size may succeed where this one failed."""
-        return self.kind in (Kind.DEVICE, Kind.HOST, Kind.AMBIGUOUS)
+        return self.kind in (FailureKind.DEVICE, FailureKind.HOST, FailureKind.AMBIGUOUS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class ExceptionRow:
 
     classes: re.Pattern[str]
     message: re.Pattern[str]
-    kind: Kind
+    kind: FailureKind
     source: str
 
 
@@ -82,12 +82,12 @@ class ExitRow:
 
     signals: tuple[signal.Signals, ...]
     stderr: re.Pattern[str]
-    kind: Kind
+    kind: FailureKind
     source: str
     arena: bool = False
 
 
-def _row(classes: str, message: str, kind: Kind, source: str) -> ExceptionRow:
+def _row(classes: str, message: str, kind: FailureKind, source: str) -> ExceptionRow:
     # A class is written with its module where it is raised, and without one inside a message (tf.py_function).
     return ExceptionRow(
         re.compile(rf"(?:{classes})\Z"), re.compile(message, re.IGNORECASE | re.MULTILINE), kind, source
@@ -109,73 +109,73 @@ _POISON = (
 )
 
 EXCEPTION_ROWS: tuple[ExceptionRow, ...] = (
-    _row(_STATUS, _POISON, Kind.POISONED, "CUDA driver API: the context is unusable until the process ends"),
+    _row(_STATUS, _POISON, FailureKind.POISONED, "CUDA driver API: the context is unusable until the process ends"),
     _row(
         rf"{_TF}\w+Error",
         r"^\s*\(\d+\)\s*RESOURCE_EXHAUSTED:\s+OOM when allocating",
-        Kind.DEVICE,
+        FailureKind.DEVICE,
         "tensorflow/core/util/status_util: several replicas failed, and the class is that of the first",
     ),
     _row(
         rf"{_TF}CancelledError",
         r"group is cancelled",
-        Kind.POISONED,
+        FailureKind.POISONED,
         "seen with MirroredStrategy: one replica ran out inside a collective, and every later step fails",
     ),
     _row(
         rf"{_TF}CancelledError",
         r"RecvAsync is cancelled",
-        Kind.AMBIGUOUS,
+        FailureKind.AMBIGUOUS,
         "https://github.com/deepmodeling/deepmd-kit/pull/2504: out of memory, of which the executor says only this",
     ),
     _row(
         _EXHAUSTED,
         r"no space left on device|too many open files|disk quota|larger than max|quota exceeded",
-        Kind.NOT_MEMORY,
+        FailureKind.NOT_MEMORY,
         "TensorFlow maps ENOSPC, EMFILE and gRPC's message limit to the same class (tsl/platform/errors)",
     ),
     _row(
         _EXHAUSTED,
         r"failed to allocate memory for the batch of component",
-        Kind.HOST,
+        FailureKind.HOST,
         "tensorflow/core/data: tf.data's batch() builds its batch on the host",
     ),
     _row(
         _EXHAUSTED,
         r"by allocator \w*host\w*|\b\w*MemoryError\b|allocate (?:pinned )?host memory",
-        Kind.HOST,
+        FailureKind.HOST,
         "TensorFlow's pinned host allocator; a MemoryError that tf.py_function or tf.numpy_function carried out",
     ),
     _row(
         _EXHAUSTED,
         r"ran out of memory trying to instantiate command buffer",
-        Kind.AMBIGUOUS,
+        FailureKind.AMBIGUOUS,
         "XLA on the GPU: CUDA graphs live outside the pool",
     ),
     _row(
         _EXHAUSTED,
         r"OOM when allocating|out of memory|ran out of memory|failed to allocate|scratch space",
-        Kind.DEVICE,
+        FailureKind.DEVICE,
         "tensorflow/core/framework/op_kernel.cc; XLA's buffer allocation",
     ),
-    _row(_EXHAUSTED, r"", Kind.AMBIGUOUS, "a resource ran out and the message does not say which"),
+    _row(_EXHAUSTED, r"", FailureKind.AMBIGUOUS, "a resource ran out and the message does not say which"),
     _row(
         rf"{_TF}InternalError",
         r"dst tensor is not initialized",
-        Kind.DEVICE,
+        FailureKind.DEVICE,
         "tensorflow/core/common_runtime: the copy to the device found no room",
     ),
     _row(
         _STATUS,
         r"CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|out of memory (?:while )?(?:trying to )?allocat",
-        Kind.DEVICE,
+        FailureKind.DEVICE,
         "CUDA driver and runtime",
     ),
     _row(
         _STATUS,
         r"No algorithm worked|none of the algorithms provided by cudnn|failed to allocate the scratch space"
         r"|failed to get convolution algorithm|autotuning failed|no valid config found",
-        Kind.AMBIGUOUS,
+        FailureKind.AMBIGUOUS,
         "tensorflow/core/kernels/conv_ops*: cuDNN's autotuning, where every workspace was too big, or none exists",
     ),
     _row(
@@ -184,31 +184,34 @@ EXCEPTION_ROWS: tuple[ExceptionRow, ...] = (
         r"|CU(?:DNN|BLAS|SOLVER|SPARSE|FFT|RAND)_STATUS_(?:INTERNAL_ERROR_DEVICE_ALLOCATION|ALLOC_FAILED|NOT_INITIALIZED)"
         r"|DNN library (?:is not found|initialization failed)|without BLAS support"
         r"|blas x?gem[mv]\w* launch failed",
-        Kind.AMBIGUOUS,
+        FailureKind.AMBIGUOUS,
         "cuBLAS, cuDNN and cuSOLVER need room outside TensorFlow's pool, which does not give any back",
     ),
     _row(
         _STATUS,
         r"ran out of memory|failed to allocate|OOM when allocating",
-        Kind.AMBIGUOUS,
+        FailureKind.AMBIGUOUS,
         "another status code around an allocation that failed",
     ),
     _row(
         r"(?:builtins\.)?MemoryError|(?:numpy\.[\w.]*)?_ArrayMemoryError",
         r"",
-        Kind.HOST,
+        FailureKind.HOST,
         "Python, NumPy, and C++'s std::bad_alloc where pybind11 carries it over",
     ),
-    _row(r"(?:builtins\.)?OSError", rf"\[Errno {errno.ENOMEM}\]", Kind.HOST, "ENOMEM of fork, mmap and read"),
+    _row(r"(?:builtins\.)?OSError", rf"\[Errno {errno.ENOMEM}\]", FailureKind.HOST, "ENOMEM of fork, mmap and read"),
     _row(
-        r"torch\.(?:\w+\.)*OutOfMemoryError", r"", Kind.DEVICE, "a torch data loader or py_function beside TensorFlow"
+        r"torch\.(?:\w+\.)*OutOfMemoryError",
+        r"",
+        FailureKind.DEVICE,
+        "a torch data loader or py_function beside TensorFlow",
     ),
-    _row(r"(?:builtins\.)?RuntimeError", r"DefaultCPUAllocator: ", Kind.HOST, "torch's host allocator"),
+    _row(r"(?:builtins\.)?RuntimeError", r"DefaultCPUAllocator: ", FailureKind.HOST, "torch's host allocator"),
 )
 
 
 def _exit_row(
-    signals: tuple[signal.Signals, ...], stderr: str, kind: Kind, source: str, *, arena: bool = False
+    signals: tuple[signal.Signals, ...], stderr: str, kind: FailureKind, source: str, *, arena: bool = False
 ) -> ExitRow:
     return ExitRow(signals, re.compile(stderr, re.IGNORECASE), kind, source, arena)
 
@@ -222,25 +225,25 @@ _SILENT = _signals("SIGSEGV", "SIGBUS")
 _KILL = _signals("SIGKILL")  # absent on Windows
 
 EXIT_ROWS: tuple[ExitRow, ...] = (
-    _exit_row(_CRASHES, _POISON, Kind.POISONED, "the driver's errors, as TensorFlow logs them before it aborts"),
-    _exit_row(_KILL, r"", Kind.HOST, "what the kernel does when the host or the cgroup has no memory left"),
-    _exit_row(_CRASHES, r"std::bad_alloc|cannot allocate memory", Kind.HOST, "C++ new found no host memory"),
+    _exit_row(_CRASHES, _POISON, FailureKind.POISONED, "the driver's errors, as TensorFlow logs them before it aborts"),
+    _exit_row(_KILL, r"", FailureKind.HOST, "what the kernel does when the host or the cgroup has no memory left"),
+    _exit_row(_CRASHES, r"std::bad_alloc|cannot allocate memory", FailureKind.HOST, "C++ new found no host memory"),
     _exit_row(
         (signal.SIGABRT,),
         r"EigenAllocator for GPU ran out of memory|CUDA_ERROR_OUT_OF_MEMORY",
-        Kind.DEVICE,
+        FailureKind.DEVICE,
         "tensorflow/core/common_runtime/gpu: Eigen has no way to report it, so it aborts",
     ),
     _exit_row(
         _CRASHES,
         r"ran out of memory|OOM when allocating|out of memory|bfc_allocator\.cc",
-        Kind.AMBIGUOUS,
+        FailureKind.AMBIGUOUS,
         "an allocation failed shortly before, and a kernel did not look",
     ),
     _exit_row(
         _SILENT,
         r"",
-        Kind.AMBIGUOUS,
+        FailureKind.AMBIGUOUS,
         "kernels that do not check what a full arena gave them crash without a word",
         arena=True,
     ),
@@ -255,16 +258,16 @@ def diagnose(error: BaseException) -> Diagnosis:
     them decides; otherwise the outermost exception that says anything about memory does. ``KeyboardInterrupt`` and its
     like are never memory, whatever was being handled when they came.
     """
-    found = Diagnosis(Kind.NOT_MEMORY, detail=_one_line(type(error).__name__, str(error)))
+    found = Diagnosis(FailureKind.NOT_MEMORY, detail=_one_line(type(error).__name__, str(error)))
     if not isinstance(error, Exception) and not hasattr(error, "exceptions"):
         return found
     for link in _chain(error):
         diagnosis = _classify(_names(link), str(link))
         if diagnosis is None:
             continue
-        if diagnosis.kind is Kind.POISONED:
+        if diagnosis.kind is FailureKind.POISONED:
             return diagnosis
-        if found.kind is Kind.NOT_MEMORY:
+        if found.kind is FailureKind.NOT_MEMORY:
             found = diagnosis
     return found
 
@@ -279,9 +282,9 @@ def diagnose_exit(returncode: int | None, stderr_tail: str = "", *, arena: bool 
         arena: True if it ran in a limited arena, where a crash without a word is most likely memory.
     """
     if returncode is None:
-        return Diagnosis(Kind.NOT_MEMORY, detail="the process has not ended")
+        return Diagnosis(FailureKind.NOT_MEMORY, detail="the process has not ended")
     if returncode == 0:
-        return Diagnosis(Kind.NOT_MEMORY, detail="the process ended normally")
+        return Diagnosis(FailureKind.NOT_MEMORY, detail="the process ended normally")
     number = -returncode if returncode < 0 else returncode - 128
     try:
         ended_by = signal.Signals(number)
@@ -294,7 +297,7 @@ def diagnose_exit(returncode: int | None, stderr_tail: str = "", *, arena: bool 
                 text = _line_around(stderr_tail, match) if match.group() else row.source
                 size = requested_bytes(text) or requested_bytes(stderr_tail)
                 return Diagnosis(row.kind, size, _one_line(ended_by.name, text, size))
-    return Diagnosis(Kind.NOT_MEMORY, detail=_one_line(f"the process was ended by {ended_by.name}", ""))
+    return Diagnosis(FailureKind.NOT_MEMORY, detail=_one_line(f"the process was ended by {ended_by.name}", ""))
 
 
 _INNER = re.compile(r"(?:\A|\}\}\s*|\n\s*|: )(?P<name>[A-Za-z_][\w.]*(?:Error|Exception)): (?P<message>.*)")
@@ -314,7 +317,7 @@ def _classify(names: tuple[str, ...], message: str) -> Diagnosis | None:
             match = row.message.search(message)
             if match:
                 text = _line_around(message, match) if match.group() else message
-                size = requested_bytes(message) if row.kind is not Kind.NOT_MEMORY else None
+                size = requested_bytes(message) if row.kind is not FailureKind.NOT_MEMORY else None
                 return Diagnosis(row.kind, size, _one_line(names[0].rpartition(".")[2], text, size))
     return None
 
@@ -362,8 +365,8 @@ def _from_traceback(returncode: int, stderr_tail: str) -> Diagnosis:
         diagnosis = _classify((name,), stderr_tail[last.start("message") :] if last.group("name") else "")
         if diagnosis is not None:
             return diagnosis
-        return Diagnosis(Kind.NOT_MEMORY, detail=_one_line(name, last.group("message") or ""))
-    return Diagnosis(Kind.NOT_MEMORY, detail=f"the process ended with exit code {returncode}")
+        return Diagnosis(FailureKind.NOT_MEMORY, detail=_one_line(name, last.group("message") or ""))
+    return Diagnosis(FailureKind.NOT_MEMORY, detail=f"the process ended with exit code {returncode}")
 
 
 def _is_exception_name(name: str | None) -> bool:

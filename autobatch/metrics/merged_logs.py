@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from autobatch.losses.totals import Kind
+from autobatch.losses.totals import LogKind
 from autobatch.metrics.derived_logs import Derived
 from autobatch.metrics.results import MetricResults
 from autobatch.types import Metric, Tensor, Variable
@@ -27,7 +27,7 @@ class MergedLogs:
     """
 
     def __init__(self) -> None:
-        self.kinds: list[Kind] = []
+        self.kinds: list[LogKind] = []
         self.returned_by: list[tuple[Any, int] | None] = []
         self.not_told: tuple[str, ...] = ()
         self._structure: Logs = None
@@ -39,7 +39,7 @@ class MergedLogs:
         """True for each part that is a single number averaged over the micro-batches."""
         parts = [part for part in tf.nest.flatten(self._structure) if part is not None]
         return [
-            kind in (Kind.AVERAGED, Kind.NOT_TOLD) and _is_scalar(part)
+            kind in (LogKind.AVERAGED, LogKind.NOT_TOLD) and _is_scalar(part)
             for kind, part in zip(self.kinds, parts, strict=True)
         ]
 
@@ -74,7 +74,7 @@ class MergedLogs:
         names = [
             name
             for (name, part), kind in zip(parts, kinds, strict=True)
-            if kind is Kind.NOT_TOLD or (kind is Kind.JOINED and terms.has_numbers_of_the_batch(part))
+            if kind is LogKind.NOT_TOLD or (kind is LogKind.JOINED and terms.has_numbers_of_the_batch(part))
         ]
         self.not_told = tuple(dict.fromkeys(names))
         return terms.weighed_logs(logs, kinds)
@@ -117,7 +117,7 @@ class MergedLogs:
 
         values = [result_of(*by) if by is not None else None for by in self.returned_by]
         values = [
-            derived.now(result_of) if derived is not None and kind is Kind.LAST else value
+            derived.now(result_of) if derived is not None and kind is LogKind.LAST else value
             for derived, kind, value in zip(self._derived, self.kinds, values, strict=True)
         ]
         return [
@@ -129,7 +129,7 @@ class MergedLogs:
         if self._latest:
             all_of_them = zip(parts, self._latest, self.kinds, strict=True)
             parts = [
-                total if kind is Kind.AVERAGED else joined if kind is Kind.JOINED else latest
+                total if kind is LogKind.AVERAGED else joined if kind is LogKind.JOINED else latest
                 for (total, joined), latest, kind in all_of_them
             ]
             self._latest = []
@@ -138,51 +138,53 @@ class MergedLogs:
         return tf.nest.pack_sequence_as(self._structure, flat)
 
 
-def kinds_of(logs: Logs, results: MetricResults, batch: Sequence[Tensor], terms: Any) -> list[Kind]:
+def kinds_of(logs: Logs, results: MetricResults, batch: Sequence[Tensor], terms: Any) -> list[LogKind]:
     """Return the kind of each part of the logs: ``LAST`` for a metric's result, which covers all micro-batches."""
-    return [Kind.LAST if results.holds(name, part, batch) else terms.kind_of(part) for name, part in _named_parts(logs)]
+    return [
+        LogKind.LAST if results.holds(name, part, batch) else terms.kind_of(part) for name, part in _named_parts(logs)
+    ]
 
 
-def _least(shape: list[int], dtype: Any, kind: Kind) -> Any:
+def _least(shape: list[int], dtype: Any, kind: LogKind) -> Any:
     """Return the neutral element of a kind: a part merged with it stays the same."""
-    if kind is Kind.LARGEST and dtype != tf.bool:
+    if kind is LogKind.LARGEST and dtype != tf.bool:
         return tf.fill(shape, tf.constant(dtype.min, dtype))
-    if kind is Kind.SMALLEST:
+    if kind is LogKind.SMALLEST:
         return tf.fill(shape, tf.constant(True if dtype == tf.bool else dtype.max, dtype))
     return tf.zeros(shape, dtype)
 
 
-def _settled(before: Kind, now: Kind) -> Kind:
+def _settled(before: LogKind, now: LogKind) -> LogKind:
     """Return the kind of a part after another eager micro-batch, which may show more than those before.
 
     A part that once was no metric's result is none, though its value equalled one before. A part is joined only if it
     is as long as each micro-batch, not as one by chance.
     """
-    if Kind.AVERAGED in (before, now):
-        return Kind.AVERAGED
-    return now if before is now else Kind.LAST
+    if LogKind.AVERAGED in (before, now):
+        return LogKind.AVERAGED
+    return now if before is now else LogKind.LAST
 
 
-def _merged(before: Any, part: Any, kind: Kind, fraction: Tensor) -> Any:
-    if kind is Kind.AVERAGED or (kind is Kind.NOT_TOLD and _is_scalar(part)):
+def _merged(before: Any, part: Any, kind: LogKind, fraction: Tensor) -> Any:
+    if kind is LogKind.AVERAGED or (kind is LogKind.NOT_TOLD and _is_scalar(part)):
         return before + tf.cast(part, before.dtype) * tf.cast(fraction, before.dtype)
-    if kind is Kind.SUMMED:
+    if kind is LogKind.SUMMED:
         return before + part
-    if kind is Kind.JOINED:
+    if kind is LogKind.JOINED:
         return tf.concat([before, part], 0)
-    if kind in (Kind.LARGEST, Kind.SMALLEST):
+    if kind in (LogKind.LARGEST, LogKind.SMALLEST):
         larger, smaller = (tf.logical_or, tf.logical_and) if part.dtype == tf.bool else (tf.maximum, tf.minimum)
-        return (larger if kind is Kind.LARGEST else smaller)(before, part)
+        return (larger if kind is LogKind.LARGEST else smaller)(before, part)
     return part
 
 
-def together(parts: Sequence[Any], kind: Kind) -> Any:
+def of_all_replicas(parts: Sequence[Any], kind: LogKind) -> Any:
     """Combine one part of the logs from several replicas; return the first one's if all have the same."""
-    if kind is Kind.JOINED:
+    if kind is LogKind.JOINED:
         return tf.concat(parts, 0)
-    if kind in (Kind.AVERAGED, Kind.SUMMED):
+    if kind in (LogKind.AVERAGED, LogKind.SUMMED):
         return tf.add_n(parts)
-    if kind in (Kind.LARGEST, Kind.SMALLEST):
+    if kind in (LogKind.LARGEST, LogKind.SMALLEST):
         return functools.reduce(lambda one, other: _merged(one, other, kind, 1.0), parts)
     return parts[0]
 
@@ -200,11 +202,11 @@ def _is_scalar(part: Any) -> bool:
     return bool(tensor.dtype.is_floating and tensor.shape.rank == 0)
 
 
-def not_told_eagerly(logs: Logs, kinds: Sequence[Kind], terms: Any) -> tuple[str, ...]:
+def not_told_eagerly(logs: Logs, kinds: Sequence[LogKind], terms: Any) -> tuple[str, ...]:
     """Return the names of parts of the logs that a trace can merge, but eager micro-batches cannot."""
     found = []
     for (name, part), kind in zip(_named_parts(logs), kinds, strict=True):
-        single = kind is Kind.AVERAGED and _is_scalar(part) and terms.is_weighed(part)
-        if kind not in (Kind.LAST, Kind.JOINED) and not single:
+        single = kind is LogKind.AVERAGED and _is_scalar(part) and terms.is_weighed(part)
+        if kind not in (LogKind.LAST, LogKind.JOINED) and not single:
             found.append(name)
     return tuple(dict.fromkeys(found))

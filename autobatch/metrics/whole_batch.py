@@ -78,7 +78,7 @@ class _Given:
 
 
 @dataclass(frozen=True, slots=True)
-class _Update:
+class _MetricUpdate:
     """One held update of a metric: the function to run, and its arguments with a :class:`_Given` for each tensor."""
 
     run: Callable[..., Any]
@@ -109,7 +109,7 @@ class HeldUpdates:
 
     def __init__(self, samples: int | None) -> None:
         self._samples = samples or _UNKNOWN_SAMPLES
-        self._updates: list[_Update] = []
+        self._updates: list[_MetricUpdate] = []
         self._specs: list[tuple[tf.TensorSpec, bool]] = []
         self._known: dict[tuple[int, int], tuple[Any, str]] = {}
         self.updated_in_parts: dict[str, str] = {}
@@ -191,7 +191,7 @@ class _TracedStep:
         self._on_arguments: dict[Any, bool] = {}
         self.parts: list[Any] = []
         self.specs: list[tuple[tf.TensorSpec, bool]] = []
-        self.updates: list[_Update] = []
+        self.updates: list[_MetricUpdate] = []
         self.updated_in_parts: dict[str, str] = {}
 
     def offer(self, metric: Metric, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
@@ -211,7 +211,7 @@ class _TracedStep:
             return False
         given = tuple(self._hold(each) if _is_tensor(each) else each for each in arguments)
         structure = tf.nest.pack_sequence_as((args, kwargs), [None] * len(given))
-        self.updates.append(_Update(run, structure, given))
+        self.updates.append(_MetricUpdate(run, structure, given))
         return True
 
     def _why_not(self, metric: Metric, run: Callable[..., Any], structure: Any, arguments: Sequence[Any]) -> str:

@@ -19,7 +19,7 @@ from autobatch.memory import limits, oom
 from autobatch.memory.other_users import explain_pressure
 from autobatch.metrics.merged_logs import Logs
 from autobatch.records import MemoryModel, Recovery
-from autobatch.recovery.keeper import Keeper, Kept
+from autobatch.recovery.keeper import Keeper, SavedState
 from autobatch.recovery.micro_batch_policy import MicroBatchPolicy
 from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.step.compiled_step import CompiledStep
@@ -183,7 +183,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         """
 
     @staticmethod
-    def roll_back(kept: Iterable[Kept]) -> None:
+    def roll_back(kept: Iterable[SavedState]) -> None:
         gc.collect()
         for each in kept:
             each.restore()

@@ -44,7 +44,7 @@ class SnapshotPlace(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class SavedState:
     """Values of variables from before one step."""
 
     weights_at: SnapshotPlace
@@ -87,7 +87,7 @@ class Keeper:
         self._recorders = {}
         self._room = None
 
-    def take(self, *, whole: bool, proven: bool) -> Kept:
+    def take(self, *, whole: bool, proven: bool) -> SavedState:
         """Keep the present values; call it once everything that the step needs is traced.
 
         ``whole`` is True if one micro-batch is the whole effective batch, ``proven`` if :data:`PROVEN_UPDATES` updates
@@ -111,7 +111,7 @@ class Keeper:
             snapshots.append(self._recorders[key].take())
         if place is SnapshotPlace.HOST:
             snapshots.append(Snapshot.on_host(step.updated_variables))
-        return Kept(place, tuple(snapshots))
+        return SavedState(place, tuple(snapshots))
 
     def _place(self, *, whole: bool, proven: bool) -> SnapshotPlace:
         if whole and self._step.model.jit_compile:

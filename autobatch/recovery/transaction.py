@@ -21,7 +21,7 @@ from __future__ import annotations
 from autobatch.errors import UpdateInterruptedError
 from autobatch.metrics.merged_logs import Logs
 from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
-from autobatch.recovery.keeper import PROVEN_UPDATES, Kept, SnapshotPlace
+from autobatch.recovery.keeper import PROVEN_UPDATES, SavedState, SnapshotPlace
 from autobatch.recovery.out_of_memory import CAUGHT, memory_failure
 from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.tensors.snapshots import SnapshotTaker
@@ -39,7 +39,7 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
         micro_batch = self._lengths.sized(micro_batch, ratio, samples)
         whole = whole and micro_batch >= samples
         step = self._step
-        kept: Kept | None = None
+        kept: SavedState | None = None
         try:
             if step.prepare(whole=whole):
                 self._keeper.forget()
@@ -72,11 +72,11 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
 
     def _evaluate_once(self, step: AccumulatedStep, data: Batch, samples: int) -> Logs:
         micro_batch = self._validation_policy.micro_batch
-        kept: list[Kept] = []
+        kept: list[SavedState] = []
         try:
             if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
                 self._evaluation_recorders[id(step)] = SnapshotTaker(step.changed_before_update)
-            kept.append(Kept(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
+            kept.append(SavedState(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
             step.evaluate(data, micro_batch)
             return step.evaluation_logs()
         except CAUGHT as error:

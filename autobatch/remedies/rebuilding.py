@@ -182,7 +182,7 @@ def _own_functions(model: Model) -> list[tuple[str, str]]:
 
     functions = [
         *keras.tree.flatten(getattr(model, "loss", None)),
-        *(getattr(layer, "activation", None) for layer in variants.layers_of(model)),
+        *(getattr(layer, "activation", None) for layer in variants.layers_of_variant(model)),
     ]
     found = []
     for function in functions:

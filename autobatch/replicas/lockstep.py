@@ -185,7 +185,7 @@ def _joined(messages: Sequence[WorkerMessage], own: oom.Diagnosis | None) -> Sha
     sizes = [message.fitting_now for message in messages if message.fitting_now is not None]
     asked_for = [message.requested_bytes for message in messages if message.requested_bytes is not None]
     diagnosis = oom.Diagnosis(
-        oom.Kind.DEVICE if own is None else own.kind,
+        oom.FailureKind.DEVICE if own is None else own.kind,
         max(asked_for, default=None),
         ELSEWHERE if own is None else own.detail,
     )

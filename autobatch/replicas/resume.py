@@ -23,7 +23,7 @@ FILE_NAME = "autobatch_plan.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptPlan:
     """Sizes kept of a run: the micro-batch that was planned, and the one that was used last, at most as large."""
 
     planned: int
@@ -41,7 +41,7 @@ def backup_of(callbacks: Any) -> Any:
 
 def remembered(
     callbacks: Any, gather: Callable[[list[float], str], Any], *, target_batch: int, replicas: int
-) -> Kept | None:
+) -> KeptPlan | None:
     """Return what an earlier run of the same training has kept, as the chief finds it; None if there is none.
 
     ``gather`` gives numbers to all processes of the training, and returns the numbers of all, the chief's first.
@@ -52,10 +52,10 @@ def remembered(
     found = _read(Path(backup.backup_dir) / FILE_NAME, target_batch, replicas)
     numbers = [0.0, 0.0] if found is None else [float(found.planned), float(found.micro_batch)]
     planned, micro_batch = map(int, gather(numbers, "the plan of an earlier run")[0, :2])
-    return Kept(planned, micro_batch) if planned else None
+    return KeptPlan(planned, micro_batch) if planned else None
 
 
-def _read(path: Path, target_batch: int, replicas: int) -> Kept | None:
+def _read(path: Path, target_batch: int, replicas: int) -> KeptPlan | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def _read(path: Path, target_batch: int, replicas: int) -> Kept | None:
     if not isinstance(micro_batch, int) or micro_batch < 1:
         return None
     planned = kept.get("planned")
-    return Kept(planned if isinstance(planned, int) and planned > micro_batch else micro_batch, micro_batch)
+    return KeptPlan(planned if isinstance(planned, int) and planned > micro_batch else micro_batch, micro_batch)
 
 
 class PlanBackup(keras.callbacks.Callback):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from autobatch.metrics.merged_logs import Logs, together
+from autobatch.metrics.merged_logs import Logs, of_all_replicas
 from autobatch.replicas.accumulators import SumsByReplica
 from autobatch.seams import losses, models, strategies
 from autobatch.seams.optimizers import gradients_already_reduced
@@ -286,7 +286,7 @@ class ReplicatedStep(CompiledStep):
                 means, others, seconds, statistics = self.strategy.run(on_replica)
             kinds = [kind for kind, mean in zip(micro.logs.kinds, micro.logs.averaged, strict=True) if not mean]
             local = [self.strategy.experimental_local_results(part) for part in others]
-            first = [together(parts, kind) for parts, kind in zip(local, kinds, strict=True)]
+            first = [of_all_replicas(parts, kind) for parts, kind in zip(local, kinds, strict=True)]
             taken = tf.stack(self.strategy.experimental_local_results(seconds))
             each = [self.strategy.experimental_local_results(state) for state in statistics]
             return tf.stack(self.strategy.experimental_local_results(means)), first, taken, each

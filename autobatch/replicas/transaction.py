@@ -21,7 +21,7 @@ from autobatch.errors import UpdateInterruptedError, WorkerLostError
 from autobatch.memory import oom
 from autobatch.metrics.merged_logs import Logs
 from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
-from autobatch.recovery.keeper import Kept, SnapshotPlace
+from autobatch.recovery.keeper import SavedState, SnapshotPlace
 from autobatch.recovery.micro_batch_policy import evened
 from autobatch.recovery.out_of_memory import CAUGHT
 from autobatch.replicas.agreement import SingleProcess
@@ -57,7 +57,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
 
     def _train_once(self, data: Batch, samples: int) -> Logs:
         step, micro_batch = self._step, self.policy.micro_batch
-        kept: list[Kept] = []
+        kept: list[SavedState] = []
 
         def begin() -> None:
             if step.prepare():
@@ -71,12 +71,12 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
 
     def _evaluate_once(self, step: ReplicatedStep, data: Batch, samples: int) -> Logs:
         micro_batch = self._validation_policy.micro_batch
-        kept: list[Kept] = []
+        kept: list[SavedState] = []
 
         def begin() -> None:
             if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
                 self._evaluation_recorders[id(step)] = SnapshotTaker(step.changed_before_update)
-            kept.append(Kept(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
+            kept.append(SavedState(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
 
         self._locally(step, data, samples, micro_batch, Phase.EVALUATION, begin, step.evaluate, kept)
         with self._agreement.waiting("the metrics of a validation batch"):
@@ -93,7 +93,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         moment: Phase,
         begin: Callable[[], None],
         run: Callable[..., Any],
-        kept: list[Kept],
+        kept: list[SavedState],
     ) -> int:
         """Do all that needs no collective, on every worker; return the micro-batch that was run.
 
@@ -139,7 +139,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
             raise RolledBackError(micro_batch, largest, failure.diagnosis) from None
         return micro_batch
 
-    def _update(self, kept: list[Kept], local: int, samples: int) -> Logs:
+    def _update(self, kept: list[SavedState], local: int, samples: int) -> Logs:
         try:
             with self._agreement.waiting(f"update {self._updates}"):
                 return self._step.apply()

@@ -70,7 +70,7 @@ def _cards(report: Report) -> str:
         steps = "micro-batch, nothing to accumulate" if made.accumulation_steps == 1 else "micro-batches accumulated"
         cards.append(_card("Micro-batch", f"{made.micro_batches[0]:,}", "samples in one pass"))
         cards.append(_card("Accumulation", f"{sentences.TIMES} {made.accumulation_steps:,}", steps))
-        seconds = sentences.update_seconds(report)
+        seconds = sentences.update_seconds_sentence(report)
         note = "samples an update" if seconds is None else f"samples an update, about {format_seconds(seconds)}"
         cards.append(_card("Effective batch", f"{made.effective_batch:,}", note))
     elif report.largest_fit is not None:

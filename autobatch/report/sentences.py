@@ -107,7 +107,7 @@ def plan(report: Report) -> str:
     if report.plan is None:
         return "none: nothing fits" if report.largest_fit is None else "none: no target batch was given"
     text = plan_alone(report.plan)
-    seconds = update_seconds(report)
+    seconds = update_seconds_sentence(report)
     return text if seconds is None else f"{text}, about {format_seconds(seconds)} an update"
 
 
@@ -129,7 +129,7 @@ def plan_alone(made: Plan) -> str:
     return f"{text} ({'; '.join(notes)})" if notes else text
 
 
-def update_seconds(report: Report) -> float | None:
+def update_seconds_sentence(report: Report) -> float | None:
     """Return the seconds of one optimizer update of the plan; None where its trial was not timed."""
     return report.update_seconds
 

@@ -20,7 +20,7 @@ ApplyHandler = Callable[[Any, list[Any], list[Any]], None]
 """Handler that takes the optimizer, the gradients and their variables in place of ``optimizer.apply``."""
 
 
-class _Here(threading.local):
+class _Captured(threading.local):
     """The state of this thread's captures and updates."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class _Here(threading.local):
         """Own ``apply`` of each instance on which :func:`capture_apply` has replaced it, by the optimizer's id."""
 
 
-_HERE = _Here()
+_HERE = _Captured()
 
 
 def optimizers_of(model: Any) -> tuple[Any, ...]:

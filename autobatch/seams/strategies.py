@@ -23,7 +23,7 @@ def strategy_of(model: Any) -> Any:
     return getattr(model, "_distribute_strategy", None)
 
 
-def require_supported(model: Any) -> None:
+def require_supported_strategy(model: Any) -> None:
     """Refuse what cannot be trained under the strategy that the model was made under.
 
     Raises:

@@ -15,7 +15,7 @@ from autobatch.records import AllocationTrace, SampleEstimate, SearchResult, Tri
 from autobatch.search import replay
 from autobatch.search.bracket import Bracket
 from autobatch.search.memory_model import fit_memory_model
-from autobatch.search.moves import Run, Stop, Terms
+from autobatch.search.moves import Run, SearchTerms, Stop
 from autobatch.search.planning import candidate_sizes, require_objective
 from autobatch.search.proposals_by_line import propose, wants_estimate
 
@@ -161,7 +161,7 @@ def search(
             on_trial(trial)
         return trial
 
-    terms = Terms(
+    terms = SearchTerms(
         budget_bytes=budget_bytes,
         fixed_bytes_hint=fixed_bytes_hint or 0,
         headroom_bytes=headroom_bytes,
@@ -225,8 +225,8 @@ def _replayed(
     """Return the largest size that fits in a replay of ``trial``'s trace, the newest; None where it is not believed."""
     if not trial.fits:
         return None
-    trace = traces[-1] if len(traces) == 1 else replay.between(traces[-2], traces[-1])
-    again = replay.peak_bytes(trace, trace.micro_batch)
+    trace = traces[-1] if len(traces) == 1 else replay.trace_between(traces[-2], traces[-1])
+    again = replay.replayed_peak_bytes(trace, trace.micro_batch)
     if again is None or trial.peak_bytes is None or abs(again - trial.peak_bytes) > _REPLAYED_ALIKE * trial.peak_bytes:
         return None
     # Blocks whose growth goes unnoticed would let any size fit: a compiler, for one, makes one buffer for all tensors.

@@ -38,7 +38,7 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class SearchTerms:
     """The terms of a search. ``top_name`` names the largest candidate in the reason for stopping.
 
     ``replayed`` is the largest size that fits in a replay of the last trial that recorded its allocations; None if
@@ -55,7 +55,7 @@ class Terms:
     replayed: int | None = None
 
 
-def between(bracket: Bracket, low: int, high: int) -> int:
+def size_between(bracket: Bracket, low: int, high: int) -> int:
     """Bisect by ratio while the sides are far apart, then by count."""
     if high > 2 * low:
         return bracket.floor(math.isqrt(low * high))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from autobatch.records import MemoryModel, Outcome, TrialResult
 from autobatch.search.bracket import Bracket, Stage
 from autobatch.search.memory_model import Fit, fit_memory_model, largest_within, least_peak_bytes
-from autobatch.search.moves import CLOSE_TO_PREDICTION, COARSE, Measure, Run, Stop, Terms, between
+from autobatch.search.moves import CLOSE_TO_PREDICTION, COARSE, Measure, Run, SearchTerms, Stop, size_between
 from autobatch.search.proposals_by_replay import by_replay
 from autobatch.units import format_bytes
 
@@ -93,7 +93,7 @@ _BELOW_FIRST_FAILURE = 0.6
 """Share of the size allowed by the bytes that a first failure names, run next: those bytes are a lower bound."""
 
 
-def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Run | Measure | Stop:
+def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: SearchTerms) -> Run | Measure | Stop:
     """Choose the next step of a search in this state."""
     low, high = bracket.largest_fit, bracket.smallest_failure
     if bracket.stage is Stage.UNTRIED:
@@ -117,19 +117,19 @@ def propose(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> Ru
     return _by_model(bracket, low, trials, terms, fit, terms.budget_bytes)
 
 
-def wants_estimate(bracket: Bracket, terms: Terms) -> bool:
+def wants_estimate(bracket: Bracket, terms: SearchTerms) -> bool:
     """Return True if a rough estimate of what a sample adds to the peak would improve the choice of the first trial."""
     budget = terms.budget_bytes
     return budget is not None and terms.fixed_bytes_hint < budget and not _runs_top_first(bracket, terms)
 
 
-def _runs_top_first(bracket: Bracket, terms: Terms) -> bool:
+def _runs_top_first(bracket: Bracket, terms: SearchTerms) -> bool:
     # Where weights alone take more than half, a small top is no longer likely to fit.
     budget = terms.budget_bytes
     return bracket.candidates[-1] <= SMALL_TOP and (budget is None or terms.fixed_bytes_hint <= budget / 2)
 
 
-def _first_probe(bracket: Bracket, terms: Terms) -> int:
+def _first_probe(bracket: Bracket, terms: SearchTerms) -> int:
     budget, top = terms.budget_bytes, bracket.candidates[-1]
     if budget is not None and terms.fixed_bytes_hint >= budget:
         return bracket.candidates[0]
@@ -152,7 +152,7 @@ def _telling(bracket: Bracket, most: int) -> int:
     return next(primes, largest)
 
 
-def _below_first_failure(bracket: Bracket, trials: Sequence[TrialResult], terms: Terms) -> int:
+def _below_first_failure(bracket: Bracket, trials: Sequence[TrialResult], terms: SearchTerms) -> int:
     failed = trials[-1]
     guess = failed.micro_batch / 4
     if terms.budget_bytes is not None:
@@ -165,9 +165,9 @@ def _below_first_failure(bracket: Bracket, trials: Sequence[TrialResult], terms:
     return bracket.floor(int(guess))
 
 
-def _by_outcomes(bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms) -> Run | Stop:
+def _by_outcomes(bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: SearchTerms) -> Run | Stop:
     if bracket.smallest_failure is not None:
-        return Run(between(bracket, low, bracket.smallest_failure))
+        return Run(size_between(bracket, low, bracket.smallest_failure))
     if terms.unlimited and _is_saturated(trials):
         return Stop("no limit is known, and two doublings made it less than 5 % faster")
     return Run(bracket.floor(2 * low))
@@ -180,7 +180,7 @@ def _is_saturated(trials: Sequence[TrialResult]) -> bool:
 
 
 def _by_model(
-    bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
+    bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: SearchTerms, fit: Fit, budget: int
 ) -> Run | Measure | Stop:
     high, untried = bracket.smallest_failure, bracket.untried
     beyond = _beyond_caution(bracket, low, trials, terms, fit, budget)
@@ -188,7 +188,7 @@ def _by_model(
         return Run(beyond)
     if len(trials) >= MODEL_TRIALS:
         if high is not None:
-            return Run(between(bracket, low, high))
+            return Run(size_between(bracket, low, high))
         if terms.exact:
             # Steps that double, whatever the line says: a curve that creeps must not be followed one by one.
             return Run(bracket.floor(low + (1 << (len(trials) - MODEL_TRIALS))))
@@ -215,7 +215,7 @@ def _by_model(
     return Run(_aim(bracket, low, _trusted(fit, low, reach, budget), terms, fit, budget))
 
 
-def _cautious(fit: Fit, terms: Terms) -> MemoryModel:
+def _cautious(fit: Fit, terms: SearchTerms) -> MemoryModel:
     """Return the line through the largest fit, no flatter than the estimate allows, with room for memory in pieces."""
     if terms.estimate is None:
         return fit.model
@@ -225,13 +225,13 @@ def _cautious(fit: Fit, terms: Terms) -> MemoryModel:
     return MemoryModel(min(fixed, fit.model.fixed_bytes), slope + lost_bytes)
 
 
-def _safe(fit: Fit, terms: Terms, budget: int, at_most: int) -> int:
+def _safe(fit: Fit, terms: SearchTerms, budget: int, at_most: int) -> int:
     """Return the largest size that is predicted to fit with room to spare; that room may lie in the headroom."""
     edge = largest_within(fit.model, budget, at_most=at_most)
     return min(edge, largest_within(_cautious(fit, terms), budget + terms.headroom_bytes, at_most=at_most))
 
 
-def _reach(bracket: Bracket, fit: Fit, terms: Terms, budget: int) -> int:
+def _reach(bracket: Bracket, fit: Fit, terms: SearchTerms, budget: int) -> int:
     """Return the largest size predicted to fit: with room to spare, unless that would cost a whole candidate."""
     most = bracket.untried[-1]
     edge = largest_within(fit.model, budget, at_most=most)
@@ -245,7 +245,7 @@ def _reach(bracket: Bracket, fit: Fit, terms: Terms, budget: int) -> int:
 
 
 def _beyond_caution(
-    bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
+    bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: SearchTerms, fit: Fit, budget: int
 ) -> int | None:
     """Return the size to run in exact mode once the safe sizes are exhausted.
 
@@ -262,7 +262,7 @@ def _beyond_caution(
     if edge <= low:
         return None
     if bracket.smallest_failure is not None and edge >= top:
-        return between(bracket, low, bracket.smallest_failure)
+        return size_between(bracket, low, bracket.smallest_failure)
     before = fit_memory_model(trials[:-1], budget_bytes=budget, fixed_bytes_hint=terms.fixed_bytes_hint)
     if before is not None and low > largest_within(_cautious(before, terms), budget, at_most=top):
         return bracket.floor(edge)  # a step beyond caution has just fitted
@@ -270,7 +270,7 @@ def _beyond_caution(
 
 
 def _below_failure(
-    bracket: Bracket, low: int, high: int, trials: Sequence[TrialResult], terms: Terms, fit: Fit, budget: int
+    bracket: Bracket, low: int, high: int, trials: Sequence[TrialResult], terms: SearchTerms, fit: Fit, budget: int
 ) -> int:
     """Return the size to run next after ``high`` failed although the line predicts it to fit."""
     if terms.estimate is not None and fit.is_chord and len(trials) == 2:
@@ -287,7 +287,7 @@ def _below_failure(
     return bracket.floor(guess)
 
 
-def _proof(bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: Terms, budget: int) -> int:
+def _proof(bracket: Bracket, low: int, trials: Sequence[TrialResult], terms: SearchTerms, budget: int) -> int:
     """Return one more than fits, to be seen failing; where that has just fitted, against the line, double the steps."""
     if trials[-1].micro_batch == low:
         before = fit_memory_model(trials[:-1], budget_bytes=budget, fixed_bytes_hint=terms.fixed_bytes_hint)
@@ -318,7 +318,7 @@ def _trusted(fit: Fit, low: int, reach: int, budget: int) -> int:
     return min(reach, max(int(low + room / steeper), no_crawl))
 
 
-def _aim(bracket: Bracket, low: int, trusted: int, terms: Terms, fit: Fit, budget: int) -> int:
+def _aim(bracket: Bracket, low: int, trusted: int, terms: SearchTerms, fit: Fit, budget: int) -> int:
     """Return a candidate a little below ``trusted``, unless the budget is far away or the candidates are far apart."""
     edge = bracket.floor(trusted)
     if terms.estimate is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from autobatch.records import TrialResult
 from autobatch.search.bracket import Bracket
-from autobatch.search.moves import CLOSE_TO_PREDICTION, COARSE, Run, Stop, Terms, between
+from autobatch.search.moves import CLOSE_TO_PREDICTION, COARSE, Run, SearchTerms, Stop, size_between
 
 _REPLAY_AIM = 0.985
 """Share of the largest size that fits in a replay at which the next trial aims."""
@@ -28,7 +28,9 @@ _REPLAY_CREEP = 0.05
 """Part of the largest fit: two sizes that fit and are nearer than this are steps of the proof, which double."""
 
 
-def by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResult], terms: Terms) -> Run | Stop | None:
+def by_replay(
+    bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResult], terms: SearchTerms
+) -> Run | Stop | None:
     """Choose the next move towards ``edge``, the largest size that fits in the replay.
 
     The result is None where the replay was seen to be wrong; the line then chooses. A replay is right to a few per
@@ -42,7 +44,7 @@ def by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResul
         if far_over or failures > _REPLAY_FAILURES:
             return None
         if terms.exact and low >= _REPLAY_NEAR * high:
-            return Run(between(bracket, low, high))
+            return Run(size_between(bracket, low, high))
         return Run(bracket.floor(math.ceil(_BELOW_REPLAY * (high - 1))))
     if terms.exact:
         if edge >= untried[0]:
@@ -60,7 +62,7 @@ def by_replay(bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResul
 def _beyond(bracket: Bracket, low: int, trials: Sequence[TrialResult]) -> int:
     """Return one more than fits, to be seen failing; where it keeps fitting, double the steps."""
     if bracket.smallest_failure is not None:
-        return between(bracket, low, bracket.smallest_failure)
+        return size_between(bracket, low, bracket.smallest_failure)
     fitting = sorted(trial.micro_batch for trial in trials if trial.fits)
     step = 2 * (low - fitting[-2]) if len(fitting) > 1 and low - fitting[-2] <= _REPLAY_CREEP * low else 1
     return bracket.floor(low + step) if step > 1 else bracket.untried[0]

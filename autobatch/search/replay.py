@@ -107,7 +107,7 @@ def _bin(size: int) -> int:
     return max(0, min(_BINS - 1, (size // UNIT_BYTES).bit_length() - 1))
 
 
-def peak_bytes(trace: AllocationTrace, micro_batch: int) -> int | None:
+def replayed_peak_bytes(trace: AllocationTrace, micro_batch: int) -> int | None:
     """Compute the peak of ``micro_batch`` samples that follow the trace; None where a block would find no room."""
     allocator = Allocator(trace.regions, trace.held)
     addresses = [address for address, _ in trace.held] + [0] * len(trace.sizes)
@@ -132,7 +132,7 @@ def largest_that_fits(trace: AllocationTrace, budget_bytes: int, *, at_most: int
     """
 
     def fits(micro_batch: int) -> bool:
-        peak = peak_bytes(trace, micro_batch)
+        peak = replayed_peak_bytes(trace, micro_batch)
         return peak is not None and peak <= budget_bytes
 
     low, high = 0, min(trace.micro_batch, at_most)
@@ -156,7 +156,7 @@ def largest_that_fits(trace: AllocationTrace, budget_bytes: int, *, at_most: int
     return low
 
 
-def between(one: AllocationTrace, other: AllocationTrace) -> AllocationTrace:
+def trace_between(one: AllocationTrace, other: AllocationTrace) -> AllocationTrace:
     """Return ``other`` with each block's growth measured between the two traces.
 
     ``other`` is returned unchanged if both have the same micro-batch, or allocate and release in a different order.

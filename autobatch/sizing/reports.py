@@ -31,7 +31,7 @@ def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Repo
     )
 
 
-def make_plan(micro_batch: int, effective_batch: int, replicas: int) -> Plan:
+def plan_of(micro_batch: int, effective_batch: int, replicas: int) -> Plan:
     return Plan(micro_batch, -(-effective_batch // (micro_batch * replicas)), effective_batch, replicas)
 
 
@@ -59,14 +59,14 @@ def unsearched(
     trials: LiveTrials, micro_batch: int, effective_batch: int, why: str = "no search: micro_batch was given"
 ) -> Report:
     """Make the report of a ``micro_batch`` that was found by no search."""
-    plan = make_plan(micro_batch, effective_batch, trials.replicas)
+    plan = plan_of(micro_batch, effective_batch, trials.replicas)
     if _accumulates(plan):
         trials.trace()  # the report names what differs
     nothing_tried = SearchResult(None, None, trials=(), memory_model=None, stopped_because=why)
     return make_report(trials, nothing_tried, plan)
 
 
-def nothing_fits(trials: Trials, result: SearchResult) -> NoFeasibleBatchError:
+def no_size_fits(trials: Trials, result: SearchResult) -> NoFeasibleBatchError:
     smallest = min(result.trials, key=lambda trial: trial.micro_batch)
     environment = trials.environment
     known = [value for value in (smallest.peak_bytes, trials.fixed_bytes_hint) if value is not None]

@@ -14,7 +14,7 @@ from autobatch import search
 from autobatch.records import Report, TrialRequest, TrialResult
 from autobatch.search import planning
 from autobatch.sizing.remembered import RememberedResult, without_repeats
-from autobatch.sizing.reports import make_plan, make_report, nothing_fits
+from autobatch.sizing.reports import make_report, no_size_fits, plan_of
 
 if TYPE_CHECKING:
     from autobatch.trial.protocol import Trials
@@ -87,11 +87,11 @@ def search_with(
     before = tuple(trial for trial in tried if all(trial is not known for known in result.trials))
     result = dataclasses.replace(result, trials=(*before, *result.trials))
     if result.largest_fit is None:
-        raise nothing_fits(trials, result)
+        raise no_size_fits(trials, result)
     plan = None
     if target_batch is not None and target_per_replica is not None:
         on_one = planning.make_plan(result.trials, target_batch=target_per_replica, objective=objective)
-        plan = make_plan(on_one.micro_batch, target_batch, trials.replicas)
+        plan = plan_of(on_one.micro_batch, target_batch, trials.replicas)
     if memory is not None and not cut_short:
         memory.keep(result, plan)
     return make_report(trials, result, plan)

@@ -16,7 +16,7 @@ def require_supported(model: Model) -> None:
         ValueError: the distribution strategy that the model was made under is not supported, or cannot train this
             model; or the model makes its own train function, or is stateful (see :func:`require_stateless`).
     """
-    strategies.require_supported(model)
+    strategies.require_supported_strategy(model)
     if getattr(type(model), "make_train_function", None) is not keras.Model.make_train_function:
         raise ValueError(
             "This model overrides make_train_function, which autobatch would pass by. Put what it does in train_step. "

@@ -96,7 +96,7 @@ def set_jit(model: Model, jit_compile: bool) -> None:
     model.jit_compile = jit_compile
 
 
-def layers_of(model: Model) -> list[Layer]:
+def layers_of_variant(model: Model) -> list[Layer]:
     """Return a model, its layers, their layers, and so on."""
     from autobatch.seams import models
 
@@ -105,7 +105,7 @@ def layers_of(model: Model) -> list[Layer]:
 
 def require_policy(model: Model, policy: str) -> None:
     """Refuse a model if none of its layers took the global policy that was set before it was built."""
-    found = sorted({layer.dtype_policy.name for layer in layers_of(model) if layer.variables})
+    found = sorted({layer.dtype_policy.name for layer in layers_of_variant(model) if layer.variables})
     if found and policy not in found:
         raise NotApplicableError(
             f"the model's layers set their own dtype policy ({', '.join(found)}), so that the global one has no effect"

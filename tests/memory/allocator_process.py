@@ -171,8 +171,8 @@ def step():
         "unasked": plain.allocations is None,
         "failed_tells_nothing": outcomes[2 * largest].allocations is None,
         "outcomes": [trial.outcome.value for trial in outcomes.values()],
-        "self": replay.peak_bytes(small.allocations, 13) / small.peak_bytes,
-        "near": replay.peak_bytes(small.allocations, near.micro_batch) / near.peak_bytes,
+        "self": replay.replayed_peak_bytes(small.allocations, 13) / small.peak_bytes,
+        "near": replay.replayed_peak_bytes(small.allocations, near.micro_batch) / near.peak_bytes,
         "largest": largest,
     }
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from autobatch.memory import nvml, oom
-from autobatch.memory.oom import Kind
+from autobatch.memory.oom import FailureKind
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,4 +72,4 @@ def test_the_failure_of_an_unlimited_gpu_is_the_devices():
     if "AssertionError" in done.stderr:
         pytest.skip("the driver sees a GPU, TensorFlow does not")
     diagnosis = oom.diagnose_exit(done.returncode, done.stderr[-8000:])
-    assert (diagnosis.kind, diagnosis.requested_bytes) == (Kind.DEVICE, 4 << 44)
+    assert (diagnosis.kind, diagnosis.requested_bytes) == (FailureKind.DEVICE, 4 << 44)

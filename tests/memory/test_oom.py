@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from autobatch.memory import oom
-from autobatch.memory.oom import Kind
+from autobatch.memory.oom import FailureKind
 from autobatch.memory.requested_bytes import requested_bytes
 
 HERE = Path(__file__).parent
@@ -25,38 +25,38 @@ ARRAY = 4 << 46  # NumPy's
 MIB = 2**20
 
 # What each of provoke.py's provocations is, whatever oom.py says.
-EXPECTED: dict[str, tuple[Kind, int | None]] = {
-    "eager": (Kind.DEVICE, TENSOR),
-    "tf_function": (Kind.DEVICE, TENSOR),
-    "keras_fit": (Kind.DEVICE, TENSOR),
-    "xla": (Kind.DEVICE, 4 << 40),
-    "py_function_tensor": (Kind.DEVICE, TENSOR),
-    "py_function_numpy": (Kind.HOST, ARRAY),
-    "py_function_tensor_in_dataset": (Kind.DEVICE, TENSOR),
-    "py_function_numpy_in_dataset": (Kind.HOST, ARRAY),
-    "py_function_chained": (Kind.DEVICE, TENSOR),
-    "py_function_bug": (Kind.NOT_MEMORY, None),
-    "py_function_value_error": (Kind.NOT_MEMORY, None),
-    "from_generator_numpy": (Kind.HOST, ARRAY),
-    "numpy": (Kind.HOST, ARRAY),
-    "python": (Kind.HOST, None),
-    "mmap": (Kind.HOST, None),
-    "user_value_error": (Kind.NOT_MEMORY, None),
-    "user_runtime_error": (Kind.NOT_MEMORY, None),
-    "shape_overflow": (Kind.NOT_MEMORY, None),
-    "bad_shapes": (Kind.NOT_MEMORY, None),
-    "device_full": (Kind.NOT_MEMORY, None),
-    "too_many_files": (Kind.NOT_MEMORY, None),
-    "chained": (Kind.DEVICE, TENSOR),
-    "chained_implicitly": (Kind.DEVICE, TENSOR),
-    "suppressed": (Kind.NOT_MEMORY, None),
-    "interrupted": (Kind.NOT_MEMORY, None),
-    "two_replicas": (Kind.DEVICE, TENSOR),
-    "grouped": (Kind.DEVICE, TENSOR),
-    "arena_eager": (Kind.DEVICE, 80 * MIB),
-    "arena_xla": (Kind.DEVICE, 96 * MIB),
-    "arena_fit_convolution": (Kind.DEVICE, 64 * 62 * 62 * 64 * 4),
-    "arena_dataset_batch": (Kind.HOST, None),
+EXPECTED: dict[str, tuple[FailureKind, int | None]] = {
+    "eager": (FailureKind.DEVICE, TENSOR),
+    "tf_function": (FailureKind.DEVICE, TENSOR),
+    "keras_fit": (FailureKind.DEVICE, TENSOR),
+    "xla": (FailureKind.DEVICE, 4 << 40),
+    "py_function_tensor": (FailureKind.DEVICE, TENSOR),
+    "py_function_numpy": (FailureKind.HOST, ARRAY),
+    "py_function_tensor_in_dataset": (FailureKind.DEVICE, TENSOR),
+    "py_function_numpy_in_dataset": (FailureKind.HOST, ARRAY),
+    "py_function_chained": (FailureKind.DEVICE, TENSOR),
+    "py_function_bug": (FailureKind.NOT_MEMORY, None),
+    "py_function_value_error": (FailureKind.NOT_MEMORY, None),
+    "from_generator_numpy": (FailureKind.HOST, ARRAY),
+    "numpy": (FailureKind.HOST, ARRAY),
+    "python": (FailureKind.HOST, None),
+    "mmap": (FailureKind.HOST, None),
+    "user_value_error": (FailureKind.NOT_MEMORY, None),
+    "user_runtime_error": (FailureKind.NOT_MEMORY, None),
+    "shape_overflow": (FailureKind.NOT_MEMORY, None),
+    "bad_shapes": (FailureKind.NOT_MEMORY, None),
+    "device_full": (FailureKind.NOT_MEMORY, None),
+    "too_many_files": (FailureKind.NOT_MEMORY, None),
+    "chained": (FailureKind.DEVICE, TENSOR),
+    "chained_implicitly": (FailureKind.DEVICE, TENSOR),
+    "suppressed": (FailureKind.NOT_MEMORY, None),
+    "interrupted": (FailureKind.NOT_MEMORY, None),
+    "two_replicas": (FailureKind.DEVICE, TENSOR),
+    "grouped": (FailureKind.DEVICE, TENSOR),
+    "arena_eager": (FailureKind.DEVICE, 80 * MIB),
+    "arena_xla": (FailureKind.DEVICE, 96 * MIB),
+    "arena_fit_convolution": (FailureKind.DEVICE, 64 * 62 * 62 * 64 * 4),
+    "arena_dataset_batch": (FailureKind.HOST, None),
 }
 IN_THE_CHAIN = {"chained", "chained_implicitly", "grouped", "suppressed"}  # what counts is not in their own message
 
@@ -120,14 +120,14 @@ def test_provoked_without_an_arena(processes):
     expected = {name: EXPECTED[name] for name in EXPECTED if not name.startswith("arena")}
     if sys.version_info < (3, 11):
         del expected["grouped"]
-    assert {name: (Kind(each["kind"]), each["requested_bytes"]) for name, each in records.items()} == expected
+    assert {name: (FailureKind(each["kind"]), each["requested_bytes"]) for name, each in records.items()} == expected
 
 
 @pytest.mark.slow
 def test_provoked_in_the_arena(processes):
     records = {each["name"]: each for each in processes["provoked_in_arena"].result()["messages"]}
     expected = {name: EXPECTED[name] for name in EXPECTED if name.startswith("arena")}
-    assert {name: (Kind(each["kind"]), each["requested_bytes"]) for name, each in records.items()} == expected
+    assert {name: (FailureKind(each["kind"]), each["requested_bytes"]) for name, each in records.items()} == expected
 
 
 def test_every_recorded_message_is_expected_and_the_other_way_round():
@@ -160,19 +160,19 @@ def test_a_poisoned_device_outweighs_the_memory_around_it():
     error = rebuild([f"{base}ResourceExhaustedError", "builtins.Exception"], "OOM when allocating tensor")
     error.__cause__ = rebuild([f"{base}InternalError", "builtins.Exception"], "CUDA_ERROR_ILLEGAL_ADDRESS")
     diagnosis = oom.diagnose(error)
-    assert diagnosis.kind is Kind.POISONED
+    assert diagnosis.kind is FailureKind.POISONED
     assert not diagnosis.is_memory
 
 
 def test_a_chain_that_goes_in_a_circle_ends():
     first, second = ValueError("one"), KeyError("two")
     first.__cause__, second.__cause__ = second, first
-    assert oom.diagnose(first).kind is Kind.NOT_MEMORY
+    assert oom.diagnose(first).kind is FailureKind.NOT_MEMORY
 
 
 def test_a_users_class_of_the_same_name_is_the_users_own():
     error = rebuild(["models.ResourceExhaustedError", "builtins.Exception"], "OOM when allocating tensor")
-    assert oom.diagnose(error).kind is Kind.NOT_MEMORY
+    assert oom.diagnose(error).kind is FailureKind.NOT_MEMORY
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def ended(code: str) -> tuple[int, str]:
 def test_killed():
     code, stderr = ended("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert code == -signal.SIGKILL
-    assert oom.diagnose_exit(code, stderr).kind is Kind.HOST
+    assert oom.diagnose_exit(code, stderr).kind is FailureKind.HOST
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names the C++ library's file")
@@ -210,19 +210,19 @@ def test_bad_alloc():
     code, stderr = ended("import ctypes; ctypes.CDLL('libstdc++.so.6')._Znwm(ctypes.c_size_t(1 << 62))")
     assert code == -signal.SIGABRT
     diagnosis = oom.diagnose_exit(code, stderr)
-    assert diagnosis.kind is Kind.HOST
+    assert diagnosis.kind is FailureKind.HOST
     assert re.search("SIGABRT.*bad_alloc", diagnosis.detail)
 
 
 def test_a_traceback_of_a_memory_error_and_one_of_a_bug():
     code, stderr = ended("bytearray(1 << 60)")
-    assert oom.diagnose_exit(code, stderr).kind is Kind.HOST
+    assert oom.diagnose_exit(code, stderr).kind is FailureKind.HOST
     code, stderr = ended("import numpy; numpy.ones(1 << 46)")
     diagnosis = oom.diagnose_exit(code, stderr)
-    assert (diagnosis.kind, diagnosis.requested_bytes) == (Kind.HOST, 8 << 46)
+    assert (diagnosis.kind, diagnosis.requested_bytes) == (FailureKind.HOST, 8 << 46)
     code, stderr = ended("raise ValueError('OOM when allocating tensor with shape[8] and type float')")
     diagnosis = oom.diagnose_exit(code, stderr)
-    assert (diagnosis.kind, diagnosis.requested_bytes) == (Kind.NOT_MEMORY, None)
+    assert (diagnosis.kind, diagnosis.requested_bytes) == (FailureKind.NOT_MEMORY, None)
     assert diagnosis.detail.startswith("ValueError: ")
 
 

@@ -73,7 +73,7 @@ def test_the_smallest_size_that_any_worker_holds_to_fit_wins():
         other[2], other[3], other[4] = 1.0, 7.0, 4096.0
 
     outcome = run_in_lockstep(Two(ran_out), lambda: [], Phase.UPDATE, "update 1", {"micro-batch": 9.0})
-    assert outcome.diagnosis.kind is oom.Kind.DEVICE
+    assert outcome.diagnosis.kind is oom.FailureKind.DEVICE
     assert outcome.diagnosis.is_memory
     assert outcome.diagnosis.requested_bytes == 4096
     assert outcome.diagnosis.detail == ELSEWHERE

@@ -27,7 +27,7 @@ def test_a_model_and_its_optimizer_know_their_strategy(mirrored):
     assert strategies.strategy_of(model) is strategy
     assert model.optimizer._distribution_strategy is strategy
     assert strategies.strategy_of(classifier()) is None
-    strategies.require_supported(model)
+    strategies.require_supported_strategy(model)
     assert strategies.devices_of(strategy) == ("CPU:0",)
     assert strategies.worker_of(strategy) == (0, 1)
     assert isinstance(agreement_for(strategy), SingleProcess)

@@ -177,7 +177,7 @@ class RecordingDevice:
         return AllocationTrace(micro_batch, regions=((0, self.total_bytes),), held=held, **self._arguments)
 
     def peak_bytes(self, micro_batch: int) -> int | None:
-        return replay.peak_bytes(self._trace(micro_batch), micro_batch)
+        return replay.replayed_peak_bytes(self._trace(micro_batch), micro_batch)
 
     def __call__(self, request: TrialRequest) -> TrialResult:
         peak = self.peak_bytes(request.micro_batch)

@@ -92,8 +92,8 @@ def test_blocks_never_overlap_and_nothing_is_lost(seed: int) -> None:
 def test_a_size_is_replayed_with_what_grows_and_what_does_not() -> None:
     # Weights of 4 KiB; a workspace of 1 KiB; two activations of 256 bytes a sample, the first kept for the second.
     told = trace([(1024, 0), (0, 256), (0, 256)], [1, ~1, 2, 3, ~3, ~2], held=[(0, 4096)])
-    assert replay.peak_bytes(told, 10) == 4096 + 2 * 2560
-    assert replay.peak_bytes(told, 1) == 4096 + 1024
+    assert replay.replayed_peak_bytes(told, 10) == 4096 + 2 * 2560
+    assert replay.replayed_peak_bytes(told, 1) == 4096 + 1024
     assert replay.largest_that_fits(told, 1 << 20, at_most=10**6) == pytest.approx((2**20 - 4096) / 512, rel=0.006)
     assert replay.largest_that_fits(told, 100_000, at_most=10**6) == pytest.approx((100_000 - 4096) / 512, rel=0.006)
     assert replay.largest_that_fits(told, 1 << 20, at_most=100) == 100
@@ -103,8 +103,8 @@ def test_a_size_is_replayed_with_what_grows_and_what_does_not() -> None:
 def test_free_memory_in_pieces_is_no_room_although_the_bytes_would_do() -> None:
     # Something small lies in the middle: of 1 MiB, only half can be had in one piece.
     told = trace([(0, 1024)], [1, ~1], held=[(512 * KIB, 256)])
-    assert replay.peak_bytes(told, 512) == 256 + 512 * KIB
-    assert replay.peak_bytes(told, 513) is None
+    assert replay.replayed_peak_bytes(told, 512) == 256 + 512 * KIB
+    assert replay.replayed_peak_bytes(told, 513) is None
     assert replay.largest_that_fits(told, 1 << 20, at_most=1000) == 512
 
 
@@ -127,31 +127,31 @@ def test_the_largest_fits_and_a_little_more_does_not(seed: int, total: int) -> N
             order.append(~live.pop(rng.randrange(len(live))))
     told = trace(sizes, order, total=total * KIB)
     found = replay.largest_that_fits(told, total * KIB, at_most=5000)
-    assert found == 0 or replay.peak_bytes(told, found) is not None
+    assert found == 0 or replay.replayed_peak_bytes(told, found) is not None
     if found < 5000:
         beyond = range(found + 1, found + 2 + found // 5)
-        assert any(replay.peak_bytes(told, size) is None for size in beyond) or found < 20
+        assert any(replay.replayed_peak_bytes(told, size) is None for size in beyond) or found < 20
 
 
 def test_two_trials_tell_what_grows_better_than_one() -> None:
     # A workspace of 16 * 1024 bytes looked as if it grew, for 16 samples were run.
     one = trace([(0, 1024), (0, 100)], [0, 1, ~1, ~0], micro_batch=16)
     other = trace([(16 * 1024, 0), (0, 100)], [0, 1, ~1, ~0], micro_batch=40)
-    assert replay.between(one, other).sizes == ((16 * 1024, 0), (0, 100))
-    assert replay.between(one, other).micro_batch == 40
+    assert replay.trace_between(one, other).sizes == ((16 * 1024, 0), (0, 100))
+    assert replay.trace_between(one, other).micro_batch == 40
 
 
 def test_trials_that_did_not_do_the_same_are_not_compared() -> None:
     one = trace([(0, 1024), (0, 100)], [0, 1, ~1, ~0], micro_batch=16)
-    assert replay.between(one, trace([(0, 1024)], [0, ~0], micro_batch=40)).sizes == ((0, 1024),)
+    assert replay.trace_between(one, trace([(0, 1024)], [0, ~0], micro_batch=40)).sizes == ((0, 1024),)
     other_order = trace([(0, 64), (0, 100)], [0, 1, ~0, ~1], micro_batch=40)
-    assert replay.between(one, other_order) is other_order
-    assert replay.between(one, one) is one
+    assert replay.trace_between(one, other_order) is other_order
+    assert replay.trace_between(one, one) is one
 
 
 def test_what_was_held_may_differ_between_the_two() -> None:
     one = trace([(0, 1000)], [1, ~1, ~0], held=[(0, 256)], micro_batch=10)
     other = trace([(20_500, 0)], [0, ~0], micro_batch=20)
     # 10,000 bytes with 10 samples and 20,500 with 20.
-    assert replay.between(one, other).sizes == ((-500, 1050),)
-    assert replay.peak_bytes(replay.between(one, other), 30) == 31_232
+    assert replay.trace_between(one, other).sizes == ((-500, 1050),)
+    assert replay.replayed_peak_bytes(replay.trace_between(one, other), 30) == 31_232
