@@ -43,9 +43,9 @@ def optimizers_of(model: Any) -> tuple[Any, ...]:
     candidates = [getattr(model, "optimizer", None)]
     for attribute in vars(model).values():
         if isinstance(attribute, dict):
-            candidates += attribute.values()
+            candidates.extend(attribute.values())
         elif isinstance(attribute, (list, tuple)):
-            candidates += attribute
+            candidates.extend(attribute)  # TensorFlow wraps tuples, and a wrapper takes no part in +=
         else:
             candidates.append(attribute)
     for candidate in candidates:

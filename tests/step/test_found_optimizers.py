@@ -186,3 +186,31 @@ def test_a_loop_that_is_a_tf_function_already():
     ours, losses = run(lambda loop: loop.wrapped(micro_batch=13))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert relative_error(ours.state(), plain.state()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_layers_and_optimizers_may_be_kept_in_any_container(kind):
+    """A tuple that is a model's attribute is wrapped by TensorFlow, and cannot be added to a list."""
+
+    class Blocks(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.blocks = kind((layers.Dense(4), layers.Dense(10)))
+            self.first, self.last = layers.Dense(8, activation="relu"), layers.Dense(10)
+            self.others = kind((keras.optimizers.SGD(0.05),))
+
+        def call(self, inputs):
+            return self.last(self.first(inputs))
+
+    def trained(fit):
+        keras.utils.set_random_seed(2)
+        model = Blocks()
+        model.build((None, 16))
+        model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        fit(model)
+        return [variable.numpy() for variable in model.trainable_variables]
+
+    x, y = arrays()
+    plain = trained(lambda model: model.fit(x, y, batch_size=SAMPLES, verbose=0))
+    ours = trained(lambda model: autobatch.fit(model, x, y, target_batch=SAMPLES, micro_batch=10, verbose=0))
+    assert relative_error(ours, plain) < 1e-5
