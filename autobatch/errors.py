@@ -99,6 +99,6 @@ def warn(message: str) -> None:
         AutobatchWarning,
         filename=frame.f_code.co_filename,
         lineno=frame.f_lineno,
-        module=frame.f_globals.get("__name__"),
+        module=frame.f_globals.get("__name__") or "<string>",  # without a name Python would say nothing
         registry=frame.f_globals.setdefault("__warningregistry__", {}),
     )

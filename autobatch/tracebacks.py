@@ -8,10 +8,12 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-_OWN_CODE = str(Path(__file__).resolve().parent) + os.sep
+_OWN_CODE = os.path.realpath(Path(__file__).parent) + os.sep
 _LIBRARIES = tuple(
-    {str(Path(sysconfig.get_path(name)).resolve()) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    {os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 )
+_OF_INSTALLED = frozenset(("site-packages", "dist-packages"))
+"""Folders that packages are installed in, wherever they are: the user's own, or those of the system beside a venv."""
 
 
 def raised_here(error: BaseException) -> bool:
@@ -48,7 +50,7 @@ def _trim(report: traceback.TracebackException) -> None:
 
 def is_own(filename: str) -> bool:
     """Return True for a file of autobatch's."""
-    return os.path.abspath(filename).startswith(_OWN_CODE)
+    return os.path.realpath(filename).startswith(_OWN_CODE)
 
 
 def _is_import(filename: str) -> bool:
@@ -57,4 +59,5 @@ def _is_import(filename: str) -> bool:
 
 def is_library(filename: str) -> bool:
     """Return True for a file of Python's or of an installed package."""
-    return _is_import(filename) or os.path.abspath(filename).startswith(_LIBRARIES)
+    path = os.path.realpath(filename)
+    return _is_import(filename) or path.startswith(_LIBRARIES) or not _OF_INSTALLED.isdisjoint(Path(path).parts)

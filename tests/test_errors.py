@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import keras
 import pytest
@@ -70,3 +74,23 @@ def test_repeated_at_one_line_it_is_shown_once():
         warn("again")
     assert [str(each.message) for each in found] == ["again", "again"]
     assert found[0].lineno + 1 == found[1].lineno == inspect.currentframe().f_lineno - 2
+
+
+@pytest.mark.parametrize("name", [None, "__main__"])
+def test_code_without_a_name_is_warned_as_well(caught, name):
+    namespace = {"warn": warn} if name is None else {"warn": warn, "__name__": name}
+    exec(compile("warn('said')", "<ipython-input-1>", "exec"), namespace)
+    assert [(str(each.message), each.filename, each.lineno) for each in caught] == [("said", "<ipython-input-1>", 1)]
+
+
+def test_through_a_link_and_through_packages_it_is_still_the_users_line(tmp_path):
+    (tmp_path / "linked").symlink_to(Path(autobatch.__file__).parents[1])
+    packages = tmp_path / "somewhere" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "a_library.py").write_text("def call(function):\n    function('said')\n")
+    program = tmp_path / "program.py"
+    program.write_text("import a_library\nfrom autobatch.errors import warn\n\na_library.call(warn)\n")
+    paths = os.pathsep.join([str(tmp_path / "linked"), str(packages)])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True, env=environment)
+    assert f"{program}:4: AutobatchWarning: said" in done.stderr

@@ -100,8 +100,10 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="try mixed precision, XLA, rematerialisation and an optimizer without slots as well, each in a worker of "
         "its own, and what gains together; --max-trials and --max-seconds then count for each (minutes in all)",
     )
-    group.add_argument("--max-trials", type=positive, metavar="N", help="stop after so many trials")
-    group.add_argument("--max-seconds", type=arguments.seconds, metavar="SECONDS", help="start no trial after so long")
+    group.add_argument("--max-trials", type=positive, metavar="N", help="stop after N trials")
+    group.add_argument(
+        "--max-seconds", type=arguments.seconds, metavar="SECONDS", help="start no new trial after SECONDS"
+    )
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
