@@ -27,9 +27,9 @@ class Two(SingleProcess):
 
 
 def run_out():
-    raise tf.errors.ResourceExhaustedError(
-        None, None, "OOM when allocating tensor with shape[1024] and type float on CPU:0 by allocator cpu"
-    )
+    """Really run out of memory: TensorFlow is asked for 64 TiB."""
+    tf.fill([1 << 44], 0.0)
+    return []
 
 
 @pytest.mark.parametrize(
