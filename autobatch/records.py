@@ -7,12 +7,10 @@ Bytes are ``int`` and seconds are ``float`` throughout, and a field's name ends 
 from __future__ import annotations
 
 import enum
-import itertools
-import math
-from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from autobatch import display
+from autobatch.allocation_trace import AllocationTrace
 
 SCHEMA_VERSION = 1
 """Version of the serialised :class:`Report`; a change of a field's meaning raises it."""
@@ -29,16 +27,6 @@ class Outcome(enum.Enum):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _require_apart(name: str, pieces: tuple[tuple[int, int], ...]) -> None:
-    ordered = sorted(pieces)
-    for start, taken in ordered:
-        _require(start >= 0 and taken > 0, f"{name} must have bytes at an address. Received: {(start, taken)!r}")
-    for (start, taken), (following, _) in itertools.pairwise(ordered):
-        _require(
-            start + taken <= following, f"{name} must not overlap. Received: {(start, taken)!r} before {following!r}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,55 +47,18 @@ class TrialRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class AllocationTrace:
-    """Requests of one trial's steps to the device's allocator, block by block, and the blocks from before.
-
-    ``regions`` are the pieces of address space that the allocator has, as (start, bytes). The first ``len(held)``
-    blocks were there before, as (start, bytes). Block ``len(held) + i`` was allocated in the trial, and ``sizes[i]`` is
-    what it takes, as (bytes whatever the size, bytes per sample). ``order`` lists the events: ``n`` allocates block n,
-    ``~n`` gives it back. A trace that no allocator can have left is refused when it is made.
-    """
-
-    micro_batch: int
-    regions: tuple[tuple[int, int], ...]
-    held: tuple[tuple[int, int], ...]
-    sizes: tuple[tuple[float, float], ...]
-    order: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        _require(self.micro_batch >= 1, f"micro_batch must be at least 1. Received: {self.micro_batch!r}")
-        _require(bool(self.regions), f"regions must not be empty. Received: {self.regions!r}")
-        blocks = len(self.held) + len(self.sizes)
-        strange = [step for step in self.order if not -blocks <= step < blocks]
-        _require(not strange, f"order must name blocks from 0 to {blocks - 1}. Received: {strange[:3]!r}")
-        _require_apart("regions", self.regions)
-        _require_apart("held", self.held)
-        ordered = sorted(self.regions)
-        for start, taken in self.held:
-            inside = ordered[max(bisect_right(ordered, (start, math.inf)) - 1, 0)]
-            fits = inside[0] <= start and start + taken <= inside[0] + inside[1]
-            _require(fits, f"held must lie in regions. Received: {(start, taken)!r}")
-        _require(all(map(math.isfinite, itertools.chain(*self.sizes))), f"sizes must be finite. Received: {self.sizes}")
-        live = set(range(len(self.held)))
-        for step in self.order:
-            block = step if step >= 0 else ~step
-            fits = (block in live) == (step < 0)
-            _require(fits, f"order must take what is free, and give back what is taken. Received: {step!r}")
-            live ^= {block}
-
-
-@dataclass(frozen=True, slots=True)
 class TrialResult:
     """Findings of one trial.
 
-    ``peak_bytes`` is the most that the device's allocator held during the trial, None where it keeps no such figure or
-    the trial did not end. ``sample_peak_bytes`` is the peak up to the optimizer's update, whose needs do not depend on
-    the size. ``held_bytes`` is what was held before the first sample. ``step_seconds`` is the median of one
-    micro-batch's forward and backward pass with its accumulation, ``apply_seconds`` that of the optimizer's update.
-    ``first_step_seconds`` is the time of the first micro-step with its tracing and compilation. ``requested_bytes`` is
-    the allocation that a failure named, if it named one. ``retried`` is True if the size failed once while another
-    process held memory, and was tried again. ``allocations`` is what a size that fits asked of the allocator, if
-    recorded.
+    ``peak_bytes`` is the most that was held on the device during the trial, None where the allocator keeps no such
+    figure or the trial did not end. It counts what was asked for, where that was recorded. ``allocated_peak_bytes`` is
+    the allocator's own figure, which counts the chunks that it gave. ``sample_peak_bytes`` is the peak up to the
+    optimizer's update, whose needs do not depend on the size. ``held_bytes`` is what was held before the first sample.
+    ``step_seconds`` is the median of one micro-batch's forward and backward pass with its accumulation,
+    ``apply_seconds`` that of the optimizer's update. ``first_step_seconds`` is the time of the first micro-step with
+    its tracing and compilation. ``requested_bytes`` is the allocation that a failure named, if it named one.
+    ``retried`` is True if the size failed once while another process held memory, and was tried again. ``allocations``
+    is what a size that fits asked of the allocator, if recorded.
     """
 
     micro_batch: int
@@ -121,23 +72,17 @@ class TrialResult:
     detail: str = ""
     sample_peak_bytes: int | None = None
     held_bytes: int | None = None
+    allocated_peak_bytes: int | None = field(default=None, metadata={"left_out_at_default": True})
     allocations: AllocationTrace | None = field(
         default=None, repr=False, compare=False, metadata={"left_out_at_default": True}
     )
 
     def __post_init__(self) -> None:
         _require(self.micro_batch >= 1, f"micro_batch must be at least 1. Received: {self.micro_batch!r}")
-        for name in (
-            "peak_bytes",
-            "step_seconds",
-            "apply_seconds",
-            "first_step_seconds",
-            "requested_bytes",
-            "sample_peak_bytes",
-            "held_bytes",
-        ):
-            value = getattr(self, name)
-            _require(value is None or value >= 0, f"{name} must not be negative. Received: {value!r}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            known = isinstance(value, (int, float))
+            _require(not known or value >= 0, f"{item.name} must not be negative. Received: {value!r}")
 
     @property
     def fits(self) -> bool:
@@ -157,11 +102,13 @@ class SampleEstimate:
     """Needs of one sample, estimated from a step that was traced and not run.
 
     ``sample_bytes`` is roughly what it adds to the peak, good to a factor of two. ``largest_tensor_bytes`` is its share
-    of the largest tensor, which an allocator must find room for in one piece.
+    of the largest tensor, which an allocator must find room for in one piece. ``workspace_bytes`` are taken whatever
+    the number of samples.
     """
 
     sample_bytes: float
     largest_tensor_bytes: float
+    workspace_bytes: int = 0
 
     def __post_init__(self) -> None:
         _require(self.sample_bytes > 0, f"sample_bytes must be above 0. Received: {self.sample_bytes!r}")
@@ -169,6 +116,7 @@ class SampleEstimate:
             self.largest_tensor_bytes >= 0,
             f"largest_tensor_bytes must not be negative. Received: {self.largest_tensor_bytes!r}",
         )
+        _require(self.workspace_bytes >= 0, f"workspace_bytes must not be negative. Received: {self.workspace_bytes!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +145,7 @@ class SearchResult:
     trials: tuple[TrialResult, ...]
     memory_model: MemoryModel | None
     stopped_because: str
+    headroom_given_up: bool = False  # since nothing fits beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +208,7 @@ class Environment:
     precision: str
     jit_compile: bool
     versions: tuple[tuple[str, str], ...] = ()
+    held_by_others_bytes: int = field(default=0, metadata={"left_out_at_default": True})  # before the first trial
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autobatch.records import AllocationTrace, Outcome, SampleEstimate, TrialRequest, TrialResult
+from autobatch.allocation_trace import AllocationTrace
+from autobatch.records import Outcome, SampleEstimate, TrialRequest, TrialResult
 from autobatch.search import search
 
 SCHEMA_VERSION = 1

@@ -12,26 +12,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "autobatch"
-GROUND = {"records", "errors", "units", "version", "display"}
+GROUND = {"records", "allocation_trace", "errors", "units", "version", "display"}
 # What each room may import from, from the ground up. Lazy imports and modules named in strings count as well.
 ROOMS: dict[str, set[str]] = {
     "version": set(),
     "types": set(),
+    "allocation_trace": set(),
     "display": set(),
     "units": set(),
     "record_codec": set(),
     "tracebacks": set(),
     "errors": {"tracebacks"},
     "arguments": {"units"},
-    "records": {"display"},
+    "records": {"display", "allocation_trace"},
     "training_history": {"records"},
     "seams": set(),
     "tensors": {"seams"},
     # Pure: none of these four knows TensorFlow's side of the house.
-    "search": {"records", "errors", "units"},
+    "search": {"records", "allocation_trace", "errors", "units"},
     "report": {"records", "errors", "units", "record_codec"},
     "cache": {"records", "errors", "units"},
-    "memory": {"records", "errors", "units"},
+    "memory": {"records", "allocation_trace", "errors", "units"},
     "graphs": {"records", "seams", "tensors"},
     "losses": {"graphs", "seams", "tensors"},
     "averages": {"graphs", "seams", "tensors"},

@@ -23,8 +23,13 @@ _SHARED = ("Reshape", "Identity", "IdentityN", "StopGradient", "PreventGradient"
 _NOT_COMPUTED = frozenset((*_SHARED, "Placeholder", "Const", "ReadVariableOp"))
 _LOOPS = frozenset(("While", "StatelessWhile"))
 
+_CONVOLUTIONS = frozenset(("Conv2DBackpropInput", "Conv2DBackpropFilter"))
+_CONVOLUTION_WORKSPACE_BYTES = 30 * 2**20
+"""Bytes at most that a CPU's gradient of a convolution takes beside its tensors, whatever the batch: after
+``tensorflow/core/kernels/conv_grad_input_ops.h``."""
 
-def of_graph(graph: tf.Graph) -> SampleEstimate | None:
+
+def of_graph(graph: tf.Graph, *, on_cpu: bool = False) -> SampleEstimate | None:
     """Estimate what one sample needs in the traced step ``graph``.
 
     Return None where it has loops, and the iterations of none are known, or where no tensor has a row per sample.
@@ -42,7 +47,9 @@ def of_graph(graph: tf.Graph) -> SampleEstimate | None:
         # The loop of a gradient is given the forward loop's lists, and runs as often.
         for loop, count in zip(loops, counts, strict=True):
             total += (most if count is None else count) * sum(_computed_rows(bodies[loop.get_attr("body").name]))
-    return SampleEstimate(_ALIVE * total, largest) if total else None
+    convolves = on_cpu and any(node.op in _CONVOLUTIONS for node in definition.node)
+    workspace = _CONVOLUTION_WORKSPACE_BYTES if convolves else 0
+    return SampleEstimate(_ALIVE * total, largest, workspace) if total else None
 
 
 def _computed_rows(nodes: Iterable[Any]) -> Iterator[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 import tempfile
@@ -20,9 +21,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from autobatch.memory import arena, profile_reader
+from autobatch.allocation_trace import AllocationTrace
+from autobatch.memory import arena, arena_regions, profile_reader
 from autobatch.memory.profile_reader import Event
-from autobatch.records import AllocationTrace
 from autobatch.types import Variable
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,10 @@ _LEAST_PRIME = 11
 """Least prime micro-batch that is unlikely to divide a dimension that has nothing to do with it."""
 
 _WORKSPACES = ("Conv2DBackpropInput", "Conv2DBackpropFilter")
-"""Operations with temporaries of rank 3 that do not grow: a CPU works on as many images at once as its cache holds."""
+"""Operations with temporaries of rank 3 that do not grow: a CPU works on as many images at once as 30 MiB hold."""
+
+_TURNS = 10
+"""Turns of threads from which on operations ran side by side: with one thread for them there are 1 to 3 in a step."""
 
 _ROUND_BYTES = 256
 """Unit to which the allocator rounds a block up."""
@@ -146,6 +150,23 @@ def trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple[
     return None
 
 
+def asked_peak_bytes(found: Recording) -> int | None:
+    """Return the most bytes held at one time, each recorded block by what was asked for; None if nothing is believed.
+
+    The allocator counts the chunk that it gave. It does not split a free chunk that is less than twice as large as the
+    block, and not 128 MiB larger, so that a chunk may hold up to that much more.
+    """
+    with _as_a_hint("believed"):
+        if found.events:
+            _require_possible(found.events)
+            return _in_use_before(found.events[0]) + found.most_bytes()
+    return None
+
+
+def _in_use_before(first: Event) -> int:
+    return first.in_use_bytes - (first.chunk_bytes if first.allocated else -first.chunk_bytes)
+
+
 def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple[int, ...]]) -> AllocationTrace:
     _require_possible(found.events)
     first = found.events[0]
@@ -168,14 +189,16 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
             freed.append(event.address)
     for address, held_bytes in found.held.items():
         blocks.setdefault(address, -(-held_bytes // _ROUND_BYTES) * _ROUND_BYTES)
-    in_use = first.in_use_bytes - (first.chunk_bytes if first.allocated else -first.chunk_bytes)
+    in_use = _in_use_before(first)
     touched = {event.address: event.chunk_bytes for event in found.events}
-    regions = _regions(blocks, touched, first)
+    regions = arena_regions.find(found.events, blocks)
     held = _within(regions, blocks)
     lost = [address for address in freed if address not in dict(held)]
     if lost:
         raise ValueError(f"blocks that were given back do not lie in the allocator's memory: {lost[:3]}")
-    held += _unaccounted(regions, {**touched, **dict(held)}, in_use - sum(taken for _, taken in held))
+    elsewhere = first.in_use_bytes + first.free_bytes - sum(taken for _, taken in regions)
+    unknown = in_use - sum(taken for _, taken in held) - max(0, elsewhere)
+    held += _unaccounted(regions, {**touched, **dict(held)}, unknown)
     held.sort()
     index = {address: number for number, (address, _) in enumerate(held)}
     known = len(held)
@@ -184,7 +207,13 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
             order.append(known + number if allocated else ~(known + number))
         else:
             order.append(~index[freed[-1 - number]])
-    return AllocationTrace(micro_batch, tuple(regions), tuple(held), tuple(sizes), tuple(order))
+    in_parallel = _turns(found.events) >= _TURNS
+    return AllocationTrace(micro_batch, tuple(regions), tuple(held), tuple(sizes), tuple(order), in_parallel)
+
+
+def _turns(events: Sequence[Event]) -> int:
+    """Return how often another thread asked for memory than the one before."""
+    return sum(one.thread != other.thread for one, other in itertools.pairwise(events))
 
 
 def _sizes(event: Event, micro_batch: int, fixed_shapes: Collection[tuple[int, ...]]) -> tuple[float, float]:
@@ -237,37 +266,6 @@ def _require_possible(events: Sequence[Event]) -> None:
             if live.pop(event.address) != event.chunk_bytes:
                 raise ValueError(f"event {number} gives back another chunk than was taken: {event}")
             starts.remove(event.address)
-
-
-def _regions(held: dict[int, int], touched: dict[int, int], first: Event) -> list[tuple[int, int]]:
-    """Return the allocator's regions of address space as (start, bytes); none overlaps another.
-
-    The events do not say where a region ends, so its size is an upper bound. They do give the largest free piece,
-    through the fragmentation of the regions taken so far. That piece is taken to follow the last block held in the
-    largest region, before the next region begins. Blocks that all lie within the limit of each other are taken to lie
-    in one region. They do where the arena is taken in one piece.
-    """
-    total = first.in_use_bytes + first.free_bytes
-    largest_free = int(first.free_bytes * (1 - first.fragmentation)) // _ROUND_BYTES * _ROUND_BYTES
-    extents: list[list[int]] = []
-    for address, taken in sorted({**held, **touched}.items()):
-        if extents and address - extents[-1][1] <= total // 8:
-            extents[-1][1] = max(extents[-1][1], address + taken)
-        else:
-            extents.append([address, address + taken])
-    used = [(start, end) for start, end in extents if any(start <= address < end for address in touched)]
-    if used[-1][1] - used[0][0] <= total:
-        used = [(used[0][0], used[-1][1])]
-    start, end = main = max(used, key=lambda extent: extent[1] - extent[0])
-    regions = [(other, behind - other) for other, behind in used if (other, behind) != main]
-    most = total - sum(taken for _, taken in regions)
-    following = min((other for other, _ in regions if other > start), default=start + most)
-    behind = max((address + taken for address, taken in held.items() if start <= address < end), default=start)
-    regions.append((start, min(max(end, behind + largest_free) - start, most, following - start)))
-    rest = most - regions[-1][1]
-    if rest > largest_free or (rest >= _ROUND_BYTES and behind + largest_free > following):
-        regions.append((max(s + taken for s, taken in regions) + _ROUND_BYTES, rest))  # not taken from the device yet
-    return sorted(regions)
 
 
 def _within(regions: list[tuple[int, int]], blocks: dict[int, int]) -> list[tuple[int, int]]:

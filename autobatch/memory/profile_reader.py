@@ -25,7 +25,7 @@ class Event:
     """One allocation or one release, with the allocator's figures after it.
 
     ``shape`` is written as in the profile, "[37,64]". ``is_output`` is True for a tensor that ``operation`` returns,
-    and False for a temporary one.
+    and False for a temporary one. ``thread`` tells the threads apart that asked.
     """
 
     allocated: bool
@@ -38,6 +38,7 @@ class Event:
     in_use_bytes: int
     free_bytes: int
     fragmentation: float
+    thread: int = 0
 
 
 def read(folder: Path, device: str) -> list[Event]:
@@ -58,13 +59,16 @@ def read(folder: Path, device: str) -> list[Event]:
         for line in plane.lines:
             for event in line.events:
                 kind = kinds[event.metadata_id]
-                if kind in (_ALLOCATED, _FREED) and (found := _event(kind, event.stats, names, device)) is not None:
+                if (
+                    kind in (_ALLOCATED, _FREED)
+                    and (found := _event(kind, event.stats, names, device, line.id)) is not None
+                ):
                     timed.append((line.timestamp_ns * 1000 + event.offset_ps, found))
     timed.sort(key=lambda each: each[0])
     return [event for _, event in timed]
 
 
-def _event(kind: str, stats: Iterable[Any], names: dict[int, str], device: str) -> Event | None:
+def _event(kind: str, stats: Iterable[Any], names: dict[int, str], device: str, thread: int) -> Event | None:
     figures: dict[str, Any] = {}
     for stat in stats:
         field_name = stat.WhichOneof("value")
@@ -84,6 +88,7 @@ def _event(kind: str, stats: Iterable[Any], names: dict[int, str], device: str) 
             in_use_bytes=int(figures["bytes_allocated"]),
             free_bytes=int(figures["bytes_available"]),
             fragmentation=float(figures["fragmentation"]),
+            thread=thread,
         )
     except KeyError:
         return None

@@ -149,6 +149,7 @@ class ReplicatedTrials(LiveTrials):
         budget = self.environment.budget_bytes
         peak = None if highest < 0 else int(highest)
         over = peak is not None and budget is not None and peak > budget
+        self._any_ran = True
         told = self._of_each(peaks, micro_batches=1 if steps else 2)
         return TrialResult(
             micro_batch,

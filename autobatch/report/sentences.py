@@ -87,6 +87,9 @@ def environment_lines(environment: Environment) -> list[tuple[str, str]]:
     if environment.budget_bytes is not None:
         budget = format_bytes(environment.budget_bytes)
         lines.append(("Budget", f"{budget}, the limit less {100 * environment.headroom:.3g} % headroom"))
+    if environment.held_by_others_bytes:
+        held = format_bytes(environment.held_by_others_bytes)
+        lines.append(("Held before", f"{held}, by other tensors of the process"))
     lines.append(("Precision", printable(environment.precision)))
     lines.append(("XLA", "on" if environment.jit_compile else "off"))
     if environment.versions:

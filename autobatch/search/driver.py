@@ -11,13 +11,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from autobatch.records import AllocationTrace, SampleEstimate, SearchResult, TrialRequest, TrialResult
+from autobatch.allocation_trace import AllocationTrace
+from autobatch.records import Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
 from autobatch.search import replay
 from autobatch.search.bracket import Bracket
 from autobatch.search.memory_model import fit_memory_model
 from autobatch.search.moves import Run, SearchTerms, Stop
 from autobatch.search.planning import candidate_sizes, require_objective
 from autobatch.search.proposals_by_line import propose, wants_estimate
+from autobatch.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,9 @@ _REPLAYED_ALIKE = 0.25
 """Largest share of the measured peak by which a replay of the same size may miss it and still be believed."""
 
 _LEAST_GROWTH = 0.5
-"""Least growth of all blocks together in a replay that is believed, as a share of the measured rise of the peak. Blocks
-are given back and asked for again, so their growth normally adds up to several times that rise."""
+"""Least growth of all blocks together in a replay that is believed, as a share of the estimate or, without one, of the
+measured rise of the peak. Blocks are given back and asked for again, so their growth normally adds up to several times
+that rise."""
 
 _FALLING = 1.05
 """Factor over the largest fit's throughput from which on a smaller size counts as faster."""
@@ -92,6 +95,9 @@ def search(
     Without a budget, or where the allocator keeps no peak, the size doubles from the first trial on until it fails. It
     is then bisected, to 3 % or, if ``exact``, to the end: 2 log2(n) + 2 trials.
 
+    Where not even one sample fits beside the headroom, but ran within ``budget_bytes + headroom_bytes``, the search
+    goes on without headroom. The trials that ran so far then count by what they needed.
+
     With a target, only the distinct ``ceil(target_batch / k)`` are run. The search then also stops where the next of
     them is predicted not to fit. Under the objective "throughput" one more, smaller candidate is run where a smaller
     size was faster than the largest fit, and fewer than 4 trials were run.
@@ -140,6 +146,7 @@ def search(
     timed_steps = 0 if target_batch is None or objective == "largest" else TIMED_STEPS
     trials: list[TrialResult] = []
     traces: list[AllocationTrace] = []
+    headroom_given_up = False
 
     def limit_reached() -> str | None:
         if max_trials is not None and len(trials) >= max_trials:
@@ -156,6 +163,8 @@ def search(
         if trial.allocations is not None:
             traces.append(trial.allocations)
             trial = replace(trial, allocations=None)
+        if headroom_given_up:
+            trial = _judged_by(trial, terms.budget_bytes)
         trials.append(trial)
         if on_trial is not None:
             on_trial(trial)
@@ -174,6 +183,15 @@ def search(
         terms = replace(terms, estimate=estimate_sample())
     while True:
         proposal = propose(bracket, trials, terms)
+        if isinstance(proposal, Stop) and bracket.largest_fit is None and not headroom_given_up:
+            # That one sample is over the budget proves nothing about the limit itself.
+            whole_limit = None if budget_bytes is None else budget_bytes + headroom_bytes
+            trials[:] = [_judged_by(trial, whole_limit) for trial in trials]
+            if any(trial.fits for trial in trials):
+                headroom_given_up = True
+                terms = replace(terms, budget_bytes=whole_limit, headroom_bytes=0)
+                bracket = _observed(bracket.candidates, trials)
+                continue
         if isinstance(proposal, Stop):
             stopped_because = proposal.reason
             break
@@ -184,26 +202,44 @@ def search(
         trial = run(proposal.micro_batch)
         if isinstance(proposal, Run):
             bracket = bracket.observe(trial.micro_batch, fits=trial.fits)
-        if len(traces) > known and budget_bytes is not None:
+        if len(traces) > known and terms.budget_bytes is not None:
             told = _as_a_hint(
-                functools.partial(_replayed, traces, trial, budget_bytes, bracket.candidates[-1], terms.estimate)
+                functools.partial(_replayed, traces, trial, terms.budget_bytes, bracket.candidates[-1], terms.estimate)
             )
             if told is not None:
-                terms = replace(terms, replayed=told)
+                terms = replace(terms, replayed=told, in_parallel=traces[-1].in_parallel)
 
     if target_batch is not None and objective == "throughput" and limit_reached() is None:
         faster = _maybe_faster(bracket, trials)
         if faster is not None:
             run(faster)
 
-    fit = fit_memory_model(trials, budget_bytes=budget_bytes, fixed_bytes_hint=fixed_bytes_hint)
+    if headroom_given_up:
+        stopped_because += "; the headroom was given up, since nothing fits beside it"
+    fit = fit_memory_model(trials, budget_bytes=terms.budget_bytes, fixed_bytes_hint=fixed_bytes_hint)
     return SearchResult(
         largest_fit=bracket.largest_fit,
         smallest_failure=bracket.smallest_failure,
         trials=tuple(trials),
         memory_model=None if fit is None else fit.model,
         stopped_because=stopped_because,
+        headroom_given_up=headroom_given_up,
     )
+
+
+def _judged_by(trial: TrialResult, budget_bytes: int | None) -> TrialResult:
+    """Return ``trial`` as one that fits if it ran, and its peak lies within ``budget_bytes``."""
+    ran = trial.outcome is Outcome.OUT_OF_MEMORY and trial.peak_bytes is not None
+    if not ran or budget_bytes is None or (trial.peak_bytes or 0) > budget_bytes:
+        return trial
+    return replace(trial, outcome=Outcome.FITS, detail="")
+
+
+def _observed(candidates: Sequence[int], trials: Sequence[TrialResult]) -> Bracket:
+    """Return the bracket of what the ``trials``, of which some fit, have shown."""
+    largest = max(trial.micro_batch for trial in trials if trial.fits)
+    above = (trial.micro_batch for trial in trials if trial.micro_batch > largest)
+    return Bracket(candidates, largest, min(above, default=None))
 
 
 def _as_a_hint(replayed: Callable[[], int | None]) -> int | None:
@@ -228,15 +264,27 @@ def _replayed(
     trace = traces[-1] if len(traces) == 1 else replay.trace_between(traces[-2], traces[-1])
     again = replay.replayed_peak_bytes(trace, trace.micro_batch)
     if again is None or trial.peak_bytes is None or abs(again - trial.peak_bytes) > _REPLAYED_ALIKE * trial.peak_bytes:
+        logger.info("a replay is not believed: of %d samples it gives %s, and they took %s", *_told(trial, again))
         return None
     # Blocks whose growth goes unnoticed would let any size fit: a compiler, for one, makes one buffer for all tensors.
     growth = sum(per_sample for _, per_sample in trace.sizes)
     held = sum(taken for _, taken in trace.held)
-    risen = _LEAST_GROWTH * (trial.peak_bytes - held) / trial.micro_batch
-    if growth < max(risen, 0.0 if estimate is None else estimate.sample_bytes):
+    if estimate is not None:  # good to a factor of two
+        risen = _LEAST_GROWTH * estimate.sample_bytes
+    else:  # the rise of the peak, part of which may be workspaces
+        risen = _LEAST_GROWTH * (trial.peak_bytes - held) / trial.micro_batch
+    if growth < risen:
+        logger.info("a replay is not believed: its blocks grow by %.0f bytes a sample, not by %.0f", growth, risen)
         return None
-    largest = replay.largest_that_fits(trace, budget_bytes, at_most=at_most)
+    largest = replay.largest_in_any_order(trace, budget_bytes, at_most=at_most)
+    logger.debug("a replay of %d samples lets up to %d fit", trial.micro_batch, largest)
     return largest if largest >= trial.micro_batch else None
+
+
+def _told(trial: TrialResult, again: int | None) -> tuple[int, str, str]:
+    known = (again, trial.peak_bytes)
+    first, second = ("no peak" if size is None else format_bytes(size) for size in known)
+    return trial.micro_batch, first, second
 
 
 def _candidates(target_batch: int | None, max_micro_batch: int | None) -> Sequence[int]:

@@ -42,7 +42,7 @@ class SearchTerms:
     """The terms of a search. ``top_name`` names the largest candidate in the reason for stopping.
 
     ``replayed`` is the largest size that fits in a replay of the last trial that recorded its allocations; None if
-    there is none that is believed.
+    there is none that is believed. ``in_parallel`` is True if operations ran side by side in that trial.
     """
 
     budget_bytes: int | None
@@ -53,6 +53,7 @@ class SearchTerms:
     estimate: SampleEstimate | None = None
     headroom_bytes: int = 0
     replayed: int | None = None
+    in_parallel: bool = False
 
 
 def size_between(bracket: Bracket, low: int, high: int) -> int:

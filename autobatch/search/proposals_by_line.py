@@ -26,6 +26,9 @@ FIRST_PROBE = 8
 _FIRST_SHARE = 0.4
 """Share of what is estimated to fit that is run first: the estimate is good to a factor of two."""
 
+_SMALL_ROOM = 0.05
+"""Share of the budget that is taken to be left for samples where hint and workspaces fill it."""
+
 _TELLING_FROM = 0.7
 """Share of the first size down to which a prime is run in its place."""
 
@@ -137,7 +140,9 @@ def _first_probe(bracket: Bracket, terms: SearchTerms) -> int:
         return top
     if budget is None or terms.estimate is None:
         return bracket.floor(FIRST_PROBE)
-    fitting = (budget - terms.fixed_bytes_hint) / terms.estimate.sample_bytes
+    room = budget - terms.fixed_bytes_hint - terms.estimate.workspace_bytes
+    # What an operation finds no room for may wait for that of another, so that the workspace is no certain need.
+    fitting = max(room, _SMALL_ROOM * budget) / terms.estimate.sample_bytes
     if fitting >= _SURE * top:
         return top
     return _telling(bracket, int(min(_FIRST_SHARE * fitting, top / 2)))
@@ -194,6 +199,11 @@ def _by_model(
             return Run(bracket.floor(low + (1 << (len(trials) - MODEL_TRIALS))))
     elif high is not None and not fit.is_interpolation and fit.model.peak_bytes(high) <= budget:
         return Run(_below_failure(bracket, low, high, trials, terms, fit, budget))
+    if low == 1 and high is None and fit.is_chord and terms.estimate is not None:
+        # One sample's peak may be nearly all workspace, which more samples share: the traced step tells the samples.
+        more = _FIRST_SHARE * (budget - fit.anchor.peak_bytes) / terms.estimate.sample_bytes
+        if more >= _FIRST_SHARE:
+            return Run(_telling(bracket, min(FIRST_PROBE, 1 + int(more))))
     reach = _reach(bracket, fit, terms, budget)
     only_probe = all(trial.micro_batch >= low for trial in trials)
     if only_probe and low > 1 and fit.is_chord and reach < min(_NEAR_CHORD * low, untried[-1]):

@@ -15,6 +15,20 @@ _REPLAY_AIM = 0.985
 _BELOW_REPLAY = 0.975
 """Share of the largest size that may still fit, run next after a size failed that the replay had predicted to fit."""
 
+_BELOW_UNSURE_REPLAY = (0.92, 0.85)
+"""Shares as the one above, after a first failure and a second, where operations run side by side: what fits then
+differs from run to run."""
+
+_CLOSE_TO_UNSURE = (0.9, 0.8)
+"""Share of the smallest failure that must fit, after one failure and after more, for the search to stop where
+operations run side by side, unless it is exact: nearer sizes would fit at one time and fail at another."""
+
+_ROOM_LEFT = 0.85
+"""Share of the budget below which a peak leaves much of it: a size beyond the replay's edge is then worth a trial."""
+
+_OF_ROOM_LEFT = 0.92
+"""Share of the budget that such a size would need if all that was needed grew with the samples."""
+
 _REPLAY_FAILURES = 2
 """Most failed trials of a search in which the replay is still believed."""
 
@@ -37,19 +51,31 @@ def by_replay(
     cent, because the addresses held before a trial are not quite the same each time.
     """
     high, untried = bracket.smallest_failure, bracket.untried
+    failures = sum(not trial.fits for trial in trials)
+    if high is not None and terms.in_parallel and not terms.exact:
+        enough = _CLOSE_TO_UNSURE[min(failures, len(_CLOSE_TO_UNSURE)) - 1] * high
+        if low >= enough:
+            return Stop(f"{low} fits and {high} does not; between them it depends on what runs side by side")
     if high is not None and edge >= high:
-        failures = sum(not trial.fits for trial in trials)
         last = next(trial for trial in trials if trial.micro_batch == high)
         far_over = (last.peak_bytes or 0) > _NEARLY_WITHIN * (terms.budget_bytes or 0)
         if far_over or failures > _REPLAY_FAILURES:
             return None
         if terms.exact and low >= _REPLAY_NEAR * high:
             return Run(size_between(bracket, low, high))
-        return Run(bracket.floor(math.ceil(_BELOW_REPLAY * (high - 1))))
+        if not terms.in_parallel:
+            return Run(bracket.floor(math.ceil(_BELOW_REPLAY * (high - 1))))
+        return Run(bracket.floor(math.ceil(_BELOW_UNSURE_REPLAY[min(failures, 2) - 1] * (high - 1))))
     if terms.exact:
         if edge >= untried[0]:
             return Run(bracket.floor(edge))
         return Run(_beyond(bracket, low, trials))
+    if (
+        terms.in_parallel
+        and high is None
+        and (further := _into_room_left(bracket, low, edge, trials, terms)) is not None
+    ):
+        return Run(further)
     if low >= CLOSE_TO_PREDICTION * edge:
         return Stop(f"{low} fits, and no more than {edge} is predicted to: within 3 %")
     if edge < untried[0]:
@@ -57,6 +83,22 @@ def by_replay(
     certain, possible = bracket.floor(math.floor(_REPLAY_AIM * edge)), bracket.floor(edge)
     # Where the margin would cost a whole candidate, the edge is worth the risk.
     return Run(possible if possible > COARSE * certain or certain > edge else certain)
+
+
+def _into_room_left(
+    bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResult], terms: SearchTerms
+) -> int | None:
+    """Return a size beyond ``edge`` where the replay stops although much of the budget is left; else None.
+
+    In its order of events free memory is in pieces then; where operations run side by side another order may come.
+    """
+    peak = next((trial.peak_bytes for trial in trials if trial.micro_batch == low and trial.fits), None)
+    if low < CLOSE_TO_PREDICTION * edge or not peak or terms.budget_bytes is None:
+        return None
+    if peak > _ROOM_LEFT * terms.budget_bytes:
+        return None
+    further = bracket.floor(int(low * _OF_ROOM_LEFT * terms.budget_bytes / peak))
+    return further if further > edge else None
 
 
 def _beyond(bracket: Bracket, low: int, trials: Sequence[TrialResult]) -> int:

@@ -12,14 +12,22 @@ GPUs and in limited CPU arenas. Its rules:
 - A chunk is split where it is at least twice as large as the block, or 128 MiB larger; otherwise the block gets all.
 - A chunk that is given back is joined with its free neighbours in the same region.
 
+Where operations run side by side, no two steps ask for their blocks in quite the same order. A size that finds room in
+one order may find none in another. So the order that was recorded is then played a few times more, with each event a
+little later than it was, and only a size that finds room in all of them is proposed. A block that finds no room waits
+then for a few events, because TensorFlow's allocator waits for other operations to give memory back.
+
 This module knows bytes; it proposes nothing.
 """
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import replace
 
-from autobatch.records import AllocationTrace
+from autobatch.allocation_trace import AllocationTrace
 
 UNIT_BYTES = 256
 _SPLIT_BYTES = 128 * 2**20
@@ -28,8 +36,22 @@ _BINS = 21
 _CLOSE = 0.005
 """Part of a size to which a search by replay is precise: a replay takes up to a second."""
 
-_LOOK_BACK = (0.98, 0.96, 0.93, 0.9)
+_LOOK_BACK = (0.995, 0.99, 0.985, 0.98, 0.96, 0.93, 0.9)
 """Smaller sizes that must fit too for the largest that fits to be believed, as parts of it."""
+
+
+_REACH = 2
+"""Most places by which an event is moved in another order, as recordings of one step differ from run to run."""
+
+_PATIENCE = 2 * _REACH + 1
+"""Events for which a block waits: what it is waiting for may have been moved as far as itself. From two events on more
+patience was seen to change nothing."""
+
+_ORDERS = 5
+"""Other orders that are played."""
+
+_EVENTS_PLAYED = 40_000
+"""Events of other orders that are played for each size, at most: some take half a second for all of them."""
 
 
 class FullError(Exception):
@@ -37,7 +59,10 @@ class FullError(Exception):
 
 
 class Allocator:
-    """A BFC allocator on ``regions`` (start, bytes) in which the blocks ``held`` (address, bytes) are taken."""
+    """A BFC allocator on ``regions`` (start, bytes) in which the blocks ``held`` (address, bytes) are taken.
+
+    ``in_use_bytes`` counts the chunks that were given, ``asked_bytes`` the blocks that were asked for, rounded up.
+    """
 
     def __init__(self, regions: tuple[tuple[int, int], ...], held: tuple[tuple[int, int], ...]) -> None:
         self._free: list[list[tuple[int, int]]] = [[] for _ in range(_BINS)]
@@ -45,8 +70,9 @@ class Allocator:
         self._start_of_end: dict[int, int] = {}
         self._used = dict(held)
         self._region_starts = {start for start, _ in regions}
-        self.in_use_bytes = sum(size for _, size in held)
-        self.peak_bytes = self.in_use_bytes
+        self._asked = dict(held)
+        self.in_use_bytes = self.asked_bytes = sum(size for _, size in held)
+        self.peak_bytes = self.asked_peak_bytes = self.in_use_bytes
         for start, size in regions:
             at, end = start, start + size
             for address, taken in sorted(held):
@@ -72,7 +98,10 @@ class Allocator:
                     size = rounded
                 self._used[address] = size
                 self.in_use_bytes += size
+                self._asked[address] = rounded
+                self.asked_bytes += rounded
                 self.peak_bytes = max(self.peak_bytes, self.in_use_bytes)
+                self.asked_peak_bytes = max(self.asked_peak_bytes, self.asked_bytes)
                 return address
         raise FullError
 
@@ -80,6 +109,7 @@ class Allocator:
         """Give a block back, and join it with free neighbours."""
         size = self._used.pop(address)
         self.in_use_bytes -= size
+        self.asked_bytes -= self._asked.pop(address)
         before = None if address in self._region_starts else self._start_of_end.get(address)
         if before is not None:
             size += self._take(before)
@@ -108,20 +138,38 @@ def _bin(size: int) -> int:
 
 
 def replayed_peak_bytes(trace: AllocationTrace, micro_batch: int) -> int | None:
-    """Compute the peak of ``micro_batch`` samples that follow the trace; None where a block would find no room."""
+    """Compute the peak of ``micro_batch`` samples that follow the trace; None where a block would find no room.
+
+    Blocks count by what is asked for, as in a trial's peak.
+    """
+    patience = _PATIENCE if trace.in_parallel else 0
     allocator = Allocator(trace.regions, trace.held)
     addresses = [address for address, _ in trace.held] + [0] * len(trace.sizes)
     wanted = [int(fixed + per_sample * micro_batch) for fixed, per_sample in trace.sizes]
     known = len(trace.held)
-    try:
-        for step in trace.order:
-            if step >= 0:
-                addresses[step] = allocator.allocate(wanted[step - known])
-            else:
-                allocator.release(addresses[~step])
-    except FullError:
-        return None
-    return allocator.peak_bytes
+    waiting: dict[int, int] = {}
+    for place, step in enumerate(trace.order):
+        if step >= 0:
+            waiting[step] = place + patience
+        elif ~step in waiting:
+            return None
+        else:
+            allocator.release(addresses[~step])
+        if waiting:
+            _let_in(waiting, allocator, addresses, wanted, known)
+            if any(until <= place for until in waiting.values()):
+                return None
+    return None if waiting else allocator.asked_peak_bytes
+
+
+def _let_in(waiting: dict[int, int], allocator: Allocator, addresses: list[int], wanted: list[int], known: int) -> None:
+    """Give room to the blocks that wait, as far as there is some."""
+    for block in list(waiting):
+        try:
+            addresses[block] = allocator.allocate(wanted[block - known])
+        except FullError:
+            continue
+        del waiting[block]
 
 
 def largest_that_fits(trace: AllocationTrace, budget_bytes: int, *, at_most: int) -> int:
@@ -156,6 +204,44 @@ def largest_that_fits(trace: AllocationTrace, budget_bytes: int, *, at_most: int
     return low
 
 
+def largest_in_any_order(trace: AllocationTrace, budget_bytes: int, *, at_most: int) -> int:
+    """Return the largest size whose replay finds room in the order recorded and in some orders near it; 0 if none."""
+    largest = largest_that_fits(trace, budget_bytes, at_most=at_most)
+    for other in _other_orders(trace):
+        if not largest:
+            break
+        peak = replayed_peak_bytes(other, largest)
+        if peak is None or peak > budget_bytes:
+            largest = largest_that_fits(other, budget_bytes, at_most=largest)
+    return largest
+
+
+def _other_orders(trace: AllocationTrace) -> Iterator[AllocationTrace]:
+    if not trace.in_parallel:
+        return
+    for seed in range(min(_ORDERS, _EVENTS_PLAYED // max(1, len(trace.order)))):
+        yield replace(trace, order=_moved(trace.order, random.Random(seed), len(trace.held)))
+
+
+def _moved(order: tuple[int, ...], drawn: random.Random, held: int) -> tuple[int, ...]:
+    """Return ``order`` with each event up to :data:`_REACH` places later; no block is given back before it is there."""
+    places = [place + drawn.random() * _REACH for place in range(len(order))]
+    there = set(range(held))
+    too_early: set[int] = set()
+    moved: list[int] = []
+    for place in sorted(range(len(order)), key=places.__getitem__):
+        event = order[place]
+        if event < 0 and ~event not in there:
+            too_early.add(~event)
+            continue
+        moved.append(event)
+        if event >= 0:
+            there.add(event)
+            if event in too_early:
+                moved.append(~event)
+    return tuple(moved)
+
+
 def trace_between(one: AllocationTrace, other: AllocationTrace) -> AllocationTrace:
     """Return ``other`` with each block's growth measured between the two traces.
 
@@ -173,7 +259,7 @@ def trace_between(one: AllocationTrace, other: AllocationTrace) -> AllocationTra
         at_other = second[0] + second[1] * other.micro_batch
         per_sample = max(0.0, (at_other - at_one) / (other.micro_batch - one.micro_batch))
         sizes.append((at_other - per_sample * other.micro_batch, per_sample))
-    return AllocationTrace(other.micro_batch, other.regions, other.held, tuple(sizes), other.order)
+    return replace(other, sizes=tuple(sizes))
 
 
 def _without_held(trace: AllocationTrace) -> list[int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autobatch.differences import difference
 from autobatch.errors import NoFeasibleBatchError, warn
 from autobatch.memory.other_users import explain_pressure
-from autobatch.records import Plan, Report, SearchResult, TrialResult
+from autobatch.records import Environment, Plan, Report, SearchResult, TrialResult
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
@@ -17,17 +18,31 @@ if TYPE_CHECKING:
 
 def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Report:
     """Make the report of a search's ``result``, and of the ``plan`` if there is a target."""
+    environment = trials.environment
+    if result.headroom_given_up:
+        environment = replace(environment, headroom=0.0, budget_bytes=environment.limit_bytes)
     return Report(
         plan=plan,
         largest_fit=result.largest_fit,
         smallest_failure=result.smallest_failure,
         trials=result.trials,
         memory_model=result.memory_model,
-        environment=trials.environment,
+        environment=environment,
         stopped_because=result.stopped_because,
         model_name=trials.model_name,
         warnings=trials.warnings if plan is None or _accumulates(plan) else (),
         host_uses=trials.host_uses,
+    )
+
+
+def say_headroom_is_given_up(trials: Trials) -> None:
+    """Warn that the search went on without headroom, because nothing fits beside it."""
+    environment = trials.environment
+    limit, budget = environment.limit_bytes or 0, environment.budget_bytes or 0
+    warn(
+        f"Not even one sample fits beside the headroom of {environment.headroom:.0%} of {format_bytes(limit)}, but one "
+        f"does fit without it: the headroom of {format_bytes(limit - budget)} is given up. What else takes memory in "
+        "training may run out of it; recovery then makes the micro-batch smaller.",
     )
 
 
@@ -84,9 +99,20 @@ def no_size_fits(trials: Trials, result: SearchResult) -> NoFeasibleBatchError:
         f"Not even a micro-batch of {smallest.micro_batch} fits on {environment.device}: "
         f"{_what_it_needs(trials, smallest, needed)} "
         "Free memory, raise the limit, use smaller samples, a smaller model or an optimizer with fewer slots."
+        + _held_by_others(environment)
         + "".join(f" {cause}" for cause in explain_pressure(environment.device)),
         needed_bytes=needed,
         limit_bytes=environment.limit_bytes,
+    )
+
+
+def _held_by_others(environment: Environment) -> str:
+    if not environment.held_by_others_bytes:
+        return ""
+    return (
+        f" {format_bytes(environment.held_by_others_bytes)} were held before by other tensors of this process, such as "
+        "earlier models, and data on a CPU. Where they are no longer needed, delete what refers to them and call "
+        "keras.backend.clear_session()."
     )
 
 

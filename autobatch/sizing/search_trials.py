@@ -14,7 +14,7 @@ from autobatch import search
 from autobatch.records import Report, TrialRequest, TrialResult
 from autobatch.search import planning
 from autobatch.sizing.remembered import RememberedResult, without_repeats
-from autobatch.sizing.reports import make_report, no_size_fits, plan_of
+from autobatch.sizing.reports import make_report, no_size_fits, plan_of, say_headroom_is_given_up
 
 if TYPE_CHECKING:
     from autobatch.trial.protocol import Trials
@@ -92,6 +92,8 @@ def search_with(
     if target_batch is not None and target_per_replica is not None:
         on_one = planning.make_plan(result.trials, target_batch=target_per_replica, objective=objective)
         plan = plan_of(on_one.micro_batch, target_batch, trials.replicas)
-    if memory is not None and not cut_short:
+    if memory is not None and not cut_short and not result.headroom_given_up:
         memory.keep(result, plan)
+    if result.headroom_given_up:
+        say_headroom_is_given_up(trials)
     return make_report(trials, result, plan)

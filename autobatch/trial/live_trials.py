@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,6 +49,9 @@ from autobatch.types import ElementSpec, Model
 from autobatch.units import format_bytes
 from autobatch.version import __version__
 
+_LEAST_HELD, _MUCH_HELD = 0.02, 0.25
+"""Shares of the limit held by others from which on it is told in the report, and warned of."""
+
 
 class LiveTrials:
     """A :class:`autobatch.trial.protocol.Trials` on a compiled model and its data.
@@ -81,6 +85,8 @@ class LiveTrials:
         self._saved: set[int] = set()
         self._content: tuple[int, str] | None = None
         self._tried_beside_copies: set[bool] = set()
+        self._any_ran = False
+        gc.collect()  # a model that was dropped holds its memory until then
         self.device = limits.default_device()
         if self.device.startswith("CPU"):
             arena.reserve_in_one_piece()
@@ -182,16 +188,20 @@ class LiveTrials:
             return None
         self.trace()
         graph = self._on_one_device.micro_graph
-        return None if graph is None else sample_bytes.of_graph(graph)
+        return None if graph is None else sample_bytes.of_graph(graph, on_cpu=self.device.startswith("CPU"))
 
     def _fixed_bytes(self) -> int:
         """Return a lower bound on every peak.
 
         It is what is held already, or weights and slots if they are more, and the accumulators.
         """
-        slots = sum(bytes_of(optimizer.variables) for optimizer in self.step.optimizers)
         held = (limits.bytes_in_use(self.device) or 0) + self._pipeline.least_bytes
-        return max(held, bytes_of(self._model.variables) + slots) + self.step.least_accumulator_bytes
+        return max(held, self._own_bytes()) + self.step.least_accumulator_bytes
+
+    def _own_bytes(self) -> int:
+        """Return the bytes of the model's variables and the optimizers' slots, as far as they exist."""
+        slots = sum(bytes_of(optimizer.variables) for optimizer in self.step.optimizers)
+        return bytes_of(self._model.variables) + slots
 
     def _look_around(self) -> Environment:
         limit = self._limit_now()
@@ -206,7 +216,21 @@ class LiveTrials:
             precision=str(self._model.dtype_policy.name),
             jit_compile=bool(self._model.jit_compile),
             versions=(*versions, ("python", platform.python_version())),
+            held_by_others_bytes=self._held_by_others(limit),
         )
+
+    def _held_by_others(self, limit: Limit) -> int:
+        """Return the bytes held by anything but the model and its optimizer; warn if that is much of the limit."""
+        held = max(0, (limits.bytes_in_use(self.device) or 0) - self._own_bytes())
+        if limit.limit_bytes is None or held < _LEAST_HELD * limit.limit_bytes:
+            return 0
+        if held > _MUCH_HELD * limit.limit_bytes:
+            warn(
+                f"{format_bytes(held)} of {format_bytes(limit.limit_bytes)} on {self.device} are held by other tensors "
+                "of this process, such as earlier models, and data on a CPU; this model has the rest. Where they are "
+                "no longer needed, delete what refers to them and call keras.backend.clear_session() first.",
+            )
+        return held
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size for real; an error that the user's own code raises is passed on."""
@@ -257,8 +281,12 @@ class LiveTrials:
             if whole
             else self._timing.of_accumulated_step(request)
         )
-        peak = limits.peak_bytes(self.device)
+        allocated = limits.peak_bytes(self.device)
+        # A chunk may be larger than what was asked for, where the allocator had no smaller one: that is no need.
+        peak = allocated if timed.asked_peak_bytes is None else min(timed.asked_peak_bytes, allocated or sys.maxsize)
+        sample_peak = timed.sample_peak_bytes
         over = self._is_over(peak)
+        self._any_ran = True
         if not over:
             self._try_beside_copies(whole, request.micro_batch)
         return TrialResult(
@@ -269,7 +297,8 @@ class LiveTrials:
             apply_seconds=timed.apply_seconds,
             first_step_seconds=timed.first_seconds,
             detail=f"its peak of {format_bytes(peak or 0)} is over the budget" if over else "",
-            sample_peak_bytes=timed.sample_peak_bytes,
+            sample_peak_bytes=None if sample_peak is None else min(sample_peak, peak or sample_peak),
+            allocated_peak_bytes=allocated,
             held_bytes=held,
             allocations=timed.allocations,
         )
@@ -313,10 +342,15 @@ class LiveTrials:
 
     def close(self) -> None:
         """Put every variable back as it was before the first trial."""
+        # First what trials held: the values that are put back need room on the device, each as much as its variable.
+        self._pipeline.drop()
+        self.keeper.forget()
+        if not self._any_ran:
+            self.step.release_accumulators()
+        gc.collect()
         for snapshot in self._snapshots:
             snapshot.restore()
             snapshot.drop()
         self._snapshots, self._saved = [], set()
-        self._pipeline.drop()
         self.step.on_optimizer_found = lambda: None
         gc.collect()

@@ -10,8 +10,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.allocation_trace import AllocationTrace
 from autobatch.memory import allocations, limits
-from autobatch.records import AllocationTrace, TrialRequest
+from autobatch.records import TrialRequest
 from autobatch.recovery.keeper import Keeper
 from autobatch.recovery.out_of_memory import CAUGHT
 from autobatch.step.compiled_step import CompiledStep
@@ -22,12 +23,16 @@ ENOUGH_SECONDS = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Seconds of a trial, its peak before the update where that comes separately, and what was allocated."""
+    """Seconds of a trial, its peak before the update where that comes separately, and what was allocated.
+
+    ``asked_peak_bytes`` is the peak by what was asked for; None where nothing was recorded.
+    """
 
     first_seconds: float
     step_seconds: float
     apply_seconds: float
     sample_peak_bytes: int | None
+    asked_peak_bytes: int | None
     allocations: AllocationTrace | None
 
 
@@ -62,7 +67,7 @@ class Timing:
             first = self.seconds(lambda: plain(data))
         repeats = request.timed_steps if first < ENOUGH_SECONDS else 1
         steps = [self.seconds(lambda: plain(data)) for _ in range(max(1, repeats))]
-        return Timed(first, statistics.median(steps), 0.0, None, recorded())
+        return Timed(first, statistics.median(steps), 0.0, None, *recorded())
 
     @contextlib.contextmanager
     def _undone_under_xla(self) -> Iterator[None]:
@@ -107,22 +112,26 @@ class Timing:
             statistics.median(steps or [first / 2]),
             statistics.median(applies or [first_apply]),
             sample_peak,
-            recorded(),
+            *recorded(),
         )
 
     @contextlib.contextmanager
-    def _recorded(self, request: TrialRequest) -> Iterator[Callable[[], AllocationTrace | None]]:
+    def _recorded(self, request: TrialRequest) -> Iterator[Callable[[], tuple[int | None, AllocationTrace | None]]]:
         """Record what the block allocates, if ``request`` asks for it.
 
-        The function that is yielded returns the record once the block has ended; None if none was asked for.
+        Once the block has ended, the function that is yielded returns the peak of what was asked for, and the record;
+        both are None if no record was asked for.
         """
         if not request.record_allocations:
-            yield lambda: None
+            yield lambda: (None, None)
             return
         touched = [*self._step.variables, *self._step.accumulators]
         weights = {tuple(variable.shape) for variable in touched if variable.shape.rank is not None}
         with allocations.recording(self._device, touched) as recording:
-            yield lambda: allocations.trace_of(recording, request.micro_batch, weights)
+            yield lambda: (
+                allocations.asked_peak_bytes(recording),
+                allocations.trace_of(recording, request.micro_batch, weights),
+            )
 
     def seconds(self, call: Callable[[], Any]) -> float:
         """Return the seconds that a call takes until the device is done."""

@@ -9,8 +9,9 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from autobatch.allocation_trace import AllocationTrace
 from autobatch.record_codec import decode_record
-from autobatch.records import AllocationTrace, Environment, HostUse, TrialResult
+from autobatch.records import Environment, HostUse, TrialResult
 
 logger = logging.getLogger(__name__)
 Message = dict[str, Any]

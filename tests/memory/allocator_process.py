@@ -164,7 +164,8 @@ def step():
     small = trials.run(TrialRequest(13, timed_steps=1, record_allocations=True))
     limit = trials.environment.limit_bytes
     largest = replay.largest_that_fits(small.allocations, limit, at_most=4096)
-    outcomes = {size: trials.run(TrialRequest(size, timed_steps=0)) for size in (int(0.95 * largest), 2 * largest)}
+    sizes = (int(0.95 * largest), 2 * largest)
+    outcomes = {size: trials.run(TrialRequest(size, timed_steps=0, record_allocations=True)) for size in sizes}
     trials.close()
     near = next(iter(outcomes.values()))
     return {

@@ -93,16 +93,16 @@ def test_nothing_recorded_is_no_trace():
 def test_what_was_held_lies_where_it_lay_and_what_is_unknown_in_the_smallest_hole():
     start = 1 << 40
     seen = Recording(
-        held={start + 1024: 300, 77: 4000},  # the second is in none of the allocator's regions
+        held={start + 1024: 300, start + 61440: 512, 77: 4000},  # the last is in none of the allocator's regions
         events=[
-            event(True, start + 8192, 4000, shape="[10,100]", in_use=512 + 256 + 256 + 4096, free=60_000),
-            event(False, start + 4096, 256, in_use=512 + 256 + 4096, free=60_256),
-            event(False, start + 8192, 4000, in_use=512 + 256, free=64_352),
+            event(True, start + 8192, 4000, shape="[10,100]", in_use=1024 + 256 + 256 + 4096, free=60_000),
+            event(False, start + 4096, 256, in_use=1024 + 256 + 4096, free=60_256),
+            event(False, start + 8192, 4000, in_use=1024 + 256, free=64_352),
         ],
     )
     told = trace_of(seen, 10, ())
     assert (start + 1024 + 512, 256) in told.held  # what nobody names, in the smallest hole
-    assert sum(taken for _, taken in told.held) == 512 + 256 + 256
+    assert sum(taken for _, taken in told.held) == 1024 + 256 + 256
     assert (start + 1024, 512) in told.held
     assert (start + 4096, 256) in told.held
     known = len(told.held)

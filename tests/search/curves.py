@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autobatch.records import AllocationTrace, Outcome, TrialRequest, TrialResult
+from autobatch.allocation_trace import AllocationTrace
+from autobatch.records import Outcome, TrialRequest, TrialResult
 from autobatch.search import replay
 
 Curve = Callable[[int], int]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.records import AllocationTrace, Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
+from autobatch.allocation_trace import AllocationTrace
+from autobatch.records import Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
 from autobatch.search import candidate_sizes, search
 from autobatch.search.driver import TIMED_STEPS
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch.records import AllocationTrace
+from autobatch.allocation_trace import AllocationTrace
 from autobatch.search import replay
 from autobatch.search.replay import Allocator, FullError
 
@@ -158,3 +159,47 @@ def test_what_was_held_may_differ_between_the_two() -> None:
     # 10,000 bytes with 10 samples and 20,500 with 20.
     assert replay.trace_between(one, other).sizes == ((-500, 1050),)
     assert replay.replayed_peak_bytes(replay.trace_between(one, other), 30) == 31_232
+
+
+def test_a_block_waits_for_room_only_where_operations_run_side_by_side() -> None:
+    # The second block finds no room until the first is given back, an event later.
+    alone = trace([(0, 600), (0, 600)], [0, 1, ~0, ~1], total=1024)
+    assert replay.replayed_peak_bytes(alone, 1) is None
+    assert replay.replayed_peak_bytes(replace(alone, in_parallel=True), 1) == 768
+
+
+def test_a_block_does_not_wait_for_ever() -> None:
+    rest = [(0, 1)] * 10
+    order = [0, 1, *range(2, 12), ~0, ~1]
+    assert (
+        replay.replayed_peak_bytes(replace(trace([(0, 600), (0, 600), *rest], order, total=4096), in_parallel=True), 5)
+        is None
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_only_a_size_that_finds_room_in_every_order_is_proposed(seed: int) -> None:
+    rng = random.Random(seed)
+    order: list[int] = []
+    live: list[int] = []
+    for block in range(60):
+        order.append(block)
+        live.append(block)
+        while live and rng.random() < 0.45:
+            order.append(~live.pop(rng.randrange(len(live))))
+    told = trace([(rng.choice((0, 3000)), rng.choice((40, 300, 1000))) for _ in range(60)], order, total=300 * KIB)
+    told = replace(told, in_parallel=True)
+    found = replay.largest_in_any_order(told, 300 * KIB, at_most=1000)
+    orders = list(replay._other_orders(told))
+    assert len({other.order for other in orders} | {told.order}) == 6
+    assert all(sorted(other.order) == sorted(told.order) for other in orders)
+    peaks = [replay.replayed_peak_bytes(other, found) for other in (told, *orders)]
+    assert all(peak is not None and peak <= 300 * KIB for peak in peaks)
+    assert list(replay._other_orders(replace(told, in_parallel=False))) == []
+
+
+def test_what_is_asked_for_counts_and_not_the_chunk() -> None:
+    # 600 bytes are given the whole kibibyte that is free, for it is not twice as large.
+    allocator = Allocator(((0, KIB),), ())
+    allocator.allocate(600)
+    assert (allocator.peak_bytes, allocator.asked_peak_bytes) == (KIB, 768)

@@ -1,0 +1,203 @@
+"""Regions of address space that TensorFlow's BFC allocator has taken from its device, told by recorded events.
+
+The allocator asks its device for regions of 1 MiB, 2 MiB, 4 MiB and so on, each a power of two, and the last takes what
+is left of the limit. A block lies within one region, so that the ends of regions decide if there is room. The events
+do not say where regions end. They do give the addresses of blocks, the bytes in use and free, and the largest free
+piece (by ``fragmentation``). So several guesses are made, and the one taken in which the largest free piece is nearest
+to what the events say. The model is ``xla/tsl/framework/bfc_allocator.cc``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autobatch.memory.profile_reader import Event
+
+_MIB = 2**20
+
+_PAGE = 4096
+"""Bytes between two regions that the C library took from the system one after the other."""
+
+_ROUND_BYTES = 256
+"""Unit to which the allocator rounds a block up."""
+
+_MOMENTS = 40
+"""Number of events after which the largest free piece is compared."""
+
+_MOST_SEAMS = 8
+"""Number of seams, and of wide gaps, that are looked at; each costs some milliseconds for each region."""
+
+Region = tuple[int, int]
+"""A region as (start, bytes)."""
+
+Blocks = list[tuple[int, int]]
+"""Blocks as (address, bytes), lowest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """Blocks that were held after an event, and the largest free piece then."""
+
+    blocks: Blocks
+    largest_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Facts that the events tell: the limit, the bytes in use before, all blocks, those that moved, some moments."""
+
+    total: int
+    in_use_before: int
+    held: Blocks
+    blocks: Blocks
+    touched: frozenset[int]
+    moments: tuple[_Moment, ...]
+
+
+def find(events: Sequence[Event], held: dict[int, int]) -> list[Region]:
+    """Return the regions in which ``events`` took and gave back blocks, lowest first; none overlaps another.
+
+    ``held`` gives bytes by address of blocks that lay there before. Memory that is neither held nor in these regions is
+    added as a region of its own, above the others: the allocator has not taken it yet, or has not used it.
+    """
+    told = _told_by(events, held)
+    pages = _seams(told)
+    gaps = [address for address in _behind_gaps(told) if address not in pages]
+    seams = gaps + pages  # what is less likely is tried without first
+    missed, regions = _best(seams, told)
+    # A block may end where a seam could be. So a seam is believed if the free pieces are told worse without it, or as
+    # well while the regions add up to the limit.
+    for seam in seams[:]:
+        fewer = [other for other in seams if other != seam]
+        missed_without, without = _best(fewer, told)
+        adds_up = sum(size for _, size in regions) == told.total
+        if missed_without < missed or (missed_without == missed and not adds_up):
+            seams, regions, missed = fewer, without, missed_without
+    return regions
+
+
+def _told_by(events: Sequence[Event], held: dict[int, int]) -> _Told:
+    first = events[0]
+    touched = {event.address: event.chunk_bytes for event in events}
+    live = dict(held)
+    every = max(1, len(events) // _MOMENTS)
+    moments = []
+    for number, event in enumerate(events):
+        if event.allocated:
+            live[event.address] = event.chunk_bytes
+        else:
+            live.pop(event.address, None)
+        if number % every == 0:
+            moments.append(_Moment(sorted(live.items()), int(event.free_bytes * (1 - event.fragmentation))))
+    return _Told(
+        total=first.in_use_bytes + first.free_bytes,
+        in_use_before=first.in_use_bytes - (first.chunk_bytes if first.allocated else -first.chunk_bytes),
+        held=sorted(held.items()),
+        blocks=sorted({**held, **touched}.items()),
+        touched=frozenset(touched),
+        moments=tuple(moments),
+    )
+
+
+def _best(seams: list[int], told: _Told) -> tuple[int, list[Region]]:
+    """Return the regions between ``seams`` that tell the largest free pieces best, behind the bytes that they miss."""
+    return min(((_missed(regions, told), regions) for regions in _guesses(seams, told)), key=lambda guess: guess[0])
+
+
+def _guesses(seams: list[int], told: _Told) -> Iterator[list[Region]]:
+    """Yield the regions for each region that may have been taken last; the largest extents first."""
+    extents = [
+        (start, end) for start, end in _extents(told, seams) if any(start <= address < end for address in told.touched)
+    ]
+    ends = [start for start, _ in extents[1:]] + [extents[-1][0] + told.total]
+    for last in sorted(range(len(extents)), key=lambda number: extents[number][0] - extents[number][1]):
+        regions = []
+        for number, (start, end) in enumerate(extents):
+            if number != last:
+                regions.append((start, min(_power_of_two(end - start), ends[number] - start)))
+        start, end = extents[last]
+        most = min(told.total - sum(size for _, size in regions), _end_by_free_pieces(told, start, ends[last]) - start)
+        regions.append((start, max(end - start, most)))
+        known = sum(size for address, size in told.held if any(s <= address < s + n for s, n in regions))
+        unused = told.total - sum(size for _, size in regions) - max(0, told.in_use_before - known)
+        if unused >= _MIB:
+            regions.append((max(s + size for s, size in regions) + _PAGE, unused // _ROUND_BYTES * _ROUND_BYTES))
+        yield sorted(regions)
+
+
+def _seams(told: _Told) -> list[int]:
+    """Return the addresses of blocks at which a region may begin next to another one."""
+    seams: list[int] = []
+    starts = [told.blocks[0][0]]
+    end = told.blocks[0][0]
+    for address, taken in told.blocks:
+        # The last region takes what the others, whole MiB each, have left.
+        if end <= address - _PAGE and any(_may_be(address - start - _PAGE, told.total) for start in starts):
+            seams.append(address)
+        if address in seams or address - end >= _MIB:
+            starts.append(address)
+        end = max(end, address + taken)
+    return seams[:_MOST_SEAMS]
+
+
+def _may_be(size: int, total: int) -> bool:
+    """Return True if the allocator may have taken a region of ``size`` bytes."""
+    return _MIB <= size < total and (size == _power_of_two(size) or (total - size) % _MIB == 0)
+
+
+def _behind_gaps(told: _Told) -> list[int]:
+    """Return the addresses of blocks behind a wide gap, where another region may begin; the widest gaps only."""
+    gaps = []
+    end = told.blocks[0][0]
+    for address, taken in told.blocks:
+        if address - end >= _MIB:
+            gaps.append((address - end, address))
+        end = max(end, address + taken)
+    return [address for _, address in sorted(gaps)[-_MOST_SEAMS:]]
+
+
+def _extents(told: _Told, seams: list[int]) -> list[tuple[int, int]]:
+    """Return (start, end) of what blocks cover in each region."""
+    extents: list[tuple[int, int]] = []
+    for address, taken in told.blocks:
+        beyond = bool(extents) and address + taken - extents[-1][0] > told.total
+        if not extents or beyond or address in seams:
+            extents.append((address, address + taken))
+        else:
+            extents[-1] = (extents[-1][0], max(extents[-1][1], address + taken))
+    return extents
+
+
+def _power_of_two(size: int) -> int:
+    return int(max(_MIB, 1 << (size - 1).bit_length()))
+
+
+def _end_by_free_pieces(told: _Told, start: int, ends: int) -> int:
+    """Return a bound on the end of the region at ``start``: no free piece at its end is larger than the largest."""
+    bound = ends
+    for moment in told.moments:
+        top = max((address + taken for address, taken in moment.blocks if start <= address < ends), default=start)
+        bound = min(bound, -(-(top + moment.largest_free) // _ROUND_BYTES) * _ROUND_BYTES)
+    return bound
+
+
+def _missed(regions: list[Region], told: _Told) -> int:
+    """Return by how many bytes in all the largest free piece in ``regions`` differs from what the moments tell.
+
+    Bytes of ``regions`` beyond the limit count each time as well.
+    """
+    too_many = max(0, sum(size for _, size in regions) - told.total)
+    return sum(too_many + abs(_largest_free(regions, moment.blocks) - moment.largest_free) for moment in told.moments)
+
+
+def _largest_free(regions: list[Region], blocks: Blocks) -> int:
+    largest = 0
+    for start, size in regions:
+        free_from, end = start, start + size
+        for address, taken in blocks[bisect_left(blocks, (start, 0)) : bisect_left(blocks, (end, 0))]:
+            largest = max(largest, address - free_from)
+            free_from = max(free_from, address + taken)
+        largest = max(largest, end - free_from)
+    return largest

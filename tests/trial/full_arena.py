@@ -1,0 +1,81 @@
+"""Run by the tests, in a process of its own: searches in arenas that are nearly full, or too small."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import warnings
+
+import autobatch
+
+
+def too_small():
+    """A search under XLA that finds nothing while waiting batches fill the arena, and what it leaves."""
+    import keras
+    import numpy as np
+
+    x, y = np.zeros((8192, 2000), "float32"), np.zeros(8192, "int32")
+    stack = [keras.Input((2000,))] + [keras.layers.Dense(3000, activation="relu") for _ in range(2)]
+    model = keras.Sequential([*stack, keras.layers.Dense(10)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=True)
+    before = model.get_weights()
+    try:
+        autobatch.fit(model, x, y, target_batch=4096, verbose=0, cache=False)
+    except autobatch.NoFeasibleBatchError as error:
+        same = all((one == other).all() for one, other in zip(before, model.get_weights(), strict=True))
+        return {"error": str(error), "same": same}
+    return {"error": None}
+
+
+def nearly_full():
+    """One sample's workspace is within the limit and over the budget; before that, a model is dropped in a cycle."""
+    import keras
+    import numpy as np
+    from keras import layers
+
+    from autobatch.memory import limits
+
+    def wide(outputs):
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, [layers.Dense(100_000)(inputs) for _ in range(outputs)])
+
+    gc.disable()
+    dropped = wide(3)
+    dropped.itself = dropped
+    held = limits.bytes_in_use("CPU:0")
+    del dropped
+    uncollected = limits.bytes_in_use("CPU:0")
+    x, y = np.zeros((64, 32, 32, 3), "float32"), np.zeros(64, "int32")
+    stack = [layers.Conv2D(filters, 3, activation="relu") for filters in (8, 16)]
+    model = keras.Sequential([keras.Input((32, 32, 3)), *stack, layers.Flatten(), layers.Dense(3)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", autobatch.AutobatchWarning)
+        report = autobatch.tune(model, x, y, target_batch=16, headroom=0.6, objective="largest", cache=False)
+    kept = wide(9)
+    with warnings.catch_warnings(record=True) as caught_again:
+        warnings.simplefilter("always", autobatch.AutobatchWarning)
+        try:
+            autobatch.tune(model, x, y, target_batch=16, cache=False)
+            error = ""
+        except autobatch.NoFeasibleBatchError as none:
+            error = str(none)
+    return {
+        "held": held,
+        "uncollected": uncollected,
+        "by_others": report.environment.held_by_others_bytes,
+        "headroom": report.environment.headroom,
+        "plan": report.plan.micro_batch,
+        "peak": max(trial.peak_bytes or 0 for trial in report.trials),
+        "why": report.stopped_because,
+        "warned": [str(each.message) for each in caught],
+        "warned_again": [str(each.message) for each in caught_again],
+        "error": error,
+        "kept": kept.count_params(),
+    }
+
+
+if __name__ == "__main__":
+    autobatch.limit_memory({"too_small": "400MiB", "nearly_full": "64MiB"}[sys.argv[1]])
+    print(json.dumps({"too_small": too_small, "nearly_full": nearly_full}[sys.argv[1]]()))
