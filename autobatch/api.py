@@ -104,9 +104,10 @@ def fit(
     supported.require_supported(model)
     devices = devices_of_model(model, timeout_seconds)
     batches, options = fit_data.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
-    effective = effective_batch(batches, target)
+    effective = effective_batch(batches)
     trials = devices.open_trials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
     callbacks, replicas = options.get("callbacks"), trials.replicas
+    effective *= trials.samples_in_portion
     kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
     report = searched_or_given(
         trials,
@@ -167,7 +168,7 @@ def tune(
     trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
     trials.require_no_clock(max_seconds)
     if target is not None and trials.largest_useful is not None:
-        target = min(target, trials.largest_useful * trials.replicas)
+        target = min(target, trials.largest_useful * trials.replicas * trials.samples_in_portion)
 
     def search_one(trials: Trials) -> Report:
         return shown_search(

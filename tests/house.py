@@ -44,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "trial": {*GROUND, "differences", "graphs", "memory", "recovery", "seams", "step", "tensors"},
     "sizing": {*GROUND, "cache", "differences", "memory", "search", "trial"},
     "replicas": {*GROUND, "memory", "metrics", "recovery", "seams", "step", "tensors", "trial"},
-    "train": {*GROUND, "data", "recovery", "replicas", "seams", "step", "training_history", "watch"},
+    "train": {*GROUND, "data", "recovery", "replicas", "seams", "step", "tensors", "training_history", "watch"},
     "opening": {*GROUND, "data", "replicas", "step", "trial"},
     "worker": {*GROUND, "memory", "opening", "record_codec", "seams", "tracebacks", "trial"},
     "remedies": {*GROUND, "memory", "trial", "worker"},

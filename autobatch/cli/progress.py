@@ -102,6 +102,10 @@ class WatchedTrials:
         return self._trials.replicas
 
     @property
+    def samples_in_portion(self) -> int:
+        return self._trials.samples_in_portion
+
+    @property
     def environment(self) -> Environment:
         return self._trials.environment
 

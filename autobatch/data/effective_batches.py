@@ -1,7 +1,8 @@
 """Effective batches on the host, made of any data that ``Model.fit`` accepts.
 
 Keras's own data adapters read the data, so the same data are accepted with the same meaning. Their ``tf.data`` datasets
-are then cut again into effective batches. Keras gets the result through its own ``DataAdapter`` interface.
+are then cut again into effective batches, by tf.data where all parts of an element have the same number of rows, and
+portion by portion where they differ (:mod:`autobatch.data.layouts`). Keras gets the result through its own ``DataAdapter`` interface.
 
 The data can be looked at before training (:meth:`EffectiveBatches.look`) without losing an element and without
 changing the order of an epoch. Arrays and PyDatasets are read by index, a ``tf.data.Dataset`` from an independent copy,
@@ -16,16 +17,18 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-from autobatch.data import arrays, cardinality, host_memory, random_states, rebatching
+from autobatch.data import arrays, cardinality, layouts, host_memory, random_states, rebatching
+from autobatch.data.portion_cutter import PortionCutter
 from autobatch.errors import warn
 from autobatch.records import HostUse
 from autobatch.seams import data_adapters, tf_data
 from autobatch.seams.data_adapters import DataAdapter
-from autobatch.tensors.batch_structure import Structure
+from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
 from autobatch.types import Dataset
 
 _BATCHES_UNDER_WAY = 1 + host_memory.AUTOTUNED_PREFETCH
@@ -60,14 +63,21 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
     Args:
         x, y, sample_weight, shuffle, class_weight, steps_per_epoch: as for ``Model.fit``. A ``tf.data.Dataset`` may
             be one of single samples as well: :func:`autobatch.data.cardinality.is_of_samples` decides.
-        target_batch: samples in an effective batch; the last of an epoch may have fewer.
+        target_batch: samples in an effective batch; the last of an epoch may have fewer. Where the parts of an element
+            differ in their number of rows, rows of the first part.
+        rounds: True if ``target_batch`` was not given by the user, and is rounded where it has to be a multiple.
         input_shapes: name and shape of each of the model's inputs, the batch dimension included; empty if not known.
         validation_data: as for ``Model.fit``; counted in the host memory that will be held, not read.
         only_look: True if the data will not be trained on. A look then reads a copy of a ``tf.data.Dataset`` even if
             that calls Python's functions in it. So the order of the dataset itself does not move on.
 
     Raises:
-        ValueError: the data are empty, the arrays differ in length, or Keras refuses them, in its own words.
+        ValueError: the data are empty, the arrays differ in length, Keras refuses them, in its own words, or parts that
+            are cut in proportion cannot be cut by ``target_batch``.
+
+    Attributes:
+        target_batch: portions in an effective batch, as everything here counts portions: see
+            :class:`autobatch.tensors.batch_structure.Structure`. A portion of ordinary batches is a sample.
     """
 
     def __init__(
@@ -83,14 +93,16 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         input_shapes: Sequence[tuple[str, cardinality.Shape]] = (),
         validation_data: Any = None,
         only_look: bool = False,
+        rounds: bool = False,
     ) -> None:
         arrays.require_usable(x, y, sample_weight)
         if isinstance(x, tf.data.Dataset):
             if int(x.cardinality()) == 0:
                 raise ValueError(f"{EMPTY}{x}")
             if cardinality.is_of_samples(x, input_shapes):
+                if cardinality.is_of_samples_by_guess(x, input_shapes):
+                    warn(layouts.taken_for_samples(x.element_spec))
                 x = x.batch(target_batch)
-        self.target_batch = target_batch
         self._only_look = only_look
         self._parts = (x, y, sample_weight)
         self._options = {"class_weight": class_weight, "steps_per_epoch": steps_per_epoch}
@@ -109,18 +121,19 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self._states_after: random_states.RandomStates | None = random_states.RandomStates(x)
         self._states.restore()
 
-        self._recut = None if self._arrays else rebatching.Rebatched(dataset, target_batch)
         self._source = dataset
-        self._dataset = _untuned(dataset) if self._recut is None else self._recut.dataset
-        self.element_spec = dataset.element_spec if self._recut is None else self._recut.element_spec
-        self.structure = Structure(self.element_spec)
-        self.sample_limit = self._count_samples()
         self._rows_in_first: int | None = None
         self._iterated = False
         self._waiting: list[weakref.ref[EffectiveIterator]] = []
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None
         self._warned_of_padding = False
+        self._padding: list[str] = []
+        self._seen: _Seen | None = None
+        self._layout = None if self._arrays or layouts.is_surely_even(dataset) else self._read_ahead(target_batch)
+        self.target_batch = target_batch if self._layout is None else self._portions(self._layout, target_batch, rounds)
+        self._cut(dataset)
+        self.sample_limit = self._count_samples()
         self._uses = (*copied, *self._pipeline_uses(validation_data))
         if not warned:
             host_memory.warn_if_short(self._uses, host)
@@ -135,10 +148,75 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
             return data_adapters.data_adapter_for(x=x, y=y, sample_weight=sample_weight, **options)
 
+    @staticmethod
+    def _portions(layout: layouts.Layout, target_batch: int, rounds: bool) -> int:
+        if rounds:
+            each = (layout.portion or (1,))[0]
+            return layout.portions(max(each, target_batch // each * each))
+        portions = layout.portions(target_batch)
+        sentence = layout.sentence(target_batch)
+        if sentence:
+            warn(sentence)
+        return portions
+
+    def _cut(self, dataset: Dataset) -> None:
+        """Make the dataset that is iterated, and what cuts its elements where tf.data does not."""
+        self._recut: rebatching.Rebatched | None = None
+        self._cutter: PortionCutter | None = None
+        self._dataset = _untuned(dataset) if self._arrays else dataset
+        self.element_spec = dataset.element_spec
+        if self._layout is not None:
+            self.element_spec = self._layout.spec(dataset.element_spec)
+            self._dataset = dataset.prefetch(tf.data.AUTOTUNE)
+        elif not self._arrays:
+            self._recut = rebatching.Rebatched(dataset, self.target_batch)
+            self._dataset, self.element_spec = self._recut.dataset, self._recut.element_spec
+            self._padding = self._recut.padding
+        self.structure = Structure(self.element_spec)
+        if self._layout is not None or self._seen is not None:
+            specs = tf.nest.flatten(dataset.element_spec)
+            values = rebatching.padding_values(dataset)
+            values = [value for value, spec in zip(values, specs, strict=True) if not is_missing(spec)]
+            self._padding = self._padding or sorted({str(value) for value in values})
+            self._cutter = PortionCutter(self.structure, self.target_batch, values)
+
     def _count_samples(self) -> int | None:
         if self._arrays:
             return data_adapters.array_samples(getattr(self._inner, "inner", self._inner))
-        return cardinality.sample_cardinality(self._source)
+        if self._layout is None:
+            return cardinality.sample_cardinality(self._source)
+        elements = int(self._source.cardinality())
+        if elements < 0:
+            return None
+        return elements if self._layout.portion is None else self._layout.in_each(self._source.element_spec, elements)
+
+    # -- the first elements -------------------------------------------------------------------------------------------
+
+    def _read_ahead(self, target_batch: int) -> layouts.Layout | None:
+        """Read the first elements, of a copy where there is one, and return how elements are cut."""
+        self._seen = seen = self._first_elements(target_batch)
+        if not seen.elements:
+            raise ValueError(f"{EMPTY}{self._parts[0]!r}")
+        streams = layouts.are_streams(self._source)
+        ended = len(seen.elements) < layouts.LOOK
+        return layouts.layout_of(
+            seen.elements, ended=ended, streams=streams, element_spec=self._source.element_spec
+        )
+
+    def _first_elements(self, target_batch: int) -> _Seen:
+        if data_adapters.is_dataset_adapter(self._inner):
+            specs = [spec for spec in tf.nest.flatten(self._source.element_spec) if hasattr(spec, "dtype")]
+            varies = any(spec.dtype == tf.string or None in (spec.shape or [None])[1:] for spec in specs)
+            copy = tf_data.independent_copy(self._source, keep_order=varies, may_call_python=self._only_look)
+            if copy is not None:
+                rest = iter(copy)
+                return _Seen(list(itertools.islice(rest, layouts.LOOK)), rest, of_copy=True)
+        elif data_adapters.signature_of(self._inner) is not None and self._loader is not None:
+            rest = iter(self._first_of_loader(target_batch))
+            return _Seen(list(itertools.islice(rest, layouts.LOOK)), rest, of_copy=True)
+        self._dataset = self._source.prefetch(tf.data.AUTOTUNE)
+        rest = self._begin()
+        return _Seen(list(itertools.islice(rest, layouts.LOOK)), rest, of_copy=False)
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
@@ -164,17 +242,29 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
                 return next(iter(self._dataset))  # each iterator of arrays is independent of the others
             longest = arrays.take_rows(self._parts, rows)
             return next(iter(self._adapter_for(longest, batch_size=len(rows), shuffle=False).get_tf_dataset()))
+        if self._seen is not None:
+            return self._look_at_seen(self._seen)
         source = None
         if data_adapters.is_dataset_adapter(self._inner):
             varies = any(spec.dtype == tf.string or None in spec.shape[1:] for spec in self.structure.specs)
             source = tf_data.independent_copy(self._source, keep_order=varies, may_call_python=self._only_look)
         elif data_adapters.signature_of(self._inner) is not None and self._loader is not None:
-            source = self._first_of_loader()
+            source = self._first_of_loader(self.target_batch)
         if source is None:
             return self._first()
         recut = rebatching.Rebatched(source, self.target_batch)
         first = next(iter(recut.dataset))
         return first[0] if recut.pads else first
+
+    def _look_at_seen(self, seen: _Seen) -> Any:
+        assert self._cutter is not None
+        if self.structure.takes_elements_whole:
+            return max(seen.elements, key=lambda element: sum(map(_leaf_bytes, self.structure.leaves(element))))
+        if not seen.of_copy:
+            return self._first()
+        first, _ = next(self._cutter.batches(itertools.chain(seen.elements, seen.rest)))
+        self._seen = None  # nobody needs what was read of the copy any more
+        return first
 
     @property
     def _loader(self) -> Any:
@@ -182,25 +272,33 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         dataset = data_adapters.py_dataset_of(self._inner)
         return data_adapters.torch_loader_of(self._inner) if dataset is None else dataset
 
-    def _first_of_loader(self) -> Any:
+    def _first_of_loader(self, target_batch: int) -> Any:
         batches: list[Any] = []
         samples = 0
         with random_states.random_states_kept(self._loader):
             for batch in data_adapters.batches_without_iterating(self._inner):
                 batches.append(batch)
-                rows = len(tf.nest.flatten(batch)[0])
+                rows = rows_of(batch)[0] or 1
                 self._rows_in_first = self._rows_in_first or rows
                 samples += rows
-                if samples >= self.target_batch:
+                if samples >= target_batch and len(batches) >= layouts.LOOK:
                     break
         signature = data_adapters.signature_of(self._inner)
         return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=signature)
 
     def _first(self) -> Any:
         if self._pending is None:
-            iterator = self._start()
+            iterator = self._start_where_looked()
             self._pending = (next(iterator), iterator)
         return self._pending[0]
+
+    def _start_where_looked(self) -> Iterator[Any]:
+        """Start a pass; if elements of the data themselves were looked at, the pass that begins with them."""
+        seen, self._seen = self._seen, None
+        if seen is None or seen.of_copy:
+            return self._start()
+        assert self._cutter is not None
+        return self._noting_padding(self._cutter.batches(itertools.chain(seen.elements, seen.rest)))
 
     # -- what the host will hold --------------------------------------------------------------------------------------
 
@@ -245,7 +343,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             self._pending = None
             return EffectiveIterator(lambda _: itertools.chain([first], rest))
         if not self._arrays:  # begin now: other readers of data or random numbers then find what they find with Keras
-            iterator = self._start()
+            iterator = self._start_where_looked()
             return EffectiveIterator(lambda _: iterator)
         later = EffectiveIterator(self._start_in_order)
         if self._shuffled:
@@ -263,6 +361,13 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         return self._start()
 
     def _start(self) -> Iterator[Any]:
+        iterator = self._begin()
+        if self._recut is None:
+            cut = self._layout is not None and self._cutter is not None
+            return self._noting_padding(self._cutter.batches(iterator)) if cut else iterator
+        return self._noting_padding(iterator) if self._recut.pads else iterator
+
+    def _begin(self) -> Iterator[Any]:
         if self._states_after is not None:
             # Use up the random numbers that Keras's own fit would have used, unless somebody set a seed since.
             self._states_after.replay(self._states, self._parts[0])
@@ -272,17 +377,15 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             # a shuffle's seeds. If the length is unknown only here, draw too, so that the next epoch has Keras's order.
             iter(self._dataset)
         self._iterated = True
-        iterator = iter(self._dataset)
-        return iterator if self._recut is None or not self._recut.pads else self._noting_padding(iterator)
+        return iter(self._dataset)
 
     def _noting_padding(self, iterator: Iterator[Any]) -> Iterator[Any]:
         for batch, differed in iterator:
             if not self._warned_of_padding and bool(differed):
                 self._warned_of_padding = True
-                assert self._recut is not None
                 warn(
                     "Batches of this dataset that are padded to different lengths come together in one effective "
-                    f"batch. They are padded with {' and '.join(self._recut.padding)} to the longest of them. If that "
+                    f"batch. They are padded with {' and '.join(self._padding)} to the longest of them. If that "
                     "is not your padding, pad to one length yourself, or let padded_batch be the dataset's last step: "
                     "then what it pads with is known.",
                 )
@@ -316,6 +419,8 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
     def expected_batches(self) -> int | None:
         """Updates that an epoch will very likely have, to show progress; None if unknown. It never ends an epoch."""
         samples = self.sample_limit
+        if self._layout is not None:
+            return cardinality.updates(samples, self.target_batch)
         if samples is None:
             samples = cardinality.sample_cardinality(self._source, trust_maps=True)
         if samples is not None:
@@ -341,6 +446,20 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
     def on_epoch_end(self) -> None:
         self._inner.on_epoch_end()
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The first elements, and an iterator over those that follow. They are a copy's, or the data's own."""
+
+    elements: list[Any]
+    rest: Iterator[Any]
+    of_copy: bool
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    values = leaf.flat_values if isinstance(leaf, tf.RaggedTensor) else getattr(leaf, "values", leaf)
+    return int(tf.size(values)) * int(values.dtype.size or 1)
 
 
 def _untuned(dataset: Dataset) -> Any:

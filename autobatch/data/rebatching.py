@@ -32,6 +32,7 @@ class Rebatched:
     def __init__(self, dataset: Dataset, target_batch: int) -> None:
         self.element_spec = dataset.element_spec
         self.pads = False
+        self.padding: list[str] = []
         self.dataset = _cut_before_padding(dataset, target_batch)
         if self.dataset is not None:
             self.element_spec = self.dataset.element_spec
@@ -60,7 +61,7 @@ class Rebatched:
         """Cut the dataset by way of ragged tensors, which can be batched with any lengths, next to other leaves."""
         spec = dataset.element_spec
         leaf_specs = tf.nest.flatten(spec)
-        padding = _padding_values(dataset)
+        padding = padding_values(dataset)
         self.padding = sorted({str(padding[i]) for i, rank in enumerate(varying) if rank})
 
         def to_ragged(*element: Any) -> Any:
@@ -137,7 +138,7 @@ def _cut_before_padding(dataset: Dataset, target_batch: int) -> Any:
     )
 
 
-def _padding_values(dataset: Dataset) -> list[Any]:
+def padding_values(dataset: Dataset) -> list[Any]:
     """Return the value that each leaf was padded with; zero or "" if no ``padded_batch`` is found that made them."""
     dtypes = [getattr(spec, "dtype", None) for spec in tf.nest.flatten(dataset.element_spec)]
     zeros = ["" if dtype == tf.string else 0 for dtype in dtypes]

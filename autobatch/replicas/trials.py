@@ -47,6 +47,12 @@ class ReplicatedTrials(LiveTrials):
     def __init__(
         self, model: Model, batches: Data, *, agreement: SingleProcess, target_batch: int | None, **options: Any
     ) -> None:
+        if batches.structure.takes_elements_whole:
+            raise ValueError(
+                "The replicas of a strategy share each effective batch, and the elements of this dataset cannot be cut: "
+                "their parts have different numbers of rows. Train on one device, or give all parts the same number of "
+                f"rows. Received: {batches.structure.element_spec}"
+            )
         self._agreement = agreement
         strategy = strategies.strategy_of(model)
         self.replicas = int(strategy.num_replicas_in_sync)

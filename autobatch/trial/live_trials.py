@@ -91,7 +91,7 @@ class LiveTrials:
         self.step.on_optimizer_found = self._save
         self.keeper = self._make_keeper()
         self._timing = Timing(self.step, self.keeper, self.batch_of, self.device, clock=clock)
-        models.build_on(model, self.step.structure.pack(self.step.structure.specs))
+        models.build_on(model, self.step.structure.element_spec)
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
             warn(
                 f"memory_limit cannot be held to: TensorFlow's allocator on {self.device} keeps no figures. Call "
@@ -100,6 +100,9 @@ class LiveTrials:
         self.largest_useful = target_batch if batches.sample_limit is None else batches.sample_limit
         if target_batch is not None and self.largest_useful is not None:
             self.largest_useful = min(self.largest_useful, target_batch)
+        if batches.structure.takes_elements_whole:
+            self.largest_useful = 1
+        self.samples_in_portion = batches.structure.samples_in_portion
         self.model_name = str(getattr(model, "name", type(model).__name__))
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()
@@ -178,7 +181,7 @@ class LiveTrials:
 
         An error that the user's own code raises in the trace is passed on.
         """
-        if self._model.run_eagerly:
+        if self._model.run_eagerly or self._sample.structure.takes_elements_whole:
             return None
         self.trace()
         graph = self._on_one_device.micro_graph

@@ -54,6 +54,7 @@ class Ready:
     content: str
     rematerialised: tuple[str, ...]
     replicas: int
+    samples_in_portion: int
 
 
 def decode_result(fields: Message) -> TrialResult:

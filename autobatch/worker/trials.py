@@ -101,6 +101,10 @@ class WorkerTrials:
         return self._ready.replicas
 
     @property
+    def samples_in_portion(self) -> int:
+        return self._ready.samples_in_portion
+
+    @property
     def environment(self) -> Environment:
         return self._ready.environment
 
