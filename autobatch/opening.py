@@ -37,7 +37,9 @@ def open_trials(
     supported.require_supported(model)
     devices = devices_of_model(model)
     rows = SAMPLE_ROWS if target_batch is None else target_batch
-    batches, _ = fit_data.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True, rounds=target_batch is None)
+    batches, _ = fit_data.prepare_data(
+        model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True, rounds=target_batch is None
+    )
     effective = None if target_batch is None else effective_batch(batches)
     return devices.open_trials(
         model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom

@@ -204,8 +204,8 @@ class Plan:
     """Make-up of one optimizer update: ``accumulation_steps`` micro-batches of at most ``micro_batch`` samples.
 
     They are of even sizes (:attr:`micro_batches`). On several replicas each of them runs ``accumulation_steps``, and
-    ``effective_batch`` counts the samples of all ``replicas``. Where streams are cut in proportion, sizes count the first
-    one's samples, and are multiples of ``samples_in_portion``.
+    ``effective_batch`` counts the samples of all ``replicas``. Where streams are cut in proportion, sizes count those
+    of the first, and are multiples of ``samples_in_portion``.
     """
 
     micro_batch: int

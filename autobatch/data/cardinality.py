@@ -16,9 +16,6 @@ Shape = Sequence["int | None"]
 ONE_FOR_ONE = ("Prefetch", "Options", "Model", "Cache", "Shuffle", "AssertCardinality")
 """Kinds of datasets that pass elements on one for one, in any order."""
 
-_OF_SAMPLES = ("TensorSlice", "SparseTensorSlice", "Range", "TFRecord", "TextLine", "FixedLengthRecord", "Unbatch")
-"""Kinds of datasets whose elements are single samples."""
-
 _BATCHES_OF_ONE_SIZE = ("Batch", "ParallelBatch", "PaddedBatch")
 BATCHES = (*_BATCHES_OF_ONE_SIZE, "Rebatch", "LegacyRebatch", "DenseToSparseBatch")
 """Kinds of datasets that make batches of samples, all parts alike."""
@@ -35,8 +32,8 @@ def is_of_samples(dataset: Dataset, input_shapes: Sequence[tuple[str, Shape]] = 
 
     The first rule that applies decides:
 
-    1. A scalar among an element's parts, unless batches were zipped with it: samples. (A batch has no scalar parts.) But
-       two other parts of unknown length make it a graph with one number, say, which is taken as it is.
+    1. A scalar among an element's parts, unless batches were zipped with it: samples. (A batch has no scalar parts.)
+       But two other parts of unknown length make it a graph with one number, say, which is taken as it is.
     2. The model's inputs, if their shapes are known. An element with one dimension less, and sizes that agree, is a
        sample. One with as many dimensions or more is a batch, and so is one whose sizes disagree. For an input of the
        shape ``(None, 1)`` a vector of unknown length may be either, so that input does not decide.
@@ -56,11 +53,11 @@ def is_of_samples(dataset: Dataset, input_shapes: Sequence[tuple[str, Shape]] = 
 def is_of_samples_by_guess(dataset: Dataset, input_shapes: Sequence[tuple[str, Shape]] = ()) -> bool:
     """Return True if elements count as single samples for no other reason than that their first dimensions differ.
 
-    They may be batches of several streams. A dataset made of arrays, or of files, cannot.
+    They may be batches of several streams as well, unless ``unbatch`` has made them.
     """
     _, known = _by_shape(dataset, input_shapes)
     made = behind(dataset, (*ONE_FOR_ONE, *MAPS))
-    return not known and _differ(_shapes(dataset)) and tf_data.kind_of(made) not in _OF_SAMPLES
+    return not known and _differ(_shapes(dataset)) and tf_data.kind_of(made) != "Unbatch"
 
 
 def _by_shape(dataset: Dataset, input_shapes: Sequence[tuple[str, Shape]]) -> tuple[bool, bool]:

@@ -2,7 +2,8 @@
 
 Keras's own data adapters read the data, so the same data are accepted with the same meaning. Their ``tf.data`` datasets
 are then cut again into effective batches, by tf.data where all parts of an element have the same number of rows, and
-portion by portion where they differ (:mod:`autobatch.data.layouts`). Keras gets the result through its own ``DataAdapter`` interface.
+portion by portion where they differ (:mod:`autobatch.data.layouts`). Keras gets the result through its own
+``DataAdapter`` interface.
 
 The data can be looked at before training (:meth:`EffectiveBatches.look`) without losing an element and without
 changing the order of an epoch. Arrays and PyDatasets are read by index, a ``tf.data.Dataset`` from an independent copy,
@@ -16,45 +17,25 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from autobatch.data import arrays, cardinality, layouts, host_memory, random_states, rebatching
+from autobatch.data import arrays, cardinality, host_memory, layouts, random_states, rebatching
+from autobatch.data.effective_iterator import EffectiveIterator
+from autobatch.data.first_look import FirstLook, Seen, bytes_of_element
 from autobatch.data.portion_cutter import PortionCutter
 from autobatch.errors import warn
 from autobatch.records import HostUse
-from autobatch.seams import data_adapters, tf_data
+from autobatch.seams import data_adapters
 from autobatch.seams.data_adapters import DataAdapter
-from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
+from autobatch.tensors.batch_structure import Structure, is_missing
 from autobatch.types import Dataset
 
 _BATCHES_UNDER_WAY = 1 + host_memory.AUTOTUNED_PREFETCH
 
 EMPTY = "dataset is empty, so that there is nothing to train on. Give at least one sample. Received: "
-
-
-class EffectiveIterator(Iterator[Any]):
-    """One pass over effective batches; its type distinguishes it from data that a callback hands to the model.
-
-    The pass may begin only when its first batch is asked for: at the end of an epoch Keras makes a pass that it never
-    reads.
-    """
-
-    def __init__(self, begin: Callable[[EffectiveIterator], Iterator[Any]]) -> None:
-        self._begin = begin
-        self._iterator: Iterator[Any] | None = None
-
-    def begin(self) -> Iterator[Any]:
-        """Begin the pass, if it has not begun."""
-        if self._iterator is None:
-            self._iterator = self._begin(self)
-        return self._iterator
-
-    def __next__(self) -> Any:
-        return next(self.begin())
 
 
 class EffectiveBatches(DataAdapter):  # type: ignore[misc]
@@ -103,7 +84,6 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
                 if cardinality.is_of_samples_by_guess(x, input_shapes):
                     warn(layouts.taken_for_samples(x.element_spec))
                 x = x.batch(target_batch)
-        self._only_look = only_look
         self._parts = (x, y, sample_weight)
         self._options = {"class_weight": class_weight, "steps_per_epoch": steps_per_epoch}
         self._arrays = data_adapters.are_arrays(x, y, sample_weight)
@@ -122,14 +102,14 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self._states.restore()
 
         self._source = dataset
-        self._rows_in_first: int | None = None
+        self._first_look = FirstLook(self._inner, dataset, only_look=only_look)
         self._iterated = False
         self._waiting: list[weakref.ref[EffectiveIterator]] = []
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None
         self._warned_of_padding = False
         self._padding: list[str] = []
-        self._seen: _Seen | None = None
+        self._seen: Seen | None = None
         self._layout = None if self._arrays or layouts.is_surely_even(dataset) else self._read_ahead(target_batch)
         self.target_batch = target_batch if self._layout is None else self._portions(self._layout, target_batch, rounds)
         self._cut(dataset)
@@ -151,8 +131,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
     @staticmethod
     def _portions(layout: layouts.Layout, target_batch: int, rounds: bool) -> int:
         if rounds:
-            each = (layout.portion or (1,))[0]
-            return layout.portions(max(each, target_batch // each * each))
+            return layout.portions(layout.rounded(target_batch))
         portions = layout.portions(target_batch)
         sentence = layout.sentence(target_batch)
         if sentence:
@@ -194,29 +173,15 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
     def _read_ahead(self, target_batch: int) -> layouts.Layout | None:
         """Read the first elements, of a copy where there is one, and return how elements are cut."""
-        self._seen = seen = self._first_elements(target_batch)
+        self._dataset = self._source.prefetch(tf.data.AUTOTUNE)  # the one that is read if there is no copy
+        self._seen = seen = self._first_look.elements(target_batch, self._begin)
         if not seen.elements:
             raise ValueError(f"{EMPTY}{self._parts[0]!r}")
         streams = layouts.are_streams(self._source)
         ended = len(seen.elements) < layouts.LOOK
-        return layouts.layout_of(
+        return layouts.layout_of_elements(
             seen.elements, ended=ended, streams=streams, element_spec=self._source.element_spec
         )
-
-    def _first_elements(self, target_batch: int) -> _Seen:
-        if data_adapters.is_dataset_adapter(self._inner):
-            specs = [spec for spec in tf.nest.flatten(self._source.element_spec) if hasattr(spec, "dtype")]
-            varies = any(spec.dtype == tf.string or None in (spec.shape or [None])[1:] for spec in specs)
-            copy = tf_data.independent_copy(self._source, keep_order=varies, may_call_python=self._only_look)
-            if copy is not None:
-                rest = iter(copy)
-                return _Seen(list(itertools.islice(rest, layouts.LOOK)), rest, of_copy=True)
-        elif data_adapters.signature_of(self._inner) is not None and self._loader is not None:
-            rest = iter(self._first_of_loader(target_batch))
-            return _Seen(list(itertools.islice(rest, layouts.LOOK)), rest, of_copy=True)
-        self._dataset = self._source.prefetch(tf.data.AUTOTUNE)
-        rest = self._begin()
-        return _Seen(list(itertools.islice(rest, layouts.LOOK)), rest, of_copy=False)
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
@@ -244,47 +209,22 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             return next(iter(self._adapter_for(longest, batch_size=len(rows), shuffle=False).get_tf_dataset()))
         if self._seen is not None:
             return self._look_at_seen(self._seen)
-        source = None
-        if data_adapters.is_dataset_adapter(self._inner):
-            varies = any(spec.dtype == tf.string or None in spec.shape[1:] for spec in self.structure.specs)
-            source = tf_data.independent_copy(self._source, keep_order=varies, may_call_python=self._only_look)
-        elif data_adapters.signature_of(self._inner) is not None and self._loader is not None:
-            source = self._first_of_loader(self.target_batch)
+        source = self._first_look.copy(self.target_batch)
         if source is None:
             return self._first()
         recut = rebatching.Rebatched(source, self.target_batch)
-        first = next(iter(recut.dataset))
+        first = next(rebatching.explained(iter(recut.dataset)))
         return first[0] if recut.pads else first
 
-    def _look_at_seen(self, seen: _Seen) -> Any:
+    def _look_at_seen(self, seen: Seen) -> Any:
         assert self._cutter is not None
         if self.structure.takes_elements_whole:
-            return max(seen.elements, key=lambda element: sum(map(_leaf_bytes, self.structure.leaves(element))))
+            return max(seen.elements, key=lambda element: bytes_of_element(self.structure.leaves(element)))
         if not seen.of_copy:
             return self._first()
         first, _ = next(self._cutter.batches(itertools.chain(seen.elements, seen.rest)))
         self._seen = None  # nobody needs what was read of the copy any more
         return first
-
-    @property
-    def _loader(self) -> Any:
-        """The user's PyDataset or torch loader; None for other data."""
-        dataset = data_adapters.py_dataset_of(self._inner)
-        return data_adapters.torch_loader_of(self._inner) if dataset is None else dataset
-
-    def _first_of_loader(self, target_batch: int) -> Any:
-        batches: list[Any] = []
-        samples = 0
-        with random_states.random_states_kept(self._loader):
-            for batch in data_adapters.batches_without_iterating(self._inner):
-                batches.append(batch)
-                rows = rows_of(batch)[0] or 1
-                self._rows_in_first = self._rows_in_first or rows
-                samples += rows
-                if samples >= target_batch and len(batches) >= layouts.LOOK:
-                    break
-        signature = data_adapters.signature_of(self._inner)
-        return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=signature)
 
     def _first(self) -> Any:
         if self._pending is None:
@@ -319,13 +259,17 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
     def _pipeline_uses(self, validation_data: Any) -> tuple[HostUse, ...]:
         sample_bytes = self._sample_bytes()
-        name = f"{_BATCHES_UNDER_WAY} effective batches of {self.target_batch} samples"
+        what = f"{self.target_batch * self.structure.samples_in_portion} samples"
+        what = "one element" if self.structure.takes_elements_whole else what
+        name = f"{_BATCHES_UNDER_WAY} effective batches of {what}"
         uses = [HostUse(name, _BATCHES_UNDER_WAY * self.target_batch * sample_bytes)]
         if data_adapters.is_dataset_adapter(self._inner):
             uses += host_memory.uses_of_dataset(self._source, sample_bytes=sample_bytes)
         if data_adapters.py_dataset_of(self._inner) is not None:
             self.look()  # only a look shows how large its batches are, and the search will look anyway
-        uses += host_memory.uses_of_loader(self._loader, sample_bytes=sample_bytes, batch_samples=self._rows_in_first)
+        uses += host_memory.uses_of_loader(
+            self._first_look.loader, sample_bytes=sample_bytes, batch_samples=self._first_look.rows_in_first
+        )
         return (*uses, *host_memory.uses_of_validation(validation_data, sample_bytes=sample_bytes))
 
     def _sample_bytes(self) -> int:
@@ -361,11 +305,13 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         return self._start()
 
     def _start(self) -> Iterator[Any]:
+        if self._cutter is not None and self._cutter.met_others:
+            self._recut, self._dataset = None, self._source.prefetch(tf.data.AUTOTUNE)
         iterator = self._begin()
-        if self._recut is None:
-            cut = self._layout is not None and self._cutter is not None
-            return self._noting_padding(self._cutter.batches(iterator)) if cut else iterator
-        return self._noting_padding(iterator) if self._recut.pads else iterator
+        if self._recut is not None:
+            iterator = rebatching.explained(iterator)
+            return self._noting_padding(iterator) if self._recut.pads else iterator
+        return iterator if self._cutter is None else self._noting_padding(self._cutter.batches(iterator))
 
     def _begin(self) -> Iterator[Any]:
         if self._states_after is not None:
@@ -425,7 +371,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             samples = cardinality.sample_cardinality(self._source, trust_maps=True)
         if samples is not None:
             return cardinality.updates(samples, self.target_batch)
-        least, most = data_adapters.samples_of_loader(self._inner, self._rows_in_first)
+        least, most = data_adapters.samples_of_loader(self._inner, self._first_look.rows_in_first)
         fewest = cardinality.updates(least, self.target_batch)
         return fewest if fewest == cardinality.updates(most, self.target_batch) else None
 
@@ -446,20 +392,6 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
     def on_epoch_end(self) -> None:
         self._inner.on_epoch_end()
-
-
-@dataclass(slots=True)
-class _Seen:
-    """The first elements, and an iterator over those that follow. They are a copy's, or the data's own."""
-
-    elements: list[Any]
-    rest: Iterator[Any]
-    of_copy: bool
-
-
-def _leaf_bytes(leaf: Any) -> int:
-    values = leaf.flat_values if isinstance(leaf, tf.RaggedTensor) else getattr(leaf, "values", leaf)
-    return int(tf.size(values)) * int(values.dtype.size or 1)
 
 
 def _untuned(dataset: Dataset) -> Any:

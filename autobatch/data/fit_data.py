@@ -18,7 +18,13 @@ _DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
 
 
 def prepare_data(
-    model: Model, dataset: Dataset, y: Any, *, target_batch: int, options: dict[str, Any], only_look: bool = False,
+    model: Model,
+    dataset: Dataset,
+    y: Any,
+    *,
+    target_batch: int,
+    options: dict[str, Any],
+    only_look: bool = False,
     rounds: bool = False,
 ) -> tuple[EffectiveBatches, dict[str, Any]]:
     """Turn ``fit``'s data, and those of its options that concern data, into effective batches.

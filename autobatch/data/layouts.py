@@ -58,6 +58,11 @@ class Layout:
             )
         return samples // each
 
+    def rounded(self, samples: int) -> int:
+        """Return ``samples``, or the next number below that :meth:`portions` takes; at least one portion."""
+        each = (self.portion or (1,))[0]
+        return max(each, samples // each * each)
+
     def in_each(self, element_spec: ElementSpec, elements: int) -> int | None:
         """Return the portions in so many elements; None where their size is not fixed beforehand."""
         first = next(spec for spec in tf.nest.flatten(element_spec) if not is_missing(spec)).shape
@@ -128,7 +133,7 @@ def _are_batches_of_samples(dataset: Dataset) -> bool:
     return len(sizes) == len(counts) == 1 and None not in sizes | counts
 
 
-def layout_of(
+def layout_of_elements(
     elements: Sequence[Batch], *, ended: bool, streams: bool, element_spec: ElementSpec, alone: bool = False
 ) -> Layout | None:
     """Return the layout of a dataset by its first elements; None if all of them are even.
@@ -154,7 +159,8 @@ def layout_of(
     judged = elements[:-1] if ended and len(elements) > 1 else elements
     is_steady = streams or all(structure.portions_in(element) for element in judged)
     is_known = streams or alone or len(rows) > 1
-    has_measure = measure > 1 or set(portion) == {1}
+    # Streams may have any proportions. Of other data, a graph may have 30 nodes and 64 edges each time by chance.
+    has_measure = (measure > 1 and (streams or min(portion) == 1)) or set(portion) == {1}
     specs = [spec for spec in tf.nest.flatten(element_spec) if not is_missing(spec)]
     can_be_cut = all(
         each == 1 or (isinstance(spec, tf.TensorSpec) and spec.shape.rank is not None)

@@ -28,7 +28,7 @@ class OneBatch:
     def __init__(self, data: Batch, *, at_least: int) -> None:
         self._data = data
         spec = element_spec_of(data)
-        layout = layouts.layout_of([data], ended=False, streams=False, element_spec=spec, alone=True)
+        layout = layouts.layout_of_elements([data], ended=False, streams=False, element_spec=spec, alone=True)
         self.element_spec = spec if layout is None else layout.spec(spec)
         self.structure = Structure(self.element_spec)
         self.target_batch = at_least if layout is None else layout.portions(at_least)

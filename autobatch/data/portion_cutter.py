@@ -30,6 +30,8 @@ class PortionCutter:
         self._structure = structure
         self._target = target
         self._padding = padding
+        self.met_others = False
+        """True once an element was not of the structure's proportions."""
 
     def batches(self, elements: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         """Yield effective batches, each with True if samples of different lengths were padded for it."""
@@ -38,6 +40,7 @@ class PortionCutter:
         for element in elements:
             portions = self._structure.portions_in(element)
             if portions is None or self._structure.takes_elements_whole:
+                self.met_others |= portions is None
                 if held:
                     yield self._joined(held)
                     held, count = [], 0

@@ -5,6 +5,7 @@ This module uses tf.data, but none of Keras's data adapters, models or training.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -92,6 +93,39 @@ class Rebatched:
         )
         self.element_spec = batches.element_spec[0]
         return batches
+
+
+def explained(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield batches; where tf.data cannot make one of its elements, say what is wrong with these.
+
+    Raises:
+        ValueError: the samples that were to be batched differ in size, or the parts of an element in their rows.
+    """
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except tf.errors.InvalidArgumentError as error:
+            found = next((remedy for words, remedy in _REMEDIES.items() if words in error.message), None)
+            if found is None:
+                raise
+            raise ValueError(f"{found} Received: {error.message}") from error
+        yield batch
+
+
+_REMEDIES = {
+    "Cannot batch tensors with different shapes": (
+        "The samples of this dataset differ in size, so that they cannot be batched. Batch them yourself, by "
+        "padded_batch or ragged_batch. If each element is one batch for your train_step, as a graph is, give all of "
+        "its parts a first dimension: label[None] for a single label."
+    ),
+    "must have the same batch size in each component": (
+        "The first elements of this dataset had the same number of rows in all parts, and this one has not, so that it "
+        "cannot be cut with the others. Give all parts of each element the same number of rows."
+    ),
+}
+"""Words of tf.data's errors, each with what the user can do."""
 
 
 def _whole(spec: Any, element: tuple[Any, ...]) -> Any:

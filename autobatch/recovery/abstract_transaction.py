@@ -146,7 +146,9 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         samples = step.structure.count(data)
         whole = step.structure.takes_elements_whole
         policy = self._policy_of_whole_elements if whole else self._validation_policy
-        logs = self._run(data, samples, lambda data, samples: self._evaluate_once(step, data, samples), policy, "validation")
+        logs = self._run(
+            data, samples, lambda data, samples: self._evaluate_once(step, data, samples), policy, "validation"
+        )
         policy.succeeded(self._samples_here(samples))
         return logs
 

@@ -49,9 +49,9 @@ class ReplicatedTrials(LiveTrials):
     ) -> None:
         if batches.structure.takes_elements_whole:
             raise ValueError(
-                "The replicas of a strategy share each effective batch, and the elements of this dataset cannot be cut: "
-                "their parts have different numbers of rows. Train on one device, or give all parts the same number of "
-                f"rows. Received: {batches.structure.element_spec}"
+                "The replicas of a strategy share each effective batch, and the elements of this dataset cannot be "
+                "cut: their parts have different numbers of rows. Train on one device, or give all parts the same "
+                f"number of rows. Received: {batches.structure.element_spec}"
             )
         self._agreement = agreement
         strategy = strategies.strategy_of(model)

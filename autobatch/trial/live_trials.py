@@ -71,6 +71,8 @@ class LiveTrials:
         find_limit: Callable[[str, int | None], Limit] = limits.find_limit,
         patience_seconds: float = other_processes.PATIENCE_SECONDS,
     ) -> None:
+        if batches.structure.takes_elements_whole:
+            target_batch = 1  # there is nothing to search for
         self._model = model
         self._target_batch = target_batch
         self._user_limit_bytes = user_limit_bytes
@@ -100,8 +102,6 @@ class LiveTrials:
         self.largest_useful = target_batch if batches.sample_limit is None else batches.sample_limit
         if target_batch is not None and self.largest_useful is not None:
             self.largest_useful = min(self.largest_useful, target_batch)
-        if batches.structure.takes_elements_whole:
-            self.largest_useful = 1
         self.samples_in_portion = batches.structure.samples_in_portion
         self.model_name = str(getattr(model, "name", type(model).__name__))
         self.environment = self._look_around()
