@@ -25,8 +25,12 @@ def open_trials(
     target_batch: int | None,
     memory_limit_bytes: int | None,
     headroom: float,
+    cannot_be_cut: str = "",
 ) -> LiveTrials:
-    """Make trials on a live model; :meth:`LiveTrials.close` puts everything back. See :func:`tune`."""
+    """Make trials on a live model; :meth:`LiveTrials.close` puts everything back. See :func:`tune`.
+
+    ``cannot_be_cut`` is a reason to take each element whole, which earlier trials have found.
+    """
     require_compiled(model)
 
     from autobatch.data import fit_data
@@ -40,6 +44,8 @@ def open_trials(
     batches, _ = fit_data.prepare_data(
         model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True, rounds=target_batch is None
     )
+    if cannot_be_cut:
+        batches.keep_whole(cannot_be_cut)
     effective = None if target_batch is None else effective_batch(batches)
     return devices.open_trials(
         model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"records", "errors", "units", "record_codec"},
     "cache": {"records", "errors", "units"},
     "memory": {"records", "errors", "units"},
-    "graphs": {"records", "seams", "tensors"},
+    "graphs": {"records", "seams", "tensors", "tracebacks"},
     "losses": {"graphs", "seams", "tensors"},
     "averages": {"graphs", "seams", "tensors"},
     "metrics": {"graphs", "losses", "seams", "tensors"},

@@ -24,13 +24,13 @@ import tensorflow as tf
 
 from autobatch.data import arrays, cardinality, host_memory, layouts, random_states, rebatching
 from autobatch.data.effective_iterator import EffectiveIterator
-from autobatch.data.first_look import FirstLook, Seen, bytes_of_element
+from autobatch.data.first_look import FirstLook, Seen
 from autobatch.data.portion_cutter import PortionCutter
-from autobatch.errors import warn
+from autobatch.errors import CannotBeCutError, warn
 from autobatch.records import HostUse
 from autobatch.seams import data_adapters
 from autobatch.seams.data_adapters import DataAdapter
-from autobatch.tensors.batch_structure import Structure, is_missing
+from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
 from autobatch.types import Dataset
 
 _BATCHES_UNDER_WAY = 1 + host_memory.AUTOTUNED_PREFETCH
@@ -57,6 +57,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             are cut in proportion cannot be cut by ``target_batch``.
 
     Attributes:
+        has_elements: False for arrays, which Keras makes into batches of any size.
         target_batch: portions in an effective batch, as everything here counts portions: see
             :class:`autobatch.tensors.batch_structure.Structure`. A portion of ordinary batches is a sample.
     """
@@ -87,6 +88,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self._parts = (x, y, sample_weight)
         self._options = {"class_weight": class_weight, "steps_per_epoch": steps_per_epoch}
         self._arrays = data_adapters.are_arrays(x, y, sample_weight)
+        self.has_elements = not self._arrays
         self._shuffled = shuffle
         host = host_memory.available()
         copied = host_memory.uses_of_arrays(x, y, sample_weight) if self._arrays else ()
@@ -138,6 +140,24 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             warn(sentence)
         return portions
 
+    def keep_whole(self, reason: str) -> None:
+        """Take each element for one effective batch from now on, before any is trained on; warn of the ``reason``.
+
+        Raises:
+            CannotBeCutError: reading has begun, and elements were joined.
+        """
+        if self._pending is not None:
+            raise CannotBeCutError(reason)
+        if self._seen is None:
+            self._read_ahead(self.target_batch)
+        assert self._seen is not None
+        self._layout = layouts.Layout(None, tuple(rows_of(self._seen.elements[0])), reason)
+        warn(self._layout.sentence(self.target_batch))
+        self.target_batch = 1
+        self._looked = None
+        self._cut(self._source)
+        self.sample_limit = self._count_samples()
+
     def _cut(self, dataset: Dataset) -> None:
         """Make the dataset that is iterated, and what cuts its elements where tf.data does not."""
         self._recut: rebatching.Rebatched | None = None
@@ -164,10 +184,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             return data_adapters.array_samples(getattr(self._inner, "inner", self._inner))
         if self._layout is None:
             return cardinality.sample_cardinality(self._source)
-        elements = int(self._source.cardinality())
-        if elements < 0:
-            return None
-        return elements if self._layout.portion is None else self._layout.in_each(self._source.element_spec, elements)
+        return self._layout.samples_in(self._source)
 
     # -- the first elements -------------------------------------------------------------------------------------------
 
@@ -208,23 +225,17 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             longest = arrays.take_rows(self._parts, rows)
             return next(iter(self._adapter_for(longest, batch_size=len(rows), shuffle=False).get_tf_dataset()))
         if self._seen is not None:
-            return self._look_at_seen(self._seen)
+            assert self._cutter is not None
+            looked = self._seen.effective_batch(self._cutter, self.structure, self.target_batch)
+            if self._seen.of_copy and not self.structure.takes_elements_whole:
+                self._seen = None  # nobody needs what was read of the copy any more
+            return looked
         source = self._first_look.copy(self.target_batch)
         if source is None:
             return self._first()
         recut = rebatching.Rebatched(source, self.target_batch)
         first = next(rebatching.explained(iter(recut.dataset)))
         return first[0] if recut.pads else first
-
-    def _look_at_seen(self, seen: Seen) -> Any:
-        assert self._cutter is not None
-        if self.structure.takes_elements_whole:
-            return max(seen.elements, key=lambda element: bytes_of_element(self.structure.leaves(element)))
-        if not seen.of_copy:
-            return self._first()
-        first, _ = next(self._cutter.batches(itertools.chain(seen.elements, seen.rest)))
-        self._seen = None  # nobody needs what was read of the copy any more
-        return first
 
     def _first(self) -> Any:
         if self._pending is None:
@@ -251,7 +262,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
         It is 0 if reading the data has begun, since those batches then exist.
         """
-        if self._pending is not None:
+        if self._pending is not None or (self._seen is not None and not self._seen.of_copy):
             return 0
         most = self.target_batch if self.sample_limit is None else min(self.target_batch, self.sample_limit)
         batches = min(_BATCHES_UNDER_WAY, self.num_batches or _BATCHES_UNDER_WAY)

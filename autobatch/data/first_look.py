@@ -15,8 +15,9 @@ import tensorflow as tf
 
 from autobatch.data import random_states
 from autobatch.data.layouts import LOOK
+from autobatch.data.portion_cutter import PortionCutter
 from autobatch.seams import data_adapters, tf_data
-from autobatch.tensors.batch_structure import is_missing, rows_of
+from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
 from autobatch.types import Dataset
 
 
@@ -27,6 +28,19 @@ class Seen:
     elements: list[Any]
     rest: Iterator[Any]
     of_copy: bool
+
+    def effective_batch(self, cutter: PortionCutter, structure: Structure, target: int) -> Any:
+        """Return the first effective batch, or the largest element if they are taken whole; read on as needed."""
+        if structure.takes_elements_whole:
+            return max(self.elements, key=lambda element: _bytes_of(structure.leaves(element)))
+        portions = 0
+        for place in itertools.count():
+            if place == len(self.elements):
+                self.elements += itertools.islice(self.rest, 1)
+            if place == len(self.elements) or portions >= target:
+                break
+            portions += structure.portions_in(self.elements[place]) or target
+        return next(cutter.batches(self.elements))[0]
 
 
 class FirstLook:
@@ -86,7 +100,7 @@ def _is_open(shape: Any) -> bool:
     return shape.rank is None or None in shape[1:]
 
 
-def bytes_of_element(leaves: list[Any]) -> int:
+def _bytes_of(leaves: list[Any]) -> int:
     """Return the bytes of an element's tensors; strings count as one each."""
     total = 0
     for leaf in leaves:

@@ -34,6 +34,8 @@ class Layout:
 
     portion: tuple[int, ...] | None
     seen: tuple[int | None, ...]
+    reason: str = ""
+    """Reason for which elements cannot be cut, in the user's own code; empty if their rows are the reason."""
 
     def spec(self, element_spec: ElementSpec) -> UnevenSpec:
         """Return the spec of elements that are cut like this."""
@@ -58,6 +60,13 @@ class Layout:
             )
         return samples // each
 
+    def samples_in(self, dataset: Dataset) -> int | None:
+        """Return the portions in a dataset; None if it is endless or must be read to know."""
+        elements = int(dataset.cardinality())
+        if elements < 0:
+            return None
+        return elements if self.portion is None else self.in_each(dataset.element_spec, elements)
+
     def rounded(self, samples: int) -> int:
         """Return ``samples``, or the next number below that :meth:`portions` takes; at least one portion."""
         each = (self.portion or (1,))[0]
@@ -79,11 +88,18 @@ class Layout:
         """Return what the user should know of how these elements are cut; an empty string if there is nothing."""
         seen = in_words(self.seen)
         if self.portion is None:
+            why = (
+                f"The parts of the elements of this dataset ({seen or 'some'} rows in the first) have no common measure"
+            )
+            remedy = "make elements smaller, or pad all parts to the same number of rows, one for each sample."
+            if self.reason:
+                why, remedy = (
+                    self.reason,
+                    "make elements smaller, or write the step for batches whose rows are samples.",
+                )
             return (
-                f"The parts of the elements of this dataset ({seen or 'some'} rows in the first) have no common "
-                "measure, so that elements are neither cut nor joined: each is one effective batch, and target_batch "
-                f"({target_batch}) is not used. One that does not fit in memory ends the training. Make elements "
-                "smaller, or give all parts the same number of rows, by padding them, if they are to be cut."
+                f"{why}, so that elements are neither cut nor joined: each is one effective batch, and target_batch "
+                f"({target_batch}) is not used. Where one does not fit in memory, {remedy}"
             )
         if target_batch == self.seen[0]:
             return ""
@@ -112,7 +128,7 @@ def is_surely_even(dataset: Dataset) -> bool:
     if 0 in ranks:
         return False
     if len(specs) < 2:
-        return True
+        return cardinality.made_of_batches(dataset)  # else its first dimension may count no samples
     first = {None if spec.shape.rank is None else spec.shape[0] for spec in specs}
     if None not in first:
         return len(first) == 1

@@ -76,6 +76,10 @@ class ReplicatedTrials(LiveTrials):
     def estimate_sample(self) -> None:
         """Return None: workers must run the same trials, and a trace may differ from one worker to the other."""
 
+    def trace_plain(self) -> None:
+        """Trace the accumulated step: replicas run no other."""
+        self.trace()
+
     def require_no_clock(self, max_seconds: float | None) -> None:
         """Refuse a search by the clock on several workers: they would not stop at the same trial.
 
@@ -132,6 +136,7 @@ class ReplicatedTrials(LiveTrials):
 
         def first_two() -> float:
             self.step.prepare()
+            self._require_cuttable()
             self._save()
             self._pipeline.hold(2 * micro_batch * here, self.step.traced.held_sample_bytes)
             for device in self._devices:

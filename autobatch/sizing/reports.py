@@ -66,6 +66,8 @@ def unsearched(
     plan = plan_of(max(1, micro_batch // each), effective_batch // each, trials.replicas)
     if _accumulates(plan):
         trials.trace()  # the report names what differs
+    else:
+        trials.trace_plain()
     nothing_tried = SearchResult(None, None, trials=(), memory_model=None, stopped_because=why)
     return make_report(trials, nothing_tried, plan)
 

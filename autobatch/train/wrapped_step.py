@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autobatch.data.loop_batches import OneBatch, element_spec_of, require_alike, widened
+from autobatch.errors import CannotBeCutError
 from autobatch.records import Recovery, Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.keeper import Keeper
@@ -56,12 +57,17 @@ class StepSession:
 
     def open(self, batch: Batch) -> AnyTransaction:
         """Find the micro-batch with trials on the first batch; return the transaction for batches like it."""
-        batches = OneBatch(batch, at_least=self._target_batch)
-        self._target = batches.target_batch
-        trials = self._devices.open_trials(self._model, batches, target_batch=self._target, **self._limits)
-        report = self._find_report(trials)
+        try:
+            trials, report = self._search(OneBatch(batch, at_least=self._target_batch))
+        except CannotBeCutError as found:
+            trials, report = self._search(OneBatch(batch, at_least=self._target_batch, cannot_be_cut=found.reason))
         self._trials, self.report = trials, report
         return self._transaction_over(trials.step, trials.length_rule(report), trials.keeper)
+
+    def _search(self, batches: OneBatch) -> tuple[Any, Report]:
+        self._target = batches.target_batch
+        trials = self._devices.open_trials(self._model, batches, target_batch=self._target, **self._limits)
+        return trials, self._find_report(trials)
 
     def widen(self, element_spec: ElementSpec, before: AnyTransaction) -> AnyTransaction:
         """Return the transaction for batches of ``element_spec``, which goes on where ``before`` has ended."""

@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 
 from autobatch.differences import difference, rules
-from autobatch.errors import warn
+from autobatch.errors import CannotBeCutError, warn
 from autobatch.graphs import sample_bytes
 from autobatch.memory import arena, limits
 from autobatch.records import (
@@ -73,6 +73,7 @@ class LiveTrials:
     ) -> None:
         if batches.structure.takes_elements_whole:
             target_batch = 1  # there is nothing to search for
+        self._has_elements = batches.has_elements
         self._model = model
         self._target_batch = target_batch
         self._user_limit_bytes = user_limit_bytes
@@ -161,9 +162,26 @@ class LiveTrials:
             self.step.prepare()
         except CAUGHT as error:
             memory_failure(error)  # what ran out of memory here will again in the first step, which recovers
+        self._require_cuttable()
         if self._model.run_eagerly:
             known = self.warnings
             self.step.on_traced = lambda: self._say_what_else_differs(known)
+
+    def trace_plain(self) -> None:
+        """Trace Keras's own step, which training will need, to see whether batches are what they seem.
+
+        Raises:
+            CannotBeCutError: they can be neither cut nor joined.
+        """
+        try:
+            self._on_one_device.prepare(whole=True)
+        except CAUGHT as error:
+            memory_failure(error)
+        self._require_cuttable()
+
+    def _require_cuttable(self) -> None:
+        if self.step.cannot_be_cut and self._has_elements:
+            raise CannotBeCutError(self.step.cannot_be_cut)
 
     def _say_what_else_differs(self, known: tuple[str, ...]) -> None:
         self.step.on_traced = lambda: None
@@ -250,6 +268,7 @@ class LiveTrials:
     def _run(self, request: TrialRequest, whole: bool) -> TrialResult:
         if self._on_one_device.prepare(whole=whole):
             self.keeper.forget()
+            self._require_cuttable()
         self._save()
         for_metrics = 0 if whole else self.step.traced.held_sample_bytes
         self._pipeline.hold(request.micro_batch * (1 if whole else 2), for_metrics)
