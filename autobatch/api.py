@@ -131,6 +131,7 @@ def fit(
     except CannotBeCutError as found:  # the first trace has shown it, before anything was trained
         batches.keep_whole(found.reason)
         trials, kept, report = find_report()
+    batches.say_how_they_are_cut()
     begin_at = kept.micro_batch if kept and chosen is None else None
     transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
     try:

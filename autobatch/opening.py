@@ -46,6 +46,7 @@ def open_trials(
     )
     if cannot_be_cut:
         batches.keep_whole(cannot_be_cut)
+    batches.say_how_they_are_cut()
     effective = None if target_batch is None else effective_batch(batches)
     return devices.open_trials(
         model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom

@@ -58,8 +58,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
 
     Attributes:
         has_elements: False for arrays, which Keras makes into batches of any size.
-        target_batch: portions in an effective batch, as everything here counts portions: see
-            :class:`autobatch.tensors.batch_structure.Structure`. A portion of ordinary batches is a sample.
+        target_batch: portions in an effective batch; everything here counts portions (see :class:`Structure`).
     """
 
     def __init__(
@@ -109,11 +108,13 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self._waiting: list[weakref.ref[EffectiveIterator]] = []
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None
-        self._warned_of_padding = False
-        self._padding: list[str] = []
         self._seen: Seen | None = None
         self._layout = None if self._arrays or layouts.is_surely_even(dataset) else self._read_ahead(target_batch)
-        self.target_batch = target_batch if self._layout is None else self._portions(self._layout, target_batch, rounds)
+        self.target_batch, self._said = target_batch, ""
+        if self._layout is not None:
+            target_batch = self._layout.rounded(target_batch) if rounds else target_batch
+            self.target_batch = self._layout.portions(target_batch)
+            self._said = "" if rounds else self._layout.sentence(target_batch)
         self._cut(dataset)
         self.sample_limit = self._count_samples()
         self._uses = (*copied, *self._pipeline_uses(validation_data))
@@ -130,18 +131,14 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
             return data_adapters.data_adapter_for(x=x, y=y, sample_weight=sample_weight, **options)
 
-    @staticmethod
-    def _portions(layout: layouts.Layout, target_batch: int, rounds: bool) -> int:
-        if rounds:
-            return layout.portions(layout.rounded(target_batch))
-        portions = layout.portions(target_batch)
-        sentence = layout.sentence(target_batch)
-        if sentence:
-            warn(sentence)
-        return portions
+    def say_how_they_are_cut(self) -> None:
+        """Warn of what the user should know of elements whose parts differ in their number of rows."""
+        if self._said:
+            warn(self._said)
+        self._said = ""
 
     def keep_whole(self, reason: str) -> None:
-        """Take each element for one effective batch from now on, before any is trained on; warn of the ``reason``.
+        """Take each element for one effective batch from now on, before any is trained on, for this ``reason``.
 
         Raises:
             CannotBeCutError: reading has begun, and elements were joined.
@@ -152,7 +149,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             self._read_ahead(self.target_batch)
         assert self._seen is not None
         self._layout = layouts.Layout(None, tuple(rows_of(self._seen.elements[0])), reason)
-        warn(self._layout.sentence(self.target_batch))
+        self._said = self._layout.sentence(self.target_batch * self.structure.samples_in_portion)
         self.target_batch = 1
         self._looked = None
         self._cut(self._source)
@@ -170,14 +167,15 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         elif not self._arrays:
             self._recut = rebatching.Rebatched(dataset, self.target_batch)
             self._dataset, self.element_spec = self._recut.dataset, self._recut.element_spec
-            self._padding = self._recut.padding
+        padding = [] if self._recut is None else self._recut.padding
         self.structure = Structure(self.element_spec)
         if self._layout is not None or self._seen is not None:
             specs = tf.nest.flatten(dataset.element_spec)
             values = rebatching.padding_values(dataset)
             values = [value for value, spec in zip(values, specs, strict=True) if not is_missing(spec)]
-            self._padding = self._padding or sorted({str(value) for value in values})
+            padding = padding or sorted({str(value) for value in values})
             self._cutter = PortionCutter(self.structure, self.target_batch, values)
+        self._noting_padding = rebatching.PaddingNote(padding)
 
     def _count_samples(self) -> int | None:
         if self._arrays:
@@ -249,7 +247,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         if seen is None or seen.of_copy:
             return self._start()
         assert self._cutter is not None
-        return self._noting_padding(self._cutter.batches(itertools.chain(seen.elements, seen.rest)))
+        return self._noting_padding.batches(self._cutter.batches(itertools.chain(seen.elements, seen.rest)))
 
     # -- what the host will hold --------------------------------------------------------------------------------------
 
@@ -321,8 +319,8 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         iterator = self._begin()
         if self._recut is not None:
             iterator = rebatching.explained(iterator)
-            return self._noting_padding(iterator) if self._recut.pads else iterator
-        return iterator if self._cutter is None else self._noting_padding(self._cutter.batches(iterator))
+            return self._noting_padding.batches(iterator) if self._recut.pads else iterator
+        return iterator if self._cutter is None else self._noting_padding.batches(self._cutter.batches(iterator))
 
     def _begin(self) -> Iterator[Any]:
         if self._states_after is not None:
@@ -335,18 +333,6 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             iter(self._dataset)
         self._iterated = True
         return iter(self._dataset)
-
-    def _noting_padding(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        for batch, differed in iterator:
-            if not self._warned_of_padding and bool(differed):
-                self._warned_of_padding = True
-                warn(
-                    "Batches of this dataset that are padded to different lengths come together in one effective "
-                    f"batch. They are padded with {' and '.join(self._padding)} to the longest of them. If that "
-                    "is not your padding, pad to one length yourself, or let padded_batch be the dataset's last step: "
-                    "then what it pads with is known.",
-                )
-            yield batch
 
     # -- what Keras asks of a data adapter ----------------------------------------------------------------------------
 

@@ -5,12 +5,13 @@ This module uses tf.data, but none of Keras's data adapters, models or training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from autobatch.data.cardinality import MAPS, ONE_FOR_ONE, behind, is_endless, samples_in_batch
+from autobatch.errors import warn
 from autobatch.seams import tf_data
 from autobatch.tensors.batch_structure import NONE_SPEC
 from autobatch.types import Dataset
@@ -93,6 +94,27 @@ class Rebatched:
         )
         self.element_spec = batches.element_spec[0]
         return batches
+
+
+class PaddingNote:
+    """Warning, given once, that batches of different lengths were padded together; ``padding`` are the values."""
+
+    def __init__(self, padding: Sequence[str]) -> None:
+        self._padding = padding
+        self._said = False
+
+    def batches(self, pairs: Iterator[tuple[Any, Any]]) -> Iterator[Any]:
+        """Yield the first of each pair; the second is True if batches of different lengths were padded for it."""
+        for batch, differed in pairs:
+            if not self._said and bool(differed):
+                self._said = True
+                warn(
+                    "Batches of this dataset that are padded to different lengths come together in one effective "
+                    f"batch. They are padded with {' and '.join(self._padding)} to the longest of them. If that is not "
+                    "your padding, pad to one length yourself, or let padded_batch be the dataset's last step: then "
+                    "what it pads with is known.",
+                )
+            yield batch
 
 
 def explained(batches: Iterator[Any]) -> Iterator[Any]:
