@@ -1,4 +1,4 @@
-"""What the first look at a dataset's elements tells: how many rows of each part belong together.
+"""Layout of a dataset's elements by a first look: how many rows of each part belong together.
 
 Most data are batches: every part has a row for each sample. Two kinds are not:
 

@@ -206,3 +206,14 @@ def padding_values(dataset: Dataset) -> list[Any]:
     values = [tf.get_static_value(value) for value in tf.nest.flatten(padding[1])]
     same = made == dtypes and len(values) == len(zeros)
     return [zero if value is None else value for value, zero in zip(values, zeros, strict=True)] if same else zeros
+
+
+def untuned(dataset: Dataset) -> Any:
+    """Return a dataset over arrays without tf.data's tuner.
+
+    The tuner could only choose how many slices are cut at once. On a few cores it takes more time than the slices do:
+    90 ms of an epoch of 640 ms.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)

@@ -49,6 +49,8 @@ def taken_by_number(graph: Graph, specs: Sequence[Any]) -> str:
     if any(not isinstance(spec, tf.TensorSpec) for spec in specs):
         return ""  # a ragged or sparse part has several tensors
     leaves = list(graph.inputs[: len(specs)])
+    if [(leaf.dtype, str(leaf.shape)) for leaf in leaves] != [(spec.dtype, str(spec.shape)) for spec in specs]:
+        return ""  # a function of something else
     for leaf in leaves:
         operation = _row_by_row(leaf)
         if operation is not None:

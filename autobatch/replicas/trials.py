@@ -50,8 +50,8 @@ class ReplicatedTrials(LiveTrials):
         if batches.structure.takes_elements_whole:
             raise ValueError(
                 "The replicas of a strategy share each effective batch, and the elements of this dataset cannot be "
-                "cut: their parts have different numbers of rows. Train on one device, or give all parts the same "
-                f"number of rows. Received: {batches.structure.element_spec}"
+                "cut. Train on one device, or make elements whose rows are samples, as many in each part. Received: "
+                f"{batches.structure.element_spec}"
             )
         self._agreement = agreement
         strategy = strategies.strategy_of(model)

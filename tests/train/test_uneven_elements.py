@@ -25,7 +25,7 @@ def unlabelled(size=24):
 
 
 class Stepping(keras.Model):
-    """A model whose train_step takes the gradient of ``loss(model, data)``; ``asked`` makes a step run out of memory."""
+    """A model whose train_step differentiates ``loss(model, data)``; ``asked`` makes a step run out of memory."""
 
     def __init__(self, loss, asked=None):
         super().__init__()
@@ -78,6 +78,23 @@ def fixmatch(model, data):
     sure = tf.cast(tf.reduce_max(target, -1) > 0.4, tf.float32)
     each = tf.reduce_sum((tf.nn.softmax(model.net(u)) - target) ** 2, -1)
     return CROSS_ENTROPY(y, model.net(x)) + tf.reduce_sum(sure * each) / tf.reduce_sum(sure)
+
+
+def side_by_side(model, data):
+    """Both streams go through the network together, as where it normalises, and are taken apart again."""
+    (x, y), u = data
+    samples = tf.shape(x)[0]
+    logits = model.net(tf.concat([x, u], 0))
+    target = tf.nn.softmax(model.teacher(u * 0.9))
+    sure = tf.cast(tf.reduce_max(target, -1) > 0.4, tf.float32)
+    each = tf.reduce_sum((tf.nn.softmax(logits[samples:]) - target) ** 2, -1)
+    return CROSS_ENTROPY(y, logits[:samples]) + tf.reduce_sum(sure * each) / tf.reduce_sum(sure)
+
+
+def two_views(model, data):
+    (x, y), u = data
+    one, other = tf.split(model.net(tf.concat([u * 1.1, u * 0.9], 0)), 2)
+    return CROSS_ENTROPY(y, model.net(x)) + tf.reduce_sum((one - other) ** 2) / 50.0
 
 
 def contrastive(model, data):
@@ -161,6 +178,8 @@ def both(loss, data, *, target, micro, plain_data=None, epochs=2, **options):
     [
         pytest.param(mean_teacher, lambda: zipped((labelled(), unlabelled())), 3, (3, 3, 2), id="mean teacher"),
         pytest.param(fixmatch, lambda: zipped((labelled(), unlabelled())), 3, (3, 3, 2), id="FixMatch"),
+        pytest.param(side_by_side, lambda: zipped((labelled(), unlabelled())), 3, (3, 3, 2), id="side by side"),
+        pytest.param(two_views, lambda: zipped((labelled(), unlabelled())), 3, (3, 3, 2), id="two views, a sum"),
         pytest.param(contrastive, lambda: zipped((unlabelled(), labelled())), 24, (24,), id="SimCLR"),
         pytest.param(
             triplet,
@@ -175,6 +194,7 @@ def test_streams_of_fixed_proportions_train_as_in_plain_keras(loss, data, micro,
     target = sum(micro_batches)
     difference, expected, history, model = both(loss, data, target=target, micro=micro)
     assert difference < 2e-6
+    assert history.report.warnings == ()
     assert history.plan.micro_batches == micro_batches
     assert int(model.optimizer.iterations.numpy()) == 2 * len(data())
     for name, values in expected.history.items():
