@@ -269,7 +269,6 @@ def wrap_step(
     find_report = functools.partial(
         searched_or_given,
         micro_batch=chosen,
-        target_batch=target,
         cache=remembers,
         listed_in="the wrapped step's report.warnings",
     )

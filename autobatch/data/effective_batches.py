@@ -113,8 +113,9 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self.target_batch, self._said = target_batch, ""
         if self._layout is not None:
             target_batch = self._layout.rounded(target_batch) if rounds else target_batch
+            self._layout = self._layout.for_target(target_batch)
             self.target_batch = self._layout.portions(target_batch)
-            self._said = "" if rounds else self._layout.sentence(target_batch)
+            self._said = self._layout.sentence(target_batch) if self._layout.portion is None or not rounds else ""
         self._cut(dataset)
         self.sample_limit = self._count_samples()
         self._uses = (*copied, *self._pipeline_uses(validation_data))

@@ -35,11 +35,27 @@ class Layout:
     portion: tuple[int, ...] | None
     seen: tuple[int | None, ...]
     reason: str = ""
-    """Reason for which elements cannot be cut, in the user's own code; empty if their rows are the reason."""
+    """Reason for which elements are not cut; empty if the numbers of their rows are the reason."""
+    remedy: str = "make elements smaller, or write the step for batches whose rows are samples"
+    """What to do where there is a reason, and an element does not fit."""
+    are_streams: bool = False
+    """True if the pipeline shows streams; otherwise elements may have a common measure by chance."""
 
     def spec(self, element_spec: ElementSpec) -> UnevenSpec:
         """Return the spec of elements that are cut like this."""
         return UnevenSpec(element_spec, self.portion)
+
+    def for_target(self, samples: int) -> Layout:
+        """Return this layout, or that of whole elements if ``samples`` are no portions and elements no sure streams."""
+        if self.portion is None or self.are_streams or samples % self.portion[0] == 0:
+            return self
+        reason = (
+            f"target_batch={samples} is no multiple of the rows of the first part of an element that go together with "
+            f"those of the others ({self._ratio})"
+        )
+        return Layout(
+            None, self.seen, reason, f"give a multiple of {self.portion[0]}, if elements may be cut like that"
+        )
 
     def portions(self, samples: int) -> int:
         """Return the portions that ``samples`` rows of the first part make up.
@@ -91,15 +107,12 @@ class Layout:
             why = (
                 f"The parts of the elements of this dataset ({seen or 'some'} rows in the first) have no common measure"
             )
-            remedy = "make elements smaller, or pad all parts to the same number of rows, one for each sample."
+            remedy = "make elements smaller, or pad all parts to the same number of rows, one for each sample"
             if self.reason:
-                why, remedy = (
-                    self.reason,
-                    "make elements smaller, or write the step for batches whose rows are samples.",
-                )
+                why, remedy = self.reason, self.remedy
             return (
                 f"{why}, so that elements are neither cut nor joined: each is one effective batch, and target_batch "
-                f"({target_batch}) is not used. Where one does not fit in memory, {remedy}"
+                f"({target_batch}) is not used. Where one does not fit in memory, {remedy}."
             )
         if target_batch == self.seen[0]:
             return ""
@@ -182,7 +195,9 @@ def layout_of_elements(
         each == 1 or (isinstance(spec, tf.TensorSpec) and spec.shape.rank is not None)
         for each, spec in zip(portion, specs, strict=True)
     )
-    return Layout(portion, first) if is_steady and is_known and has_measure and can_be_cut else whole
+    return (
+        Layout(portion, first, are_streams=streams) if is_steady and is_known and has_measure and can_be_cut else whole
+    )
 
 
 def are_streams(dataset: Any) -> bool:

@@ -20,9 +20,6 @@ class OneBatch:
 
     ``cannot_be_cut`` is a reason to take it whole. The search counts portions, as
     :class:`autobatch.data.effective_batches.EffectiveBatches` does: ``target_batch`` is ``at_least`` in portions.
-
-    Raises:
-        ValueError: the batch has parts that are cut in proportion, and ``at_least`` samples are no whole portions.
     """
 
     def __init__(self, data: Batch, *, at_least: int, cannot_be_cut: str = "") -> None:
@@ -32,6 +29,8 @@ class OneBatch:
         layout = layouts.layout_of_elements([data], ended=False, streams=False, element_spec=spec, alone=True)
         if cannot_be_cut:
             layout = layouts.Layout(None, tuple(rows_of(data)), cannot_be_cut)
+        if layout is not None:
+            layout = layout.for_target(at_least)
         self.element_spec = spec if layout is None else layout.spec(spec)
         self.structure = Structure(self.element_spec)
         self.target_batch = at_least if layout is None else layout.portions(at_least)

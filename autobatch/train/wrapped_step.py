@@ -27,7 +27,8 @@ class StepSession:
     Args:
         model: The user's function and model in one.
         devices: The device that it trains on.
-        find_report: Takes the trials that are opened on the first batch; returns a report with a plan.
+        find_report: Takes the trials that are opened on the first batch, and the ``target_batch`` in samples; returns
+            a report with a plan.
         target_batch, user_limit_bytes, headroom: As for :func:`autobatch.wrap_step`.
     """
 
@@ -35,7 +36,7 @@ class StepSession:
         self,
         model: LoopModel,
         devices: OneDevice,
-        find_report: Callable[[Any], Report],
+        find_report: Callable[..., Report],
         *,
         target_batch: int,
         user_limit_bytes: int | None,
@@ -67,7 +68,7 @@ class StepSession:
     def _search(self, batches: OneBatch) -> tuple[Any, Report]:
         self._target = batches.target_batch
         trials = self._devices.open_trials(self._model, batches, target_batch=self._target, **self._limits)
-        return trials, self._find_report(trials)
+        return trials, self._find_report(trials, target_batch=self._target * trials.samples_in_portion)
 
     def widen(self, element_spec: ElementSpec, before: AnyTransaction) -> AnyTransaction:
         """Return the transaction for batches of ``element_spec``, which goes on where ``before`` has ended."""

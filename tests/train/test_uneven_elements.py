@@ -46,7 +46,7 @@ class Stepping(keras.Model):
 
     def _logs(self, data, loss):
         self.tracker.update_state(loss)
-        rows = [part for part in tf.nest.flatten(data) if part.dtype.is_floating and part.shape.rank == 2]
+        rows = [part for part in tf.nest.flatten(data) if part.dtype.is_floating and part.shape[1:] == (6,)]
         if rows:
             self.certainty.update_state(tf.reduce_max(self.teacher(rows[-1]), -1))
         return {metric.name: metric.result() for metric in self.metrics}
@@ -120,6 +120,34 @@ def graph(model, data):
     nodes, edges = data["nodes"], data["edges"]
     hidden = model.net(nodes)
     return tf.reduce_mean((tf.gather(hidden, edges[:, 0]) - tf.gather(hidden, edges[:, 1])) ** 2)
+
+
+def molecules(model, data):
+    """Molecules of one size merged into one graph: atoms, bonds and labels have a measure, and the edges none."""
+    (x, y, _) = keras.utils.unpack_x_y_sample_weight(data)
+    atoms = model.net(x["atoms"])
+    messages = keras.ops.take(atoms, x["pairs"][:, 1], axis=0)
+    received = keras.ops.segment_sum(messages, x["pairs"][:, 0], num_segments=20)
+    pooled = keras.ops.segment_sum(received, x["molecule"], num_segments=4)
+    return tf.reduce_mean((tf.reduce_sum(pooled, -1, keepdims=True) - y) ** 2)
+
+
+def merged_molecules(batches=3):
+    random = np.random.default_rng(2)
+    offsets = np.repeat(np.arange(4) * 5, 7)[:, None]
+    return Elements(
+        [
+            (
+                {
+                    "atoms": random.normal(size=(20, 6)).astype("float32"),
+                    "molecule": np.repeat(np.arange(4), 5).astype("int32"),
+                    "pairs": (random.integers(0, 5, (28, 2)) + offsets).astype("int32"),
+                },
+                random.normal(size=(4, 1)).astype("float32"),
+            )
+            for _ in range(batches)
+        ]
+    )
 
 
 def stacked(model, data):
@@ -240,6 +268,7 @@ def test_where_one_stream_has_run_out_the_element_is_trained_whole():
             graph, lambda: graphs((4, 8), (5, 10), (6, 12)), "takes rows of the batch by numbers", id="1 to 2"
         ),
         pytest.param(graph, lambda: graphs((4, 4), (6, 6), (5, 5)), "takes rows of the batch by numbers", id="even"),
+        pytest.param(molecules, merged_molecules, "target_batch=4 is no multiple", id="molecules"),
         pytest.param(
             gallery,
             lambda: Elements([(X[i : i + 1], U[i : i + 50]) for i in range(5)]),
@@ -262,6 +291,13 @@ def test_what_cannot_be_cut_is_trained_whole_and_said_once(loss, data, said, mic
     assert int(model.optimizer.iterations.numpy()) == 2 * len(data())
     assert (history.plan.micro_batch, history.plan.effective_batch) == (1, 1)
     assert len([each for each in warnings if issubclass(each.category, autobatch.AutobatchWarning)]) == 1
+
+
+def test_molecules_with_a_target_in_atoms_are_taken_whole_for_their_edges():
+    with pytest.warns(autobatch.AutobatchWarning, match="takes rows of the batch by numbers"):
+        difference, _, history, _ = both(molecules, merged_molecules, target=20, micro="auto")
+    assert difference == 0
+    assert history.plan.effective_batch == 1
 
 
 def test_validation_elements_are_cut_like_those_of_training_or_run_whole():
@@ -314,11 +350,12 @@ def test_a_loop_over_graphs_takes_each_whole(sizes):
     assert wrapped.report.plan.effective_batch == 1
 
 
-def test_a_loop_refuses_a_target_that_cuts_no_portion():
-    model = made(contrastive)
-    wrapped = autobatch.wrap_step(len, model=model, optimizer=model.optimizer, target_batch=8, micro_batch=2)
-    with pytest.raises(ValueError, match="must be a multiple of 3"):
-        wrapped((U[:24], (X[:8], Y[:8])))
+def test_a_loop_takes_elements_whole_where_the_target_cuts_no_portion():
+    elements = [(U[24 * i : 24 * i + 24], (X[8 * i : 8 * i + 8], Y[8 * i : 8 * i + 8])) for i in range(3)]
+    with pytest.warns(autobatch.AutobatchWarning, match="target_batch=8 is no multiple.*give a multiple of 3"):
+        difference, wrapped = looped(contrastive, elements, target=8, micro=2)
+    assert difference == 0
+    assert wrapped.report.plan.effective_batch == 1
 
 
 # -- running out of memory --------------------------------------------------------------------------------------------
