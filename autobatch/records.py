@@ -212,7 +212,7 @@ class Plan:
     accumulation_steps: int
     effective_batch: int
     replicas: int = field(default=1, metadata={"left_out_at_default": True})
-    samples_in_portion: int = field(default=1, metadata={"left_out_at_default": True})
+    samples_in_portion: int = field(default=1, repr=False, metadata={"left_out_at_default": True})
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "accumulation_steps", "effective_batch", "replicas", "samples_in_portion"):

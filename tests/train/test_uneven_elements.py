@@ -153,7 +153,8 @@ def merged_molecules(batches=3):
 def stacked(model, data):
     pair = data[0] if isinstance(data, tuple) else data
     anchors, positives = pair[0], pair[1]
-    return tf.reduce_mean((model.net(anchors) - model.net(positives)) ** 2)
+    similarities = tf.einsum("ae,pe->ap", model.net(anchors), model.net(positives)) / 0.2
+    return CROSS_ENTROPY(tf.range(3), similarities)
 
 
 def made(loss, asked=None, **options):
