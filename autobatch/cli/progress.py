@@ -103,7 +103,7 @@ class WatchedTrials:
 
     @property
     def samples_in_portion(self) -> int:
-        return self._trials.samples_in_portion
+        return int(getattr(self._trials, "samples_in_portion", 1))
 
     @property
     def environment(self) -> Environment:

@@ -37,7 +37,7 @@ class Layout:
     reason: str = ""
     """Reason for which elements are not cut; empty if the numbers of their rows are the reason."""
     remedy: str = "make elements smaller, or write the step for batches whose rows are samples"
-    """What to do where there is a reason, and an element does not fit."""
+    """Remedy where there is a reason, and an element does not fit."""
     are_streams: bool = False
     """True if the pipeline shows streams; otherwise elements may have a common measure by chance."""
 

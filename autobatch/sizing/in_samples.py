@@ -9,8 +9,17 @@ This module knows no TensorFlow; importing it imports none.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from autobatch.records import MemoryModel, Plan, SearchResult, TrialResult
+
+if TYPE_CHECKING:
+    from autobatch.trial.protocol import Trials
+
+
+def samples_in_portion(trials: Trials) -> int:
+    """Return the samples in what a size of these trials counts: 1, unless streams are cut in proportion."""
+    return int(getattr(trials, "samples_in_portion", 1))
 
 
 def trial_in_samples(trial: TrialResult, each: int) -> TrialResult:

@@ -8,7 +8,7 @@ from autobatch.differences import difference
 from autobatch.errors import NoFeasibleBatchError, warn
 from autobatch.memory.other_users import explain_pressure
 from autobatch.records import Plan, Report, SearchResult, TrialResult
-from autobatch.sizing.in_samples import plan_in_samples, result_in_samples
+from autobatch.sizing.in_samples import plan_in_samples, result_in_samples, samples_in_portion
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Report:
     """Make the report, in samples, of a search's ``result``, and of the ``plan`` if there is a target."""
-    result = result_in_samples(result, trials.samples_in_portion)
-    plan = None if plan is None else plan_in_samples(plan, trials.samples_in_portion)
+    each = samples_in_portion(trials)
+    result = result_in_samples(result, each)
+    plan = None if plan is None else plan_in_samples(plan, each)
     return Report(
         plan=plan,
         largest_fit=result.largest_fit,
@@ -62,7 +63,7 @@ def unsearched(
     trials: LiveTrials, micro_batch: int, effective_batch: int, why: str = "no search: micro_batch was given"
 ) -> Report:
     """Make the report of a ``micro_batch`` that was found by no search; both sizes are in samples."""
-    each = trials.samples_in_portion
+    each = samples_in_portion(trials)
     plan = plan_of(max(1, micro_batch // each), effective_batch // each, trials.replicas)
     if _accumulates(plan):
         trials.trace()  # the report names what differs

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from autobatch import search
 from autobatch.records import Report, TrialRequest, TrialResult
 from autobatch.search import planning
-from autobatch.sizing.in_samples import trial_in_samples
+from autobatch.sizing.in_samples import samples_in_portion, trial_in_samples
 from autobatch.sizing.remembered import RememberedResult, without_repeats
 from autobatch.sizing.reports import make_report, no_size_fits, plan_of
 
@@ -43,7 +43,7 @@ def search_with(
     Raises:
         NoFeasibleBatchError: Not even one sample fits.
     """
-    each = trials.samples_in_portion
+    each = samples_in_portion(trials)
     if target_batch is not None:
         target_batch = max(1, target_batch // each)
     if target_batch is not None and trials.largest_useful is not None:

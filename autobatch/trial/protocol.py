@@ -17,14 +17,12 @@ class Trials(Protocol):
     ``content`` is a digest of what is trained and of what was set for it, by which an earlier result is found. It may
     change when the first trial builds what was not built. ``replicas`` run each size at once: sizes are those of one.
 
-    Sizes count portions, each of ``samples_in_portion`` samples: 1, unless streams are cut in proportion.
+    Sizes count samples. Where streams are cut in proportion they count portions, and the source has an attribute
+    ``samples_in_portion``.
     """
 
     @property
     def replicas(self) -> int: ...
-
-    @property
-    def samples_in_portion(self) -> int: ...
 
     @property
     def environment(self) -> Environment: ...

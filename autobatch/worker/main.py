@@ -89,7 +89,7 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
             content=trials.content,
             rematerialised=tuple(rematerialised),
             replicas=trials.replicas,
-            samples_in_portion=trials.samples_in_portion,
+            samples_in_portion=getattr(trials, "samples_in_portion", 1),
         )
         reply({"kind": "ready", "ready": encode(ready)})
     except BaseException as error:  # noqa: BLE001 - see above

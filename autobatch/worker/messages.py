@@ -54,7 +54,7 @@ class Ready:
     content: str
     rematerialised: tuple[str, ...]
     replicas: int
-    samples_in_portion: int
+    samples_in_portion: int = 1
 
 
 def decode_result(fields: Message) -> TrialResult:
