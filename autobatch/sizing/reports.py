@@ -21,6 +21,7 @@ def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Repo
     each = samples_in_portion(trials)
     result = result_in_samples(result, each)
     plan = None if plan is None else plan_in_samples(plan, each)
+    whole = "; sizes count elements, which cannot be cut" if getattr(trials, "takes_elements_whole", False) else ""
     return Report(
         plan=plan,
         largest_fit=result.largest_fit,
@@ -28,7 +29,7 @@ def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Repo
         trials=result.trials,
         memory_model=result.memory_model,
         environment=trials.environment,
-        stopped_because=result.stopped_because,
+        stopped_because=f"{result.stopped_because}{whole}",
         model_name=trials.model_name,
         warnings=trials.warnings if plan is None or _accumulates(plan) else (),
         host_uses=trials.host_uses,

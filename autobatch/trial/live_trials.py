@@ -104,6 +104,7 @@ class LiveTrials:
         if target_batch is not None and self.largest_useful is not None:
             self.largest_useful = min(self.largest_useful, target_batch)
         self.samples_in_portion = batches.structure.samples_in_portion
+        self.takes_elements_whole = batches.structure.takes_elements_whole
         self.model_name = str(getattr(model, "name", type(model).__name__))
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()

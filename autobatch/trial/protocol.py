@@ -18,7 +18,7 @@ class Trials(Protocol):
     change when the first trial builds what was not built. ``replicas`` run each size at once: sizes are those of one.
 
     Sizes count samples. Where streams are cut in proportion they count portions, and the source has an attribute
-    ``samples_in_portion``.
+    ``samples_in_portion``. Where elements cannot be cut they count elements, and ``takes_elements_whole`` is True.
     """
 
     @property

@@ -105,6 +105,10 @@ class WorkerTrials:
         return self._ready.samples_in_portion
 
     @property
+    def takes_elements_whole(self) -> bool:
+        return self._ready.takes_elements_whole
+
+    @property
     def environment(self) -> Environment:
         return self._ready.environment
 

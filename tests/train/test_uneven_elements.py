@@ -291,7 +291,22 @@ def test_what_cannot_be_cut_is_trained_whole_and_said_once(loss, data, said, mic
     assert difference == 0
     assert int(model.optimizer.iterations.numpy()) == 2 * len(data())
     assert (history.plan.micro_batch, history.plan.effective_batch) == (1, 1)
+    assert history.report.stopped_because.endswith("sizes count elements, which cannot be cut")
     assert len([each for each in warnings if issubclass(each.category, autobatch.AutobatchWarning)]) == 1
+
+
+def test_a_step_that_runs_eagerly_is_looked_at_too():
+    model = made(graph, run_eagerly=True)
+    model(X[:2])  # one that is not built is not looked at
+    with pytest.warns(autobatch.AutobatchWarning, match="takes rows of the batch by numbers"):
+        history = autobatch.fit(model, graphs((4, 4), (6, 6), (5, 5)), target_batch=4, micro_batch=2, verbose=0)
+    assert history.plan.effective_batch == 1
+    streams = zipped((labelled(), unlabelled()))
+    plain, model = made(mean_teacher), made(mean_teacher, run_eagerly=True)
+    start = plain.get_weights()
+    plain.fit(streams, verbose=0)
+    autobatch.fit(model, streams, target_batch=8, micro_batch=3, verbose=0)
+    assert off(model, plain, start) < 2e-6
 
 
 def test_molecules_with_a_target_in_atoms_are_taken_whole_for_their_edges():
