@@ -23,7 +23,7 @@ from autobatch.recovery.keeper import Keeper, SavedState
 from autobatch.recovery.micro_batch_policy import MicroBatchPolicy
 from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.step.compiled_step import CompiledStep
-from autobatch.tensors.batch_structure import WHOLE_ELEMENT, Structure, UnevenSpec, rows_of
+from autobatch.tensors.batch_structure import Structure, UnevenSpec, rows_of
 from autobatch.tensors.snapshots import SnapshotTaker
 from autobatch.types import Batch, ElementSpec
 from autobatch.units import format_bytes
@@ -123,7 +123,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         samples = self._step.structure.portions_in(data)
         if samples is None:
             return self._train_apart(data)
-        logs = self._run(data, samples, self._train_once, self.policy, "train")
+        logs = self._run(data, samples, self._train_once, self.policy, "train", self._step.structure)
         self._updates += 1
         self._good_updates += 1
         before = self.policy.micro_batch
@@ -146,9 +146,11 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         samples = step.structure.count(data)
         whole = step.structure.takes_elements_whole
         policy = self._policy_of_whole_elements if whole else self._validation_policy
-        logs = self._run(
-            data, samples, lambda data, samples: self._evaluate_once(step, data, samples), policy, "validation"
-        )
+
+        def once(data: Batch, samples: int) -> Logs:
+            return self._evaluate_once(step, data, samples)
+
+        logs = self._run(data, samples, once, policy, "validation", step.structure)
         policy.succeeded(self._samples_here(samples))
         return logs
 
@@ -172,7 +174,13 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         return samples
 
     def _run(
-        self, data: Batch, samples: int, once: Callable[[Any, int], Logs], policy: MicroBatchPolicy, phase: str
+        self,
+        data: Batch,
+        samples: int,
+        once: Callable[[Any, int], Logs],
+        policy: MicroBatchPolicy,
+        phase: str,
+        structure: Structure,
     ) -> Logs:
         try:
             return once(data, samples)
@@ -182,9 +190,9 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         def shrink(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome is not None else None
             if isinstance(error, RolledBackError):
-                self._shrink(policy, phase, error)
+                self._shrink(policy, phase, error, structure)
 
-        self._shrink(policy, phase, failure)
+        self._shrink(policy, phase, failure, structure)
         again = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(RolledBackError),
             stop=tenacity.stop_never,  # _shrink ends it: sizes fall at every try, down to 1
@@ -216,25 +224,24 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         for each in kept:
             each.restore()
 
-    def _shrink(self, policy: MicroBatchPolicy, phase: str, failure: RolledBackError) -> None:
+    def _shrink(self, policy: MicroBatchPolicy, phase: str, failure: RolledBackError, structure: Structure) -> None:
         before = failure.micro_batch
         self._good_updates = 0
         self._keeper.forget()
         after = self._smaller(policy, failure)
         if after is None:
             limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes
-            is_whole = policy is self._policy_of_whole_elements
-            smallest = WHOLE_ELEMENT if is_whole else self._step.structure.smallest_in_words
+            known = "unknown" if limit is None else format_bytes(limit)
             raise NoFeasibleBatchError(
-                f"Not even {smallest} fits in memory any more ({failure.diagnosis.detail}; the limit now is "
-                f"{'unknown' if limit is None else format_bytes(limit)}). The model holds the last completed update. "
+                f"Not even {structure.smallest_in_words} fits in memory any more ({failure.diagnosis.detail}; the "
+                f"limit now is {known}). The model holds the last completed update. "
                 "Free memory on the device, make the samples smaller, or use a smaller model."
                 + "".join(f" {cause}" for cause in explain_pressure(self._device)),
                 needed_bytes=failure.diagnosis.requested_bytes,
                 limit_bytes=limit,
             )
         steps = -(-failure.samples // after)
-        each = self._step.structure.samples_in_portion
+        each = structure.samples_in_portion
         before, after = before * each, after * each
         self.recoveries.append(Recovery(self._updates, phase, before, after, failure.diagnosis.detail))
         change = f"micro-batch {before} -> {after} ({steps} accumulation steps)"

@@ -41,10 +41,6 @@ def open_batch_dimension(spec: Any) -> Any:
     return tf.TensorSpec(shape, spec.dtype)
 
 
-WHOLE_ELEMENT = "one element, which cannot be cut,"
-"""The smallest batch that can be made of data that cannot be cut, for a message."""
-
-
 @dataclass(frozen=True, slots=True)
 class UnevenSpec:
     """Type specs of elements whose parts have different numbers of rows, in place of a plain nest of specs.
@@ -102,7 +98,7 @@ class Structure:
     def smallest_in_words(self) -> str:
         """The smallest batch that can be made, for a message."""
         if self.takes_elements_whole:
-            return WHOLE_ELEMENT
+            return "one element, which cannot be cut,"
         if not self.is_uneven:
             return "one sample"
         return f"a batch of {in_words(self.rows or ())} rows"

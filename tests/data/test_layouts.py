@@ -8,6 +8,8 @@ from models import Subclassed, classifier
 
 import autobatch
 from autobatch.data import cardinality, fit_data, layouts
+from autobatch.data.loop_batches import element_spec_of
+from autobatch.tensors.batch_structure import Structure, UnevenSpec
 
 X = np.random.default_rng(0).normal(size=(192, 6)).astype("float32")
 zipped = tf.data.Dataset.zip
@@ -193,6 +195,32 @@ def test_streams_of_different_lengths_are_padded_together():
     assert [part.shape for part in found] == [(24, 6), (48, 6)]
     np.testing.assert_array_equal(found[0][:8, 3:], 0)
     assert "padded with 0" in str(said[-1].message)
+
+
+RAGGED, SPARSE = tf.ragged.constant([[1.0], [2.0, 3.0]]), tf.sparse.from_dense([[0.0, 1.0], [2.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("element", "rows", "shapes"),
+    [
+        ((X[:2], RAGGED, SPARSE), None, [(1, 2, 6), (1, 2, None), (1, 2, 2)]),
+        ((X[:2], np.array([b"a", b"b", b"c"], object), np.float32(7)), None, [(1, 2, 6), (1, 3), (1,)]),
+        ((RAGGED, SPARSE, X[:6]), (1, 1, 3), [(2, None), (2, 2), (2, 3, 6)]),
+        ((X[:4], None, X[:6]), (2, 3), [(2, 2, 6), (2, 3, 6)]),
+    ],
+)
+def test_portions_are_taken_apart_and_put_together_again(element, rows, shapes):
+    structure = Structure(UnevenSpec(element_spec_of(element), rows))
+    leaves = structure.leaves(element)
+    assert [tuple(leaf.shape) for leaf in leaves] == shapes
+    assert all(spec.is_compatible_with(leaf) for spec, leaf in zip(structure.specs, leaves, strict=True))
+    again = tf.function(structure.pack, autograph=False, input_signature=[structure.specs])(leaves)
+    for part, before in zip(again, element, strict=True):
+        if isinstance(part, tf.SparseTensor):
+            part, before = tf.sparse.to_dense(part), tf.sparse.to_dense(before)
+        if part is not None:
+            np.testing.assert_array_equal(*(np.asarray(getattr(each, "flat_values", each)) for each in (part, before)))
+    assert structure.count(element) == (1 if rows is None else 2)
 
 
 @pytest.mark.parametrize(

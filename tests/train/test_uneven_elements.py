@@ -261,31 +261,33 @@ def test_where_one_stream_has_run_out_the_element_is_trained_whole():
 
 
 @pytest.mark.parametrize(
-    ("loss", "data", "said"),
+    ("loss", "data", "micro", "said"),
     [
-        pytest.param(graph, lambda: graphs((4, 9), (6, 6), (5, 11), (3, 8)), "no common measure", id="a graph"),
-        pytest.param(graph, lambda: graphs((12, 30), (12, 30), (12, 30)), "no common measure", id="of one size"),
+        pytest.param(graph, lambda: graphs((4, 9), (6, 6), (5, 11), (3, 8)), 2, "no common measure", id="a graph"),
         pytest.param(
-            graph, lambda: graphs((4, 8), (5, 10), (6, 12)), "takes rows of the batch by numbers", id="1 to 2"
+            graph, lambda: graphs((12, 30), (12, 30), (12, 30)), "auto", "no common measure", id="of one size"
         ),
-        pytest.param(graph, lambda: graphs((4, 4), (6, 6), (5, 5)), "takes rows of the batch by numbers", id="even"),
-        pytest.param(molecules, merged_molecules, "target_batch=4 is no multiple", id="molecules"),
+        pytest.param(graph, lambda: graphs((4, 8), (5, 10), (6, 12)), "auto", "takes rows of the batch", id="1 to 2"),
+        pytest.param(graph, lambda: graphs((4, 4), (6, 6), (5, 5)), 2, "takes rows of the batch", id="even"),
+        pytest.param(graph, lambda: graphs((4, 4), (6, 6), (5, 5)), 4, "takes rows of the batch", id="even, not cut"),
+        pytest.param(molecules, merged_molecules, 2, "target_batch=4 is no multiple", id="molecules"),
         pytest.param(
             gallery,
             lambda: Elements([(X[i : i + 1], U[i : i + 50]) for i in range(5)]),
+            "auto",
             "1 and 50 rows",
             id="a query and its gallery",
         ),
         pytest.param(
             stacked,
             lambda: Elements([np.stack([X[i : i + 3], X[i + 3 : i + 6]]) for i in range(5)]),
+            "auto",
             'test_uneven_elements.py", line [0-9]+ takes single rows',
             id="anchors and positives stacked",
         ),
     ],
 )
-@pytest.mark.parametrize("micro", [2, "auto"])
-def test_what_cannot_be_cut_is_trained_whole_and_said_once(loss, data, said, micro):
+def test_what_cannot_be_cut_is_trained_whole_and_said_once(loss, data, micro, said):
     with pytest.warns(autobatch.AutobatchWarning, match=said) as warnings:
         difference, _, history, model = both(loss, data, target=4, micro=micro)
     assert difference == 0
@@ -385,6 +387,23 @@ def test_recovery_halves_streams_in_proportion_and_counts_the_first():
     history = autobatch.fit(model, data(), target_batch=16, micro_batch=8, verbose=0)
     assert off(model, plain, start) < 2e-6
     assert [(each.micro_batch_before, each.micro_batch_after) for each in history.recoveries] == [(8, 6)]
+
+
+def test_recovery_in_validation_counts_what_the_validation_batch_has():
+    """Even batches count their own samples, though sizes of training are multiples of two."""
+
+    class Validated(Stepping):
+        def test_step(self, data):
+            loss = tf.reduce_mean(self.net(data[0]) ** 2) * (1.0 + run_out_if(self.asked_in_test))
+            return {"loss": loss}
+
+    keras.utils.set_random_seed(1)
+    model = Validated(mean_teacher)
+    model.asked_in_test = AtCall(0)
+    model.compile(keras.optimizers.SGD(0.1))
+    streams = zipped((labelled(size=16), unlabelled(size=24)))
+    history = autobatch.fit(model, streams, target_batch=16, micro_batch=8, validation_data=labelled(), verbose=0)
+    assert [(each.micro_batch_before, each.micro_batch_after) for each in history.recoveries] == [(4, 3)]
 
 
 def test_a_whole_element_that_does_not_fit_ends_training_in_words():
