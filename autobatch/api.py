@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autobatch import arguments
+from autobatch.errors import CannotBeCutError
 from autobatch.opening import effective_batch, open_trials, require_compiled
 from autobatch.records import Report
 from autobatch.search import planning
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     import keras
 
     from autobatch import training_history
+    from autobatch.replicas import resume
     from autobatch.train import wrapped_step
+    from autobatch.trial.live_trials import LiveTrials
     from autobatch.trial.protocol import Trials
 else:
 
@@ -104,19 +107,31 @@ def fit(
     supported.require_supported(model)
     devices = devices_of_model(model, timeout_seconds)
     batches, options = fit_data.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
-    effective = effective_batch(batches, target)
-    trials = devices.open_trials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
-    callbacks, replicas = options.get("callbacks"), trials.replicas
-    kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
-    report = searched_or_given(
-        trials,
-        chosen or (kept.planned if kept else None),
-        why="no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup",
-        target_batch=effective,
-        cache=remembers,
-        listed_in="history.report.warnings",
-        quiet=fit_options.get("verbose") == 0,
-    )
+
+    def find_report() -> tuple[LiveTrials, resume.KeptPlan | None, Report]:
+        effective = effective_batch(batches)
+        limits: dict[str, Any] = {"user_limit_bytes": limit_bytes, "headroom": share}
+        trials = devices.open_trials(model, batches, target_batch=effective, **limits)
+        callbacks, replicas = options.get("callbacks"), trials.replicas
+        effective *= trials.samples_in_portion
+        kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
+        report = searched_or_given(
+            trials,
+            chosen or (kept.planned if kept else None),
+            why="no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup",
+            target_batch=effective,
+            cache=remembers,
+            listed_in="history.report.warnings",
+            quiet=fit_options.get("verbose") == 0,
+        )
+        return trials, kept, report
+
+    try:
+        trials, kept, report = find_report()
+    except CannotBeCutError as found:  # the first trace has shown it, before anything was trained
+        batches.keep_whole(found.reason)
+        trials, kept, report = find_report()
+    batches.say_how_they_are_cut()
     begin_at = kept.micro_batch if kept and chosen is None else None
     transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
     try:
@@ -164,10 +179,11 @@ def tune(
     share = arguments.headroom(headroom)
     remembers = arguments.cache(cache)
     planning.require_objective(objective)
-    trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
+    limits: dict[str, Any] = {"memory_limit_bytes": limit_bytes, "headroom": share}
+    trials = open_trials(model, dataset, y, target_batch=target, **limits)
     trials.require_no_clock(max_seconds)
     if target is not None and trials.largest_useful is not None:
-        target = min(target, trials.largest_useful * trials.replicas)
+        target = min(target, trials.largest_useful * trials.replicas * trials.samples_in_portion)
 
     def search_one(trials: Trials) -> Report:
         return shown_search(
@@ -183,7 +199,12 @@ def tune(
 
     try:
         if not remedies:
-            return search_one(trials)
+            try:
+                return search_one(trials)
+            except CannotBeCutError as found:
+                trials.close()
+                trials = open_trials(model, dataset, y, target_batch=target, cannot_be_cut=found.reason, **limits)
+                return search_one(trials)
         from autobatch.remedies import rebuilding
 
         return rebuilding.report_with_remedies(
@@ -248,7 +269,6 @@ def wrap_step(
     find_report = functools.partial(
         searched_or_given,
         micro_batch=chosen,
-        target_batch=target,
         cache=remembers,
         listed_in="the wrapped step's report.warnings",
     )

@@ -4,6 +4,7 @@
 
     AutobatchError
     +-- NoFeasibleBatchError   not even a micro-batch of one sample fits
+    +-- CannotBeCutError       the elements of a dataset cannot be cut into micro-batches, nor joined
     +-- UpdateInterruptedError the optimizer's update itself ran out of memory half-way and could not be undone
     +-- TargetError            the command line's TARGET cannot be used (no file, no function, wrong result)
     +-- UserCodeError          the user's code failed in a worker process; carries its traceback as text
@@ -39,6 +40,20 @@ class NoFeasibleBatchError(AutobatchError):
         super().__init__(message)
         self.needed_bytes = needed_bytes
         self.limit_bytes = limit_bytes
+
+
+class CannotBeCutError(AutobatchError):
+    """The elements of a dataset can be neither cut nor joined: ``reason`` names the line of the user's code.
+
+    ``fit``, ``tune`` and ``wrap_step`` then take each element whole, and say so.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}, so that elements can be neither cut nor joined. Call autobatch.fit or autobatch.tune, which "
+            "take each element whole."
+        )
+        self.reason = reason
 
 
 class UpdateInterruptedError(AutobatchError):

@@ -25,8 +25,12 @@ def open_trials(
     target_batch: int | None,
     memory_limit_bytes: int | None,
     headroom: float,
+    cannot_be_cut: str = "",
 ) -> LiveTrials:
-    """Make trials on a live model; :meth:`LiveTrials.close` puts everything back. See :func:`tune`."""
+    """Make trials on a live model; :meth:`LiveTrials.close` puts everything back. See :func:`tune`.
+
+    ``cannot_be_cut`` is a reason to take each element whole, which earlier trials have found.
+    """
     require_compiled(model)
 
     from autobatch.data import fit_data
@@ -37,8 +41,13 @@ def open_trials(
     supported.require_supported(model)
     devices = devices_of_model(model)
     rows = SAMPLE_ROWS if target_batch is None else target_batch
-    batches, _ = fit_data.prepare_data(model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True)
-    effective = None if target_batch is None else effective_batch(batches, target_batch)
+    batches, _ = fit_data.prepare_data(
+        model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True, rounds=target_batch is None
+    )
+    if cannot_be_cut:
+        batches.keep_whole(cannot_be_cut)
+    batches.say_how_they_are_cut()
+    effective = None if target_batch is None else effective_batch(batches)
     return devices.open_trials(
         model, batches, target_batch=effective, user_limit_bytes=memory_limit_bytes, headroom=headroom
     )
@@ -55,12 +64,14 @@ def require_compiled(model: Any) -> None:
         )
 
 
-def effective_batch(batches: EffectiveBatches, target_batch: int) -> int:
-    """Return ``target_batch``; if there are fewer samples, warn and return their number."""
-    if batches.sample_limit is None or batches.sample_limit >= target_batch:
-        return target_batch
+def effective_batch(batches: EffectiveBatches) -> int:
+    """Return the target of ``batches``; if there are fewer samples, warn and return their number."""
+    target, limit = batches.target_batch, batches.sample_limit
+    if limit is None or limit >= target:
+        return target
+    each = batches.structure.samples_in_portion
     warn(
-        f"target_batch={target_batch} is larger than the data set, which has {batches.sample_limit} samples: there "
-        f"will be one update an epoch, over {batches.sample_limit} samples.",
+        f"target_batch={target * each} is larger than the data set, which has {limit * each} samples: there will be "
+        f"one update an epoch, over {limit * each} samples.",
     )
-    return batches.sample_limit
+    return limit

@@ -153,18 +153,19 @@ class Plan:
     """Make-up of one optimizer update: ``accumulation_steps`` micro-batches of at most ``micro_batch`` samples.
 
     They are of even sizes (:attr:`micro_batches`). On several replicas each of them runs ``accumulation_steps``, and
-    ``effective_batch`` counts the samples of all ``replicas``.
+    ``effective_batch`` counts the samples of all ``replicas``. Where streams are cut in proportion, sizes count those
+    of the first, and are multiples of ``samples_in_portion``.
     """
 
     micro_batch: int
     accumulation_steps: int
     effective_batch: int
     replicas: int = field(default=1, metadata={"left_out_at_default": True})
+    samples_in_portion: int = field(default=1, repr=False, metadata={"left_out_at_default": True})
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "accumulation_steps", "effective_batch", "replicas"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1. Received: {value!r}")
+        for name in ("micro_batch", "accumulation_steps", "effective_batch", "replicas", "samples_in_portion"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1. Received: {getattr(self, name)!r}")
         at_once = self.micro_batch * self.replicas
         _require(
             (self.accumulation_steps - 1) * at_once < self.effective_batch <= self.accumulation_steps * at_once,
@@ -179,8 +180,9 @@ class Plan:
         A search plans with ``micro_batch`` as the first of them. A ``micro_batch`` that was given may be larger: at 5,
         16 samples are (4, 4, 4, 4).
         """
-        smaller, larger_ones = divmod(-(-self.effective_batch // self.replicas), self.accumulation_steps)
-        return (smaller + 1,) * larger_ones + (smaller,) * (self.accumulation_steps - larger_ones)
+        each = self.samples_in_portion
+        smaller, larger_ones = divmod(-(-self.effective_batch // each // self.replicas), self.accumulation_steps)
+        return ((smaller + 1) * each,) * larger_ones + (smaller * each,) * (self.accumulation_steps - larger_ones)
 
 
 @dataclass(frozen=True, slots=True)

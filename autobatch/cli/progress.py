@@ -102,6 +102,14 @@ class WatchedTrials:
         return self._trials.replicas
 
     @property
+    def samples_in_portion(self) -> int:
+        return int(getattr(self._trials, "samples_in_portion", 1))
+
+    @property
+    def takes_elements_whole(self) -> bool:
+        return bool(getattr(self._trials, "takes_elements_whole", False))
+
+    @property
     def environment(self) -> Environment:
         return self._trials.environment
 

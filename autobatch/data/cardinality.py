@@ -17,9 +17,13 @@ ONE_FOR_ONE = ("Prefetch", "Options", "Model", "Cache", "Shuffle", "AssertCardin
 """Kinds of datasets that pass elements on one for one, in any order."""
 
 _BATCHES_OF_ONE_SIZE = ("Batch", "ParallelBatch", "PaddedBatch")
-_BATCHES = (*_BATCHES_OF_ONE_SIZE, "Rebatch", "LegacyRebatch", "DenseToSparseBatch")
+BATCHES = (*_BATCHES_OF_ONE_SIZE, "Rebatch", "LegacyRebatch", "DenseToSparseBatch")
+"""Kinds of datasets that make batches of samples, all parts alike."""
 
-MAPS = ("Map", "ParallelMap", "Take", "Skip", "Repeat", "Shard")
+SOME_OF = ("Take", "Skip", "Repeat", "Shard")
+"""Kinds of datasets that pass on some of the elements, or all of them several times."""
+
+MAPS = ("Map", "ParallelMap", *SOME_OF)
 """Kinds of datasets that may change elements, but make neither batches of samples nor samples of batches."""
 
 
@@ -28,38 +32,69 @@ def is_of_samples(dataset: Dataset, input_shapes: Sequence[tuple[str, Shape]] = 
 
     The first rule that applies decides:
 
-    1. A scalar among an element's parts: samples. (A batch has no scalar parts.)
-    2. Parts whose first dimensions are known and differ: samples. (A batch has the same number of each.)
-    3. The model's inputs, if their shapes are known. An element with one dimension less, and sizes that agree, is a
+    1. A scalar among an element's parts, unless batches were zipped with it: samples. (A batch has no scalar parts.)
+       But two other parts of unknown length make it a graph with one number, say, which is taken as it is.
+    2. The model's inputs, if their shapes are known. An element with one dimension less, and sizes that agree, is a
        sample. One with as many dimensions or more is a batch, and so is one whose sizes disagree. For an input of the
        shape ``(None, 1)`` a vector of unknown length may be either, so that input does not decide.
-    4. The dataset itself: if its elements are made by ``batch`` or a similar method, batches.
-    5. Otherwise batches, as Keras takes them.
+    3. Batches of several datasets that were zipped: batches, whatever their sizes.
+    4. Parts whose first dimensions are known and differ: samples. (A batch has the same number of each.)
+    5. The dataset itself: if its elements are made by ``batch`` or a similar method, batches.
+    6. Otherwise batches, as Keras takes them.
 
     Args:
         dataset: a ``tf.data.Dataset``.
         input_shapes: name and shape of each of the model's inputs, the batch dimension included; empty if not known.
     """
-    specs = [spec for spec in tf.nest.flatten(dataset.element_spec) if _shape(spec) is not None]
-    shapes = [_shape(spec) for spec in specs]
-    if any(len(shape) == 0 for shape in shapes):
-        return True
-    if len({shape[0] for shape in shapes if shape[0] is not None}) > 1:
-        return True
+    by_shape, known = _by_shape(dataset, input_shapes)
+    return by_shape if known else _differ(_shapes(dataset))
+
+
+def is_of_samples_by_guess(dataset: Dataset, input_shapes: Sequence[tuple[str, Shape]] = ()) -> bool:
+    """Return True if elements count as single samples for no other reason than that their first dimensions differ.
+
+    They may be batches of several streams as well, unless ``unbatch`` has made them.
+    """
+    _, known = _by_shape(dataset, input_shapes)
+    made = behind(dataset, (*ONE_FOR_ONE, *MAPS))
+    return not known and _differ(_shapes(dataset)) and tf_data.kind_of(made) != "Unbatch"
+
+
+def _by_shape(dataset: Dataset, input_shapes: Sequence[tuple[str, Shape]]) -> tuple[bool, bool]:
+    """Return whether elements are samples by the rules that are sure, and whether one of them applies."""
+    shapes = _shapes(dataset)
+    zipped = made_of_batches(dataset, zipped=True)
+    if any(len(shape) == 0 for shape in shapes) and not zipped:
+        open_ones = sum(bool(shape) and shape[0] is None for shape in shapes)
+        return open_ones < 2, True
     for element, wanted in _paired(dataset.element_spec, input_shapes):
         if len(element) >= len(wanted):
-            return False
+            return False, True
         if len(element) == len(wanted) - 1:
             if not _agree(element, wanted[1:]):
-                return False
+                return False, True
             if not (len(wanted) == 2 and wanted[1] == 1 and element[0] is None):
-                return True
-    while True:
-        kind = tf_data.kind_of(dataset)
-        inputs = tf_data.inputs_of(dataset)
-        if kind in _BATCHES or kind not in (*ONE_FOR_ONE, *MAPS) or len(inputs) != 1:
-            return False
-        dataset = inputs[0]
+                return True, True
+    return False, zipped
+
+
+def _shapes(dataset: Dataset) -> list[Any]:
+    return [shape for spec in tf.nest.flatten(dataset.element_spec) if (shape := _shape(spec)) is not None]
+
+
+def _differ(shapes: Sequence[Shape]) -> bool:
+    return len({shape[0] for shape in shapes if shape[0] is not None}) > 1
+
+
+def made_of_batches(dataset: Dataset, *, zipped: bool = False) -> bool:
+    """Return True if ``batch`` or a similar method has made elements, or the parts of elements that were zipped.
+
+    ``zipped`` asks for the latter alone.
+    """
+    made = behind(dataset, (*ONE_FOR_ONE, *MAPS))
+    if tf_data.kind_of(made) == "Zip":
+        return any(made_of_batches(source) for source in tf_data.inputs_of(made))
+    return not zipped and tf_data.kind_of(made) in BATCHES
 
 
 def _shape(spec: Any) -> Any:

@@ -18,12 +18,19 @@ _DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
 
 
 def prepare_data(
-    model: Model, dataset: Dataset, y: Any, *, target_batch: int, options: dict[str, Any], only_look: bool = False
+    model: Model,
+    dataset: Dataset,
+    y: Any,
+    *,
+    target_batch: int,
+    options: dict[str, Any],
+    only_look: bool = False,
+    rounds: bool = False,
 ) -> tuple[EffectiveBatches, dict[str, Any]]:
     """Turn ``fit``'s data, and those of its options that concern data, into effective batches.
 
     Return them with the options that are left for Keras's ``fit``. ``only_look`` is True if nothing will be trained on
-    them.
+    them, ``rounds`` if the user has given no ``target_batch``.
     """
     supported.require_supported(model)
     remaining = dict(options)
@@ -49,6 +56,7 @@ def prepare_data(
         input_shapes=input_shapes,
         validation_data=validation_data,
         only_look=only_look,
+        rounds=rounds,
         **data,
     )
     return batches, remaining

@@ -8,19 +8,35 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from autobatch.data import layouts
+from autobatch.errors import warn
 from autobatch.records import HostUse
-from autobatch.tensors.batch_structure import Structure, is_missing, sample_count
+from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
 from autobatch.types import Batch, ElementSpec
 
 
 class OneBatch:
-    """A single effective batch, as data for a search whose batches have ``at_least`` samples or as many as this one."""
+    """A single effective batch, as data for a search whose batches have ``at_least`` samples or as many as this one.
 
-    def __init__(self, data: Batch, *, at_least: int) -> None:
+    ``cannot_be_cut`` is a reason to take it whole. The search counts portions, as
+    :class:`autobatch.data.effective_batches.EffectiveBatches` does: ``target_batch`` is ``at_least`` in portions.
+    """
+
+    def __init__(self, data: Batch, *, at_least: int, cannot_be_cut: str = "") -> None:
         self._data = data
-        self.element_spec = element_spec_of(data)
+        self.has_elements = True
+        spec = element_spec_of(data)
+        layout = layouts.layout_of_elements([data], ended=False, streams=False, element_spec=spec, alone=True)
+        if cannot_be_cut:
+            layout = layouts.Layout(None, tuple(rows_of(data)), cannot_be_cut)
+        if layout is not None:
+            layout = layout.for_target(at_least)
+        self.element_spec = spec if layout is None else layout.spec(spec)
         self.structure = Structure(self.element_spec)
-        self.sample_limit = max(int(sample_count(self.structure.leaves(data))), at_least)
+        self.target_batch = at_least if layout is None else layout.portions(at_least)
+        if layout is not None and layout.portion is None:
+            warn(layout.sentence(at_least))
+        self.sample_limit = max(self.structure.count(data), self.target_batch)
 
     def host_uses(self) -> tuple[HostUse, ...]:
         """Return nothing: the pipeline is the user's own loop."""

@@ -33,7 +33,9 @@ class Dependence:
 
     ``parts`` is the number of entries that the axis has for each sample, None where it is unknown. ``selected`` is True
     if the tensor holds only some of the samples, picked by their data. ``scattered`` is True if a sample's entries are
-    not side by side. ``entries`` are the degrees of a vector's numbers, where they were computed from shapes.
+    not side by side. ``pieces`` are the entries for each sample of the tensors that were put side by side then, in
+    order; None where they are unknown. ``entries`` are the degrees of a vector's numbers, where they were computed from
+    shapes, and ``multiples`` their multiples of the number of samples, None for one that is no such multiple.
     ``positions`` is True if a vector counts the samples: 0, 1, 2, and so on. ``zero`` is True for a constant 0, which
     adds nothing. ``unknown`` names the operation behind which nothing is known, and is empty otherwise.
     """
@@ -48,7 +50,9 @@ class Dependence:
     parts: Fraction | None = Fraction(1)
     selected: bool = False
     scattered: bool = False
+    pieces: tuple[Fraction, ...] | None = None
     entries: tuple[int | None, ...] | None = None
+    multiples: tuple[Fraction | None, ...] | None = None
     positions: bool = False
     zero: bool = False
     unknown: str = ""
@@ -98,6 +102,7 @@ def merged(result: Dependence, operands: Iterable[Dependence]) -> Dependence:
         selected=any(operand.selected for operand in operands if operand.axis is not None),
         scattered=any(operand.scattered for operand in operands if operand.axis is not None),
         entries=None,
+        multiples=None,
         positions=False,
         zero=False,
     )
@@ -120,7 +125,25 @@ def summed(value: Dependence, name: str, *, mean: bool) -> Dependence:
 
 
 def _without_axis(value: Dependence) -> Dependence:
-    return replace(value, axis=None, parts=Fraction(1), selected=False, scattered=False, entries=None, positions=False)
+    value = replace(value, axis=None, parts=Fraction(1), selected=False, scattered=False, pieces=None)
+    return replace(value, entries=None, multiples=None, positions=False)
+
+
+def piece_from(value: Dependence, begin: Fraction | None, end: Fraction | None) -> Dependence | None:
+    """Return the entries from ``begin`` to ``end``, multiples of the number of samples, of tensors put side by side.
+
+    The result is None unless these are whole tensors. None for ``begin`` or ``end`` is the first or the last.
+    """
+    if value.selected or value.pieces is None:
+        return None
+    bounds = [Fraction(0)]
+    for piece in value.pieces:
+        bounds.append(bounds[-1] + piece)
+    begin, end = begin or bounds[0], bounds[-1] if end is None else end
+    if begin not in bounds or end not in bounds or begin >= end:
+        return None
+    taken = value.pieces[bounds.index(begin) : bounds.index(end)]
+    return replace(value, parts=end - begin, pieces=taken, scattered=len(taken) > 1, positions=False)
 
 
 def joined(one: Dependence | None, other: Dependence | None) -> Dependence | None:

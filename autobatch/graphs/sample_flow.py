@@ -11,13 +11,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from autobatch.graphs import lookup_rules, product_rules, shape_rules
+from autobatch.graphs import lookup_rules, product_rules, shape_rules, slice_rules
 from autobatch.graphs.dependence import FREE, Dependence, joined, merged, unknown
 from autobatch.graphs.sample_rules import apply_rule
 from autobatch.seams import graph_functions
 from autobatch.types import Graph, Operation, Tensor
 
-_RULES = (lookup_rules, product_rules, shape_rules)
+_RULES = (lookup_rules, product_rules, shape_rules, slice_rules)
 """The modules whose rules register themselves when they are imported."""
 
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")

@@ -147,6 +147,8 @@ def _alike(one: Dependence, other: Dependence) -> bool:
     """Return True if entries in the same place are of the same sample, as far as that is known."""
     if None in (one.parts, other.parts):
         return True
+    if one.scattered and other.scattered and None not in (one.pieces, other.pieces) and one.pieces != other.pieces:
+        return False
     return one.parts == other.parts and (one.scattered == other.scattered or one.parts == 1)
 
 

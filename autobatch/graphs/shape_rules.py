@@ -1,4 +1,4 @@
-"""Rules for operations that move samples about: shapes, slices, joins. See :mod:`autobatch.graphs.sample_rules`."""
+"""Rules for shapes, and for operations that give a tensor another one. See :mod:`autobatch.graphs.sample_rules`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from autobatch.graphs.dependence import FREE, Dependence, merged, same_degree, unknown
+from autobatch.graphs.dependence import FREE, Dependence, unknown
 from autobatch.graphs.sample_rules import Node, rule
 from autobatch.types import Tensor
 
 
-def vector(entries: Sequence[int | None]) -> Dependence:
-    """Return the dependence of a vector of numbers that are made of shapes and have the degrees ``entries``."""
+def vector(entries: Sequence[int | None], multiples: Sequence[Fraction | None] | None = None) -> Dependence:
+    """Return the dependence of a vector of numbers that are made of shapes and have the degrees ``entries``.
+
+    ``multiples`` are those of the number of samples.
+    """
     degrees = set(entries)
-    return Dependence(degree=degrees.pop() if len(degrees) == 1 else None, entries=tuple(entries))
+    known = None if multiples is None else tuple(multiples)
+    return Dependence(degree=degrees.pop() if len(degrees) == 1 else None, entries=tuple(entries), multiples=known)
 
 
-def _entries_of(value: Dependence, tensor: Tensor) -> tuple[int | None, ...] | None:
+def multiples_of(value: Dependence, count: int) -> tuple[Fraction | None, ...]:
+    known = value.entries is not None and value.multiples is not None and len(value.multiples) == count
+    return value.multiples if known and value.multiples is not None else (None,) * count
+
+
+def entries_of(value: Dependence, tensor: Tensor) -> tuple[int | None, ...] | None:
     """Return the degree of each number of a vector that holds a shape; None where they are unknown."""
     if value.entries is not None:
         return value.entries
@@ -54,7 +63,8 @@ def _shape_of(node: Node, place: int) -> Dependence:
         # The number of picked samples is a sum over the samples.
         counts = vector(tuple(int(axis == value.axis) for axis in range(rank)))
         return replace(counts, data=True, weights=value.weights, added=frozenset({node.op.name}))
-    return vector(tuple(int(axis == value.axis) for axis in range(rank)))
+    multiples = [value.parts if axis == value.axis else None for axis in range(rank)]
+    return vector(tuple(int(axis == value.axis) for axis in range(rank)), multiples)
 
 
 @rule("Size")
@@ -104,7 +114,7 @@ def _axis_in(entries: Sequence[int | None] | None) -> int | None:
 
 def made_in_shape(node: Node, place: int, content: Dependence) -> Dependence:
     """Return the dependence of ``content`` in the shape that the input at ``place`` holds."""
-    axis = _axis_in(_entries_of(node.inputs[place], node.op.inputs[place]))
+    axis = _axis_in(entries_of(node.inputs[place], node.op.inputs[place]))
     if axis == -1:
         return node.lost("of a shape that is not known")
     if axis is None:
@@ -143,12 +153,12 @@ def _broadcast(node: Node) -> Dependence:
 @rule("Tile")
 def _tile(node: Node) -> Dependence:
     value = node.inputs[0]
-    entries = _entries_of(node.inputs[1], node.op.inputs[1])
+    entries = entries_of(node.inputs[1], node.op.inputs[1])
     times = node.constant(1)
     if value.axis is not None:
         if times is not None and times[value.axis] == 1:
             return replace(value, entries=None)
-        partly = _partly_constant(node.op.inputs[1])
+        partly = partly_constant(node.op.inputs[1])
         if partly is not None and value.axis < len(partly) and partly[value.axis] == 1:
             return replace(value, entries=None)
         return node.lost("it repeats samples")
@@ -158,7 +168,7 @@ def _tile(node: Node) -> Dependence:
     return value if axis is None else replace(value, axis=axis, parts=Fraction(1), entries=None)
 
 
-def _partly_constant(tensor: Tensor) -> list[int | None] | None:
+def partly_constant(tensor: Tensor) -> list[int | None] | None:
     """Return the numbers of a vector as far as they are constant."""
     value = tf.get_static_value(tensor, partial=True)
     return None if value is None else [None if each is None else int(each) for each in np.asarray(value).reshape(-1)]
@@ -174,19 +184,22 @@ def _reshape(node: Node) -> Dependence:
         return node.lost("of unknown rank")
     if value.axis and before[: value.axis].is_fully_defined() and before[: value.axis] == after[: value.axis]:
         return replace(value, entries=None)
-    told = _axis_in(_entries_of(node.inputs[1], node.op.inputs[1]))
+    told = _axis_in(entries_of(node.inputs[1], node.op.inputs[1]))
     leading = told if told not in (None, -1) else next((axis for axis, size in enumerate(after) if size != 1), None)
     start = next((axis for axis, size in enumerate(before) if size != 1), 0)
     if value.axis != start:
         merged_axes = leading is not None and after[leading] is None
         if merged_axes and not value.selected:
-            return replace(value, axis=leading, parts=None, scattered=True, entries=None, positions=False)
+            value = replace(value, parts=None, scattered=True, pieces=None)
+            return replace(value, axis=leading, entries=None, positions=False)
         return node.lost("it moves samples about")
     if leading is not None and before.rank > 1 and any(size != 1 for size in after[:leading]):
         return node.lost("it sets samples against each other")  # the first dimensions change places, not their numbers
-    if leading is None or after[leading] is not None or value.scattered:
+    if leading is None or after[leading] is not None:
         return node.lost("it cuts the batch")
-    inside, outside = _known_size(before[value.axis + 1 :]), _known_size(after[leading + 1 :])
+    inside, outside = _known_size(before[start + 1 :]), _known_size(after[leading + 1 :])
+    if value.scattered and (value.pieces is None or inside is None or inside != outside):
+        return node.lost("it cuts the batch")
     parts = value.parts
     if inside is None or outside is None or parts is None:
         parts = parts if before == after else None
@@ -194,7 +207,9 @@ def _reshape(node: Node) -> Dependence:
         parts = parts * inside / outside
     if parts is not None and parts < 1:
         return node.lost("it sets samples against each other")
-    return replace(value, axis=leading, parts=parts, entries=None, positions=value.positions and after.rank == 1)
+    pieces = value.pieces if parts == value.parts else None
+    value = replace(value, axis=leading, parts=parts, pieces=pieces, entries=None)
+    return replace(value, positions=value.positions and after.rank == 1)
 
 
 def _known_size(shape: Any) -> Fraction | None:
@@ -237,157 +252,6 @@ def _squeeze(node: Node) -> Dependence:
     if value.axis in gone:
         return node.lost("it takes the batch for one sample")
     return replace(value, axis=value.axis - sum(axis < value.axis for axis in gone), entries=None)
-
-
-@rule("StridedSlice")
-def _strided_slice(node: Node) -> Dependence:
-    value = node.inputs[0]
-    masks = {name: node.op.get_attr(f"{name}_mask") for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")}
-    begin, end, strides = (node.constant(place) for place in (1, 2, 3))
-    if value.entries is not None:
-        return _entries_sliced(value.entries, begin, end, strides, masks, value)
-    if value.axis is None:
-        return replace(value, zero=False)
-    rank, count = node.rank(0), node.op.inputs[1].shape[0]
-    if rank is None or count is None:
-        return node.lost("of unknown rank")
-    new = [bool(masks["new_axis"] >> place & 1) for place in range(count)]
-    ellipsis = next((place for place in range(count) if masks["ellipsis"] >> place & 1), count)
-    hidden = rank - sum(not new[place] for place in range(count) if place != ellipsis)
-    axis = made = 0
-    for place in range(count + 1):
-        if place == ellipsis:
-            if axis <= value.axis < axis + hidden:
-                return replace(value, axis=made + value.axis - axis, positions=False)
-            axis, made = axis + hidden, made + hidden
-        elif place < count and new[place]:
-            made += 1
-        elif place < count:
-            if axis == value.axis:
-                takes_all = masks["begin"] >> place & 1 and masks["end"] >> place & 1
-                if takes_all and strides is not None and strides[place] == 1:
-                    return replace(value, axis=made, positions=False)
-                return node.lost("it takes some of the samples")
-            axis += 1
-            made += not masks["shrink_axis"] >> place & 1
-    return node.lost("of unknown rank")
-
-
-def _entries_sliced(entries: Any, begin: Any, end: Any, strides: Any, masks: Any, value: Dependence) -> Dependence:
-    if begin is None or end is None or strides is None or len(begin) != 1:
-        return replace(value, degree=None, entries=None)
-    if masks["shrink_axis"] & 1:
-        return replace(value, degree=entries[int(begin[0])], entries=(entries[int(begin[0])],))
-    start = None if masks["begin"] & 1 else int(begin[0])
-    stop = None if masks["end"] & 1 else int(end[0])
-    taken = entries[start : stop : int(strides[0])]
-    return replace(vector(taken), data=value.data, weights=value.weights)
-
-
-@rule("Slice")
-def _slice(node: Node) -> Dependence:
-    value = node.inputs[0]
-    begin, size = _partly_constant(node.op.inputs[1]), _partly_constant(node.op.inputs[2])
-    if value.entries is not None and begin and size and None not in (*begin, *size):
-        start, length = begin[0] or 0, size[0]
-        taken = value.entries[start:] if length == -1 else value.entries[start : start + (length or 0)]
-        return replace(vector(taken), data=value.data)
-    if value.axis is None:
-        return replace(value, zero=False, entries=None)
-    entries = _entries_of(node.inputs[2], node.op.inputs[2])
-    whole = size is not None and size[value.axis] == -1
-    whole = whole or (entries is not None and entries[value.axis] == 1 and value.parts == 1)
-    if begin is None or begin[value.axis] != 0 or not whole:
-        return node.lost("it takes some of the samples")
-    return replace(value, positions=False)
-
-
-def _together(node: Node, operands: Sequence[Dependence]) -> Dependence:
-    """Return the dependence of pieces that are put side by side."""
-    axes = {each.axis for each in operands}
-    if len(axes) > 1:
-        return node.lost("samples beside what is none")
-    first = next((each for each in operands if each.axis is not None and each.data), operands[0])
-    parts = {each.parts for each in operands}
-    linear = all(each.linear for each in operands)
-    result = replace(merged(first, operands), degree=same_degree(operands), linear=linear)
-    return replace(result, parts=first.parts if len(parts) == 1 else None, zero=all(each.zero for each in operands))
-
-
-@rule("ConcatV2")
-def _concat(node: Node) -> Dependence:
-    operands, axis = list(node.inputs[:-1]), node.constant(len(node.inputs) - 1)
-    tensors = node.op.inputs[:-1]
-    if all(each.axis is None for each in operands):
-        known = [_entries_of(each, tensor) for each, tensor in zip(operands, tensors, strict=True)]
-        result = _together(node, operands)
-        if any(each.entries is not None for each in operands) and None not in known:
-            entries = [degree for part in known for degree in part or ()]
-            return replace(vector(entries), data=result.data)
-        return result
-    rank = node.rank(0)
-    if axis is None or rank is None:
-        return node.lost("along a dimension that is not known")
-    where = int(axis) % rank
-    if any(each.axis == where for each in operands):
-        if any(each.axis not in (where, None) or each.axis is None for each in operands):
-            return node.lost("samples beside what is none")
-        parts = None if any(each.parts is None for each in operands) else sum(each.parts or 0 for each in operands)
-        result = _together(node, operands)
-        return replace(result, parts=None if parts is None else Fraction(parts), scattered=True)
-    result = _together(node, operands)
-    return replace(result, positions=bool(operands[0].positions))
-
-
-@rule("Pack")
-def _pack(node: Node) -> Dependence:
-    operands, rank = list(node.inputs), node.rank(0)
-    result = _together(node, operands)
-    if result.unknown:
-        return result
-    if result.axis is None:
-        entries = [_entries_of(each, tensor) for each, tensor in zip(operands, node.op.inputs, strict=True)]
-        if rank == 0 and None not in entries:
-            return replace(result, entries=tuple(part[0] for part in entries if part))
-        return replace(result, entries=None)
-    if rank is None:
-        return node.lost("of unknown rank")
-    where = node.op.get_attr("axis") % (rank + 1)
-    moved = result.axis + (where <= result.axis)
-    return replace(result, axis=moved, positions=operands[0].positions, entries=None)
-
-
-@rule("Unpack")
-def _unpack(node: Node) -> Any:
-    value, rank = node.inputs[0], node.rank(0)
-    if value.entries is not None:
-        return [replace(FREE, degree=degree, entries=(degree,)) for degree in value.entries]
-    if value.axis is None:
-        return value
-    if rank is None or (where := node.op.get_attr("axis") % rank) == value.axis:
-        return node.lost("it takes single samples")
-    return replace(value, axis=value.axis - (where < value.axis), positions=False)
-
-
-@rule("Split", "SplitV")
-def _split(node: Node) -> Dependence:
-    place = 1 if node.op.type == "Split" else 0
-    value, rank, axis = node.inputs[place], node.rank(place), node.constant(0 if place else 2)
-    if value.axis is None:
-        return replace(value, entries=None)
-    if rank is None or axis is None or int(axis) % rank == value.axis:
-        return node.lost("it takes some of the samples")
-    return value
-
-
-@rule("Pad", "PadV2", "MirrorPad")
-def _pad(node: Node) -> Dependence:
-    value, paddings = node.inputs[0], node.constant(1)
-    if value.axis is None:
-        return replace(value, entries=None)
-    if paddings is None or paddings[value.axis].any():
-        return node.lost("it adds to the batch")
-    return replace(value, positions=False)
 
 
 def of_argument(tensor: Tensor) -> Dependence:

@@ -29,9 +29,12 @@ class TouchedVariables:
         self._written: dict[int, Any] = {}
         self._updated: list[Any] = []
         self._updating_graph: Callable[[], Any] = lambda: None
+        self.on_graph: Callable[[Graph], None] = lambda graph: None
+        """Callback for each traced function."""
 
     def note_graph(self, graph: Graph) -> None:
         """Note the variables of a traced function."""
+        self.on_graph(graph)
         for variable in graph.variables:
             self._in_graphs.setdefault(id(variable), variable)
 

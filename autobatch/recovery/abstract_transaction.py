@@ -23,7 +23,7 @@ from autobatch.recovery.keeper import Keeper, SavedState
 from autobatch.recovery.micro_batch_policy import MicroBatchPolicy
 from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.step.compiled_step import CompiledStep
-from autobatch.tensors.batch_structure import count_samples
+from autobatch.tensors.batch_structure import Structure, UnevenSpec, rows_of
 from autobatch.tensors.snapshots import SnapshotTaker
 from autobatch.types import Batch, ElementSpec
 from autobatch.units import format_bytes
@@ -101,6 +101,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._user_limit_bytes = user_limit_bytes
         self._headroom = headroom
         self._updates = 0
+        self._policy_of_whole_elements = MicroBatchPolicy(1)
 
     def follow(self, before: AbstractTransaction[StepT]) -> None:
         """Continue another transaction of the same training: take over its sizes, recoveries and count of updates.
@@ -119,33 +120,68 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
             NoFeasibleBatchError: not even one sample fits; the model holds the last completed update.
             UpdateInterruptedError: memory ran out in the middle of an update whose weights were not kept.
         """
-        logs = self._run(data, self._train_once, self.policy, "train")
+        samples = self._step.structure.portions_in(data)
+        if samples is None:
+            return self._train_apart(data)
+        logs = self._run(data, samples, self._train_once, self.policy, "train", self._step.structure)
         self._updates += 1
         self._good_updates += 1
         before = self.policy.micro_batch
-        self.policy.succeeded(self._samples_here(count_samples(data)))
+        self.policy.succeeded(self._samples_here(samples))
         if self.policy.micro_batch > before:
             self._good_updates = 0  # no update was made yet beside a micro-batch of this size
         return logs
 
     def evaluate(self, data: Batch, element_spec: ElementSpec) -> Logs:
-        """Run ``test_step`` over one validation batch, of any size."""
-        key = repr(element_spec)
+        """Run ``test_step`` over one validation batch, of any size.
+
+        It is cut as the training data are where its parts are in the same proportions. Otherwise it is run whole if its
+        parts differ in their number of rows.
+        """
+        spec = self._cut_like_training(data, element_spec)
+        key = repr(spec)
         if key not in self._evaluations:
-            self._evaluations[key] = self._step.for_data(element_spec)
+            self._evaluations[key] = self._step.for_data(spec)
         step = self._evaluations[key]
-        logs = self._run(
-            data, lambda data, samples: self._evaluate_once(step, data, samples), self._validation_policy, "validation"
-        )
-        self._validation_policy.succeeded(self._samples_here(count_samples(data)))
+        samples = step.structure.count(data)
+        whole = step.structure.takes_elements_whole
+        policy = self._policy_of_whole_elements if whole else self._validation_policy
+
+        def once(data: Batch, samples: int) -> Logs:
+            return self._evaluate_once(step, data, samples)
+
+        logs = self._run(data, samples, once, policy, "validation", step.structure)
+        policy.succeeded(self._samples_here(samples))
         return logs
+
+    def _cut_like_training(self, data: Batch, element_spec: ElementSpec) -> Any:
+        rows = rows_of(data)
+        if len(set(rows)) <= 1 and None not in rows:
+            return element_spec
+        portion = self._step.structure.rows
+        if portion is not None and len(portion) == len(rows):
+            spec = UnevenSpec(element_spec, portion)
+            if Structure(spec).portions_in(data):
+                return spec
+        return UnevenSpec(element_spec, None)
+
+    @abc.abstractmethod
+    def _train_apart(self, data: Batch) -> Logs:
+        """Make one update with an element that is not of the proportions of the others, or refuse it."""
 
     def _samples_here(self, samples: int) -> int:
         """Return the number of a step's samples that are cut into micro-batches together."""
         return samples
 
-    def _run(self, data: Batch, once: Callable[[Any, int], Logs], policy: MicroBatchPolicy, phase: str) -> Logs:
-        samples = count_samples(data)
+    def _run(
+        self,
+        data: Batch,
+        samples: int,
+        once: Callable[[Any, int], Logs],
+        policy: MicroBatchPolicy,
+        phase: str,
+        structure: Structure,
+    ) -> Logs:
         try:
             return once(data, samples)
         except RolledBackError as first:
@@ -154,9 +190,9 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         def shrink(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome is not None else None
             if isinstance(error, RolledBackError):
-                self._shrink(policy, phase, error)
+                self._shrink(policy, phase, error, structure)
 
-        self._shrink(policy, phase, failure)
+        self._shrink(policy, phase, failure, structure)
         again = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(RolledBackError),
             stop=tenacity.stop_never,  # _shrink ends it: sizes fall at every try, down to 1
@@ -188,23 +224,26 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         for each in kept:
             each.restore()
 
-    def _shrink(self, policy: MicroBatchPolicy, phase: str, failure: RolledBackError) -> None:
+    def _shrink(self, policy: MicroBatchPolicy, phase: str, failure: RolledBackError, structure: Structure) -> None:
         before = failure.micro_batch
         self._good_updates = 0
         self._keeper.forget()
         after = self._smaller(policy, failure)
         if after is None:
             limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes
+            known = "unknown" if limit is None else format_bytes(limit)
             raise NoFeasibleBatchError(
-                f"Not even one sample fits in memory any more ({failure.diagnosis.detail}; the limit now is "
-                f"{'unknown' if limit is None else format_bytes(limit)}). The model holds the last completed update. "
+                f"Not even {structure.smallest_in_words} fits in memory any more ({failure.diagnosis.detail}; the "
+                f"limit now is {known}). The model holds the last completed update. "
                 "Free memory on the device, make the samples smaller, or use a smaller model."
                 + "".join(f" {cause}" for cause in explain_pressure(self._device)),
                 needed_bytes=failure.diagnosis.requested_bytes,
                 limit_bytes=limit,
             )
-        self.recoveries.append(Recovery(self._updates, phase, before, after, failure.diagnosis.detail))
         steps = -(-failure.samples // after)
+        each = structure.samples_in_portion
+        before, after = before * each, after * each
+        self.recoveries.append(Recovery(self._updates, phase, before, after, failure.diagnosis.detail))
         change = f"micro-batch {before} -> {after} ({steps} accumulation steps)"
         if failure.beside_copies:
             change = f"micro-batch {before} as before, without a copy of the weights on the device"
@@ -240,7 +279,8 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes
         if model is None or limit is None or model.per_sample_bytes <= 0:
             return None
-        return int((limit * (1 - self._headroom) - model.fixed_bytes) // model.per_sample_bytes)
+        samples = int((limit * (1 - self._headroom) - model.fixed_bytes) // model.per_sample_bytes)
+        return samples // self._step.structure.samples_in_portion
 
 
 AnyTransaction = AbstractTransaction[Any]

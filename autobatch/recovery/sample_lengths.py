@@ -71,7 +71,7 @@ class LengthRule:
             structure,
             tried,
             peak_bytes=peaks[-1] if peaks else None,
-            micro_batch=plan.micro_batch,
+            micro_batch=plan.micro_batch // plan.samples_in_portion,
             memory_model=report.memory_model,
             budget_bytes=environment.budget_bytes,
         )

@@ -18,18 +18,27 @@ the weights, the size is kept and the copies are not. A smaller micro-batch woul
 
 from __future__ import annotations
 
-from autobatch.errors import UpdateInterruptedError
+import logging
+from typing import Any
+
+from autobatch.errors import NoFeasibleBatchError, UpdateInterruptedError, warn
 from autobatch.metrics.merged_logs import Logs
 from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
 from autobatch.recovery.keeper import PROVEN_UPDATES, SavedState, SnapshotPlace
 from autobatch.recovery.out_of_memory import CAUGHT, memory_failure
 from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.tensors.batch_structure import UnevenSpec, in_words, rows_of
 from autobatch.tensors.snapshots import SnapshotTaker
 from autobatch.types import Batch
+
+logger = logging.getLogger("autobatch")
 
 
 class Transaction(AbstractTransaction[AccumulatedStep]):
     """Steps of one training on one device, each undone and run again if memory runs out."""
+
+    _apart: Transaction | None = None
+    """Transaction of whole elements, among others that are cut; None before the first of them."""
 
     def _train_once(self, data: Batch, samples: int) -> Logs:
         micro_batch = self.policy.micro_batch
@@ -69,6 +78,31 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
             length_ratio=ratio,
             beside_copies=updating_beside is SnapshotPlace.DEVICE,
         )
+
+    def _train_apart(self, data: Batch) -> Logs:
+        """Make one update with a whole element, by Keras's own step; say so the first time."""
+        if self._apart is None:
+            structure = self._step.structure
+            warn(
+                f"An element's parts have {in_words(rows_of(data))} rows, which are not the proportions of the others. "
+                "It is trained whole, as an update of its own, and so are others like it. Where that is not meant, "
+                "leave out what remains of a stream, by drop_remainder=True."
+            )
+            step = self._step.for_data(UnevenSpec(structure.element_spec, None))
+            limits: dict[str, Any] = {"user_limit_bytes": self._user_limit_bytes, "headroom": self._headroom}
+            self._apart = Transaction(step, 1, device=self._device, effective_batch=1, **limits)
+            self._apart.recoveries = self.recoveries
+        self._apart._updates = self._updates
+        try:
+            logs = self._apart.train(data)
+        except NoFeasibleBatchError:
+            if not self._step.accumulators:
+                raise
+            logger.warning("Trying again without the accumulators of the other elements, which take memory beside it.")
+            self._step.release_accumulators()
+            logs = self._apart.train(data)
+        self._updates += 1
+        return logs
 
     def _evaluate_once(self, step: AccumulatedStep, data: Batch, samples: int) -> Logs:
         micro_batch = self._validation_policy.micro_batch

@@ -138,12 +138,13 @@ def open_training(
     """
     plan = report.plan
     assert plan is not None
+    each = trials.samples_in_portion
     return devices.open_transaction(
         trials.step,
-        plan.micro_batch,
+        plan.micro_batch // each,
         device=trials.device,
-        begin_at=begin_at,
-        effective_batch=plan.effective_batch,
+        begin_at=None if begin_at is None else begin_at // each,
+        effective_batch=plan.effective_batch // each,
         memory_model=report.memory_model,
         lengths=trials.length_rule(report),
         keeper=trials.keeper,

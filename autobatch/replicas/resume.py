@@ -86,7 +86,7 @@ class PlanBackup(keras.callbacks.Callback):  # type: ignore[misc]
         self._write()
 
     def _write(self) -> None:
-        micro_batch = self._transaction.policy.micro_batch
+        micro_batch = self._transaction.policy.micro_batch * self._plan.samples_in_portion
         if micro_batch == self._written or not self._path.parent.exists():
             return
         kept = {

@@ -28,9 +28,9 @@ from autobatch.replicas.agreement import SingleProcess
 from autobatch.replicas.keeper import ReplicatedKeeper
 from autobatch.replicas.lockstep import Phase, run_in_lockstep
 from autobatch.replicas.step import ReplicatedStep
-from autobatch.tensors.batch_structure import cut
+from autobatch.tensors.batch_structure import UnevenSpec, cut, in_words, rows_of
 from autobatch.tensors.snapshots import SnapshotTaker
-from autobatch.types import Batch, Tensor
+from autobatch.types import Batch, ElementSpec, Tensor
 
 
 class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
@@ -68,6 +68,15 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         logs = self._update(kept, local, samples)
         self._metric_logs = step.metric_logs
         return logs
+
+    def _train_apart(self, data: Batch) -> Logs:
+        raise ValueError(_cannot_be_shared(data))
+
+    def _cut_like_training(self, data: Batch, element_spec: ElementSpec) -> Any:
+        spec = super()._cut_like_training(data, element_spec)
+        if isinstance(spec, UnevenSpec) and spec.rows is None:
+            raise ValueError(_cannot_be_shared(data))
+        return spec
 
     def _evaluate_once(self, step: ReplicatedStep, data: Batch, samples: int) -> Logs:
         micro_batch = self._validation_policy.micro_batch
@@ -165,16 +174,16 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
 
         The checksum is 0 in a single process, and where the first leaf is ragged or sparse.
         """
-        leaves = step.structure.leaves(data)
         if self._agreement.count == 1:
-            return leaves, 0.0
+            return data, 0.0
+        leaves = step.structure.leaves(data)
         start, stop = self._agreement.share(samples)
         with tf.device("CPU:0"):
             first = leaves[0]
             seen = first[:1] if tf.is_tensor(first) and not isinstance(first, tf.SparseTensor) else None
             mark = 0.0 if seen is None or isinstance(seen, tf.RaggedTensor) else _mark_of(seen)
             bounds = tf.constant(start, tf.int64), tf.constant(stop, tf.int64)
-            return [cut(leaf, *bounds) for leaf in leaves], mark
+            return step.structure.pack([cut(leaf, *bounds) for leaf in leaves]), mark
 
     def _together(self, work: Callable[[], list[float]], moment: Phase, same: dict[str, float]) -> list[float]:
         """Do this worker's ``work``; return the sums over the workers of the numbers that it gave.
@@ -194,6 +203,14 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
 
     def _samples_here(self, samples: int) -> int:
         return -(-samples // self._replicas)
+
+
+def _cannot_be_shared(data: Batch) -> str:
+    return (
+        "The replicas of a strategy cannot share an element whose parts are not of the proportions of the others. "
+        "Leave out what remains of a stream, by drop_remainder=True, or train on one device. The model holds the last "
+        f"completed update. Received: parts of {in_words(rows_of(data))} rows"
+    )
 
 
 def _mark_of(sample: Tensor) -> float:

@@ -47,6 +47,12 @@ class ReplicatedTrials(LiveTrials):
     def __init__(
         self, model: Model, batches: Data, *, agreement: SingleProcess, target_batch: int | None, **options: Any
     ) -> None:
+        if batches.structure.takes_elements_whole:
+            raise ValueError(
+                "The replicas of a strategy share each effective batch, and the elements of this dataset cannot be "
+                "cut. Train on one device, or make elements whose rows are samples, as many in each part. Received: "
+                f"{batches.structure.element_spec}"
+            )
         self._agreement = agreement
         strategy = strategies.strategy_of(model)
         self.replicas = int(strategy.num_replicas_in_sync)
@@ -69,6 +75,10 @@ class ReplicatedTrials(LiveTrials):
 
     def estimate_sample(self) -> None:
         """Return None: workers must run the same trials, and a trace may differ from one worker to the other."""
+
+    def trace_plain(self) -> None:
+        """Trace the accumulated step: replicas run no other."""
+        self.trace()
 
     def require_no_clock(self, max_seconds: float | None) -> None:
         """Refuse a search by the clock on several workers: they would not stop at the same trial.
@@ -126,6 +136,7 @@ class ReplicatedTrials(LiveTrials):
 
         def first_two() -> float:
             self.step.prepare()
+            self._require_cuttable()
             self._save()
             self._pipeline.hold(2 * micro_batch * here, self.step.traced.held_sample_bytes)
             for device in self._devices:

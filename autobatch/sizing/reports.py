@@ -9,6 +9,7 @@ from autobatch.differences import difference
 from autobatch.errors import NoFeasibleBatchError, warn
 from autobatch.memory.other_users import explain_pressure
 from autobatch.records import Environment, Plan, Report, SearchResult, TrialResult
+from autobatch.sizing.in_samples import plan_in_samples, result_in_samples, samples_in_portion
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 
 
 def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Report:
-    """Make the report of a search's ``result``, and of the ``plan`` if there is a target."""
+    """Make the report, in samples, of a search's ``result``, and of the ``plan`` if there is a target."""
     environment = trials.environment
     if result.headroom_given_up:
         environment = replace(environment, headroom=0.0, budget_bytes=environment.limit_bytes)
+    each = samples_in_portion(trials)
+    result = result_in_samples(result, each)
+    plan = None if plan is None else plan_in_samples(plan, each)
+    whole = "; sizes count elements, which cannot be cut" if getattr(trials, "takes_elements_whole", False) else ""
     return Report(
         plan=plan,
         largest_fit=result.largest_fit,
@@ -28,7 +33,7 @@ def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Repo
         trials=result.trials,
         memory_model=result.memory_model,
         environment=environment,
-        stopped_because=result.stopped_because,
+        stopped_because=f"{result.stopped_because}{whole}",
         model_name=trials.model_name,
         warnings=trials.warnings if plan is None or _accumulates(plan) else (),
         host_uses=trials.host_uses,
@@ -73,10 +78,13 @@ def say_what_differs(report: Report, *, listed_in: str) -> None:
 def unsearched(
     trials: LiveTrials, micro_batch: int, effective_batch: int, why: str = "no search: micro_batch was given"
 ) -> Report:
-    """Make the report of a ``micro_batch`` that was found by no search."""
-    plan = plan_of(micro_batch, effective_batch, trials.replicas)
+    """Make the report of a ``micro_batch`` that was found by no search; both sizes are in samples."""
+    each = samples_in_portion(trials)
+    plan = plan_of(max(1, micro_batch // each), effective_batch // each, trials.replicas)
     if _accumulates(plan):
         trials.trace()  # the report names what differs
+    else:
+        trials.trace_plain()
     nothing_tried = SearchResult(None, None, trials=(), memory_model=None, stopped_because=why)
     return make_report(trials, nothing_tried, plan)
 

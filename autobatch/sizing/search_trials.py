@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from autobatch import search
 from autobatch.records import Report, TrialRequest, TrialResult
 from autobatch.search import planning
+from autobatch.sizing.in_samples import samples_in_portion, trial_in_samples
 from autobatch.sizing.remembered import RememberedResult, without_repeats
 from autobatch.sizing.reports import make_report, no_size_fits, plan_of, say_headroom_is_given_up
 
@@ -37,9 +38,14 @@ def search_with(
     :mod:`autobatch.sizing.remembered`. If it does not hold, its trials are in the report, and do not count for
     ``max_trials``.
 
+    ``target_batch`` and what is returned count samples; the trials and the search count portions of them.
+
     Raises:
         NoFeasibleBatchError: Not even one sample fits.
     """
+    each = samples_in_portion(trials)
+    if target_batch is not None:
+        target_batch = max(1, target_batch // each)
     if target_batch is not None and trials.largest_useful is not None:
         target_batch = min(target_batch, trials.largest_useful * trials.replicas)
     target_per_replica = None if target_batch is None else -(-target_batch // trials.replicas)
@@ -49,7 +55,7 @@ def search_with(
 
     def show(trial: TrialResult) -> None:
         if on_trial is not None and all(trial is not known for known in shown):
-            on_trial(trial)
+            on_trial(trial_in_samples(trial, each))
         shown.append(trial)
 
     def run(request: TrialRequest) -> TrialResult:

@@ -23,7 +23,7 @@ from autobatch.step.division import Divider, Division
 from autobatch.step.micro_batch_loop import loop
 from autobatch.step.micro_step import MicroStep
 from autobatch.step.whole_batch_step import WholeBatchStep
-from autobatch.tensors.batch_structure import count_samples, sample_count
+from autobatch.tensors.batch_structure import sample_count
 from autobatch.tensors.functions import called_directly
 from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Batch, ElementSpec, Model, Tensor, Variable
@@ -120,7 +120,7 @@ class AccumulatedStep(CompiledStep):
     def accumulate(self, data: Batch, micro_batch: int) -> Logs:
         self._ran_whole = False
         self._logs = {}
-        samples = count_samples(data)
+        samples = self.structure.count(data)
         if not self._sums.holds(samples):  # more samples than were announced: there is no room for their rows
             self._most_samples = None
             self.release_accumulators()
@@ -153,7 +153,7 @@ class AccumulatedStep(CompiledStep):
     def evaluate(self, data: Batch, micro_batch: int) -> Logs:
         self.prepare_evaluation()
         assert self._evaluate is not None
-        division = self.test_divider.tensor(count_samples(data), micro_batch)
+        division = self.test_divider.tensor(self.structure.count(data), micro_batch)
         self._logs = self._evaluate(self.structure.leaves(data), division)
         return self._logs
 

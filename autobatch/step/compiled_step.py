@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from autobatch.differences.trace_findings import TraceFindings
+from autobatch.graphs import row_numbers
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.metrics.merged_logs import Logs
 from autobatch.step.accumulators import Update
@@ -20,7 +21,7 @@ from autobatch.step.update_room import UpdateReserve, guessed_bytes
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.tensors.variables import distinct
-from autobatch.types import Batch, ElementSpec, Model, Optimizer, Tensor, Variable
+from autobatch.types import Batch, ElementSpec, Graph, Model, Optimizer, Tensor, Variable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,6 +45,9 @@ class CompiledStep(abc.ABC):
         """Callback for an optimizer unknown before; called once it is built, before it updates anything."""
         self._touched = TouchedVariables(model)
         self._touched.ignore(self.update_room.variables)
+        self._touched.on_graph = self._look_for_rows
+        self.cannot_be_cut = ""
+        """Reason, with the user's line, for which batches can be neither cut nor joined; empty if none was traced."""
         self._micro: MicroStep | None = None
         self._findings = TraceFindings()
 
@@ -159,6 +163,10 @@ class CompiledStep(abc.ABC):
     def update_room_bytes(self) -> int:
         """Bytes that the optimizers' temporaries need; a guess until an update was traced."""
         return self.update_room.bytes or guessed_bytes(distinct(self.model.trainable_variables))
+
+    def _look_for_rows(self, graph: Graph) -> None:
+        if not self.cannot_be_cut and not self.structure.takes_elements_whole:
+            self.cannot_be_cut = row_numbers.taken_by_number(graph, self.structure.specs)
 
     def note_update(self, optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
         """Note that a step applies an optimizer, known before or not, to these variables."""

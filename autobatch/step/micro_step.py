@@ -195,7 +195,8 @@ class MicroStep:
         signature = [self._structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
         try:
             with attributes_kept(model) as changed:
-                tf.function(look, autograph=False, input_signature=signature).get_concrete_function()
+                seen = tf.function(look, autograph=False, input_signature=signature).get_concrete_function()
+            self._touched.on_graph(seen.graph)
         except Exception as error:  # noqa: BLE001 - the code was written to run eagerly, and may need to
             logger.info("the step runs eagerly and cannot be traced: %r", error)
             return

@@ -9,7 +9,8 @@ from typing import Any
 
 import keras
 
-from autobatch.data.effective_batches import EffectiveBatches, EffectiveIterator
+from autobatch.data.effective_batches import EffectiveBatches
+from autobatch.data.effective_iterator import EffectiveIterator
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
 from autobatch.recovery.abstract_transaction import AnyTransaction

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autobatch.data.loop_batches import OneBatch, element_spec_of, require_alike, widened
+from autobatch.errors import CannotBeCutError
 from autobatch.records import Recovery, Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.keeper import Keeper
@@ -14,6 +15,7 @@ from autobatch.replicas.devices import OneDevice
 from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.step.loop_model import LoopModel
+from autobatch.tensors.batch_structure import UnevenSpec
 from autobatch.types import Batch, ElementSpec
 
 
@@ -25,7 +27,8 @@ class StepSession:
     Args:
         model: The user's function and model in one.
         devices: The device that it trains on.
-        find_report: Takes the trials that are opened on the first batch; returns a report with a plan.
+        find_report: Takes the trials that are opened on the first batch, and the ``target_batch`` in samples; returns
+            a report with a plan.
         target_batch, user_limit_bytes, headroom: As for :func:`autobatch.wrap_step`.
     """
 
@@ -33,7 +36,7 @@ class StepSession:
         self,
         model: LoopModel,
         devices: OneDevice,
-        find_report: Callable[[Any], Report],
+        find_report: Callable[..., Report],
         *,
         target_batch: int,
         user_limit_bytes: int | None,
@@ -44,20 +47,34 @@ class StepSession:
         self._find_report = find_report
         self._target_batch = target_batch
         self._limits: dict[str, Any] = {"user_limit_bytes": user_limit_bytes, "headroom": headroom}
+        self._target = target_batch
         self._trials: Any = None
         self.report: Report | None = None
 
+    @property
+    def samples_in_portion(self) -> int:
+        """Number of samples in a portion, which sizes count where streams are cut in proportion; else 1."""
+        return 1 if self._trials is None else int(self._trials.samples_in_portion)
+
     def open(self, batch: Batch) -> AnyTransaction:
         """Find the micro-batch with trials on the first batch; return the transaction for batches like it."""
-        batches = OneBatch(batch, at_least=self._target_batch)
-        trials = self._devices.open_trials(self._model, batches, target_batch=self._target_batch, **self._limits)
-        report = self._find_report(trials)
+        try:
+            trials, report = self._search(OneBatch(batch, at_least=self._target_batch))
+        except CannotBeCutError as found:
+            trials, report = self._search(OneBatch(batch, at_least=self._target_batch, cannot_be_cut=found.reason))
         self._trials, self.report = trials, report
         return self._transaction_over(trials.step, trials.length_rule(report), trials.keeper)
 
+    def _search(self, batches: OneBatch) -> tuple[Any, Report]:
+        self._target = batches.target_batch
+        trials = self._devices.open_trials(self._model, batches, target_batch=self._target, **self._limits)
+        return trials, self._find_report(trials, target_batch=self._target * trials.samples_in_portion)
+
     def widen(self, element_spec: ElementSpec, before: AnyTransaction) -> AnyTransaction:
         """Return the transaction for batches of ``element_spec``, which goes on where ``before`` has ended."""
-        step = AccumulatedStep(self._model, element_spec, effective_batch=self._target_batch)
+        structure = self._trials.step.structure
+        spec = UnevenSpec(element_spec, structure.rows) if structure.is_uneven else element_spec
+        step = AccumulatedStep(self._model, spec, effective_batch=self._target)
         after = self._transaction_over(step, self._trials.length_rule(self.report, step.structure), None)
         after.follow(before)
         return after
@@ -67,7 +84,7 @@ class StepSession:
         assert self.report.plan is not None
         return self._devices.open_transaction(
             step,
-            self.report.plan.micro_batch,
+            self.report.plan.micro_batch // self.report.plan.samples_in_portion,
             device=self._trials.device,
             memory_model=self.report.memory_model,
             lengths=lengths,
@@ -97,7 +114,7 @@ class WrappedStep:
     def __repr__(self) -> str:
         """Name the function, its effective batch, and the micro-batch as it is now."""
         if self._transaction is not None:
-            size = str(self._transaction.policy.micro_batch)
+            size = str(self._transaction.policy.micro_batch * self._session.samples_in_portion)
             count = len(self._transaction.recoveries)
             how = (("searched" if self._micro_batch is None else "given"), *([f"{count} recovered"] if count else []))
         elif self._micro_batch is None:

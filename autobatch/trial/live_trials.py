@@ -19,7 +19,7 @@ import keras
 import tensorflow as tf
 
 from autobatch.differences import difference, rules
-from autobatch.errors import warn
+from autobatch.errors import CannotBeCutError, warn
 from autobatch.graphs import sample_bytes
 from autobatch.memory import arena, limits
 from autobatch.records import (
@@ -75,6 +75,9 @@ class LiveTrials:
         find_limit: Callable[[str, int | None], Limit] = limits.find_limit,
         patience_seconds: float = other_processes.PATIENCE_SECONDS,
     ) -> None:
+        if batches.structure.takes_elements_whole:
+            target_batch = 1  # there is nothing to search for
+        self._has_elements = batches.has_elements
         self._model = model
         self._target_batch = target_batch
         self._user_limit_bytes = user_limit_bytes
@@ -97,7 +100,7 @@ class LiveTrials:
         self.step.on_optimizer_found = self._save
         self.keeper = self._make_keeper()
         self._timing = Timing(self.step, self.keeper, self.batch_of, self.device, clock=clock)
-        models.build_on(model, self.step.structure.pack(self.step.structure.specs))
+        models.build_on(model, self.step.structure.element_spec)
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
             warn(
                 f"memory_limit cannot be held to: TensorFlow's allocator on {self.device} keeps no figures. Call "
@@ -106,6 +109,8 @@ class LiveTrials:
         self.largest_useful = target_batch if batches.sample_limit is None else batches.sample_limit
         if target_batch is not None and self.largest_useful is not None:
             self.largest_useful = min(self.largest_useful, target_batch)
+        self.samples_in_portion = batches.structure.samples_in_portion
+        self.takes_elements_whole = batches.structure.takes_elements_whole
         self.model_name = str(getattr(model, "name", type(model).__name__))
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()
@@ -164,9 +169,26 @@ class LiveTrials:
             self.step.prepare()
         except CAUGHT as error:
             memory_failure(error)  # what ran out of memory here will again in the first step, which recovers
+        self._require_cuttable()
         if self._model.run_eagerly:
             known = self.warnings
             self.step.on_traced = lambda: self._say_what_else_differs(known)
+
+    def trace_plain(self) -> None:
+        """Trace Keras's own step, which training will need, to see whether batches are what they seem.
+
+        Raises:
+            CannotBeCutError: they can be neither cut nor joined.
+        """
+        try:
+            self._on_one_device.prepare(whole=True)
+        except CAUGHT as error:
+            memory_failure(error)
+        self._require_cuttable()
+
+    def _require_cuttable(self) -> None:
+        if self.step.cannot_be_cut and self._has_elements:
+            raise CannotBeCutError(self.step.cannot_be_cut)
 
     def _say_what_else_differs(self, known: tuple[str, ...]) -> None:
         self.step.on_traced = lambda: None
@@ -184,7 +206,7 @@ class LiveTrials:
 
         An error that the user's own code raises in the trace is passed on.
         """
-        if self._model.run_eagerly:
+        if self._model.run_eagerly or self._sample.structure.takes_elements_whole:
             return None
         self.trace()
         graph = self._on_one_device.micro_graph
@@ -271,6 +293,7 @@ class LiveTrials:
     def _run(self, request: TrialRequest, whole: bool) -> TrialResult:
         if self._on_one_device.prepare(whole=whole):
             self.keeper.forget()
+            self._require_cuttable()
         self._save()
         for_metrics = 0 if whole else self.step.traced.held_sample_bytes
         self._pipeline.hold(request.micro_batch * (1 if whole else 2), for_metrics)

@@ -16,6 +16,9 @@ class Trials(Protocol):
 
     ``content`` is a digest of what is trained and of what was set for it, by which an earlier result is found. It may
     change when the first trial builds what was not built. ``replicas`` run each size at once: sizes are those of one.
+
+    Sizes count samples. Where streams are cut in proportion they count portions, and the source has an attribute
+    ``samples_in_portion``. Where elements cannot be cut they count elements, and ``takes_elements_whole`` is True.
     """
 
     @property

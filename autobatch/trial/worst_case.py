@@ -32,6 +32,11 @@ class Data(Protocol):
     def structure(self) -> Structure: ...
 
     @property
+    def has_elements(self) -> bool:
+        """True if batches are made of elements of the user's, which could be taken whole."""
+        ...
+
+    @property
     def sample_limit(self) -> int | None: ...
 
     def host_uses(self) -> tuple[HostUse, ...]:

@@ -89,6 +89,8 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
             content=trials.content,
             rematerialised=tuple(rematerialised),
             replicas=trials.replicas,
+            samples_in_portion=getattr(trials, "samples_in_portion", 1),
+            takes_elements_whole=getattr(trials, "takes_elements_whole", False),
         )
         reply({"kind": "ready", "ready": encode(ready)})
     except BaseException as error:  # noqa: BLE001 - see above

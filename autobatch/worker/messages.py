@@ -55,6 +55,8 @@ class Ready:
     content: str
     rematerialised: tuple[str, ...]
     replicas: int
+    samples_in_portion: int = 1
+    takes_elements_whole: bool = False
 
 
 def decode_result(fields: Message) -> TrialResult:

@@ -101,6 +101,14 @@ class WorkerTrials:
         return self._ready.replicas
 
     @property
+    def samples_in_portion(self) -> int:
+        return self._ready.samples_in_portion
+
+    @property
+    def takes_elements_whole(self) -> bool:
+        return self._ready.takes_elements_whole
+
+    @property
     def environment(self) -> Environment:
         return self._ready.environment
 

@@ -1,0 +1,27 @@
+"""One pass over effective batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class EffectiveIterator(Iterator[Any]):
+    """One pass over effective batches; its type distinguishes it from data that a callback hands to the model.
+
+    The pass may begin only when its first batch is asked for: at the end of an epoch Keras makes a pass that it never
+    reads.
+    """
+
+    def __init__(self, begin: Callable[[EffectiveIterator], Iterator[Any]]) -> None:
+        self._begin = begin
+        self._iterator: Iterator[Any] | None = None
+
+    def begin(self) -> Iterator[Any]:
+        """Begin the pass, if it has not begun."""
+        if self._iterator is None:
+            self._iterator = self._begin(self)
+        return self._iterator
+
+    def __next__(self) -> Any:
+        return next(self.begin())
