@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autobatch import arguments
-from autobatch.opening import effective_batch, open_trials, require_compiled
+from autobatch.opening import effective_batch, open_trials, require_compiled, require_model
 from autobatch.records import Report
 from autobatch.search import planning
 from autobatch.sizing.search_trials import search_with as search_with  # the command line's way in
@@ -92,39 +92,60 @@ def fit(
     share = arguments.headroom(headroom)
     remembers = arguments.cache(cache)
     timeout_seconds = arguments.worker_timeout(worker_timeout)
-    require_compiled(model)
+    require_model(model)
     arguments.require_fit_options(model, fit_options)
 
-    from autobatch.data import fit_data
-    from autobatch.replicas import resume
-    from autobatch.replicas.devices import devices_of_model, open_training
+    from autobatch.seams import fitting
     from autobatch.step import supported
-    from autobatch.train import session
+    from autobatch.train.through_own_fit import train_through_own_fit
 
     supported.require_supported(model)
-    devices = devices_of_model(model, timeout_seconds)
-    batches, options = fit_data.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
-    effective = effective_batch(batches, target)
-    trials = devices.open_trials(model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share)
-    callbacks, replicas = options.get("callbacks"), trials.replicas
-    kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
-    report = searched_or_given(
-        trials,
-        chosen or (kept.planned if kept else None),
-        why="no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup",
-        target_batch=effective,
-        cache=remembers,
-        listed_in="history.report.warnings",
-        quiet=fit_options.get("verbose") == 0,
-    )
-    begin_at = kept.micro_batch if kept and chosen is None else None
-    transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
-    try:
-        return session.train(
-            model, batches, transaction, devices=devices, report=report, options=options, memory_watch=memory_watch
+
+    def train(given: dict[str, Any], keras_fit: Callable[..., Any]) -> training_history.TrainingHistory:
+        """Train on what Keras's own ``fit`` of the model is given, ``x`` among it."""
+        from autobatch.data import fit_data
+        from autobatch.replicas import resume
+        from autobatch.replicas.devices import devices_of_model, open_training
+        from autobatch.train import session
+
+        require_compiled(model)
+        devices = devices_of_model(model, timeout_seconds)
+        x, y = given.pop("x", None), given.pop("y", None)
+        batches, options = fit_data.prepare_data(model, x, y, target_batch=target, options=given)
+        effective = effective_batch(batches, target)
+        trials = devices.open_trials(
+            model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
         )
-    finally:
-        trials.step.release_accumulators()
+        callbacks, replicas = options.get("callbacks"), trials.replicas
+        kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
+        report = searched_or_given(
+            trials,
+            chosen or (kept.planned if kept else None),
+            why="no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup",
+            target_batch=effective,
+            cache=remembers,
+            listed_in="history.report.warnings",
+            quiet=given.get("verbose") == 0,
+        )
+        begin_at = kept.micro_batch if kept and chosen is None else None
+        transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
+        try:
+            return session.train(
+                model,
+                batches,
+                transaction,
+                devices=devices,
+                report=report,
+                options=options,
+                memory_watch=memory_watch,
+                keras_fit=keras_fit,
+            )
+        finally:
+            transaction.release()
+
+    if not fitting.overrides_fit(model):
+        return train({"x": dataset, "y": y, **fit_options}, model.fit)
+    return train_through_own_fit(model, dataset, y, target_batch=target, options=fit_options, train=train)
 
 
 def tune(

@@ -101,6 +101,26 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._user_limit_bytes = user_limit_bytes
         self._headroom = headroom
         self._updates = 0
+        self._is_outdated = False
+
+    def release(self) -> None:
+        """Let go of the memory that the steps hold between updates."""
+        self._step.release_accumulators()
+
+    def renew(self) -> None:
+        """Trace the step anew before the next update, with the model's optimizer, loss and trainable weights then."""
+        self._is_outdated = True
+
+    def renew_evaluation(self) -> None:
+        """Trace the evaluation anew before the next validation batch."""
+        self._evaluations, self._evaluation_recorders = {}, {}
+
+    def _renew_now(self) -> None:
+        self._is_outdated = False
+        self._step.release_accumulators()
+        self._step = self._step.renewed()
+        self._keeper.follow(self._step)
+        self._good_updates = 0
 
     def follow(self, before: AbstractTransaction[StepT]) -> None:
         """Continue another transaction of the same training: take over its sizes, recoveries and count of updates.
@@ -119,6 +139,8 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
             NoFeasibleBatchError: not even one sample fits; the model holds the last completed update.
             UpdateInterruptedError: memory ran out in the middle of an update whose weights were not kept.
         """
+        if self._is_outdated:
+            self._renew_now()
         logs = self._run(data, self._train_once, self.policy, "train")
         self._updates += 1
         self._good_updates += 1

@@ -82,6 +82,12 @@ class Keeper:
         self.ran_out_beside_copies = False
         """True if an update ran out of memory beside copies on the device, so that none may be kept there."""
 
+    def follow(self, step: CompiledStep) -> None:
+        """Keep the values of another step of the same training from now on."""
+        self._step = step
+        self._optimizers = len(step.optimizers)
+        self.forget()
+
     def forget(self) -> None:
         """Find out again what there is to keep and how much room there is, after a trace or running out of memory."""
         self._recorders = {}

@@ -55,6 +55,14 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         """Return the metrics of all replicas after the last step; None before the first."""
         return self._metric_logs
 
+    def _renew_now(self) -> None:
+        super()._renew_now()
+        self._without_counts = set()
+
+    def renew_evaluation(self) -> None:
+        super().renew_evaluation()
+        self._without_counts = set()
+
     def _train_once(self, data: Batch, samples: int) -> Logs:
         step, micro_batch = self._step, self.policy.micro_batch
         kept: list[SavedState] = []

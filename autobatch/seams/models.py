@@ -7,16 +7,19 @@ them moves.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer as _TensorFlowTrainer
 from keras.src.models.functional import Functional as _Functional
+from keras.src.trainers.trainer import Trainer as _Trainer
 
 from autobatch.seams.functions import converted
+from autobatch.seams.patching import replaced, suspended
 
 
 def untraced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -92,8 +95,49 @@ def layers_of(model: Any) -> list[Any]:
 def own_function(model: Any, kind: str) -> Callable[[Any], Any]:
     """Return Keras's own "train" or "test" function of a model whose function is replaced at the moment."""
     attribute = f"{kind}_function"
-    replaced = getattr(model, attribute)
-    getattr(model, f"make_{attribute}")(force=True)
+    instead = getattr(model, attribute)
+    with suspended():
+        getattr(model, f"make_{attribute}")(force=True)
     own: Callable[[Any], Any] = getattr(model, attribute)
-    setattr(model, attribute, replaced)
+    setattr(model, attribute, instead)
     return own
+
+
+@contextlib.contextmanager
+def making_replaced(model: Any, remade: Callable[[str], Callable[[Any], Any]]) -> Iterator[None]:
+    """Let ``remade(kind)`` make the "train" or "test" function wherever Keras would make one anew, on this thread.
+
+    That is in ``make_train_function`` and ``make_test_function``, if there is no function or with ``force``, and in
+    ``compile``.
+    """
+
+    def maker_of(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        attribute = f"{kind}_function"
+
+        def maker(original: Callable[..., Any]) -> Callable[..., Any]:
+            def make(self: Any, force: bool = False) -> Any:
+                if self is not model:
+                    return original(self, force)
+                if force or getattr(self, attribute) is None:
+                    setattr(self, attribute, remade(kind))
+                return getattr(self, attribute)
+
+            return make
+
+        return maker
+
+    def compiler(original: Callable[..., Any]) -> Callable[..., Any]:
+        def compile_again(self: Any, *args: Any, **kwargs: Any) -> Any:
+            done = original(self, *args, **kwargs)
+            if self is model:  # Keras's fit calls the function without asking whether it is there
+                self.train_function, self.test_function = remade("train"), remade("test")
+            return done
+
+        return compile_again
+
+    with (
+        replaced(_TensorFlowTrainer, "make_train_function", maker_of("train")),
+        replaced(_TensorFlowTrainer, "make_test_function", maker_of("test")),
+        replaced(_Trainer, "compile", compiler),
+    ):
+        yield

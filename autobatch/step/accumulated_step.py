@@ -37,6 +37,7 @@ class AccumulatedStep(CompiledStep):
 
     def __init__(self, model: Model, element_spec: ElementSpec, *, effective_batch: int | None = None) -> None:
         super().__init__(model, element_spec)
+        self._effective_batch = effective_batch
         # A trial runs two full micro-batches; rounding can add one sample to the target.
         self._most_samples = None if effective_batch is None else effective_batch + 1
         self._sums = self._no_sums()
@@ -53,7 +54,7 @@ class AccumulatedStep(CompiledStep):
         return Accumulators(self.model, self.structure, self._touched, self.note_update, most_samples=samples)
 
     def for_data(self, element_spec: ElementSpec) -> AccumulatedStep:
-        return AccumulatedStep(self.model, element_spec, effective_batch=self._most_samples)
+        return AccumulatedStep(self.model, element_spec, effective_batch=self._effective_batch)
 
     def prepare(self, *, whole: bool = False) -> bool:
         """Trace what :meth:`plain` needs if ``whole``, else what :meth:`accumulate` and :meth:`apply` need.

@@ -51,6 +51,10 @@ class CompiledStep(abc.ABC):
     def for_data(self, element_spec: ElementSpec) -> Self:
         """Return the steps of the same model for data of another structure."""
 
+    def renewed(self) -> Self:
+        """Return steps of the same model and data, to be traced anew."""
+        return self.for_data(self.structure.element_spec)
+
     @abc.abstractmethod
     def prepare(self) -> bool:
         """Trace what :meth:`accumulate` and :meth:`apply` need; return True if anything was missing.

@@ -39,7 +39,7 @@ class Structure:
     """
 
     def __init__(self, element_spec: ElementSpec) -> None:
-        self._nest = element_spec
+        self.element_spec = element_spec
         self.specs: list[Any] = [
             open_batch_dimension(part) for part in tf.nest.flatten(element_spec) if not is_missing(part)
         ]
@@ -58,8 +58,8 @@ class Structure:
     def pack(self, leaves: list[Tensor]) -> Any:
         """Return the leaves in the structure that ``train_step`` takes."""
         remaining = iter(leaves)
-        flat = [None if is_missing(part) else next(remaining) for part in tf.nest.flatten(self._nest)]
-        return tf.nest.pack_sequence_as(self._nest, flat)
+        flat = [None if is_missing(part) else next(remaining) for part in tf.nest.flatten(self.element_spec)]
+        return tf.nest.pack_sequence_as(self.element_spec, flat)
 
 
 def sample_count(leaves: list[Tensor]) -> Any:
