@@ -106,6 +106,7 @@ def fit(
         from autobatch.data import fit_data
         from autobatch.replicas import resume
         from autobatch.replicas.devices import devices_of_model, open_training
+        from autobatch.step import kept_steps
         from autobatch.train import session
 
         require_compiled(model)
@@ -113,24 +114,27 @@ def fit(
         x, y = given.pop("x", None), given.pop("y", None)
         batches, options = fit_data.prepare_data(model, x, y, target_batch=target, options=given)
         effective = effective_batch(batches, target)
+        kept_steps.begin_training(model)
         trials = devices.open_trials(
             model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
         )
-        callbacks, replicas = options.get("callbacks"), trials.replicas
-        kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
-        report = searched_or_given(
-            trials,
-            chosen or (kept.planned if kept else None),
-            why="no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup",
-            target_batch=effective,
-            cache=remembers,
-            listed_in="history.report.warnings",
-            quiet=given.get("verbose") == 0,
-        )
-        begin_at = kept.micro_batch if kept and chosen is None else None
-        transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
+        release: Callable[[], None] = functools.partial(kept_steps.give_back, trials.step)
         try:
-            return session.train(
+            callbacks, replicas = options.get("callbacks"), trials.replicas
+            kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
+            report = searched_or_given(
+                trials,
+                chosen or (kept.planned if kept else None),
+                why="no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup",
+                target_batch=effective,
+                cache=remembers,
+                listed_in="history.report.warnings",
+                quiet=given.get("verbose") == 0,
+            )
+            begin_at = kept.micro_batch if kept and chosen is None else None
+            transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
+            release = transaction.release
+            history = session.train(
                 model,
                 batches,
                 transaction,
@@ -140,8 +144,13 @@ def fit(
                 memory_watch=memory_watch,
                 keras_fit=keras_fit,
             )
+            if transaction.recoveries:
+                trials.forget_reports()
+            elif remembers:
+                trials.keep_report(report)
+            return history
         finally:
-            transaction.release()
+            release()
 
     if not fitting.overrides_fit(model):
         return train({"x": dataset, "y": y, **fit_options}, model.fit)
@@ -185,6 +194,9 @@ def tune(
     share = arguments.headroom(headroom)
     remembers = arguments.cache(cache)
     planning.require_objective(objective)
+
+    from autobatch.step import kept_steps
+
     trials = open_trials(model, dataset, y, target_batch=target, memory_limit_bytes=limit_bytes, headroom=share)
     trials.require_no_clock(max_seconds)
     if target is not None and trials.largest_useful is not None:
@@ -204,7 +216,10 @@ def tune(
 
     try:
         if not remedies:
-            return search_one(trials)
+            report = search_one(trials)
+            if remembers and objective == "throughput" and max_trials is max_seconds is None:
+                trials.keep_report(report)
+            return report
         from autobatch.remedies import rebuilding
 
         return rebuilding.report_with_remedies(
@@ -218,7 +233,7 @@ def tune(
         )
     finally:
         trials.close()
-        trials.step.release_accumulators()
+        kept_steps.give_back(trials.step)
 
 
 def wrap_step(

@@ -22,9 +22,9 @@ from autobatch.records import MemoryModel, Recovery
 from autobatch.recovery.keeper import Keeper, SavedState
 from autobatch.recovery.micro_batch_policy import MicroBatchPolicy
 from autobatch.recovery.sample_lengths import LengthRule
+from autobatch.step import kept_steps
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import count_samples
-from autobatch.tensors.snapshots import SnapshotTaker
 from autobatch.types import Batch, ElementSpec
 from autobatch.units import format_bytes
 
@@ -92,8 +92,6 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._step = step
         self._keeper = keeper or Keeper(step, device, user_limit_bytes=user_limit_bytes, headroom=headroom)
         self._good_updates = 0
-        self._evaluations: dict[str, StepT] = {}
-        self._evaluation_recorders: dict[int, SnapshotTaker] = {}
         self._device = device
         self._effective_batch = effective_batch
         self._memory_model = memory_model
@@ -104,8 +102,8 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._is_outdated = False
 
     def release(self) -> None:
-        """Let go of the memory that the steps hold between updates."""
-        self._step.release_accumulators()
+        """Let go of the memory that the steps hold between updates; their traces may be kept for the next training."""
+        kept_steps.give_back(self._step)
 
     def renew(self) -> None:
         """Trace the step anew before the next update, with the model's optimizer, loss and trainable weights then."""
@@ -113,11 +111,13 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
 
     def renew_evaluation(self) -> None:
         """Trace the evaluation anew before the next validation batch."""
-        self._evaluations, self._evaluation_recorders = {}, {}
+        self._step.evaluations = {}
 
     def _renew_now(self) -> None:
         self._is_outdated = False
         self._step.release_accumulators()
+        kept_steps.forget_steps(self._step.model)
+        kept_steps.begin_training(self._step.model)
         self._step = self._step.renewed()
         self._keeper.follow(self._step)
         self._good_updates = 0
@@ -152,10 +152,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
 
     def evaluate(self, data: Batch, element_spec: ElementSpec) -> Logs:
         """Run ``test_step`` over one validation batch, of any size."""
-        key = repr(element_spec)
-        if key not in self._evaluations:
-            self._evaluations[key] = self._step.for_data(element_spec)
-        step = self._evaluations[key]
+        step = self._step.evaluation_for(element_spec)
         logs = self._run(
             data, lambda data, samples: self._evaluate_once(step, data, samples), self._validation_policy, "validation"
         )

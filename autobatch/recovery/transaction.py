@@ -74,9 +74,9 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
         micro_batch = self._validation_policy.micro_batch
         kept: list[SavedState] = []
         try:
-            if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
-                self._evaluation_recorders[id(step)] = SnapshotTaker(step.changed_before_update)
-            kept.append(SavedState(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
+            if step.prepare_evaluation() or "evaluation" not in step.recorders:
+                step.recorders["evaluation"] = SnapshotTaker(step.changed_before_update)
+            kept.append(SavedState(SnapshotPlace.NOWHERE, (step.recorders["evaluation"].take(),)))
             step.evaluate(data, micro_batch)
             return step.evaluation_logs()
         except CAUGHT as error:

@@ -82,9 +82,9 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         kept: list[SavedState] = []
 
         def begin() -> None:
-            if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
-                self._evaluation_recorders[id(step)] = SnapshotTaker(step.changed_before_update)
-            kept.append(SavedState(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
+            if step.prepare_evaluation() or "evaluation" not in step.recorders:
+                step.recorders["evaluation"] = SnapshotTaker(step.changed_before_update)
+            kept.append(SavedState(SnapshotPlace.NOWHERE, (step.recorders["evaluation"].take(),)))
 
         self._locally(step, data, samples, micro_batch, Phase.EVALUATION, begin, step.evaluate, kept)
         with self._agreement.waiting("the metrics of a validation batch"):

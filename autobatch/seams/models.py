@@ -92,6 +92,31 @@ def layers_of(model: Any) -> list[Any]:
     return list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
 
 
+def kept_with_compilation(model: Any, name: str, make: Callable[[], Any]) -> Any:
+    """Return what is kept under a name until the model is compiled anew, made if it is not there yet.
+
+    It is kept on a metric that Keras's ``compile`` makes. Return None for a model without one.
+    """
+    tracker = getattr(model, "_loss_tracker", None)
+    if tracker is None:
+        return None
+    kept = vars(tracker)
+    if name not in kept:
+        kept[name] = make()  # past what Keras's objects do when an attribute is set
+    return kept[name]
+
+
+def is_traced(function: Any) -> bool:
+    """Return True if a train function of Keras's holds a trace; False for None."""
+    cells = getattr(function, "__closure__", None) or ()
+    for cell in cells:
+        with contextlib.suppress(ValueError):  # it is empty yet
+            count = getattr(cell.cell_contents, "experimental_get_tracing_count", None)
+            if count is not None and count():
+                return True
+    return False
+
+
 def own_function(model: Any, kind: str) -> Callable[[Any], Any]:
     """Return Keras's own "train" or "test" function of a model whose function is replaced at the moment."""
     attribute = f"{kind}_function"

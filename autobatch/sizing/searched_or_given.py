@@ -32,7 +32,8 @@ def searched_or_given(
     """
     if micro_batch is None:
         try:
-            report = shown_search(trials, quiet=quiet, target_batch=target_batch, cache=cache)
+            known = trials.known_report() if cache else None
+            report = known or shown_search(trials, quiet=quiet, target_batch=target_batch, cache=cache)
         finally:
             trials.close()
     else:

@@ -62,19 +62,23 @@ class AccumulatedStep(CompiledStep):
         Return True if anything was missing.
         """
         if whole:
-            return self._whole.prepare()
+            with self._traced_as():
+                return self._whole.prepare()
         if self._apply is not None:
+            self._sums.reserve()
             return False
-        self._sums.expect_rows()
-        self._micro = micro = self._training_micro_step(self._sums, self._most_samples)
-        self._accumulate = self._trace_loop(micro, zero_first=True)
-        self._apply = self._trace_apply(micro)
+        with self._traced_as():
+            self._sums.expect_rows()
+            self._micro = micro = self._training_micro_step(self._sums, self._most_samples)
+            self._accumulate = self._trace_loop(micro, zero_first=True)
+            self._apply = self._trace_apply(micro)
         return True
 
     def prepare_evaluation(self) -> bool:
         if self._evaluate is not None:
             return False
-        self._evaluate = self._trace_loop(self._evaluating_micro_step(self._most_samples), zero_first=False)
+        with self._traced_as():
+            self._evaluate = self._trace_loop(self._evaluating_micro_step(self._most_samples), zero_first=False)
         return True
 
     def update_has_begun(self) -> bool:
@@ -106,6 +110,18 @@ class AccumulatedStep(CompiledStep):
         """Graph of the forward and backward pass of one micro-batch; None for a model that runs eagerly."""
         self.prepare()
         return None if self.model.run_eagerly or self._micro is None else self._micro.graph
+
+    def rest(self) -> bool:
+        if self.model.run_eagerly:
+            return False
+        self._sums.rest()
+        for part in (self._micro, self._whole):
+            if part is not None:
+                part.rest()
+        self._logs = {}
+        for evaluation in self.evaluations.values():
+            evaluation.rest()
+        return True
 
     def release_accumulators(self) -> None:
         self._sums.release()

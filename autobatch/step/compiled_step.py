@@ -8,17 +8,19 @@ collective, and the first is not. ``tests/step/test_contract.py`` tests both imp
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.metrics.merged_logs import Logs
+from autobatch.seams.trainable import TrainableState
 from autobatch.step.accumulators import Update
 from autobatch.step.micro_step import MicroStep, Sink
 from autobatch.step.update_room import UpdateReserve, guessed_bytes
 from autobatch.tensors.batch_structure import Structure
-from autobatch.tensors.snapshots import InGraphSnapshot
+from autobatch.tensors.snapshots import InGraphSnapshot, SnapshotTaker
 from autobatch.tensors.variables import distinct
 from autobatch.types import Batch, ElementSpec, Model, Optimizer, Tensor, Variable
 
@@ -46,6 +48,16 @@ class CompiledStep(abc.ABC):
         self._touched.ignore(self.update_room.variables)
         self._micro: MicroStep | None = None
         self._findings = TraceFindings()
+        self.trained_as: TrainableState | None = None
+        """State of the model that steps are traced in; None takes the present one."""
+        self.kept_under: tuple[Any, Any] | None = None
+        """Keeper of this step for the next training, a :class:`.kept_steps.KeptSteps`, and its key there, or None."""
+        self.findings_kept: dict[Any, Any] = {}
+        """What trials have found with this step, for the next training."""
+        self.evaluations: dict[str, Self] = {}
+        """Steps for validation data, by the structure of the data."""
+        self.recorders: dict[Any, SnapshotTaker] = {}
+        """Makers of snapshots of this step's variables, by what they are for."""
 
     @abc.abstractmethod
     def for_data(self, element_spec: ElementSpec) -> Self:
@@ -94,6 +106,24 @@ class CompiledStep(abc.ABC):
     @abc.abstractmethod
     def release_accumulators(self) -> None:
         """Let go of the accumulators, their memory, and the functions traced with them."""
+
+    def rest(self) -> bool:
+        """Let go of memory and keep the traces, for the next training; return False if that is not possible."""
+        return False
+
+    def evaluation_for(self, element_spec: ElementSpec) -> Self:
+        """Return the step for validation data of another structure, which is kept with this one."""
+        key = repr(element_spec)
+        if key not in self.evaluations:
+            self.evaluations[key] = self.for_data(element_spec)
+            self.evaluations[key].trained_as = self.trained_as
+        return self.evaluations[key]
+
+    def _traced_as(self) -> contextlib.AbstractContextManager[None]:
+        """Put the model into the state in which its steps are traced."""
+        if self.trained_as is None or self.model.run_eagerly:
+            return contextlib.nullcontext()
+        return self.trained_as.restored()
 
     @property
     @abc.abstractmethod

@@ -114,10 +114,14 @@ class MicroStep:
         with tf.control_dependencies([self._second_references.keep()]):
             return self._compiled(leaves, fraction, totals)
 
-    def release(self) -> None:
-        """Let go of the memory that is held between micro-batches."""
+    def rest(self) -> None:
+        """Let go of the memory that is held between micro-batches; the trace is kept."""
         if self._second_references is not None:
             self._second_references.drop()
+
+    def release(self) -> None:
+        """Let go of the memory that is held between micro-batches, and of the trace."""
+        self.rest()
         self.averages.release()
 
     def trace(self) -> None:

@@ -67,6 +67,11 @@ class WholeBatchStep:
         assert self._compiled is not None
         return self._compiled(leaves)
 
+    def rest(self) -> None:
+        """Let go of the memory that is held between calls; the trace is kept."""
+        if self.copies is not None:
+            self.copies.drop()
+
     def has_not_reached_update(self) -> bool:
         """Return True if the call that has just failed did so before its first update."""
         return self.copies is not None and not self.copies.are_of_failed_call

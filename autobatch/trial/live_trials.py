@@ -7,6 +7,7 @@ memory before the first trial, and put back by :meth:`LiveTrials.close`, bit for
 
 from __future__ import annotations
 
+import functools
 import gc
 import platform
 import time
@@ -34,6 +35,7 @@ from autobatch.recovery.keeper import Keeper, SnapshotPlace
 from autobatch.recovery.out_of_memory import CAUGHT, memory_failure
 from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.seams import models
+from autobatch.step import kept_steps
 from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import Structure
@@ -47,6 +49,11 @@ from autobatch.trial.worst_case import Data, WorstCaseSample
 from autobatch.types import ElementSpec, Model
 from autobatch.units import format_bytes
 from autobatch.version import __version__
+
+_KNOWN = "remembered from an earlier search of this model in this process"
+
+_MORE_ROOM = 0.1
+"""Share by which the budget must have grown for a new search to be worth it."""
 
 
 class LiveTrials:
@@ -87,7 +94,10 @@ class LiveTrials:
         self._sample = WorstCaseSample(batches)
         self._pipeline = WaitingBatches(batches, self.device, target_batch=target_batch)
         self.host_uses = batches.host_uses()
-        self.step = self._make_step(model, batches.element_spec, target_batch)
+        spec = batches.element_spec
+        make_step = functools.partial(self._make_step, model, spec, target_batch)
+        self.step = kept_steps.borrow_step(model, spec, target_batch, make_step)
+        self.step.on_traced = lambda: None
         self.step.on_optimizer_found = self._save
         self.keeper = self._make_keeper()
         self._timing = Timing(self.step, self.keeper, self.batch_of, self.device, clock=clock)
@@ -311,8 +321,50 @@ class LiveTrials:
             self._snapshots.append(Snapshot.on_host(new))
             self._saved.update(id(variable) for variable in new)
 
+    # -- what an earlier search of the same compiled model has found --------------------------------------------------
+
+    def known_report(self) -> Report | None:
+        """Return the report that was kept of an earlier search with this step, if its plan fits what there is now.
+
+        The step has run at the plan's size since it was traced, on data alike and under the same limits.
+        """
+        report: Report | None = self.step.findings_kept.get(self._conditions())
+        if report is None or report.plan is None:
+            return None
+        budget, before = self.environment.budget_bytes, report.environment.budget_bytes
+        if (budget is None) != (before is None):
+            return None
+        if budget is not None and before is not None:
+            peaks = [trial.peak_bytes for trial in report.trials if trial.micro_batch == report.plan.micro_batch]
+            if any(peak is not None and peak > budget for peak in peaks):
+                return None
+            if report.plan.accumulation_steps > 1 and budget > before * (1 + _MORE_ROOM):
+                return None  # a larger size may fit now
+        return replace(
+            report,
+            environment=self.environment,
+            host_uses=self.host_uses,
+            stopped_because=f"{_KNOWN}; that search ended because {report.stopped_because}",
+        )
+
+    def keep_report(self, report: Report) -> None:
+        """Keep the report of a search that has come to its end, for :meth:`known_report`."""
+        if report.trials and not report.stopped_because.startswith(_KNOWN):
+            self.step.findings_kept[self._conditions()] = report
+
+    def forget_reports(self) -> None:
+        """Forget what is known: a size that was found has run out of memory since."""
+        self.step.findings_kept.clear()
+
+    def _conditions(self) -> Any:
+        return self._target_batch, self._user_limit_bytes, self._headroom, tuple(self._sample.describe())
+
     def close(self) -> None:
         """Put every variable back as it was before the first trial."""
+        if not self._snapshots:  # nothing was run
+            self._pipeline.drop()
+            self.step.on_optimizer_found = lambda: None
+            return
         for snapshot in self._snapshots:
             snapshot.restore()
             snapshot.drop()
