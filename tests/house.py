@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "averages": {"graphs", "seams", "tensors"},
     "metrics": {"graphs", "losses", "seams", "tensors"},
     "differences": {"graphs", "metrics", "seams", "tensors"},
-    "step": {"averages", "differences", "graphs", "losses", "metrics", "seams", "tensors"},
+    "step": {"averages", "differences", "errors", "graphs", "losses", "metrics", "seams", "tensors", "tracebacks"},
     "data": {*GROUND, "memory", "seams", "step", "tensors"},
     "watch": {*GROUND, "memory", "seams"},
     "recovery": {*GROUND, "memory", "metrics", "step", "tensors"},

@@ -25,8 +25,8 @@ from autobatch.errors import warn
 from autobatch.records import HostUse
 from autobatch.seams import data_adapters, tf_data
 from autobatch.seams.data_adapters import DataAdapter
-from autobatch.tensors.batch_structure import Structure
-from autobatch.types import Dataset
+from autobatch.tensors.batch_structure import Structure, is_missing
+from autobatch.types import Dataset, ElementSpec
 
 _BATCHES_UNDER_WAY = 1 + host_memory.AUTOTUNED_PREFETCH
 
@@ -139,6 +139,20 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         if self._arrays:
             return data_adapters.array_samples(getattr(self._inner, "inner", self._inner))
         return cardinality.sample_cardinality(self._source)
+
+    @property
+    def samples_in_each(self) -> int | None:
+        """Number of samples in every effective batch, if Keras would know it beforehand; None otherwise.
+
+        Keras knows it of arrays without a remainder, and of batches that drop theirs.
+        """
+        if _fixed_samples(self.element_spec) is not None:
+            return _fixed_samples(self.element_spec)
+        if _fixed_samples(self._source.element_spec) is None:
+            return None
+        samples = self.sample_limit
+        divides = cardinality.is_endless(self._source) if samples is None else samples % self.target_batch == 0
+        return self.target_batch if divides else None
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
@@ -352,3 +366,14 @@ def _untuned(dataset: Dataset) -> Any:
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.with_options(options)
+
+
+def _fixed_samples(element_spec: ElementSpec) -> int | None:
+    """Return the number of samples in each batch if the type specs of all its parts have it; None otherwise."""
+    sizes = {spec.shape[0] if spec.shape.rank else None for spec in _dense_parts(element_spec)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _dense_parts(element_spec: ElementSpec) -> list[Any]:
+    parts = [part for part in tf.nest.flatten(element_spec) if not is_missing(part)]
+    return [part for part in parts if isinstance(part, tf.TensorSpec)]

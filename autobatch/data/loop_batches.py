@@ -22,6 +22,11 @@ class OneBatch:
         self.structure = Structure(self.element_spec)
         self.sample_limit = max(int(sample_count(self.structure.leaves(data))), at_least)
 
+    @property
+    def samples_in_each(self) -> int | None:
+        """None: the batches to come may have any size."""
+        return None
+
     def host_uses(self) -> tuple[HostUse, ...]:
         """Return nothing: the pipeline is the user's own loop."""
         return ()

@@ -61,7 +61,7 @@ def unsearched(
     """Make the report of a ``micro_batch`` that was found by no search."""
     plan = plan_of(micro_batch, effective_batch, trials.replicas)
     if _accumulates(plan):
-        trials.trace()  # the report names what differs
+        trials.trace(micro_batch)  # the report names what differs
     nothing_tried = SearchResult(None, None, trials=(), memory_model=None, stopped_because=why)
     return make_report(trials, nothing_tried, plan)
 

@@ -201,7 +201,7 @@ class CompiledStep(abc.ABC):
         if found:
             self.on_optimizer_found()
 
-    def _training_micro_step(self, sink: Sink, most_samples: int | None = None) -> MicroStep:
+    def _training_micro_step(self, sink: Sink, most_samples: int | None = None, each: int | None = None) -> MicroStep:
         return MicroStep(
             self.model,
             self.structure,
@@ -211,11 +211,19 @@ class CompiledStep(abc.ABC):
             findings=self._findings,
             on_traced=lambda: self.on_traced(),
             most_samples=most_samples,
+            each=each,
         )
 
-    def _evaluating_micro_step(self, most_samples: int | None = None) -> MicroStep:
-        step = self.model.test_step
-        return MicroStep(self.model, self.structure, step, self._touched, sink=None, most_samples=most_samples)
+    def _evaluating_micro_step(self, most_samples: int | None = None, each: int | None = None) -> MicroStep:
+        return MicroStep(
+            self.model,
+            self.structure,
+            self.model.test_step,
+            self._touched,
+            sink=None,
+            most_samples=most_samples,
+            each=each,
+        )
 
     def _release_micro_step(self) -> None:
         if self._micro is not None:

@@ -44,6 +44,17 @@ class Structure:
             open_batch_dimension(part) for part in tf.nest.flatten(element_spec) if not is_missing(part)
         ]
 
+    def specs_of(self, samples: int | None) -> list[Any]:
+        """Return the leaves' type specs, those of dense ones with a number of samples; None leaves it open."""
+        if samples is None:
+            return self.specs
+        return [
+            tf.TensorSpec([samples, *spec.shape[1:]], spec.dtype)
+            if isinstance(spec, tf.TensorSpec) and spec.shape.rank
+            else spec
+            for spec in self.specs
+        ]
+
     def leaves(self, data: Batch) -> list[Tensor]:
         """Return the tensors of one batch, in order; missing parts are left out."""
         parts = [part for part in tf.nest.flatten(data) if not is_missing(part)]

@@ -95,7 +95,8 @@ class LiveTrials:
         self._pipeline = WaitingBatches(batches, self.device, target_batch=target_batch)
         self.host_uses = batches.host_uses()
         spec = batches.element_spec
-        make_step = functools.partial(self._make_step, model, spec, target_batch)
+        every = None if target_batch is None or batches.samples_in_each != target_batch else target_batch
+        make_step = functools.partial(self._make_step, model, spec, target_batch, every)
         self.step = kept_steps.borrow_step(model, spec, target_batch, make_step)
         self.step.on_traced = lambda: None
         self.step.on_optimizer_found = self._save
@@ -114,8 +115,24 @@ class LiveTrials:
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()
 
-    def _make_step(self, model: Model, element_spec: ElementSpec, effective_batch: int | None) -> CompiledStep:
-        return AccumulatedStep(model, element_spec, effective_batch=effective_batch)
+    def _make_step(
+        self, model: Model, element_spec: ElementSpec, effective_batch: int | None, every_batch: int | None
+    ) -> CompiledStep:
+        return AccumulatedStep(model, element_spec, effective_batch=effective_batch, every_batch=every_batch)
+
+    def _prepare(self, micro_batch: int) -> None:
+        self._on_one_device.prepare(samples=self._target_batch, micro_batch=micro_batch)
+
+    def size_in_training(self, micro_batch: int) -> int:
+        """Return the size that training cuts effective batches by, where ``micro_batch`` is planned.
+
+        It is a smaller one where the model's code wants micro-batches of one size, and that cannot cut all alike.
+        """
+        return (
+            micro_batch
+            if self._target_batch is None
+            else self._on_one_device.fitting_size(self._target_batch, micro_batch)
+        )
 
     @property
     def _on_one_device(self) -> AccumulatedStep:
@@ -159,13 +176,13 @@ class LiveTrials:
     def require_no_clock(self, max_seconds: float | None) -> None:
         """Refuse ``max_seconds`` where it cannot be kept to; a single process can keep to it."""
 
-    def trace(self) -> None:
+    def trace(self, micro_batch: int) -> None:
         """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial.
 
         Some differences show only in the first step of a model that runs eagerly; they are warned of then.
         """
         try:
-            self.step.prepare()
+            self._prepare(micro_batch)
         except CAUGHT as error:
             memory_failure(error)  # what ran out of memory here will again in the first step, which recovers
         if self._model.run_eagerly:
@@ -190,8 +207,15 @@ class LiveTrials:
         """
         if self._model.run_eagerly:
             return None
-        self.trace()
-        graph = self._on_one_device.micro_graph
+        try:
+            graph = self._on_one_device.micro_graph
+        except CAUGHT as error:
+            memory_failure(error)  # the first trial will run out of memory as well
+            return None
+        except Exception:
+            if self._on_one_device.wants_size:
+                return None  # the first trial has a size
+            raise
         return None if graph is None else sample_bytes.of_graph(graph)
 
     def _fixed_bytes(self) -> int:
@@ -245,6 +269,8 @@ class LiveTrials:
         try:
             return self._run(request, whole)
         except CAUGHT as error:
+            if not whole:
+                self._on_one_device.explain(error, 2 * request.micro_batch, request.micro_batch)
             diagnosis = memory_failure(error)
         gc.collect()
         return TrialResult(
@@ -255,7 +281,8 @@ class LiveTrials:
         )
 
     def _run(self, request: TrialRequest, whole: bool) -> TrialResult:
-        if self._on_one_device.prepare(whole=whole):
+        samples = request.micro_batch * (1 if whole else 2)
+        if self._on_one_device.prepare(whole=whole, samples=samples, micro_batch=request.micro_batch):
             self.keeper.forget()
         self._save()
         for_metrics = 0 if whole else self.step.traced.held_sample_bytes

@@ -34,6 +34,11 @@ class Data(Protocol):
     @property
     def sample_limit(self) -> int | None: ...
 
+    @property
+    def samples_in_each(self) -> int | None:
+        """Number of samples in every effective batch, if Keras would know it beforehand; None otherwise."""
+        ...
+
     def host_uses(self) -> tuple[HostUse, ...]:
         """Return what these data will hold in host memory while they are trained on."""
         ...
