@@ -64,8 +64,11 @@ def build_on(model: Any, element_spec: Any) -> None:
 
 def _build_on(model: Any, element_spec: Any) -> None:
     if isinstance(model, (keras.Sequential, _Functional)):
+        stack = list(model._layers)
         with contextlib.suppress(*_NOT_SYMBOLIC):
             model._symbolic_build(data_batch=_symbolic_batch(element_spec))
+        if isinstance(model, keras.Sequential) and model._functional is None:
+            model._layers = stack  # without the input that Keras has put before it, whose shape is taken for the user's
     if model.built and model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
         model.optimizer.build(model.trainable_variables)
 

@@ -53,7 +53,7 @@ class CompiledStep(abc.ABC):
         self.kept_under: tuple[Any, Any] | None = None
         """Keeper of this step for the next training, a :class:`.kept_steps.KeptSteps`, and its key there, or None."""
         self.findings_kept: dict[Any, Any] = {}
-        """What trials have found with this step, for the next training."""
+        """Findings of trials with this step, for the next training, by their conditions."""
         self.evaluations: dict[str, Self] = {}
         """Steps for validation data, by the structure of the data."""
         self.recorders: dict[Any, SnapshotTaker] = {}

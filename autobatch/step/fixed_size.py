@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import traceback
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -51,8 +52,10 @@ def fixed_size_in(graph: Graph, leaves: Sequence[Tensor]) -> FixedSize | None:
         if not result.rank or not open_ones or result[0] is None or result[0] == 1:
             continue
         flow = flow or SampleFlow.of_leaves(leaves, ())
-        if any(flow.of(each).axis == 0 for each in open_ones):
-            return FixedSize(int(result[0]), _innermost(operation.traceback))
+        for found in map(flow.of, open_ones):
+            if found.axis == 0:
+                samples = Fraction(int(result[0])) / (found.parts or 1)  # entries, of which a sample may have several
+                return FixedSize(round(samples), _innermost(operation.traceback))
     return None
 
 

@@ -101,14 +101,15 @@ def forget_steps(model: Model) -> None:
         kept.forget()
 
 
-def borrow_step(
-    model: Model, element_spec: ElementSpec, effective_batch: int | None, make: Callable[[], StepT]
-) -> StepT:
-    """Return a step for data of ``element_spec``: one that an earlier call has given back, or a new one."""
+def borrow_step(model: Model, element_spec: ElementSpec, sizes: Any, make: Callable[[], StepT]) -> StepT:
+    """Return a step for data of ``element_spec``: one that an earlier call has given back, or a new one.
+
+    ``sizes`` are what else a step is made for.
+    """
     kept = kept_steps(model)
     if kept is None:
         return make()
-    key = repr(element_spec), effective_batch, bool(model.jit_compile)
+    key = repr(element_spec), sizes, bool(model.jit_compile)
     step: StepT = kept.borrow(model, key, make)
     return step
 

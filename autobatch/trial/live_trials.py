@@ -95,9 +95,11 @@ class LiveTrials:
         self._pipeline = WaitingBatches(batches, self.device, target_batch=target_batch)
         self.host_uses = batches.host_uses()
         spec = batches.element_spec
-        every = None if target_batch is None or batches.samples_in_each != target_batch else target_batch
+        every = batches.samples_in_each
+        if target_batch is not None and every != target_batch:
+            every = None
         make_step = functools.partial(self._make_step, model, spec, target_batch, every)
-        self.step = kept_steps.borrow_step(model, spec, target_batch, make_step)
+        self.step = kept_steps.borrow_step(model, spec, (target_batch, every), make_step)
         self.step.on_traced = lambda: None
         self.step.on_optimizer_found = self._save
         self.keeper = self._make_keeper()

@@ -197,7 +197,12 @@ def holding_loss(y_true, y_pred):
     return tf.reshape(tf.reduce_mean(y_pred**2, -1), (16,))
 
 
+def added_to_entries(inputs):
+    return tf.reshape(tf.reshape(inputs, (-1, 4)) + tf.ones((32, 4)), (-1, 8))
+
+
 HOLDING = {
+    "a sum of entries": ({"function": added_to_entries}, added_to_entries),
     "a sum with a constant": ({"function": added_constant}, added_constant),
     "a constant shape": ({"function": to_a_constant}, to_a_constant),
     "beside a constant": ({"function": beside_a_constant}, beside_a_constant),
@@ -255,6 +260,26 @@ def test_validation_batches_are_taken_whole_where_they_cannot_be_cut():
     assert history.history["val_loss"][0] > 0
     whole = autobatch.fit(made(to_a_constant), x, y, target_batch=16, micro_batch=16, **options)
     np.testing.assert_allclose(whole.history["val_loss"], expected.history["val_loss"], rtol=1e-5)
+
+
+def test_a_stack_without_an_input_is_built_as_by_keras():
+    def build():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([layers.Dense(8), Applied(stacked), layers.Dense(10)])
+        model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    plain = build()
+    plain.fit(*arrays(), batch_size=TARGET, **OPTIONS)
+    for micro_batch in (16, 4):
+        ours = build()
+        autobatch.fit(ours, *arrays(), target_batch=TARGET, micro_batch=micro_batch, **OPTIONS)
+        assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
+
+
+def test_tune_without_a_target_tries_fixed_sizes():
+    model = made(stacked, extra=[MemoryHog(lambda samples: samples > 6)])
+    assert autobatch.tune(model, *arrays(samples=64), exact=True).largest_fit == 6
 
 
 def test_errors_of_another_kind_are_raised_as_they_are():
