@@ -41,7 +41,7 @@ from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.snapshots import Snapshot
 from autobatch.tensors.variables import bytes_of
-from autobatch.trial import other_processes
+from autobatch.trial import known_reports, other_processes
 from autobatch.trial.content_digest import content_digest, surroundings_of
 from autobatch.trial.timing import Timing
 from autobatch.trial.waiting_batches import WaitingBatches
@@ -49,11 +49,6 @@ from autobatch.trial.worst_case import Data, WorstCaseSample
 from autobatch.types import ElementSpec, Model
 from autobatch.units import format_bytes
 from autobatch.version import __version__
-
-_KNOWN = "remembered from an earlier search of this model in this process"
-
-_MORE_ROOM = 0.1
-"""Share by which the budget must have grown for a new search to be worth it."""
 
 
 class LiveTrials:
@@ -160,7 +155,7 @@ class LiveTrials:
 
         ``structure`` shows which dimensions vary, where more of them do than in the data that the trials saw.
         """
-        return LengthRule.after_search(structure or self._sample.structure, self._sample.leaves, report)
+        return LengthRule.after_search(structure or self._sample.structure, lambda: self._sample.leaves, report)
 
     @property
     def content(self) -> str:
@@ -350,36 +345,14 @@ class LiveTrials:
             self._snapshots.append(Snapshot.on_host(new))
             self._saved.update(id(variable) for variable in new)
 
-    # -- what an earlier search of the same compiled model has found --------------------------------------------------
-
     def known_report(self) -> Report | None:
-        """Return the report that was kept of an earlier search with this step, if its plan fits what there is now.
-
-        The step has run at the plan's size since it was traced, on data alike and under the same limits.
-        """
-        report: Report | None = self.step.findings_kept.get(self._conditions())
-        if report is None or report.plan is None:
-            return None
-        budget, before = self.environment.budget_bytes, report.environment.budget_bytes
-        if (budget is None) != (before is None):
-            return None
-        if budget is not None and before is not None:
-            peaks = [trial.peak_bytes for trial in report.trials if trial.micro_batch == report.plan.micro_batch]
-            if any(peak is not None and peak > budget for peak in peaks):
-                return None
-            if report.plan.accumulation_steps > 1 and budget > before * (1 + _MORE_ROOM):
-                return None  # a larger size may fit now
-        return replace(
-            report,
-            environment=self.environment,
-            host_uses=self.host_uses,
-            stopped_because=f"{_KNOWN}; that search ended because {report.stopped_because}",
-        )
+        """Return what an earlier search with this step has found, if it holds: see :mod:`.known_reports`."""
+        known = known_reports.find(self.step.findings_kept, self._conditions(), self.environment)
+        return None if known is None else replace(known, host_uses=self.host_uses)
 
     def keep_report(self, report: Report) -> None:
         """Keep the report of a search that has come to its end, for :meth:`known_report`."""
-        if report.trials and not report.stopped_because.startswith(_KNOWN):
-            self.step.findings_kept[self._conditions()] = report
+        known_reports.keep(self.step.findings_kept, self._conditions(), report)
 
     def forget_reports(self) -> None:
         """Forget what is known: a size that was found has run out of memory since."""
