@@ -114,7 +114,6 @@ def fit(
         x, y = given.pop("x", None), given.pop("y", None)
         batches, options = fit_data.prepare_data(model, x, y, target_batch=target, options=given)
         effective = effective_batch(batches, target)
-        kept_steps.begin_training(model)
         trials = devices.open_trials(
             model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
         )
@@ -134,6 +133,7 @@ def fit(
             begin_at = kept.micro_batch if kept and chosen is None else None
             transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
             release = transaction.release
+            kept_steps.begin_training(model)
             history = session.train(
                 model,
                 batches,
@@ -144,9 +144,7 @@ def fit(
                 memory_watch=memory_watch,
                 keras_fit=keras_fit,
             )
-            if transaction.recoveries:
-                trials.forget_reports()
-            elif remembers:
+            if remembers and not transaction.recoveries:
                 trials.keep_report(report)
             return history
         finally:

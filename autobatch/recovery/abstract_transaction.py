@@ -211,6 +211,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         before = failure.micro_batch
         self._good_updates = 0
         self._keeper.forget()
+        self._step.findings_kept.clear()  # what trials found no longer holds
         after = self._smaller(policy, failure)
         if after is None:
             limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes

@@ -35,19 +35,21 @@ class KeptSteps:
     def begin_training(self, model: Model) -> None:
         """Note that the model is about to be trained; the first training fixes what is trainable."""
         self._forget_what_was_made_anew(model)
-        if self._trained_as is None:
-            self._trained_as = TrainableState.traced_by_keras(model) or TrainableState.of_now(model)
+        self._trained_as = self._state_of(model)
 
     def borrow(self, model: Model, key: Any, make: Callable[[], StepT]) -> Any:
         """Return the step that is kept under a key, or a new one; it is not lent again before :meth:`give_back`."""
         self._forget_what_was_made_anew(model)
-        state = self._trained_as or TrainableState.of_now(model)
+        state = self._state_of(model)
         step = self._steps.pop(key, None)
         if step is None or step.trained_as is None or not step.trained_as.agrees(state):
             step = make()
             step.trained_as = state
         step.kept_under = self, key
         return step
+
+    def _state_of(self, model: Model) -> TrainableState:
+        return self._trained_as or TrainableState.traced_by_keras(model) or TrainableState.of_now(model)
 
     def give_back(self, step: CompiledStep) -> None:
         """Keep a step that was borrowed; it holds no memory from now on."""

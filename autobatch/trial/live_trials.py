@@ -354,10 +354,6 @@ class LiveTrials:
         """Keep the report of a search that has come to its end, for :meth:`known_report`."""
         known_reports.keep(self.step.findings_kept, self._conditions(), report)
 
-    def forget_reports(self) -> None:
-        """Forget what is known: a size that was found has run out of memory since."""
-        self.step.findings_kept.clear()
-
     def _conditions(self) -> Any:
         return self._target_batch, self._user_limit_bytes, self._headroom, tuple(self._sample.describe())
 
