@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autobatch.errors import (
         AutobatchError,
         AutobatchWarning,
+        FixedBatchSizeError,
         NoFeasibleBatchError,
         UpdateInterruptedError,
         WorkerLostError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AutobatchError": "autobatch.errors",
     "AutobatchWarning": "autobatch.errors",
+    "FixedBatchSizeError": "autobatch.errors",
     "MemoryModel": "autobatch.records",
     "MemoryWatch": "autobatch.watch.memory_watch",
     "NoFeasibleBatchError": "autobatch.errors",
@@ -55,6 +57,7 @@ _HOME = {
 __all__ = [
     "AutobatchError",
     "AutobatchWarning",
+    "FixedBatchSizeError",
     "MemoryModel",
     "MemoryWatch",
     "NoFeasibleBatchError",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import arguments
 from autobatch.errors import CannotBeCutError
-from autobatch.opening import effective_batch, open_trials, require_compiled
+from autobatch.opening import effective_batch, open_trials, require_compiled, require_model
 from autobatch.records import Report
 from autobatch.search import planning
 from autobatch.sizing.search_trials import search_with as search_with  # the command line's way in
@@ -95,51 +95,87 @@ def fit(
     share = arguments.headroom(headroom)
     remembers = arguments.cache(cache)
     timeout_seconds = arguments.worker_timeout(worker_timeout)
-    require_compiled(model)
+    require_model(model)
     arguments.require_fit_options(model, fit_options)
 
-    from autobatch.data import fit_data
-    from autobatch.replicas import resume
-    from autobatch.replicas.devices import devices_of_model, open_training
+    from autobatch.seams import fitting
     from autobatch.step import supported
-    from autobatch.train import session
+    from autobatch.train.through_own_fit import train_through_own_fit
 
     supported.require_supported(model)
-    devices = devices_of_model(model, timeout_seconds)
-    batches, options = fit_data.prepare_data(model, dataset, y, target_batch=target, options=fit_options)
 
-    def find_report() -> tuple[LiveTrials, resume.KeptPlan | None, Report]:
-        effective = effective_batch(batches)
-        limits: dict[str, Any] = {"user_limit_bytes": limit_bytes, "headroom": share}
-        trials = devices.open_trials(model, batches, target_batch=effective, **limits)
-        callbacks, replicas = options.get("callbacks"), trials.replicas
-        effective *= trials.samples_in_portion
-        kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
-        report = searched_or_given(
-            trials,
-            chosen or (kept.planned if kept else None),
-            why="no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup",
-            target_batch=effective,
-            cache=remembers,
-            listed_in="history.report.warnings",
-            quiet=fit_options.get("verbose") == 0,
-        )
-        return trials, kept, report
+    def train(given: dict[str, Any], keras_fit: Callable[..., Any]) -> training_history.TrainingHistory:
+        """Train on what Keras's own ``fit`` of the model is given, ``x`` among it."""
+        from autobatch.data import fit_data
+        from autobatch.replicas import resume
+        from autobatch.replicas.devices import devices_of_model, open_training
+        from autobatch.step import kept_steps
+        from autobatch.train import session
 
-    try:
-        trials, kept, report = find_report()
-    except CannotBeCutError as found:  # the first trace has shown it, before anything was trained
-        batches.keep_whole(found.reason)
-        trials, kept, report = find_report()
-    batches.say_how_they_are_cut()
-    begin_at = kept.micro_batch if kept and chosen is None else None
-    transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
-    try:
-        return session.train(
-            model, batches, transaction, devices=devices, report=report, options=options, memory_watch=memory_watch
-        )
-    finally:
-        trials.step.release_accumulators()
+        require_compiled(model)
+        devices = devices_of_model(model, timeout_seconds)
+        x, y = given.pop("x", None), given.pop("y", None)
+        batches, options = fit_data.prepare_data(model, x, y, target_batch=target, options=given)
+
+        def open_and_search() -> tuple[LiveTrials, resume.KeptPlan | None, Report]:
+            effective = effective_batch(batches)
+            trials = devices.open_trials(
+                model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
+            )
+            try:
+                effective *= trials.samples_in_portion
+                callbacks, replicas = options.get("callbacks"), trials.replicas
+                kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
+                report = searched_or_given(
+                    trials,
+                    chosen or (kept.planned if kept else None),
+                    why="no search: micro_batch was given"
+                    if chosen
+                    else "no search: the plan was kept beside the backup",
+                    target_batch=effective,
+                    cache=remembers,
+                    listed_in="history.report.warnings",
+                    quiet=given.get("verbose") == 0,
+                )
+            except CannotBeCutError:
+                trials.step.release_accumulators()
+                raise
+            except BaseException:
+                kept_steps.give_back(trials.step)
+                raise
+            return trials, kept, report
+
+        try:
+            trials, kept, report = open_and_search()
+        except CannotBeCutError as found:  # the first trace has shown it, before anything was trained
+            batches.keep_whole(found.reason)
+            trials, kept, report = open_and_search()
+        release: Callable[[], None] = functools.partial(kept_steps.give_back, trials.step)
+        try:
+            batches.say_how_they_are_cut()
+            begin_at = kept.micro_batch if kept and chosen is None else None
+            transaction = open_training(devices, trials, report, user_limit_bytes=limit_bytes, begin_at=begin_at)
+            release = transaction.release
+            kept_steps.begin_training(model)
+            history = session.train(
+                model,
+                batches,
+                transaction,
+                devices=devices,
+                report=report,
+                options=options,
+                memory_watch=memory_watch,
+                keras_fit=keras_fit,
+            )
+            if remembers and not transaction.recoveries:
+                trials.keep_report(report)
+            return history
+        finally:
+            release()
+
+    if not fitting.overrides_fit(model):
+        return train({"x": dataset, "y": y, **fit_options}, model.fit)
+    return train_through_own_fit(model, dataset, y, target_batch=target, options=fit_options, train=train)
 
 
 def tune(
@@ -179,6 +215,9 @@ def tune(
     share = arguments.headroom(headroom)
     remembers = arguments.cache(cache)
     planning.require_objective(objective)
+
+    from autobatch.step import kept_steps
+
     limits: dict[str, Any] = {"memory_limit_bytes": limit_bytes, "headroom": share}
     trials = open_trials(model, dataset, y, target_batch=target, **limits)
     trials.require_no_clock(max_seconds)
@@ -200,11 +239,15 @@ def tune(
     try:
         if not remedies:
             try:
-                return search_one(trials)
+                report = search_one(trials)
             except CannotBeCutError as found:
                 trials.close()
+                trials.step.release_accumulators()
                 trials = open_trials(model, dataset, y, target_batch=target, cannot_be_cut=found.reason, **limits)
-                return search_one(trials)
+                report = search_one(trials)
+            if remembers and objective == "throughput" and max_trials is max_seconds is None:
+                trials.keep_report(report)
+            return report
         from autobatch.remedies import rebuilding
 
         return rebuilding.report_with_remedies(
@@ -218,7 +261,7 @@ def tune(
         )
     finally:
         trials.close()
-        trials.step.release_accumulators()
+        kept_steps.give_back(trials.step)
 
 
 def wrap_step(

@@ -5,6 +5,7 @@
     AutobatchError
     +-- NoFeasibleBatchError   not even a micro-batch of one sample fits
     +-- CannotBeCutError       the elements of a dataset cannot be cut into micro-batches, nor joined
+    +-- FixedBatchSizeError    the model's code works with one number of samples at a time alone (a ValueError too)
     +-- UpdateInterruptedError the optimizer's update itself ran out of memory half-way and could not be undone
     +-- TargetError            the command line's TARGET cannot be used (no file, no function, wrong result)
     +-- UserCodeError          the user's code failed in a worker process; carries its traceback as text
@@ -54,6 +55,10 @@ class CannotBeCutError(AutobatchError):
             "take each element whole."
         )
         self.reason = reason
+
+
+class FixedBatchSizeError(AutobatchError, ValueError):
+    """The model's own code works with one number of samples at a time alone, so that no batch can be cut."""
 
 
 class UpdateInterruptedError(AutobatchError):

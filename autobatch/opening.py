@@ -31,18 +31,25 @@ def open_trials(
 
     ``cannot_be_cut`` is a reason to take each element whole, which earlier trials have found.
     """
-    require_compiled(model)
+    require_model(model)
 
-    from autobatch.data import fit_data
+    from autobatch.data import fit_data, own_fit
     from autobatch.replicas.devices import devices_of_model
+    from autobatch.seams import fitting
     from autobatch.step import supported
 
     fit_data.require_repeatable(dataset)
+    rows = SAMPLE_ROWS if target_batch is None else target_batch
+    options: dict[str, Any] = {"shuffle": False}
+    if fitting.overrides_fit(model):
+        given = own_fit.handed_to_keras(model, dataset, y, target_batch=rows)
+        dataset, y = given.get("x"), given.get("y")
+        options |= {name: given[name] for name in ("sample_weight", "class_weight") if name in given}
+    require_compiled(model)
     supported.require_supported(model)
     devices = devices_of_model(model)
-    rows = SAMPLE_ROWS if target_batch is None else target_batch
     batches, _ = fit_data.prepare_data(
-        model, dataset, y, target_batch=rows, options={"shuffle": False}, only_look=True, rounds=target_batch is None
+        model, dataset, y, target_batch=rows, options=options, only_look=True, rounds=target_batch is None
     )
     if cannot_be_cut:
         batches.keep_whole(cannot_be_cut)
@@ -53,10 +60,14 @@ def open_trials(
     )
 
 
-def require_compiled(model: Any) -> None:
-    """Refuse anything but a compiled Keras model."""
-    if not hasattr(model, "train_step"):
+def require_model(model: Any) -> None:
+    """Refuse anything but a Keras model."""
+    if not hasattr(model, "train_step") or not hasattr(model, "fit"):
         raise TypeError(f"model must be a Keras model. Received: {model!r} (of type {type(model).__name__})")
+
+
+def require_compiled(model: Any) -> None:
+    """Refuse a Keras model that is not compiled."""
     if not getattr(model, "compiled", False):
         raise ValueError(
             "The model is not compiled: call model.compile(optimizer, loss) first. "

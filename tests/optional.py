@@ -18,3 +18,10 @@ def torch():
 def grain():
     """Grain; without it the test is skipped."""
     return pytest.importorskip("grain")
+
+
+def keras_hub():
+    """KerasHub; without it the test is skipped, unless the environment says that it is to be there."""
+    if os.environ.get("AUTOBATCH_EXPECT_KERAS_HUB"):
+        return importlib.import_module("keras_hub")
+    return pytest.importorskip("keras_hub")

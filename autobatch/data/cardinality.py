@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.seams import tf_data
+from autobatch.tensors.batch_structure import is_missing
 from autobatch.types import Dataset, ElementSpec
 
 Shape = Sequence["int | None"]
@@ -181,3 +182,28 @@ def samples_in_element(dataset: Dataset) -> int | None:
 def updates(samples: int | None, target_batch: int) -> int | None:
     """Return the number of effective batches that ``samples`` samples make; None if ``samples`` is None."""
     return None if samples is None else math.ceil(samples / target_batch)
+
+
+def samples_in_each(dataset: Dataset, element_spec: ElementSpec, samples: int | None, target_batch: int) -> int | None:
+    """Return the number of samples in every effective batch, if Keras would know it beforehand; None otherwise.
+
+    Keras knows it of arrays without a remainder, and of batches that drop theirs. ``element_spec`` is that of the
+    effective batches that are made of ``dataset``, and ``samples`` their number in all.
+    """
+    if _fixed_samples(element_spec) is not None:
+        return _fixed_samples(element_spec)
+    if _fixed_samples(dataset.element_spec) is None:
+        return None
+    divides = is_endless(dataset) if samples is None else samples % target_batch == 0
+    return target_batch if divides else None
+
+
+def _fixed_samples(element_spec: ElementSpec) -> int | None:
+    """Return the number of samples in each batch if the type specs of all its parts have it; None otherwise."""
+    sizes = {spec.shape[0] if spec.shape.rank else None for spec in _dense_parts(element_spec)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _dense_parts(element_spec: ElementSpec) -> list[Any]:
+    parts = [part for part in tf.nest.flatten(element_spec) if not is_missing(part)]
+    return [part for part in parts if isinstance(part, tf.TensorSpec)]

@@ -201,6 +201,12 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             seen.elements, ended=ended, streams=streams, element_spec=self._source.element_spec
         )
 
+    @property
+    def samples_in_each(self) -> int | None:
+        """Number of samples in every effective batch, if Keras would know it beforehand; None otherwise."""
+        spec, samples = self.element_spec, self.sample_limit
+        return None if self._layout else cardinality.samples_in_each(self._source, spec, samples, self.target_batch)
+
     # -- looking ------------------------------------------------------------------------------------------------------
 
     def look(self) -> Any:

@@ -35,7 +35,7 @@ def prepare_data(
     supported.require_supported(model)
     remaining = dict(options)
     data = {name: remaining.pop(name) for name in _DATA_OPTIONS if name in remaining}
-    x, y, sample_weight = _unpack(dataset, y, data.pop("sample_weight", None))
+    x, y, sample_weight = data_parts(dataset, y, data.pop("sample_weight", None))
     arrays.require_usable(x, y, sample_weight)
     split = remaining.pop("validation_split", 0.0)
     if split and remaining.get("validation_data") is None:
@@ -72,7 +72,7 @@ def require_repeatable(dataset: Dataset) -> None:
         )
 
 
-def _unpack(dataset: Dataset, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+def data_parts(dataset: Dataset, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
     """Accept ``(x, y)`` and ``(x, y, sample_weight)`` as one argument, as ``validation_data`` does in Keras."""
     if isinstance(dataset, tuple) and y is None and 1 <= len(dataset) <= 3:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(dataset)

@@ -38,6 +38,11 @@ class OneBatch:
             warn(layout.sentence(at_least))
         self.sample_limit = max(self.structure.count(data), self.target_batch)
 
+    @property
+    def samples_in_each(self) -> int | None:
+        """None: the batches to come may have any size."""
+        return None
+
     def host_uses(self) -> tuple[HostUse, ...]:
         """Return nothing: the pipeline is the user's own loop."""
         return ()

@@ -22,9 +22,9 @@ from autobatch.records import MemoryModel, Recovery
 from autobatch.recovery.keeper import Keeper, SavedState
 from autobatch.recovery.micro_batch_policy import MicroBatchPolicy
 from autobatch.recovery.sample_lengths import LengthRule
+from autobatch.step import kept_steps
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import Structure, UnevenSpec, rows_of
-from autobatch.tensors.snapshots import SnapshotTaker
 from autobatch.types import Batch, ElementSpec
 from autobatch.units import format_bytes
 
@@ -92,8 +92,6 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._step = step
         self._keeper = keeper or Keeper(step, device, user_limit_bytes=user_limit_bytes, headroom=headroom)
         self._good_updates = 0
-        self._evaluations: dict[str, StepT] = {}
-        self._evaluation_recorders: dict[int, SnapshotTaker] = {}
         self._device = device
         self._effective_batch = effective_batch
         self._memory_model = memory_model
@@ -102,6 +100,28 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._headroom = headroom
         self._updates = 0
         self._policy_of_whole_elements = MicroBatchPolicy(1)
+        self._is_outdated = False
+
+    def release(self) -> None:
+        """Let go of the memory that the steps hold between updates; their traces may be kept for the next training."""
+        kept_steps.give_back(self._step)
+
+    def renew(self) -> None:
+        """Trace the step anew before the next update, with the model's optimizer, loss and trainable weights then."""
+        self._is_outdated = True
+
+    def renew_evaluation(self) -> None:
+        """Trace the evaluation anew before the next validation batch."""
+        self._step.evaluations = {}
+
+    def _renew_now(self) -> None:
+        self._is_outdated = False
+        self._step.release_accumulators()
+        kept_steps.forget_steps(self._step.model)
+        kept_steps.begin_training(self._step.model)
+        self._step = self._step.renewed()
+        self._keeper.follow(self._step)
+        self._good_updates = 0
 
     def follow(self, before: AbstractTransaction[StepT]) -> None:
         """Continue another transaction of the same training: take over its sizes, recoveries and count of updates.
@@ -120,6 +140,8 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
             NoFeasibleBatchError: not even one sample fits; the model holds the last completed update.
             UpdateInterruptedError: memory ran out in the middle of an update whose weights were not kept.
         """
+        if self._is_outdated:
+            self._renew_now()
         samples = self._step.structure.portions_in(data)
         if samples is None:
             return self._train_apart(data)
@@ -138,11 +160,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         It is cut as the training data are where its parts are in the same proportions. Otherwise it is run whole if its
         parts differ in their number of rows.
         """
-        spec = self._cut_like_training(data, element_spec)
-        key = repr(spec)
-        if key not in self._evaluations:
-            self._evaluations[key] = self._step.for_data(spec)
-        step = self._evaluations[key]
+        step = self._step.evaluation_for(self._cut_like_training(data, element_spec))
         samples = step.structure.count(data)
         whole = step.structure.takes_elements_whole
         policy = self._policy_of_whole_elements if whole else self._validation_policy
@@ -228,6 +246,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         before = failure.micro_batch
         self._good_updates = 0
         self._keeper.forget()
+        self._step.findings_kept.clear()  # what trials found no longer holds
         after = self._smaller(policy, failure)
         if after is None:
             limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes

@@ -76,15 +76,20 @@ class Keeper:
         self._device = device
         self._user_limit_bytes = user_limit_bytes
         self._headroom = headroom
-        self._recorders: dict[tuple[bool, bool], SnapshotTaker] = {}
         self._room: bool | None = None
         self._optimizers = len(step.optimizers)
         self.ran_out_beside_copies = False
         """True if an update ran out of memory beside copies on the device, so that none may be kept there."""
 
+    def follow(self, step: CompiledStep) -> None:
+        """Keep the values of another step of the same training from now on."""
+        self._step = step
+        self._optimizers = len(step.optimizers)
+        self.forget()
+
     def forget(self) -> None:
         """Find out again what there is to keep and how much room there is, after a trace or running out of memory."""
-        self._recorders = {}
+        self._step.recorders.clear()
         self._room = None
 
     def take(self, *, whole: bool, proven: bool) -> SavedState:
@@ -104,11 +109,11 @@ class Keeper:
             snapshots.append(copies)
         if place is SnapshotPlace.DEVICE or copies is None:
             key = place is SnapshotPlace.DEVICE, copies is None
-            if key not in self._recorders:
+            if key not in self._step.recorders:
                 updated = step.updated_variables if place is SnapshotPlace.DEVICE else []
                 others = step.changed_before_update if copies is None else []
-                self._recorders[key] = SnapshotTaker([*updated, *others], beforehand=step.update_room.note_begun)
-            snapshots.append(self._recorders[key].take())
+                self._step.recorders[key] = SnapshotTaker([*updated, *others], beforehand=step.update_room.note_begun)
+            snapshots.append(self._step.recorders[key].take())
         if place is SnapshotPlace.HOST:
             snapshots.append(Snapshot.on_host(step.updated_variables))
         return SavedState(place, tuple(snapshots))

@@ -17,6 +17,7 @@ same. It also stays the same if a sample's length cannot be read from a shape: f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -61,15 +62,18 @@ class LengthRule:
         self._most = math.inf
 
     @classmethod
-    def after_search(cls, structure: Structure, tried: list[Any], report: Report) -> LengthRule:
-        """Make the rule for a report's plan; without trials, or under XLA, it leaves every size as it is."""
+    def after_search(cls, structure: Structure, tried: Callable[[], list[Any]], report: Report) -> LengthRule:
+        """Make the rule for a report's plan; without trials, or under XLA, it leaves every size as it is.
+
+        ``tried`` returns the leaves of a micro-batch that trials ran. It is called if samples vary in length.
+        """
         plan, environment = report.plan, report.environment
-        if plan is None or environment.jit_compile or not report.trials:
+        if plan is None or environment.jit_compile or not report.trials or not _varying_leaves(structure):
             return cls(structure, None)
         peaks = [trial.peak_bytes for trial in report.trials if trial.fits and trial.micro_batch == plan.micro_batch]
         return cls(
             structure,
-            tried,
+            tried(),
             peak_bytes=peaks[-1] if peaks else None,
             micro_batch=plan.micro_batch // plan.samples_in_portion,
             memory_model=report.memory_model,

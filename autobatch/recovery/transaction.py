@@ -21,7 +21,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from autobatch.errors import NoFeasibleBatchError, UpdateInterruptedError, warn
+import tensorflow as tf
+
+from autobatch.errors import FixedBatchSizeError, NoFeasibleBatchError, UpdateInterruptedError, warn
 from autobatch.metrics.merged_logs import Logs
 from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
 from autobatch.recovery.keeper import PROVEN_UPDATES, SavedState, SnapshotPlace
@@ -50,7 +52,7 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
         step = self._step
         kept: SavedState | None = None
         try:
-            if step.prepare(whole=whole):
+            if step.prepare(whole=whole, samples=samples, micro_batch=micro_batch):
                 self._keeper.forget()
             kept = self._keeper.take(whole=whole, proven=self._good_updates >= PROVEN_UPDATES)
             if whole:
@@ -59,6 +61,7 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
                 step.accumulate(data, micro_batch)
                 logs = step.apply()
         except CAUGHT as error:
+            self._explain(error, kept, samples, micro_batch)
             diagnosis = memory_failure(error)
         else:
             return logs
@@ -104,16 +107,29 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
         self._updates += 1
         return logs
 
+    def _explain(self, error: BaseException, kept: SavedState | None, samples: int, micro_batch: int) -> None:
+        """Undo the step and say so, if it failed because the code works with one number of samples alone."""
+        try:
+            self._step.explain(error, samples, micro_batch)
+        except FixedBatchSizeError:
+            self.roll_back(() if kept is None else (kept,))
+            raise
+
     def _evaluate_once(self, step: AccumulatedStep, data: Batch, samples: int) -> Logs:
         micro_batch = self._validation_policy.micro_batch
         kept: list[SavedState] = []
         try:
-            if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
-                self._evaluation_recorders[id(step)] = SnapshotTaker(step.changed_before_update)
-            kept.append(SavedState(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
+            if step.prepare_evaluation(samples, micro_batch) or "evaluation" not in step.recorders:
+                step.recorders["evaluation"] = SnapshotTaker(step.changed_before_update)
+            kept.append(SavedState(SnapshotPlace.NOWHERE, (step.recorders["evaluation"].take(),)))
             step.evaluate(data, micro_batch)
             return step.evaluation_logs()
         except CAUGHT as error:
+            if isinstance(error, tf.errors.InvalidArgumentError) and not step.evaluates_whole and micro_batch < samples:
+                step.evaluates_whole = True  # the code may hold a number of samples; otherwise it fails again
+                self.roll_back(kept)
+                return self._evaluate_once(step, data, samples)
             diagnosis = memory_failure(error)
         self.roll_back(kept)
+        micro_batch = step.evaluation_size(samples, micro_batch)
         raise RolledBackError(step.test_divider.division(samples, micro_batch).larger, samples, diagnosis)

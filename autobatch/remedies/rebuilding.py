@@ -92,6 +92,8 @@ def build(folder: str) -> tuple[Any, Any]:
     import keras
     import tensorflow as tf
 
+    from autobatch.seams import fitting
+
     written = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
     keras.config.set_floatx(written["floatx"])
     keras.config.set_image_data_format(written["image_data_format"])
@@ -106,6 +108,7 @@ def build(folder: str) -> tuple[Any, Any]:
     except (TypeError, ValueError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
         raise NotApplicableError(_not_rebuilt(error)) from error
     model.jit_compile = written["jit_compile"]
+    fitting.without_own_fit(model)  # the batch is what the model's own fit has made of the data
     # Written by the parent into a folder that only this user can enter.
     batch = pickle.loads((Path(folder) / "batch.pickle").read_bytes())
     rows = len(tf.nest.flatten(batch)[0])

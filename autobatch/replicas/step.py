@@ -85,10 +85,11 @@ class ReplicatedStep(CompiledStep):
         """
         missing = self._training is None
         if self._training is None:
-            self._sums.expect(self.model.trainable_variables)
-            self._micro = self._training_micro_step(self._sums)
-            self._training = self._trace(self._micro)
-            self._update = self._trace_update(self._micro)
+            with self._traced_as():
+                self._sums.expect(self.model.trainable_variables)
+                self._micro = self._training_micro_step(self._sums)
+                self._training = self._trace(self._micro)
+                self._update = self._trace_update(self._micro)
         self._prepared = self._training
         return missing
 

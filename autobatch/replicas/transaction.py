@@ -55,6 +55,14 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         """Return the metrics of all replicas after the last step; None before the first."""
         return self._metric_logs
 
+    def _renew_now(self) -> None:
+        super()._renew_now()
+        self._without_counts = set()
+
+    def renew_evaluation(self) -> None:
+        super().renew_evaluation()
+        self._without_counts = set()
+
     def _train_once(self, data: Batch, samples: int) -> Logs:
         step, micro_batch = self._step, self.policy.micro_batch
         kept: list[SavedState] = []
@@ -83,9 +91,9 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         kept: list[SavedState] = []
 
         def begin() -> None:
-            if step.prepare_evaluation() or id(step) not in self._evaluation_recorders:
-                self._evaluation_recorders[id(step)] = SnapshotTaker(step.changed_before_update)
-            kept.append(SavedState(SnapshotPlace.NOWHERE, (self._evaluation_recorders[id(step)].take(),)))
+            if step.prepare_evaluation() or "evaluation" not in step.recorders:
+                step.recorders["evaluation"] = SnapshotTaker(step.changed_before_update)
+            kept.append(SavedState(SnapshotPlace.NOWHERE, (step.recorders["evaluation"].take(),)))
 
         self._locally(step, data, samples, micro_batch, Phase.EVALUATION, begin, step.evaluate, kept)
         with self._agreement.waiting("the metrics of a validation batch"):

@@ -66,8 +66,16 @@ class ReplicatedTrials(LiveTrials):
         rows = self._agree([float(self.fixed_bytes_hint or 0)], "the beginning of the search")
         self.fixed_bytes_hint = int(rows.max())
 
-    def _make_step(self, model: Model, element_spec: ElementSpec, effective_batch: int | None) -> ReplicatedStep:
+    def _make_step(
+        self, model: Model, element_spec: ElementSpec, effective_batch: int | None, every_batch: int | None
+    ) -> ReplicatedStep:
         return ReplicatedStep(model, element_spec)
+
+    def _prepare(self, micro_batch: int) -> None:
+        self.step.prepare()
+
+    def size_in_training(self, micro_batch: int) -> int:
+        return micro_batch
 
     def _make_keeper(self) -> ReplicatedKeeper:
         limit, share = self._user_limit_bytes, self._headroom
@@ -78,7 +86,7 @@ class ReplicatedTrials(LiveTrials):
 
     def trace_plain(self) -> None:
         """Trace the accumulated step: replicas run no other."""
-        self.trace()
+        self.trace(1)
 
     def require_no_clock(self, max_seconds: float | None) -> None:
         """Refuse a search by the clock on several workers: they would not stop at the same trial.

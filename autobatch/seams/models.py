@@ -7,16 +7,19 @@ them moves.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer as _TensorFlowTrainer
 from keras.src.models.functional import Functional as _Functional
+from keras.src.trainers.trainer import Trainer as _Trainer
 
 from autobatch.seams.functions import converted
+from autobatch.seams.patching import replaced, suspended
 
 
 def untraced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -61,8 +64,11 @@ def build_on(model: Any, element_spec: Any) -> None:
 
 def _build_on(model: Any, element_spec: Any) -> None:
     if isinstance(model, (keras.Sequential, _Functional)):
+        stack = list(model._layers)
         with contextlib.suppress(*_NOT_SYMBOLIC):
             model._symbolic_build(data_batch=_symbolic_batch(element_spec))
+        if isinstance(model, keras.Sequential) and model._functional is None:
+            model._layers = stack  # without the input that Keras has put before it, whose shape is taken for the user's
     if model.built and model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
         model.optimizer.build(model.trainable_variables)
 
@@ -89,11 +95,77 @@ def layers_of(model: Any) -> list[Any]:
     return list(model._flatten_layers()) if hasattr(model, "_flatten_layers") else []
 
 
+def kept_with_compilation(model: Any, name: str, make: Callable[[], Any]) -> Any:
+    """Return what is kept under a name until the model is compiled anew, made if it is not there yet.
+
+    It is kept on a metric that Keras's ``compile`` makes. Return None for a model without one.
+    """
+    tracker = getattr(model, "_loss_tracker", None)
+    if tracker is None:
+        return None
+    kept = vars(tracker)
+    if name not in kept:
+        kept[name] = make()  # past what Keras's objects do when an attribute is set
+    return kept[name]
+
+
+def is_traced(function: Any) -> bool:
+    """Return True if a train function of Keras's holds a trace; False for None."""
+    cells = getattr(function, "__closure__", None) or ()
+    for cell in cells:
+        with contextlib.suppress(ValueError):  # it is empty yet
+            count = getattr(cell.cell_contents, "experimental_get_tracing_count", None)
+            if count is not None and count():
+                return True
+    return False
+
+
 def own_function(model: Any, kind: str) -> Callable[[Any], Any]:
     """Return Keras's own "train" or "test" function of a model whose function is replaced at the moment."""
     attribute = f"{kind}_function"
-    replaced = getattr(model, attribute)
-    getattr(model, f"make_{attribute}")(force=True)
+    instead = getattr(model, attribute)
+    with suspended():
+        getattr(model, f"make_{attribute}")(force=True)
     own: Callable[[Any], Any] = getattr(model, attribute)
-    setattr(model, attribute, replaced)
+    setattr(model, attribute, instead)
     return own
+
+
+@contextlib.contextmanager
+def making_replaced(model: Any, remade: Callable[[str], Callable[[Any], Any]]) -> Iterator[None]:
+    """Let ``remade(kind)`` make the "train" or "test" function wherever Keras would make one anew, on this thread.
+
+    That is in ``make_train_function`` and ``make_test_function``, if there is no function or with ``force``, and in
+    ``compile``.
+    """
+
+    def maker_of(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        attribute = f"{kind}_function"
+
+        def maker(original: Callable[..., Any]) -> Callable[..., Any]:
+            def make(self: Any, force: bool = False) -> Any:
+                if self is not model:
+                    return original(self, force)
+                if force or getattr(self, attribute) is None:
+                    setattr(self, attribute, remade(kind))
+                return getattr(self, attribute)
+
+            return make
+
+        return maker
+
+    def compiler(original: Callable[..., Any]) -> Callable[..., Any]:
+        def compile_again(self: Any, *args: Any, **kwargs: Any) -> Any:
+            done = original(self, *args, **kwargs)
+            if self is model:  # Keras's fit calls the function without asking whether it is there
+                self.train_function, self.test_function = remade("train"), remade("test")
+            return done
+
+        return compile_again
+
+    with (
+        replaced(_TensorFlowTrainer, "make_train_function", maker_of("train")),
+        replaced(_TensorFlowTrainer, "make_test_function", maker_of("test")),
+        replaced(_Trainer, "compile", compiler),
+    ):
+        yield

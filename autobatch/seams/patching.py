@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -52,7 +53,8 @@ def replaced(
     """Replace the function ``owner.name`` by ``make(original)`` for the calling thread, while the context is open.
 
     ``original`` is what the thread would have called without it: its replacement before this one, or the attribute as
-    it was found. ``owner`` is a class, an instance or a module. If the attribute is a property, its getter is replaced.
+    it was found. ``owner`` is a class, an instance, a module, or a closure's cell, whose ``cell_contents`` is replaced.
+    If the attribute is a property, its getter is replaced.
 
     Under a strategy each replica is traced on a thread of its own, and a replacement made there holds there alone.
     ``on_every_thread`` replaces for all threads, :func:`suspended` or not. A value that somebody else puts in the
@@ -135,7 +137,7 @@ class _Place(_Stack):
     def __init__(self, owner: Any, name: str) -> None:
         self._owner = owner
         self._name = name
-        self._found = vars(owner).get(name, _ABSENT)
+        self._found = _own_value(owner, name)
         attribute = getattr(owner, name) if self._found is _ABSENT else self._found
         is_property = isinstance(attribute, property)
         super().__init__(attribute.fget if is_property else attribute)
@@ -145,7 +147,7 @@ class _Place(_Stack):
 
     def is_in_place(self) -> bool:
         """Return False if somebody else has put another value in the attribute's place."""
-        return vars(self._owner).get(self._name) is self._instead
+        return _own_value(self._owner, self._name) is self._instead
 
     def put_back(self) -> None:
         """Put the attribute back as it was found, unless it is somebody else's now."""
@@ -155,9 +157,16 @@ class _Place(_Stack):
             del _PLACES[id(self._owner), self._name]
 
     def _put(self, value: Any) -> None:
-        if isinstance(self._owner, type):
+        if isinstance(self._owner, types.CellType):
+            self._owner.cell_contents = value
+        elif isinstance(self._owner, type):
             delattr(self._owner, self._name) if value is _ABSENT else setattr(self._owner, self._name, value)
         elif value is _ABSENT:
             del vars(self._owner)[self._name]
         else:
             vars(self._owner)[self._name] = value  # past what Keras's objects do when an attribute is set
+
+
+def _own_value(owner: Any, name: str) -> Any:
+    """Return what ``owner`` itself holds under a name, not what it inherits; :data:`_ABSENT` if it holds nothing."""
+    return owner.cell_contents if isinstance(owner, types.CellType) else vars(owner).get(name, _ABSENT)

@@ -82,7 +82,7 @@ def unsearched(
     each = samples_in_portion(trials)
     plan = plan_of(max(1, micro_batch // each), effective_batch // each, trials.replicas)
     if _accumulates(plan):
-        trials.trace()  # the report names what differs
+        trials.trace(micro_batch // each)  # the report names what differs
     else:
         trials.trace_plain()
     nothing_tried = SearchResult(None, None, trials=(), memory_model=None, stopped_because=why)

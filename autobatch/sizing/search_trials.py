@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from autobatch import search
-from autobatch.records import Report, TrialRequest, TrialResult
+from autobatch.errors import FixedBatchSizeError, NoFeasibleBatchError
+from autobatch.records import Report, SearchResult, TrialRequest, TrialResult
 from autobatch.search import planning
 from autobatch.sizing.in_samples import samples_in_portion, trial_in_samples
 from autobatch.sizing.remembered import RememberedResult, without_repeats
@@ -68,25 +69,30 @@ def search_with(
     memory = (
         RememberedResult(trials, target_batch=target_batch, objective=objective, exact=exact) if remembers else None
     )
-    confirmed = None if memory is None else memory.confirm(run, tried)
-    if confirmed is not None:
-        return make_report(trials, confirmed.result, confirmed.plan)
-    started = time.monotonic()
-    result = search.search(
-        without_repeats(trials.run, tried),
-        target_batch=target_per_replica,
-        budget_bytes=trials.environment.budget_bytes,
-        headroom_bytes=(trials.environment.limit_bytes or 0) - (trials.environment.budget_bytes or 0),
-        max_micro_batch=trials.largest_useful,
-        fixed_bytes_hint=trials.fixed_bytes_hint,
-        estimate_sample=trials.estimate_sample,
-        exact=exact,
-        objective=objective,
-        max_trials=max_trials,
-        max_seconds=max_seconds,
-        clock=time.monotonic,
-        on_trial=show,
-    )
+    try:
+        confirmed = None if memory is None else memory.confirm(run, tried)
+        if confirmed is not None:
+            return make_report(trials, confirmed.result, confirmed.plan)
+        started = time.monotonic()
+        result = search.search(
+            without_repeats(trials.run, tried),
+            target_batch=target_per_replica,
+            budget_bytes=trials.environment.budget_bytes,
+            headroom_bytes=(trials.environment.limit_bytes or 0) - (trials.environment.budget_bytes or 0),
+            max_micro_batch=trials.largest_useful,
+            fixed_bytes_hint=trials.fixed_bytes_hint,
+            estimate_sample=trials.estimate_sample,
+            exact=exact,
+            objective=objective,
+            max_trials=max_trials,
+            max_seconds=max_seconds,
+            clock=time.monotonic,
+            on_trial=show,
+        )
+    except FixedBatchSizeError as error:
+        if target_batch is None or target_per_replica is None:
+            raise
+        return _whole_alone(trials, run, shown, target_batch, target_per_replica, error)
     cut_short = (max_trials is not None and len(result.trials) >= max_trials) or (
         max_seconds is not None and time.monotonic() - started >= max_seconds
     )
@@ -103,3 +109,28 @@ def search_with(
     if result.headroom_given_up:
         say_headroom_is_given_up(trials)
     return make_report(trials, result, plan)
+
+
+def _whole_alone(
+    trials: Trials,
+    run: Callable[[TrialRequest], TrialResult],
+    tried: list[TrialResult],
+    target_batch: int,
+    whole: int,
+    error: FixedBatchSizeError,
+) -> Report:
+    """Return the report of the whole effective batch as one micro-batch: the model's code cannot take less.
+
+    Raises:
+        NoFeasibleBatchError: It does not fit.
+    """
+    known = [trial for trial in tried if trial.micro_batch == whole]
+    trial = known[0] if known else run(TrialRequest(whole))
+    if not trial.fits:
+        raise NoFeasibleBatchError(
+            f"{whole} samples at a time do not fit, and the model's code cannot take fewer. {error}",
+            needed_bytes=trial.peak_bytes,
+            limit_bytes=trials.environment.limit_bytes,
+        ) from error
+    result = SearchResult(whole, None, tuple(tried), None, "the model's code cannot take fewer samples at a time")
+    return make_report(trials, result, plan_of(whole, target_batch, trials.replicas))

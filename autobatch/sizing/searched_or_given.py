@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from autobatch import display
 from autobatch.records import Report, TrialResult
-from autobatch.sizing.reports import say_what_differs, unsearched
+from autobatch.sizing.reports import plan_of, say_what_differs, unsearched
 from autobatch.sizing.search_trials import search_with
 
 if TYPE_CHECKING:
@@ -32,11 +33,16 @@ def searched_or_given(
     """
     if micro_batch is None:
         try:
-            report = shown_search(trials, quiet=quiet, target_batch=target_batch, cache=cache)
+            known = trials.known_report() if cache else None
+            report = known or shown_search(trials, quiet=quiet, target_batch=target_batch, cache=cache)
         finally:
             trials.close()
     else:
         report = unsearched(trials, min(micro_batch, -(-target_batch // trials.replicas)), target_batch, why)
+    if report.plan is not None and trials.samples_in_portion == 1:
+        size = trials.size_in_training(report.plan.micro_batch)
+        if size != report.plan.micro_batch:
+            report = dataclasses.replace(report, plan=plan_of(size, target_batch, trials.replicas))
     say_what_differs(report, listed_in=listed_in)
     return report
 

@@ -9,5 +9,7 @@ Each module has one thing to know:
 * ``update_room``: the memory of the update, asked for before it begins.
 * ``whole_batch_step``: Keras's own step, where one micro-batch is the whole effective batch.
 * ``compiled_step``: the promises of a step, whether on one device or on several.
+* ``fixed_size``: code that works with one number of samples alone.
+* ``kept_steps``: which traces the next training of the same model may use.
 * ``accumulated_step``: all of it put together on one device; :mod:`autobatch.replicas.step` does so on several.
 """

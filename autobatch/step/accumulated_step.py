@@ -11,15 +11,19 @@ out of memory: :mod:`autobatch.recovery.transaction` does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
+from autobatch.errors import FixedBatchSizeError
 from autobatch.metrics.merged_logs import Logs
+from autobatch.step import fixed_size
 from autobatch.step.accumulators import Accumulators, Update
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.step.division import Divider, Division
+from autobatch.step.loop_model import LoopModel
 from autobatch.step.micro_batch_loop import loop
 from autobatch.step.micro_step import MicroStep
 from autobatch.step.whole_batch_step import WholeBatchStep
@@ -28,15 +32,36 @@ from autobatch.tensors.functions import called_directly
 from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Batch, ElementSpec, Model, Tensor, Variable
 
+logger = logging.getLogger(__name__)
+
 
 class AccumulatedStep(CompiledStep):
     """Compiled steps of one model on one device.
 
     ``effective_batch`` is the most samples in an update. If given, gradients of large embeddings are kept as rows.
+    ``every_batch`` is the number of samples in each effective batch, if all have as many as Keras knows beforehand.
+
+    Code that asks for the number of samples as a Python number cannot be traced with that number left open. A trace
+    with the size of the micro-batches is made for it instead, where all of them are equal: see :attr:`wants_size`.
     """
 
-    def __init__(self, model: Model, element_spec: ElementSpec, *, effective_batch: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        element_spec: ElementSpec,
+        *,
+        effective_batch: int | None = None,
+        every_batch: int | None = None,
+    ) -> None:
         super().__init__(model, element_spec)
+        self._effective_batch = effective_batch
+        self._every_batch = every_batch
+        self.wants_size = False
+        """True if the step cannot be traced for micro-batches of any size, so that it is traced for one."""
+        self._each: int | None = None
+        self._evaluates: int | None = None
+        self.evaluates_whole = False
+        """True if validation batches cannot be cut, because the code holds a number of samples."""
         # A trial runs two full micro-batches; rounding can add one sample to the target.
         self._most_samples = None if effective_batch is None else effective_batch + 1
         self._sums = self._no_sums()
@@ -53,28 +78,153 @@ class AccumulatedStep(CompiledStep):
         return Accumulators(self.model, self.structure, self._touched, self.note_update, most_samples=samples)
 
     def for_data(self, element_spec: ElementSpec) -> AccumulatedStep:
-        return AccumulatedStep(self.model, element_spec, effective_batch=self._most_samples)
+        return AccumulatedStep(self.model, element_spec, effective_batch=self._effective_batch)
 
-    def prepare(self, *, whole: bool = False) -> bool:
+    def renewed(self) -> AccumulatedStep:
+        return AccumulatedStep(
+            self.model,
+            self.structure.element_spec,
+            effective_batch=self._effective_batch,
+            every_batch=self._every_batch,
+        )
+
+    def prepare(self, *, whole: bool = False, samples: int | None = None, micro_batch: int | None = None) -> bool:
         """Trace what :meth:`plain` needs if ``whole``, else what :meth:`accumulate` and :meth:`apply` need.
 
+        ``samples`` and ``micro_batch`` are the sizes that will be run, as far as they are known.
+
         Return True if anything was missing.
+
+        Raises:
+            FixedBatchSizeError: the model's code works with another number of samples at a time alone.
         """
         if whole:
-            return self._whole.prepare()
+            with self._traced_as():
+                every = self._every_batch
+                return self._whole.prepare(every or samples, every=every is not None)
+        each = self._size_wanted(samples, micro_batch)
+        if self._apply is None or each != self._each:
+            try:
+                self._trace_training(each, samples)
+            except Exception:
+                each = self._size_wanted(samples, micro_batch)
+                if each is None or each == self._each:
+                    raise
+                self._trace_training(each, samples)
+            self._require_size(samples, micro_batch)
+            return True
+        self._sums.reserve()
+        self._require_size(samples, micro_batch)
+        return False
+
+    def fitting_size(self, samples: int, micro_batch: int) -> int:
+        """Return the micro-batch to cut ``samples`` by, so that all are equal where the code wants one size."""
+        return fixed_size.largest_divisor(samples, micro_batch) if self.wants_size else micro_batch
+
+    def _size_wanted(self, samples: int | None, micro_batch: int | None) -> int | None:
+        if not self.wants_size:
+            return None
+        if samples is None or micro_batch is None:
+            return self._each
+        return self.fitting_size(samples, micro_batch)
+
+    def _trace_training(self, each: int | None, samples: int | None) -> None:
+        """Trace a micro-batch of ``each`` samples, or of any number; and the update."""
         if self._apply is not None:
+            self.release_accumulators()
+        try:
+            with self._traced_as():
+                self._sums.expect_rows()
+                self._micro = micro = self._training_micro_step(self._sums, self._most_samples, each)
+                self._accumulate = self._trace_loop(micro, zero_first=True, each=each)
+                self._apply = self._trace_apply(micro)
+            self._each = each
+        except Exception as error:
+            self.release_accumulators()
+            if self.model.run_eagerly or not fixed_size.may_want_the_size(error):
+                raise
+            if each is None and (self._every_batch is not None or isinstance(self.model, LoopModel)):
+                self.wants_size = True
+                raise
+            if each is not None and samples is not None and each < samples and self._runs_whole(samples):
+                raise fixed_size.refusal(self.model, each, samples, fixed_size.place_of(error)) from error
+            raise
+
+    def _runs_whole(self, samples: int) -> bool:
+        """Return True if the model's code can be traced with all samples at a time."""
+        try:
+            self.prepare(whole=True, samples=samples)
+        except Exception as error:  # noqa: BLE001 - whatever the user's code raises
+            logger.info("the step cannot be traced with %d samples at a time either: %r", samples, error)
             return False
-        self._sums.expect_rows()
-        self._micro = micro = self._training_micro_step(self._sums, self._most_samples)
-        self._accumulate = self._trace_loop(micro, zero_first=True)
-        self._apply = self._trace_apply(micro)
         return True
 
-    def prepare_evaluation(self) -> bool:
-        if self._evaluate is not None:
+    def _require_size(self, samples: int | None, micro_batch: int | None) -> None:
+        """Refuse to cut a batch into micro-batches of another size than the traced step is written for."""
+        found = None if self._micro is None else self._micro.fixed_size
+        if found is None or samples is None or micro_batch is None:
+            return
+        larger, smaller, _ = self.train_divider.division(samples, micro_batch)
+        if (larger, smaller) != (found.samples, found.samples):
+            raise fixed_size.refusal(self.model, larger, found.samples, found.place)
+
+    def explain(self, error: BaseException, samples: int, micro_batch: int) -> None:
+        """Refuse the micro-batch, if a step failed because the model's code works with another size alone.
+
+        Raises:
+            FixedBatchSizeError: so it is; it names the user's line.
+        """
+        if not isinstance(error, tf.errors.InvalidArgumentError) or self.model.run_eagerly or self.wants_size:
+            return
+        each = self.train_divider.division(samples, micro_batch).larger
+        if each >= samples:
+            return
+        probe = self.renewed()
+        probe.trained_as, probe.wants_size = self.trained_as, True
+        try:
+            probe._trace_training(each, samples)
+        except FixedBatchSizeError as found:
+            raise found from error
+        except Exception as other:  # noqa: BLE001 - then it has another reason
+            logger.info("the step cannot be traced with %d samples at a time: %r", each, other)
+        finally:
+            probe.release_accumulators()
+
+    def prepare_evaluation(self, samples: int | None = None, micro_batch: int | None = None) -> bool:
+        """Trace what :meth:`evaluate` needs for a batch of these sizes; return True if anything was missing."""
+        if self._evaluate is None and not self.wants_size:
+            try:
+                self._trace_evaluation(None)
+                return True
+            except Exception as error:
+                if samples is None or self.model.run_eagerly or not fixed_size.may_want_the_size(error):
+                    raise
+                self.wants_size = True
+        if not self.wants_size or samples is None or micro_batch is None:
             return False
-        self._evaluate = self._trace_loop(self._evaluating_micro_step(self._most_samples), zero_first=False)
+        each = samples if self.evaluates_whole else self.fitting_size(samples, micro_batch)
+        if self._evaluate is not None and self._evaluates in (each, samples):
+            return False
+        try:
+            self._trace_evaluation(each)
+        except Exception as error:
+            if each == samples or not fixed_size.may_want_the_size(error):
+                raise
+            self._trace_evaluation(samples)  # as Keras would
         return True
+
+    def evaluation_size(self, samples: int, micro_batch: int) -> int:
+        """Return the size by which to cut a validation batch, once :meth:`prepare_evaluation` has seen its sizes."""
+        if self.evaluates_whole:
+            return samples
+        return micro_batch if self._evaluates is None else self._evaluates
+
+    def _trace_evaluation(self, each: int | None) -> None:
+        with self._traced_as():
+            micro = self._evaluating_micro_step(self._most_samples, each)
+            self._evaluate = self._trace_loop(micro, zero_first=False, each=each)
+        self._evaluates = each
+        self.evaluates_whole = self.evaluates_whole or micro.fixed_size is not None
 
     def update_has_begun(self) -> bool:
         not_reached = self._ran_whole and self._whole.has_not_reached_update()
@@ -103,8 +253,21 @@ class AccumulatedStep(CompiledStep):
     @property
     def micro_graph(self) -> tf.Graph | None:
         """Graph of the forward and backward pass of one micro-batch; None for a model that runs eagerly."""
-        self.prepare()
+        if self._micro is None:
+            self.prepare()
         return None if self.model.run_eagerly or self._micro is None else self._micro.graph
+
+    def rest(self) -> bool:
+        if self.model.run_eagerly:
+            return False
+        self._sums.rest()
+        for part in (self._micro, self._whole):
+            if part is not None:
+                part.rest()
+        self._logs = {}
+        for evaluation in self.evaluations.values():
+            evaluation.rest()
+        return True
 
     def release_accumulators(self) -> None:
         self._sums.release()
@@ -115,6 +278,7 @@ class AccumulatedStep(CompiledStep):
     def plain(self, data: Batch) -> Logs:
         """Run Keras's own step on the whole effective batch; the update begins when every gradient is there."""
         self._ran_whole = True
+        self.prepare(whole=True, samples=self.structure.count(data))
         return self._whole.run(self.structure.leaves(data))
 
     def accumulate(self, data: Batch, micro_batch: int) -> Logs:
@@ -124,14 +288,14 @@ class AccumulatedStep(CompiledStep):
         if not self._sums.holds(samples):  # more samples than were announced: there is no room for their rows
             self._most_samples = None
             self.release_accumulators()
-        self.prepare()
+        self.prepare(samples=samples, micro_batch=micro_batch)
+        micro_batch = self.fitting_size(samples, micro_batch)
         assert self._accumulate is not None
         division = self.train_divider.tensor(samples, micro_batch)
         self._logs = self._accumulate(self.structure.leaves(data), division)
         return self._logs
 
     def apply(self) -> Logs:
-        self.prepare()
         assert self._apply is not None
         self._apply()
         return self._logs
@@ -151,16 +315,17 @@ class AccumulatedStep(CompiledStep):
         return concrete  # type: ignore[no-any-return]
 
     def evaluate(self, data: Batch, micro_batch: int) -> Logs:
-        self.prepare_evaluation()
+        samples = self.structure.count(data)
+        self.prepare_evaluation(samples, micro_batch)
         assert self._evaluate is not None
-        division = self.test_divider.tensor(self.structure.count(data), micro_batch)
+        division = self.test_divider.tensor(samples, self.evaluation_size(samples, micro_batch))
         self._logs = self._evaluate(self.structure.leaves(data), division)
         return self._logs
 
     def evaluation_logs(self) -> Logs:
         return self._logs
 
-    def _trace_loop(self, micro: MicroStep, *, zero_first: bool) -> Callable[..., Logs]:
+    def _trace_loop(self, micro: MicroStep, *, zero_first: bool, each: int | None = None) -> Callable[..., Logs]:
         def run(leaves: list[Tensor], vector: Any) -> Logs:
             with tf.device("CPU:0"):
                 samples, division = sample_count(leaves), Division(*tf.unstack(vector))
@@ -171,7 +336,7 @@ class AccumulatedStep(CompiledStep):
             def body(part: list[Any], fraction: Tensor, carried: list[Any]) -> list[Any]:
                 return micro.merge(carried, micro(part, fraction, totals), fraction)
 
-            logs, statistics = micro.finish(loop(leaves, samples, division, micro.empty(), body))
+            logs, statistics = micro.finish(loop(leaves, samples, division, micro.empty(), body, each=each))
             micro.averages.assign(statistics)
             return micro.logs.pack(logs)
 

@@ -64,6 +64,9 @@ class Accumulators:
         self._device = device
         self._most_samples = most_samples
         self._sums: dict[int, Any] = {}
+        self._shapes: dict[int, Any] = {}
+        """Shape of each sum by its id, which an empty one does not tell."""
+        self._rests = False
         self._rows: dict[int, RowBuffer] = {}
         self.updates: list[Update] = []
         """Updates of the trace or eager run that was captured last."""
@@ -119,6 +122,7 @@ class Accumulators:
                     trainable=False,
                     name="autobatch_accumulator",
                 )
+            self._shapes[id(self._sums[id(inner)])] = inner.shape
             self._touched.ignore([self._sums[id(inner)]])
         return self._sums[id(inner)]
 
@@ -202,20 +206,39 @@ class Accumulators:
         value.set_shape(inner.shape)
         return tf.cast(value, inner.dtype)
 
-    def release(self) -> None:
-        """Let go of the sums and their memory.
-
-        TensorFlow's registry of gradient functions keeps a traced update, and the buffers that it names, as long as the
-        process lives. So the buffers are emptied first.
-        """
+    def rest(self) -> None:
+        """Let go of the memory of the sums, which stay where traces know them; :meth:`reserve` takes it again."""
         for accumulator in self._sums.values():
             with tf.device(accumulator.device):
                 empty = tf.zeros([0], accumulator.dtype)
             tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=empty)
         for buffer in self._rows.values():
             buffer.release()
+        self._rests = True
+
+    def reserve(self) -> None:
+        """Take the memory of the sums again, if they rest."""
+        if not self._rests:
+            return
+        for accumulator in self._sums.values():
+            with tf.device(accumulator.device):
+                zeros = tf.zeros(self._shapes[id(accumulator)], accumulator.dtype)
+            tf.raw_ops.AssignVariableOp(resource=accumulator.handle, value=zeros)
+        for buffer in self._rows.values():
+            assert self._most_samples is not None
+            buffer.reserve(self._most_samples)
+        self._rests = False
+
+    def release(self) -> None:
+        """Let go of the sums and their memory.
+
+        TensorFlow's registry of gradient functions keeps a traced update, and the buffers that it names, as long as the
+        process lives. So the buffers are emptied first.
+        """
+        self.rest()
+        self._rests = False
         self._touched.forget([*self._sums.values(), *self.row_variables])
-        self._sums, self._rows, self.updates = {}, {}, []
+        self._sums, self._shapes, self._rows, self.updates = {}, {}, {}, []
 
 
 def _inner(variable: Variable) -> Any:

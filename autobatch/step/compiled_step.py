@@ -8,6 +8,7 @@ collective, and the first is not. ``tests/step/test_contract.py`` tests both imp
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs import row_numbers
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.metrics.merged_logs import Logs
+from autobatch.seams.trainable import TrainableState
 from autobatch.step.accumulators import Update
 from autobatch.step.micro_step import MicroStep, Sink
 from autobatch.step.update_room import UpdateReserve, guessed_bytes
 from autobatch.tensors.batch_structure import Structure
-from autobatch.tensors.snapshots import InGraphSnapshot
+from autobatch.tensors.snapshots import InGraphSnapshot, SnapshotTaker
 from autobatch.tensors.variables import distinct
 from autobatch.types import Batch, ElementSpec, Graph, Model, Optimizer, Tensor, Variable
 
@@ -50,10 +52,24 @@ class CompiledStep(abc.ABC):
         """Reason, with the user's line, for which batches can be neither cut nor joined; empty if none was traced."""
         self._micro: MicroStep | None = None
         self._findings = TraceFindings()
+        self.trained_as: TrainableState | None = None
+        """State of the model that steps are traced in; None takes the present one."""
+        self.kept_under: tuple[Any, Any] | None = None
+        """Keeper of this step for the next training, a :class:`.kept_steps.KeptSteps`, and its key there, or None."""
+        self.findings_kept: dict[Any, Any] = {}
+        """Findings of trials with this step, for the next training, by their conditions."""
+        self.evaluations: dict[str, Self] = {}
+        """Steps for validation data, by the structure of the data."""
+        self.recorders: dict[Any, SnapshotTaker] = {}
+        """Makers of snapshots of this step's variables, by what they are for."""
 
     @abc.abstractmethod
     def for_data(self, element_spec: ElementSpec) -> Self:
         """Return the steps of the same model for data of another structure."""
+
+    def renewed(self) -> Self:
+        """Return steps of the same model and data, to be traced anew."""
+        return self.for_data(self.structure.given_spec)
 
     @abc.abstractmethod
     def prepare(self) -> bool:
@@ -94,6 +110,24 @@ class CompiledStep(abc.ABC):
     @abc.abstractmethod
     def release_accumulators(self) -> None:
         """Let go of the accumulators, their memory, and the functions traced with them."""
+
+    def rest(self) -> bool:
+        """Let go of memory and keep the traces, for the next training; return False if that is not possible."""
+        return False
+
+    def evaluation_for(self, element_spec: ElementSpec) -> Self:
+        """Return the step for validation data of another structure, which is kept with this one."""
+        key = repr(element_spec)
+        if key not in self.evaluations:
+            self.evaluations[key] = self.for_data(element_spec)
+            self.evaluations[key].trained_as = self.trained_as
+        return self.evaluations[key]
+
+    def _traced_as(self) -> contextlib.AbstractContextManager[None]:
+        """Put the model into the state in which its steps are traced."""
+        if self.trained_as is None or self.model.run_eagerly:
+            return contextlib.nullcontext()
+        return self.trained_as.restored()
 
     @property
     @abc.abstractmethod
@@ -175,7 +209,7 @@ class CompiledStep(abc.ABC):
         if found:
             self.on_optimizer_found()
 
-    def _training_micro_step(self, sink: Sink, most_samples: int | None = None) -> MicroStep:
+    def _training_micro_step(self, sink: Sink, most_samples: int | None = None, each: int | None = None) -> MicroStep:
         return MicroStep(
             self.model,
             self.structure,
@@ -185,11 +219,19 @@ class CompiledStep(abc.ABC):
             findings=self._findings,
             on_traced=lambda: self.on_traced(),
             most_samples=most_samples,
+            each=each,
         )
 
-    def _evaluating_micro_step(self, most_samples: int | None = None) -> MicroStep:
-        step = self.model.test_step
-        return MicroStep(self.model, self.structure, step, self._touched, sink=None, most_samples=most_samples)
+    def _evaluating_micro_step(self, most_samples: int | None = None, each: int | None = None) -> MicroStep:
+        return MicroStep(
+            self.model,
+            self.structure,
+            self.model.test_step,
+            self._touched,
+            sink=None,
+            most_samples=most_samples,
+            each=each,
+        )
 
     def _release_micro_step(self) -> None:
         if self._micro is not None:

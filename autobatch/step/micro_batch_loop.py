@@ -12,10 +12,19 @@ from autobatch.tensors.batch_structure import cut
 from autobatch.types import Tensor
 
 
-def loop(leaves: list[Tensor], samples: Any, division: Division, carried: Any, body: Callable[..., Any]) -> Any:
+def loop(
+    leaves: list[Tensor],
+    samples: Any,
+    division: Division,
+    carried: Any,
+    body: Callable[..., Any],
+    *,
+    each: int | None = None,
+) -> Any:
     """Run ``body(part, fraction, carried) -> carried`` for each micro-batch in turn; return what the last one carries.
 
-    ``part`` holds the leaves of a micro-batch, and ``fraction`` is its share of ``samples``.
+    ``part`` holds the leaves of a micro-batch, and ``fraction`` is its share of ``samples``. All micro-batches have
+    ``each`` samples, and their parts have a static shape, unless it is None.
     """
 
     def step(start: Any, carried: Any) -> tuple[Any, Any]:
@@ -25,7 +34,7 @@ def loop(leaves: list[Tensor], samples: Any, division: Division, carried: Any, b
             taken = tf.raw_ops.Select(condition=is_larger, x=division.larger, y=division.smaller)
             stop = start + taken
             fraction = tf.cast(taken, tf.float64) / tf.cast(samples, tf.float64)
-            part = [cut(leaf, start, stop) for leaf in leaves]
+            part = [_of_size(cut(leaf, start, stop), each) for leaf in leaves]
         return stop, body(part, fraction, carried)
 
     with tf.device("CPU:0"):
@@ -50,3 +59,10 @@ def loop(leaves: list[Tensor], samples: Any, division: Division, carried: Any, b
         parallel_iterations=1,
     )
     return carried
+
+
+def _of_size(leaf: Tensor, samples: int | None) -> Any:
+    """Return a leaf whose shape says that it has as many samples; None leaves it open."""
+    if samples is None or not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
+        return leaf
+    return tf.ensure_shape(leaf, [samples, *leaf.shape[1:]])

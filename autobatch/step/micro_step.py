@@ -13,6 +13,7 @@ from autobatch.averages.running_averages import RunningAverages
 from autobatch.differences import rules
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs import draws
+from autobatch.graphs.dependence import unknown
 from autobatch.graphs.sample_flow import SampleFlow
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.graphs.writes import written_variables
@@ -29,6 +30,7 @@ from autobatch.seams.gradients import gradients_weighed, without_gradients
 from autobatch.seams.optimizers import ApplyHandler, capture_apply
 from autobatch.step.attributes import attributes_kept
 from autobatch.step.division import Division
+from autobatch.step.fixed_size import FixedSize, fixed_size_in
 from autobatch.step.micro_batch_loop import loop
 from autobatch.tensors.batch_structure import Structure, cut, sample_count
 from autobatch.tensors.snapshots import InGraphSnapshot
@@ -66,6 +68,7 @@ class MicroStep:
         findings: the findings of an earlier trace of the same step.
         on_traced: is called when :attr:`findings` are complete; in eager code after every micro-batch.
         most_samples: the most samples in an effective batch; None if not known.
+        each: the samples of every micro-batch, if the trace is to have their number; None leaves it open.
     """
 
     def __init__(
@@ -79,7 +82,11 @@ class MicroStep:
         findings: TraceFindings | None = None,
         on_traced: Callable[[], None] = lambda: None,
         most_samples: int | None = None,
+        each: int | None = None,
     ) -> None:
+        self._each = each
+        self._leaves: list[Tensor] = []
+        """Leaves of the micro-batch that is traced; empty outside of a trace."""
         self._model = model
         self._structure = structure
         self._step = models.untraced(step)
@@ -101,6 +108,8 @@ class MicroStep:
         self._count_length: int | None = None
         self.graph: tf.Graph | None = None
         """Graph of the traced step; None before the trace, and if the step runs eagerly."""
+        self.fixed_size: FixedSize | None = None
+        """Number of samples that the traced step is written for; None if the trace shows none."""
 
     @property
     def count_length(self) -> int | None:
@@ -114,10 +123,14 @@ class MicroStep:
         with tf.control_dependencies([self._second_references.keep()]):
             return self._compiled(leaves, fraction, totals)
 
-    def release(self) -> None:
-        """Let go of the memory that is held between micro-batches."""
+    def rest(self) -> None:
+        """Let go of the memory that is held between micro-batches; the trace is kept."""
         if self._second_references is not None:
             self._second_references.drop()
+
+    def release(self) -> None:
+        """Let go of the memory that is held between micro-batches, and of the trace."""
+        self.rest()
         self.averages.release()
 
     def trace(self) -> None:
@@ -126,7 +139,7 @@ class MicroStep:
         Raises:
             ValueError: a second trace shows another number of denominators than the first.
         """
-        model, sink, specs = self._model, self._sink, self._structure.specs
+        model, sink, specs = self._model, self._sink, self._structure.specs_of(self._each)
         if sink is not None and len(self._touched.optimizers) == 1:
             # A tf.function that creates variables while it is traced is traced a second time.
             sink.expect(model.trainable_variables)
@@ -137,6 +150,9 @@ class MicroStep:
         concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
         self.logs.note_structure(concrete.structured_outputs[0])
         self.graph = concrete.graph
+        if self._each is None:
+            self.fixed_size = fixed_size_in(concrete.graph, self._leaves)
+        self._leaves = []
         self._touched.note_graph(concrete.graph)
         self._touched.note_written(concrete.graph)
         if sink is not None:
@@ -210,6 +226,7 @@ class MicroStep:
             self.findings = traced
 
     def _run_averaging(self, leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> tuple[Logs, list[Any], Any]:
+        self._leaves = [] if tf.executing_eagerly() else leaves
         logs, held = self._run(leaves, fraction, totals)
         return logs, held, self.averages.statistics()
 
@@ -272,8 +289,15 @@ class MicroStep:
             normalizer.terms = eager
             return normalizer, eager
         note = (lambda found: None) if traced is None else traced.note_dependence
-        terms = LossTerms(needed, fraction, sample_count(leaves), SampleFlow.of_leaves(leaves, ()), note)
+        terms = LossTerms(needed, fraction, sample_count(leaves), self._flow_of(leaves), note)
         return LossWeights(fraction, needed, terms), terms
+
+    def _flow_of(self, leaves: list[Tensor]) -> SampleFlow:
+        """Return the flow of the samples. With their number in the trace, shapes do not tell what counts them."""
+        if self._each is None:
+            return SampleFlow.of_leaves(leaves, ())
+        parts = tf.nest.flatten(leaves, expand_composites=True)
+        return SampleFlow({part.name: unknown("a batch of one fixed size") for part in parts})
 
     def _capturing(self, fraction: Tensor, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
         if self._sink is None:
@@ -330,6 +354,7 @@ class MicroStep:
             division,
             counts,
             lambda part, fraction, carried: carried + self._count_compiled(part, fraction, tf.zeros_like(counts)),
+            each=self._each,
         )
 
     def empty(self) -> list[Any]:

@@ -17,6 +17,7 @@ from autobatch.metrics.merged_logs import Logs
 from autobatch.seams import models
 from autobatch.seams.functions import functions_inlined
 from autobatch.seams.optimizers import apply_of, capture_apply
+from autobatch.step import fixed_size
 from autobatch.step.update_room import UpdateReserve
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.functions import called_directly
@@ -49,29 +50,48 @@ class WholeBatchStep:
         self._reserve = reserve
         self._note_update = note_update
         self._compiled: Callable[..., Logs] | None = None
+        self._samples: int | None = None
         self.copies: InGraphSnapshot | None = None
         """Copies of the variables that the step changes before its update; None if it runs eagerly or is not traced."""
 
-    def prepare(self) -> bool:
-        """Trace the step unless it was traced before; return True if this call did it."""
-        missing = self._compiled is None
-        if missing:
-            self._compiled = self._trace()
-        return missing
+    def prepare(self, samples: int | None = None, *, every: bool = False) -> bool:
+        """Trace the step unless it was traced before; return True if this call did it.
+
+        ``samples`` are those of the batch. With ``every`` all batches have as many, and the trace has their number, as
+        Keras's own then has. Otherwise it is left open; code that cannot do without gets it.
+        """
+        if self._compiled is not None and self._samples in (None, samples):
+            return False
+        if self._compiled is None and not every:
+            try:
+                self._compiled = self._trace(None)
+            except Exception as error:
+                if samples is None or not fixed_size.may_want_the_size(error):
+                    raise
+            else:
+                return True
+        self._compiled, self._samples = self._trace(samples), samples
+        return True
 
     def run(self, leaves: list[Tensor]) -> Logs:
-        """Run the step on all samples at once."""
+        """Run the step, which is traced, on all samples at once."""
         if self.copies is not None:
             self.copies.forget()
-        self.prepare()
         assert self._compiled is not None
         return self._compiled(leaves)
+
+    def rest(self) -> None:
+        """Let go of the memory that is held between calls; the trace is kept."""
+        if self.copies is not None:
+            self.copies.drop()
 
     def has_not_reached_update(self) -> bool:
         """Return True if the call that has just failed did so before its first update."""
         return self.copies is not None and not self.copies.are_of_failed_call
 
-    def _trace(self) -> Callable[..., Logs]:
+    def _trace(self, samples: int | None) -> Callable[..., Logs]:
+        specs = self._structure.specs_of(samples)
+
         def update(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
             self._note_update(optimizer, gradients, variables)
             present = [gradient for gradient in gradients if gradient is not None]
@@ -90,7 +110,7 @@ class WholeBatchStep:
         if self._model.run_eagerly:
             return step
         inner = tf.function(
-            step, autograph=False, jit_compile=bool(self._model.jit_compile), input_signature=[self._structure.specs]
+            step, autograph=False, jit_compile=bool(self._model.jit_compile), input_signature=[specs]
         ).get_concrete_function()
         self._touched.note_graph(inner.graph)
         changed = written_variables(inner.graph, self._touched.changed_before_update)
@@ -100,7 +120,7 @@ class WholeBatchStep:
             with tf.control_dependencies([self._reserve.note_begun(False), copies.keep()]):
                 return inner(leaves)
 
-        compiled = tf.function(kept_step, autograph=False, input_signature=[self._structure.specs])
+        compiled = tf.function(kept_step, autograph=False, input_signature=[specs])
         call = called_directly(compiled)
 
         def run(leaves: list[Tensor]) -> Logs:

@@ -63,6 +63,7 @@ class Structure:
     """
 
     def __init__(self, element_spec: ElementSpec | UnevenSpec) -> None:
+        self.given_spec = element_spec
         uneven = element_spec if isinstance(element_spec, UnevenSpec) else None
         self._nest = element_spec if uneven is None else uneven.nest
         parts = [part for part in tf.nest.flatten(self._nest) if not is_missing(part)]
@@ -127,6 +128,17 @@ class Structure:
                 f"parts the same number of rows, or keep their proportions. Received: rows {rows_of(data)}"
             )
         return portions
+
+    def specs_of(self, samples: int | None) -> list[Any]:
+        """Return the leaves' type specs, those of dense ones with a number of samples; None leaves it open."""
+        if samples is None:
+            return self.specs
+        return [
+            tf.TensorSpec([samples, *spec.shape[1:]], spec.dtype)
+            if isinstance(spec, tf.TensorSpec) and spec.shape.rank
+            else spec
+            for spec in self.specs
+        ]
 
     def leaves(self, data: Batch) -> list[Tensor]:
         """Return the tensors of one batch, in order, with their rows in portions; missing parts are left out."""

@@ -30,10 +30,12 @@ def train(
     report: Report,
     options: dict[str, Any],
     memory_watch: bool,
+    keras_fit: Callable[..., Any],
 ) -> TrainingHistory:
-    """Run ``model.fit`` with each step a ``transaction``; return its History with plan, report and recoveries.
+    """Run ``keras_fit`` with each step a ``transaction``; return its History with plan, report and recoveries.
 
-    ``report`` has the plan of the transaction. ``options`` are those of ``model.fit``.
+    ``report`` has the plan of the transaction. ``keras_fit`` is Keras's own ``fit`` of the model, ``options`` its
+    options.
     """
     plan = report.plan
     assert plan is not None
@@ -51,15 +53,13 @@ def train(
         devices.during_fit(model, transaction),
     ):
         try:
-            history = model.fit(batches, callbacks=callbacks, shuffle=False, **options)
+            history = keras_fit(batches, callbacks=callbacks, shuffle=False, **options)
         except NoFeasibleBatchError:
             for callback in callbacks.callbacks:
                 # Files are closed and best weights restored, as at any other end; the backup to resume from is kept.
                 if not isinstance(callback, keras.callbacks.BackupAndRestore):
                     callback.on_train_end()
             raise
-    if not isinstance(history, keras.callbacks.History):  # a fit of the user's own, which returns something else
-        history = getattr(model, "history", None)
     return TrainingHistory.of(history, plan=plan, report=report, recoveries=tuple(transaction.recoveries))
 
 
@@ -92,7 +92,8 @@ def _functions_replaced(model: Model, transaction: AnyTransaction) -> Iterator[N
     """Let ``model.fit`` and ``model.evaluate`` run the transaction's steps, while the context is open.
 
     Keras's own functions run what a callback trains or tests by itself: ``train_on_batch``, ``test_on_batch`` or a
-    ``fit`` of its own.
+    ``fit`` of its own. Where a callback has them made anew, or compiles the model, the transaction's steps are traced
+    anew, and go on.
     """
     own: dict[str, Callable[[Any], Any]] = {}
 
@@ -111,16 +112,29 @@ def _functions_replaced(model: Model, transaction: AnyTransaction) -> Iterator[N
             return own["test"](iterator)
         return _several(model, iterator, lambda data: transaction.evaluate(data, spec))
 
+    functions = {"train": train_function, "test": test_function}
+    remade: set[str] = set()
+
+    def remake(kind: str) -> Callable[[Any], Any]:
+        remade.add(kind)
+        own.pop(kind, None)
+        if kind == "train":
+            transaction.renew()
+        else:
+            transaction.renew_evaluation()
+        return functions[kind]
+
     before = model.train_function, model.test_function
     model.train_function, model.test_function = train_function, test_function
     try:
-        yield
+        with models.making_replaced(model, remake):
+            yield
     finally:
-        # What a callback has put there, by compile() say, is newer than what was there before.
+        # What was made anew meanwhile is newer than what was there before: Keras makes its own when it needs it.
         if model.train_function is train_function:
-            model.train_function = before[0]
+            model.train_function = None if "train" in remade else before[0]
         if model.test_function is test_function:
-            model.test_function = before[1]
+            model.test_function = None if "test" in remade else before[1]
 
 
 def _several(model: Model, iterator: Any, once: Callable[[Any], Any]) -> Any:

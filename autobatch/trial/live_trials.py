@@ -7,15 +7,14 @@ memory before the first trial, and put back by :meth:`LiveTrials.close`, bit for
 
 from __future__ import annotations
 
+import functools
 import gc
-import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from autobatch.differences import difference, rules
@@ -35,22 +34,19 @@ from autobatch.recovery.keeper import Keeper, SnapshotPlace
 from autobatch.recovery.out_of_memory import CAUGHT, memory_failure
 from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.seams import models
+from autobatch.step import kept_steps
 from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.snapshots import Snapshot
 from autobatch.tensors.variables import bytes_of
-from autobatch.trial import other_processes
+from autobatch.trial import known_reports, other_processes, surroundings
 from autobatch.trial.content_digest import content_digest, surroundings_of
 from autobatch.trial.timing import Timing
 from autobatch.trial.waiting_batches import WaitingBatches
 from autobatch.trial.worst_case import Data, WorstCaseSample
 from autobatch.types import ElementSpec, Model
 from autobatch.units import format_bytes
-from autobatch.version import __version__
-
-_LEAST_HELD, _MUCH_HELD = 0.02, 0.25
-"""Shares of the limit held by others from which on it is told in the report, and warned of."""
 
 
 class LiveTrials:
@@ -96,7 +92,13 @@ class LiveTrials:
         self._sample = WorstCaseSample(batches)
         self._pipeline = WaitingBatches(batches, self.device, target_batch=target_batch)
         self.host_uses = batches.host_uses()
-        self.step = self._make_step(model, batches.element_spec, target_batch)
+        spec = batches.element_spec
+        every = batches.samples_in_each
+        if target_batch is not None and every != target_batch:
+            every = None
+        make_step = functools.partial(self._make_step, model, spec, target_batch, every)
+        self.step = kept_steps.borrow_step(model, spec, (target_batch, every), make_step)
+        self.step.on_traced = lambda: None
         self.step.on_optimizer_found = self._save
         self.keeper = self._make_keeper()
         self._timing = Timing(self.step, self.keeper, self.batch_of, self.device, clock=clock)
@@ -115,8 +117,21 @@ class LiveTrials:
         self.environment = self._look_around()
         self.fixed_bytes_hint: int | None = self._fixed_bytes()
 
-    def _make_step(self, model: Model, element_spec: ElementSpec, effective_batch: int | None) -> CompiledStep:
-        return AccumulatedStep(model, element_spec, effective_batch=effective_batch)
+    def _make_step(
+        self, model: Model, element_spec: ElementSpec, effective_batch: int | None, every_batch: int | None
+    ) -> CompiledStep:
+        return AccumulatedStep(model, element_spec, effective_batch=effective_batch, every_batch=every_batch)
+
+    def _prepare(self, micro_batch: int) -> None:
+        self._on_one_device.prepare(samples=self._target_batch, micro_batch=micro_batch)
+
+    def size_in_training(self, micro_batch: int) -> int:
+        """Return the size that training cuts effective batches by, where ``micro_batch`` is planned.
+
+        It is a smaller one where the model's code wants micro-batches of one size, and that cannot cut all alike.
+        """
+        target = self._target_batch
+        return micro_batch if target is None else self._on_one_device.fitting_size(target, micro_batch)
 
     @property
     def _on_one_device(self) -> AccumulatedStep:
@@ -142,7 +157,7 @@ class LiveTrials:
 
         ``structure`` shows which dimensions vary, where more of them do than in the data that the trials saw.
         """
-        return LengthRule.after_search(structure or self._sample.structure, self._sample.leaves, report)
+        return LengthRule.after_search(structure or self._sample.structure, lambda: self._sample.leaves, report)
 
     @property
     def content(self) -> str:
@@ -154,19 +169,19 @@ class LiveTrials:
         return self._content[1]
 
     def _digest(self) -> str:
-        surroundings = surroundings_of(self.device, self._user_limit_bytes)
-        return content_digest(self._model, self._sample.describe(), surroundings)
+        set_limits = surroundings_of(self.device, self._user_limit_bytes)
+        return content_digest(self._model, self._sample.describe(), set_limits)
 
     def require_no_clock(self, max_seconds: float | None) -> None:
         """Refuse ``max_seconds`` where it cannot be kept to; a single process can keep to it."""
 
-    def trace(self) -> None:
+    def trace(self, micro_batch: int) -> None:
         """Trace the accumulated step without running it, so that :attr:`warnings` is complete without a trial.
 
         Some differences show only in the first step of a model that runs eagerly; they are warned of then.
         """
         try:
-            self.step.prepare()
+            self._prepare(micro_batch)
         except CAUGHT as error:
             memory_failure(error)  # what ran out of memory here will again in the first step, which recovers
         self._require_cuttable()
@@ -208,8 +223,16 @@ class LiveTrials:
         """
         if self._model.run_eagerly or self._sample.structure.takes_elements_whole:
             return None
-        self.trace()
-        graph = self._on_one_device.micro_graph
+        try:
+            graph = self._on_one_device.micro_graph
+        except CAUGHT as error:
+            memory_failure(error)  # the first trial will run out of memory as well
+            return None
+        except Exception:
+            if self._on_one_device.wants_size:
+                return None  # the first trial has a size
+            raise
+        self._require_cuttable()
         return None if graph is None else sample_bytes.of_graph(graph, on_cpu=self.device.startswith("CPU"))
 
     def _fixed_bytes(self) -> int:
@@ -226,33 +249,9 @@ class LiveTrials:
         return bytes_of(self._model.variables) + slots
 
     def _look_around(self) -> Environment:
-        limit = self._limit_now()
-        budget = None if limit.limit_bytes is None else int(limit.limit_bytes * (1 - self._headroom))
-        versions = (("autobatch", __version__), ("tensorflow", tf.__version__), ("keras", keras.__version__))
-        return Environment(
-            device=self.device,
-            limit_bytes=limit.limit_bytes,
-            limit_source=limit.source,
-            budget_bytes=budget,
-            headroom=self._headroom,
-            precision=str(self._model.dtype_policy.name),
-            jit_compile=bool(self._model.jit_compile),
-            versions=(*versions, ("python", platform.python_version())),
-            held_by_others_bytes=self._held_by_others(limit),
+        return surroundings.environment_of(
+            self._model, self.device, self._limit_now(), headroom=self._headroom, own_bytes=self._own_bytes()
         )
-
-    def _held_by_others(self, limit: Limit) -> int:
-        """Return the bytes held by anything but the model and its optimizer; warn if that is much of the limit."""
-        held = max(0, (limits.bytes_in_use(self.device) or 0) - self._own_bytes())
-        if limit.limit_bytes is None or held < _LEAST_HELD * limit.limit_bytes:
-            return 0
-        if held > _MUCH_HELD * limit.limit_bytes:
-            warn(
-                f"{format_bytes(held)} of {format_bytes(limit.limit_bytes)} on {self.device} are held by other tensors "
-                "of this process, such as earlier models, and data on a CPU; this model has the rest. Where they are "
-                "no longer needed, delete what refers to them and call keras.backend.clear_session() first.",
-            )
-        return held
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size for real; an error that the user's own code raises is passed on."""
@@ -281,6 +280,8 @@ class LiveTrials:
         try:
             return self._run(request, whole)
         except CAUGHT as error:
+            if not whole:
+                self._on_one_device.explain(error, 2 * request.micro_batch, request.micro_batch)
             diagnosis = memory_failure(error)
         gc.collect()
         return TrialResult(
@@ -291,7 +292,8 @@ class LiveTrials:
         )
 
     def _run(self, request: TrialRequest, whole: bool) -> TrialResult:
-        if self._on_one_device.prepare(whole=whole):
+        samples = request.micro_batch * (1 if whole else 2)
+        if self._on_one_device.prepare(whole=whole, samples=samples, micro_batch=request.micro_batch):
             self.keeper.forget()
             self._require_cuttable()
         self._save()
@@ -363,10 +365,25 @@ class LiveTrials:
             self._snapshots.append(Snapshot.on_host(new))
             self._saved.update(id(variable) for variable in new)
 
+    def known_report(self) -> Report | None:
+        """Return what an earlier search with this step has found, if it holds: see :mod:`.known_reports`."""
+        known = known_reports.find(self.step.findings_kept, self._conditions(), self.environment)
+        return None if known is None else replace(known, host_uses=self.host_uses)
+
+    def keep_report(self, report: Report) -> None:
+        """Keep the report of a search that has come to its end, for :meth:`known_report`."""
+        known_reports.keep(self.step.findings_kept, self._conditions(), report)
+
+    def _conditions(self) -> Any:
+        return self._target_batch, self._user_limit_bytes, self._headroom, tuple(self._sample.describe())
+
     def close(self) -> None:
         """Put every variable back as it was before the first trial."""
         # First what trials held: the values that are put back need room on the device, each as much as its variable.
         self._pipeline.drop()
+        if not self._snapshots:  # nothing was run
+            self.step.on_optimizer_found = lambda: None
+            return
         self.keeper.forget()
         if not self._any_ran:
             self.step.release_accumulators()

@@ -39,6 +39,11 @@ class Data(Protocol):
     @property
     def sample_limit(self) -> int | None: ...
 
+    @property
+    def samples_in_each(self) -> int | None:
+        """Number of samples in every effective batch, if Keras would know it beforehand; None otherwise."""
+        ...
+
     def host_uses(self) -> tuple[HostUse, ...]:
         """Return what these data will hold in host memory while they are trained on."""
         ...
@@ -55,15 +60,31 @@ class Data(Protocol):
 class WorstCaseSample:
     """Samples to fill micro-batches with.
 
+    They are read when they are first needed, or at once if it is not known that there are any.
+
     Raises:
         ValueError: There are no data.
     """
 
     def __init__(self, batches: Data) -> None:
         self.structure = batches.structure
+        self._batches: Data | None = batches
+        self._leaves: list[Any] = []
+        if batches.sample_limit is None:
+            self._read()
+
+    @property
+    def leaves(self) -> list[Any]:
+        """Tensors of these samples, in order."""
+        self._read()
+        return self._leaves
+
+    def _read(self) -> None:
+        if self._batches is None:
+            return
         with tf.device("CPU:0"):
-            leaves = self.structure.leaves(batches.look())
-            self.leaves = _longest_only(leaves)
+            leaves = self.structure.leaves(self._batches.look())
+            self._leaves, self._batches = _longest_only(leaves), None
 
     @property
     def rows(self) -> int:
@@ -75,7 +96,10 @@ class WorstCaseSample:
 
         With exact sizes a shuffled data set would be another one each time, since it begins with other samples.
         """
-        return [_describe(leaf, spec) for leaf, spec in zip(self.leaves, self.structure.specs, strict=True)]
+        specs = self.structure.specs
+        if all(_is_alike(spec) for spec in specs):
+            return [(type(spec).__name__, spec.dtype.name, tuple(spec.shape[1:])) for spec in specs]
+        return [_describe(leaf, spec) for leaf, spec in zip(self.leaves, specs, strict=True)]
 
     def micro_batch(self, samples: int) -> Any:
         """Return a batch of ``samples`` of them, in the structure that ``train_step`` takes, on the host."""
@@ -89,6 +113,12 @@ def _longest_only(leaves: list[Tensor]) -> list[Any]:
         return leaves
     row = int(np.argmax(np.sum(sizes, axis=0)))
     return [_row(leaf, row) for leaf in leaves]
+
+
+def _is_alike(spec: Any) -> bool:
+    """Return True if all samples that a type spec describes have one size, which the spec shows."""
+    known = isinstance(spec, tf.TensorSpec) and spec.dtype != tf.string and spec.shape.rank is not None
+    return known and None not in spec.shape.as_list()[1:]
 
 
 def _describe(leaf: Tensor, spec: Any) -> tuple[str, str, tuple[int, ...]]:

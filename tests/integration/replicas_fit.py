@@ -480,6 +480,42 @@ def refusals():
     return found
 
 
+def trainable_and_made_anew():
+    """Frozen after a first training without compile; then made anew by a callback, with its first layer frozen."""
+
+    class Remade(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                self.model.layers[0].trainable = False
+                self.model.make_train_function(force=True)
+
+    def trained(model, fit):
+        weights = [model.get_weights()]
+        for change, options in ((None, {}), (False, {}), (True, {"epochs": 2, "callbacks": [Remade()]})):
+            if change is not None:
+                model.trainable = change
+            fit(model, **options)
+            weights.append(model.get_weights())
+        return weights
+
+    x, y, _ = arrays()
+    plain = trained(
+        dense(optimizer=keras.optimizers.SGD(0.1)),
+        lambda model, **options: model.fit(x, y, batch_size=TARGET, shuffle=False, verbose=0, **options),
+    )
+    with STRATEGY.scope():
+        model = dense(optimizer=keras.optimizers.SGD(0.1))
+    ours = trained(
+        model,
+        lambda model, **options: autobatch.fit(
+            model, x, y, target_batch=TARGET, micro_batch=3, shuffle=False, verbose=0, **options
+        ),
+    )
+    return [
+        max(float(np.max(np.abs(a - b))) for a, b in zip(*pair, strict=True)) for pair in zip(ours, plain, strict=True)
+    ]
+
+
 def losses_of_ones_own():
     """Sums, vectors and quotients of the user's own, in a train_step and given to compile: weights and losses apart."""
     from losses import test_loss_degrees as own

@@ -29,6 +29,7 @@ CASES = {
         "other_data",
         "a_step_of_its_own",
         "an_optimizer_out_of_sight",
+        "trainable_and_made_anew",
         "refusals",
     ),
     4: ("weighted", "fewer_samples_than_replicas", "out_of_memory_on_one_replica", "running_averages"),
@@ -151,6 +152,10 @@ def test_datasets_and_several_steps_to_an_execution():
 
 def test_a_train_step_of_ones_own_and_a_loss_scale():
     assert_as_on_one_device(of("a_step_of_its_own"))
+
+
+def test_what_is_trainable_is_what_keras_takes_it_to_be():
+    assert max(of("trainable_and_made_anew")) < 1e-6
 
 
 def test_an_optimizer_that_is_none_of_the_models_attributes():

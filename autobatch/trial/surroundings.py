@@ -1,0 +1,55 @@
+"""Surroundings of trials: the device, its limit, what holds memory there already, and the versions."""
+
+from __future__ import annotations
+
+import platform
+
+import keras
+import tensorflow as tf
+
+from autobatch.errors import warn
+from autobatch.memory import limits
+from autobatch.records import Environment, Limit
+from autobatch.types import Model
+from autobatch.units import format_bytes
+from autobatch.version import __version__
+
+_LEAST_HELD, _MUCH_HELD = 0.02, 0.25
+"""Shares of the limit held by others from which on it is told in the report, and warned of."""
+
+
+def environment_of(model: Model, device: str, limit: Limit, *, headroom: float, own_bytes: int) -> Environment:
+    """Return the surroundings of trials of ``model``; warn if much of the limit is held by others.
+
+    Args:
+        own_bytes: what the model and its optimizer hold.
+        limit: what ``device`` may hold.
+        headroom: share of the limit that is left alone.
+    """
+    budget = None if limit.limit_bytes is None else int(limit.limit_bytes * (1 - headroom))
+    versions = (("autobatch", __version__), ("tensorflow", tf.__version__), ("keras", keras.__version__))
+    return Environment(
+        device=device,
+        limit_bytes=limit.limit_bytes,
+        limit_source=limit.source,
+        budget_bytes=budget,
+        headroom=headroom,
+        precision=str(model.dtype_policy.name),
+        jit_compile=bool(model.jit_compile),
+        versions=(*versions, ("python", platform.python_version())),
+        held_by_others_bytes=_held_by_others(device, limit, own_bytes),
+    )
+
+
+def _held_by_others(device: str, limit: Limit, own_bytes: int) -> int:
+    """Return the bytes held by anything but the model and its optimizer; warn if that is much of the limit."""
+    held = max(0, (limits.bytes_in_use(device) or 0) - own_bytes)
+    if limit.limit_bytes is None or held < _LEAST_HELD * limit.limit_bytes:
+        return 0
+    if held > _MUCH_HELD * limit.limit_bytes:
+        warn(
+            f"{format_bytes(held)} of {format_bytes(limit.limit_bytes)} on {device} are held by other tensors of this "
+            "process, such as earlier models, and data on a CPU; this model has the rest. Where they are no longer "
+            "needed, delete what refers to them and call keras.backend.clear_session() first.",
+        )
+    return held
