@@ -191,7 +191,7 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
         blocks.setdefault(address, -(-held_bytes // _ROUND_BYTES) * _ROUND_BYTES)
     in_use = _in_use_before(first)
     touched = {event.address: event.chunk_bytes for event in found.events}
-    regions = arena_regions.find(found.events, blocks)
+    regions = arena_regions.find_regions(found.events, blocks)
     held = _within(regions, blocks)
     lost = [address for address in freed if address not in dict(held)]
     if lost:

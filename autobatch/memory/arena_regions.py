@@ -56,7 +56,7 @@ class _Told:
     moments: tuple[_Moment, ...]
 
 
-def find(events: Sequence[Event], held: dict[int, int]) -> list[Region]:
+def find_regions(events: Sequence[Event], held: dict[int, int]) -> list[Region]:
     """Return the regions in which ``events`` took and gave back blocks, lowest first; none overlaps another.
 
     ``held`` gives bytes by address of blocks that lay there before. Memory that is neither held nor in these regions is

@@ -70,7 +70,7 @@ def events_of(regions, held, *, seed: int, sizes=(300, 5000, 40_000, 700_000, 3_
 def test_regions_in_which_everything_moves_are_found(regions, seed):
     held = ((regions[-1][0], 256), (regions[-1][0] + 1024, 512))
     events = events_of(regions, held, seed=seed)
-    found = arena_regions.find(events, dict(held))
+    found = arena_regions.find_regions(events, dict(held))
     touched = [
         (start, size) for start, size in regions if sum(start <= event.address < start + size for event in events) > 20
     ]
@@ -87,7 +87,7 @@ def test_regions_in_which_everything_moves_are_found(regions, seed):
 def test_the_last_region_has_what_the_others_left():
     regions = beside(30, 16, 2, far=300)
     events = events_of(regions, (), seed=3)
-    assert arena_regions.find(events, {}) == list(regions)
+    assert arena_regions.find_regions(events, {}) == list(regions)
 
 
 def test_what_nobody_names_at_the_end_of_a_region_shortens_it():
@@ -95,7 +95,7 @@ def test_what_nobody_names_at_the_end_of_a_region_shortens_it():
     (region,) = regions = beside(64)
     unknown = (region[0] + 54 * MIB, 10 * MIB)
     events = events_of(regions, (unknown,), seed=1)
-    found = arena_regions.find(events, {})
+    found = arena_regions.find_regions(events, {})
     assert found[0][0] == region[0]
     assert found[0][1] == pytest.approx(54 * MIB, rel=0.05)
 
@@ -118,5 +118,5 @@ def test_a_region_that_is_not_taken_yet_is_added():
         )
         for event in events_of(regions, (), seed=2, sizes=(300, 5000, 40_000, 700_000))
     ]
-    found = arena_regions.find(told, {})
+    found = arena_regions.find_regions(told, {})
     assert sum(size for _, size in found) == pytest.approx(64 * MIB, rel=0.01)
