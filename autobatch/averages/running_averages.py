@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -28,6 +29,15 @@ from autobatch.seams import strategies
 from autobatch.seams.variables import assignments_taken, has_own_call, moments_handled, statistics_of, update_statistics
 from autobatch.tensors.variables import components, unwrap
 from autobatch.types import Layer, Model, Tensor, Variable
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """An assignment that is done once an update: the variable, how its value is made, and the place in the trace."""
+
+    variable: Variable
+    recipe: Recipe
+    position: int
 
 
 class RunningAverages:
@@ -63,6 +73,12 @@ class RunningAverages:
     @property
     def _here(self) -> _TracedRun | _EagerRun:
         return self._traces[_replica()]
+
+    @property
+    def deferred(self) -> list[Deferred]:
+        """Assignments of the trace made last, in their order; a variable that is assigned twice occurs twice."""
+        here = self._here if self._traces else None
+        return here.deferred if isinstance(here, _TracedRun) else []
 
     @property
     def variables(self) -> list[Variable]:
@@ -151,6 +167,7 @@ class _TracedRun:
         self._known: dict[int, Statistic | None] = {}
         """The statistic that a tensor of the graph is, or None, by the tensor's id."""
         self._recipes: dict[int, tuple[Any, Recipe]] = {}
+        self._taken: list[Deferred] = []
         self._follows_update: set[int] = set()
         """Ids of the variables that are assigned after the update."""
         self._updated: set[int] = set()
@@ -162,6 +179,10 @@ class _TracedRun:
     @property
     def variables(self) -> list[Variable]:
         return [variable for variable, _ in self._recipes.values()]
+
+    @property
+    def deferred(self) -> list[Deferred]:
+        return [each for each in self._taken if id(each.variable) in self._recipes]
 
     @property
     def _statistics(self) -> list[Statistic]:
@@ -186,6 +207,7 @@ class _TracedRun:
             self.pending.forget(variable)
             return False
         self._recipes[id(variable)] = variable, recipe
+        self._taken.append(Deferred(variable, recipe, len(self._graph.get_operations())))
         self._follows_update = self._follows_update - {id(variable)} | ({id(variable)} if follows else set())
         self.pending.set(variable, value)
         return True

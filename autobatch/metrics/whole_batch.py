@@ -145,6 +145,11 @@ class HeldUpdates:
                 for spec, _ in self._specs
             ]
 
+    def empty_at(self, places: Sequence[int]) -> list[Any]:
+        """Return what the loop starts with for some of the parts."""
+        empty = self.empty()
+        return [empty[place] for place in places]
+
     @staticmethod
     def push(carried: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
         """Append the parts of one micro-batch, and return the longer lists."""

@@ -22,6 +22,7 @@ from autobatch.step.compiled_step import CompiledStep
 from autobatch.step.division import Divider, Division
 from autobatch.step.micro_batch_loop import loop
 from autobatch.step.micro_step import MicroStep
+from autobatch.step.parted_step import PartedStep
 from autobatch.step.whole_batch_step import WholeBatchStep
 from autobatch.tensors.batch_structure import count_samples, sample_count
 from autobatch.tensors.functions import called_directly
@@ -45,6 +46,7 @@ class AccumulatedStep(CompiledStep):
         self._accumulate: Callable[..., Logs] | None = None
         self._apply: Callable[[], Any] | None = None
         self._evaluate: Callable[..., Logs] | None = None
+        self._parted: PartedStep | None = None
         self._logs: Logs = {}
         self.train_divider, self.test_divider = Divider(model, effective_batch), Divider(model)
 
@@ -66,6 +68,14 @@ class AccumulatedStep(CompiledStep):
             return False
         self._sums.expect_rows()
         self._micro = micro = self._training_micro_step(self._sums, self._most_samples)
+        if not self.model.run_eagerly:
+            micro.trace()
+        if micro.division is not None:
+            parted = PartedStep(
+                self.model, self.structure, micro, micro.division, self._sums, self.update_room, self._touched
+            )
+            self._parted, self._accumulate, self._apply = parted, parted.accumulate, parted.apply
+            return True
         self._accumulate = self._trace_loop(micro, zero_first=True)
         self._apply = self._trace_apply(micro)
         return True
@@ -73,7 +83,10 @@ class AccumulatedStep(CompiledStep):
     def prepare_evaluation(self) -> bool:
         if self._evaluate is not None:
             return False
-        self._evaluate = self._trace_loop(self._evaluating_micro_step(self._most_samples), zero_first=False)
+        micro = self._evaluating_micro_step(self._most_samples)
+        if not self.model.run_eagerly:
+            micro.trace()
+        self._evaluate = self._trace_loop(micro, zero_first=False)
         return True
 
     def update_has_begun(self) -> bool:
@@ -109,7 +122,9 @@ class AccumulatedStep(CompiledStep):
     def release_accumulators(self) -> None:
         self._sums.release()
         self._release_micro_step()
-        self._accumulate = self._apply = None
+        if self._parted is not None:
+            self._parted.release()
+        self._accumulate = self._apply = self._parted = None
         self._sums, self._logs = self._no_sums(), {}
 
     def plain(self, data: Batch) -> Logs:
@@ -133,8 +148,8 @@ class AccumulatedStep(CompiledStep):
     def apply(self) -> Logs:
         self.prepare()
         assert self._apply is not None
-        self._apply()
-        return self._logs
+        applied = self._apply()
+        return self._logs if self._parted is None else applied
 
     def _trace_apply(self, micro: MicroStep) -> Callable[[], Any]:
         def apply() -> None:
@@ -178,7 +193,6 @@ class AccumulatedStep(CompiledStep):
         if self.model.run_eagerly:
             micro.look_at_losses()
             return run
-        micro.trace()
         compiled = tf.function(
             run, autograph=False, input_signature=[self.structure.specs, tf.TensorSpec([3], tf.int64)]
         )

@@ -28,8 +28,9 @@ from autobatch.seams import functions, losses, metrics, models
 from autobatch.seams.gradients import gradients_weighed, without_gradients
 from autobatch.seams.optimizers import ApplyHandler, capture_apply
 from autobatch.step.attributes import attributes_kept
-from autobatch.step.division import Division
+from autobatch.step.division import Division as Sizes
 from autobatch.step.micro_batch_loop import loop
+from autobatch.step.step_trace import Applied, Division, StepTrace, is_state, require_no_loop
 from autobatch.tensors.batch_structure import Structure, cut, sample_count
 from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Model, Optimizer, Tensor, Variable
@@ -101,6 +102,10 @@ class MicroStep:
         self._count_length: int | None = None
         self.graph: tf.Graph | None = None
         """Graph of the traced step; None before the trace, and if the step runs eagerly."""
+        self._seen: StepTrace | None = None
+        self._most_samples = most_samples
+        self.division: Division | None = None
+        """Division of the traced step into parts, where its updates do not all follow one pass; else None."""
 
     @property
     def count_length(self) -> int | None:
@@ -141,6 +146,9 @@ class MicroStep:
         self._touched.note_written(concrete.graph)
         if sink is not None:
             sink.settle()
+            self._divide(concrete.graph)
+        if self.division is not None:
+            return
         if model.jit_compile:
             # When a step compiled by XLA runs out of memory, it frees the buffers of the variables that it writes. The
             # variables still use them. A second reference prevents that (TensorFlow 2.21 on a CPU).
@@ -158,6 +166,34 @@ class MicroStep:
                     f"alone, not on what earlier calls have left behind. Received: {expected} denominators, then "
                     f"{self._count_length}"
                 )
+
+    def _divide(self, graph: tf.Graph) -> None:
+        """Find out whether the traced step updates weights at more than one place."""
+        seen = self._seen
+        assert seen is not None
+        assert seen.graph is graph
+        if len(seen.applied) < 2:
+            return
+        logs, held, _ = graph.structured_outputs
+        seen.logs = [part for part in tf.nest.flatten(logs) if part is not None]
+        seen.held = list(held)
+        seen.deferred = self.averages.deferred
+        state = [variable for metric in self._model.metrics for variable in metric.variables]
+        state += [variable for variable in self._touched.variables if is_state(variable)]
+        division = Division(seen, state, self._most_samples)
+        if division.is_one_pass:
+            return
+        self.division = division
+        once = set(division.written_once)
+        self.findings.once_an_update = [
+            *self.findings.once_an_update,
+            *(variable for variable in self._touched.variables if id(variable.handle) in once),
+        ]
+
+    @property
+    def held_updates(self) -> Any:
+        """The metrics' updates that are held back until the effective batch is through."""
+        return self._held
 
     def look_at_losses(self) -> None:
         """Trace an eager step, without running the trace, to learn what its losses are made of.
@@ -216,6 +252,8 @@ class MicroStep:
         traced = TraceFindings()
         normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
         results = MetricResults()
+        if not tf.executing_eagerly():
+            self._seen = StepTrace(tf.compat.v1.get_default_graph())
         scalar_metrics: list[str] = []
         untold_metrics: list[str] = []
         with (
@@ -258,6 +296,9 @@ class MicroStep:
         logs = self.logs.note(logs, results, batch, terms, self._touched.variables if held else None)
         traced.loose_logs = self.logs.not_told if self._learnt is None else self._learnt.loose_logs
         self._count_length = normalizer.totals.length
+        if self._seen is not None:
+            totals_given = normalizer.totals
+            self._seen.counted = list(zip(totals_given.given, totals_given.counted, strict=True))
         return logs, held
 
     def _weighing(
@@ -279,10 +320,18 @@ class MicroStep:
             return contextlib.nullcontext()
         add = self._sink.capture(fraction)
 
+        seen = self._seen
+
         def take(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
+            require_no_loop(optimizer)
             traced.note_applied(optimizer, gradients, variables)
             self.averages.note_applied()
+            first = 0 if seen is None else len(seen.graph.get_operations())
             add(optimizer, gradients, variables)
+            if seen is not None:
+                here = tf.compat.v1.get_default_graph() is seen.graph
+                added = range(first, len(seen.graph.get_operations()))
+                seen.applied.append(Applied(optimizer, gradients, variables, added, here))
 
         return capture_apply(self._touched.optimizers, take)
 
@@ -315,7 +364,7 @@ class MicroStep:
         self._count_length = normalizer.totals.length
         return tf.concat(counted, 0) if counted else tf.zeros([0], tf.float64)
 
-    def count_over(self, leaves: list[Tensor], samples: Any, division: Division) -> Any:
+    def count_over(self, leaves: list[Tensor], samples: Any, division: Sizes) -> Any:
         """Return the denominators of the effective batch: a float64 vector, empty if none depends on the data."""
         if self._count_length is None:  # an eager step has no trace that shows it: count the first micro-batch
             part = [cut(leaf, tf.constant(0, tf.int64), division.larger) for leaf in leaves]

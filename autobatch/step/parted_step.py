@@ -1,0 +1,404 @@
+"""A step that applies optimizers more than once: its passes over the micro-batches, with the updates between them.
+
+The step is traced once. Each pass runs, for every micro-batch, those of the traced operations that belong to it
+(:mod:`autobatch.step.step_trace`), and sums its gradients up. Between two passes the real ``apply`` runs, and what the
+step assigns without looking at the data. So every update is one of the effective batch, at its place, and what follows
+it computes with the new weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import tensorflow as tf
+
+from autobatch.averages import batch_statistics
+from autobatch.graphs.parts import Part
+from autobatch.graphs.replay import Replay, Source
+from autobatch.graphs.touched_variables import TouchedVariables
+from autobatch.graphs.writes import written_variables
+from autobatch.metrics.merged_logs import Logs
+from autobatch.step.accumulators import Accumulators
+from autobatch.step.division import Division
+from autobatch.step.gradient_sums import Shares
+from autobatch.step.micro_batch_loop import loop
+from autobatch.step.micro_step import MicroStep
+from autobatch.step.step_trace import Division as TraceDivision
+from autobatch.step.update_room import UpdateReserve
+from autobatch.tensors.batch_structure import Structure, sample_count
+from autobatch.tensors.functions import called_directly
+from autobatch.tensors.snapshots import InGraphSnapshot
+from autobatch.types import Model, Tensor
+
+
+class PartedStep:
+    """Compiled passes and updates of one model's step.
+
+    Args:
+        model: a compiled Keras model.
+        structure: the structure of the data.
+        micro: the traced micro-step.
+        division: the division of its trace.
+        sums: sum the gradients.
+        reserve: makes sure that the updates have their memory.
+        touched: learns the variables that the traces show.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        structure: Structure,
+        micro: MicroStep,
+        division: TraceDivision,
+        sums: Accumulators,
+        reserve: UpdateReserve,
+        touched: TouchedVariables,
+    ) -> None:
+        self._model = model
+        self._structure = structure
+        self._micro = micro
+        self._division = division
+        self._sums = sums
+        self._reserve = reserve
+        self._touched = touched
+        self._source = Source(division.trace.graph)
+        self._parts = division.make_parts()
+        sums.settle_units(division.units)
+        self._state = _State(division)
+        self._references: list[InGraphSnapshot] = []
+        levels = list(self._parts)
+        last = max(event.level for event in division.events if id(event) in division.updates)
+        self._runs = {level: self._trace_pass(level) if level % 2 else self._trace_between(level) for level in levels}
+        self._before = [level for level in levels if level < last]
+        self._rest = [level for level in levels if level >= last]
+        self._finish = self._trace_finish()
+
+    def accumulate(self, leaves: list[Tensor], division: Any) -> list[Any]:
+        """Run everything that comes before the last update; return tensors that have a value once it has run."""
+        self._state.begin(leaves, division)
+        return [part for level in self._before for part in tf.nest.flatten(self._runs[level](self._state))]
+
+    def apply(self) -> Logs:
+        """Run the last update and what follows; return the logs of all micro-batches."""
+        for level in self._rest:
+            self._runs[level](self._state)
+        return self._micro.logs.pack(self._finish(self._state.log_values(), self._state.held_lists()))
+
+    def release(self) -> None:
+        """Let go of the memory that is held between micro-batches."""
+        for each in self._references:
+            each.drop()
+        self._state = _State(self._division)
+
+    def _trace_finish(self) -> Callable[[list[Any], list[Any]], list[Any]]:
+        """Trace the update of the metrics that see the whole batch; it returns the final logs."""
+        trace = self._division.trace
+        if not trace.held:
+            return lambda logs, lists: logs
+
+        def finish(logs: list[Any], lists: list[Any]) -> list[Any]:
+            return self._micro.finish([logs, lists, None])[0]
+
+        specs = [tf.TensorSpec([None, *log.shape[1:]] if log.shape.rank else [], log.dtype) for log in trace.logs]
+        concrete = tf.function(
+            finish, autograph=False, input_signature=[specs, _list_specs(trace.held)]
+        ).get_concrete_function()
+        self._touched.note_graph(concrete.graph)
+        return concrete  # type: ignore[no-any-return]
+
+    # -- passes over the micro-batches --------------------------------------------------------------------------------
+
+    def _trace_pass(self, level: int) -> Callable[[_State], Any]:
+        part, division = self._parts[level], self._division
+        specs = self._structure.specs
+        scalar, vector = tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)
+        once, each = _specs(part.from_once), _specs(part.from_each)
+        run_micro = self._compiled_micro(level, part, [specs, scalar, vector, once, each])
+        count_micro = self._compiled_count(level, part, [specs, scalar, vector, once, each])
+        log_places = [place for place, at in enumerate(division.log_at) if at == level]
+        held_places = [place for place, at in enumerate(division.held_at) if at == level]
+        layout = batch_statistics.layout_of(division.statistics.get(level, []))
+        logs, held = self._micro.logs, self._micro.held_updates
+        begins = [place for place, unit in enumerate(division.units) if unit.begin == level]
+
+        def taken(lists: Sequence[Any], index: Any) -> list[Any]:
+            with tf.device("CPU:0"):
+                return [_get(values, index, tensor) for values, tensor in zip(lists, part.from_each, strict=True)]
+
+        def run(leaves: list[Tensor], sizes: Any, totals: Any, kept: list[Any], lists: list[Any]) -> Any:
+            with tf.device("CPU:0"):
+                samples, cut = sample_count(leaves), Division(*tf.unstack(sizes))
+                first = tf.constant(0, tf.int64)
+            self._sums.zero_units(tf.cast(cut.larger < 0, tf.float32), begins)
+            if count_micro is not None:
+
+                def count(piece: list[Any], fraction: Tensor, carried: list[Any]) -> list[Any]:
+                    counted = count_micro(piece, fraction, totals, kept, taken(lists, carried[0]))
+                    return [_next(carried[0]), carried[1] + counted]
+
+                totals = totals + loop(leaves, samples, cut, [first, tf.zeros_like(totals)], count)[1]
+
+            def body(piece: list[Any], fraction: Tensor, carried: list[Any]) -> list[Any]:
+                index, parts, parts_held, states, gives = carried
+                given = run_micro(piece, fraction, totals, kept, taken(lists, index))
+                own_logs, own_held, own_states, own_gives = given
+                return [
+                    _next(index),
+                    logs.merged_at(log_places, parts, own_logs, fraction),
+                    held.push(parts_held, own_held),
+                    batch_statistics.merged_statistics(layout, states, own_states),
+                    held.push(gives, own_gives),
+                ]
+
+            start = [
+                first,
+                logs.empty_at(log_places),
+                held.empty_at(held_places),
+                batch_statistics.empty(layout),
+                [_empty_list(tensor) for tensor in part.to_each],
+            ]
+            _, *results = loop(leaves, samples, cut, start, body)
+            return [totals, *results]
+
+        signature = [specs, tf.TensorSpec([3], tf.int64), vector, once, _list_specs(part.from_each)]
+        compiled = tf.function(run, autograph=False, input_signature=signature)
+        self._touched.note_graph(compiled.get_concrete_function().graph)
+        call = called_directly(compiled)
+
+        def run_pass(state: _State) -> Any:
+            kept, lists = state.once_values(part.from_once), state.each_values(part.from_each)
+            totals, own_logs, own_held, own_states, gives = call(state.leaves, state.sizes, state.totals, kept, lists)
+            state.totals = totals
+            state.note_logs(log_places, own_logs)
+            state.note_held(held_places, own_held)
+            state.statistics[level] = own_states
+            state.note_each(part.to_each, gives)
+            return own_logs
+
+        return run_pass
+
+    def _compiled_micro(self, level: int, part: Part, signature: list[Any]) -> Callable[..., Any]:
+        division = self._division
+        statistics = division.statistics.get(level, [])
+        units = [(place, unit) for place, unit in enumerate(division.units) if unit.begin == level]
+
+        def run(leaves: list[Tensor], fraction: Tensor, totals: Tensor, kept: list[Any], each: list[Any]) -> Any:
+            replay = self._replay(part, [leaves, fraction, totals], kept, each)
+            replay.run(part.operations)
+            shares = Shares(fraction)
+            for place, unit in units:
+                self._sums.add_unit(place, replay.nest_of(unit.gradient), shares)
+            own = [replace(one, parts=replay.nest_of(one.parts), weight=replay.nest_of(one.weight)) for one in statistics]
+            return (
+                [replay.of(log) for log, at in zip(division.trace.logs, division.log_at, strict=True) if at == level],
+                [replay.of(one) for one, at in zip(division.trace.held, division.held_at, strict=True) if at == level],
+                batch_statistics.packed(own),
+                [replay.of(tensor) for tensor in part.to_each],
+            )
+
+        compiled = tf.function(
+            run, autograph=False, jit_compile=bool(self._model.jit_compile), input_signature=signature
+        )
+        concrete = compiled.get_concrete_function()
+        self._touched.note_graph(concrete.graph)
+        if not self._model.jit_compile:
+            return compiled  # type: ignore[no-any-return]
+        # See :meth:`.micro_step.MicroStep.trace` for the reason.
+        written = written_variables(concrete.graph, [*self._touched.variables, *self._sums.variables])
+        references = InGraphSnapshot(written)
+        self._references.append(references)
+
+        def call(*given: Any) -> Any:
+            with tf.control_dependencies([references.keep()]):
+                return compiled(*given)
+
+        return call
+
+    def _compiled_count(self, level: int, part: Part, signature: list[Any]) -> Callable[..., Any] | None:
+        division = self._division
+        counted = [
+            (total, own, at) for (total, own), at in zip(division.trace.counted, division.counted_at, strict=True)
+        ]
+        if all(at != level for _, _, at in counted):
+            return None
+        operations = _behind([own for _, own, at in counted if at == level], part.operations)
+
+        def count(leaves: list[Tensor], fraction: Tensor, totals: Tensor, kept: list[Any], each: list[Any]) -> Any:
+            replay = self._replay(part, [leaves, fraction, totals], kept, each)
+            stands_for = {id(total.op): (total, own) for total, own, at in counted if at == level}
+            for operation in operations:
+                if id(operation) in stands_for:
+                    # The total is not known yet: as in a trace that counts, the micro-batch's own part stands for it.
+                    total, own = stands_for[id(operation)]
+                    replay.give(total, tf.reshape(replay.of(own), total.shape))
+                else:
+                    replay.run([operation])
+            return tf.concat(
+                [replay.of(own) if at == level else tf.zeros(own.shape, tf.float64) for _, own, at in counted], 0
+            )
+
+        return tf.function(count, autograph=False, input_signature=signature)  # type: ignore[no-any-return]
+
+    def _replay(self, part: Part, arguments: list[Any], kept: list[Any], each: list[Any]) -> Replay:
+        flat = tf.nest.flatten(arguments, expand_composites=True)
+        given = dict(zip(map(id, self._source.arguments), flat, strict=True))
+        given.update(zip(map(id, part.from_once), kept, strict=True))
+        given.update(zip(map(id, part.from_each), each, strict=True))
+        return Replay(self._source, given)
+
+    # -- between passes -----------------------------------------------------------------------------------------------
+
+    def _trace_between(self, level: int) -> Callable[[_State], Any]:
+        part, division = self._parts[level], self._division
+        events = [event for event in division.events if event.level == level]
+        position = division.levels.position
+        known = [before for before in division.statistics if before < level]
+        log_places = [place for place, at in enumerate(division.log_at) if at == level]
+
+        def run(kept: list[Any], states: list[list[Any]]) -> Any:
+            given = dict(zip(map(id, part.from_once), kept, strict=True))
+            for before, state in zip(known, states, strict=True):
+                given.update(batch_statistics.unpacked(division.statistics[before], state))
+            replay = Replay(self._source, given)
+            waiting = list(part.operations)
+            pending = list(events)
+            while pending:
+                event = pending.pop(0)
+                first = [each for each in waiting if position[id(each)] < event.position]
+                replay.run(first)
+                waiting = waiting[len(first) :]
+                if id(event) not in division.updates:
+                    deferred = division.averages[id(event)]
+                    deferred.variable.assign(tf.identity(replay.of(deferred.recipe.value)))
+                    continue
+                together = [division.updates[id(event)]]
+                until = position[id(waiting[0])] if waiting else None
+                while (
+                    pending
+                    and id(pending[0]) in division.updates
+                    and (until is None or pending[0].position <= until)
+                ):
+                    together.append(division.updates[id(pending.pop(0))])
+                with self._reserve.update_of([variable for update in together for variable in update.variables]):
+                    for update in together:
+                        update.optimizer.apply(self._sums.gradients_of_units(update.units), update.variables)
+            replay.run(waiting)
+            return (
+                [tf.identity(replay.of(tensor)) for tensor in part.to_once],
+                [tf.identity(replay.of(division.trace.logs[place])) for place in log_places],
+            )
+
+        states = [_state_specs(division.statistics[before]) for before in known]
+        concrete = tf.function(
+            run, autograph=False, input_signature=[_specs(part.from_once), states]
+        ).get_concrete_function()
+        self._touched.note_graph(concrete.graph)
+
+        def run_between(state: _State) -> Any:
+            gives, logs = concrete(state.once_values(part.from_once), [state.statistics[before] for before in known])
+            state.note_once(part.to_once, gives)
+            state.note_logs(log_places, logs)
+            return gives
+
+        return run_between
+
+
+class _State:
+    """What passes from one part of an update to the next."""
+
+    def __init__(self, division: TraceDivision) -> None:
+        self._once: dict[int, Any] = {}
+        self._each: dict[int, Any] = {}
+        self._logs: dict[int, Any] = {}
+        self._held: dict[int, Any] = {}
+        self._length = sum(own.shape.num_elements() for _, own in division.trace.counted)
+        self.statistics: dict[int, list[Any]] = {}
+        self.leaves: list[Any] = []
+        self.sizes: Any = None
+        self.totals: Any = None
+
+    def begin(self, leaves: list[Tensor], sizes: Any) -> None:
+        self._once, self._each, self._logs, self._held, self.statistics = {}, {}, {}, {}, {}
+        self.leaves, self.sizes = leaves, sizes
+        with tf.device("CPU:0"):
+            self.totals = tf.zeros([self._length], tf.float64)
+
+    def note_once(self, tensors: Iterable[Any], values: Iterable[Any]) -> None:
+        self._once.update(zip(map(id, tensors), values, strict=True))
+
+    def note_each(self, tensors: Iterable[Any], values: Iterable[Any]) -> None:
+        self._each.update(zip(map(id, tensors), values, strict=True))
+
+    def note_logs(self, places: Iterable[int], values: Iterable[Any]) -> None:
+        self._logs.update(zip(places, values, strict=True))
+
+    def note_held(self, places: Iterable[int], values: Iterable[Any]) -> None:
+        self._held.update(zip(places, values, strict=True))
+
+    def once_values(self, tensors: Iterable[Any]) -> list[Any]:
+        return [self._once[id(tensor)] for tensor in tensors]
+
+    def each_values(self, tensors: Iterable[Any]) -> list[Any]:
+        return [self._each[id(tensor)] for tensor in tensors]
+
+    def log_values(self) -> list[Any]:
+        return [self._logs[place] for place in sorted(self._logs)]
+
+    def held_lists(self) -> list[Any]:
+        """Return the held arguments of metrics, in their order."""
+        return [self._held[place] for place in sorted(self._held)]
+
+
+def _specs(tensors: Iterable[Any]) -> list[Any]:
+    return [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
+
+
+def _list_specs(tensors: Iterable[Any]) -> list[Any]:
+    return [tf.TensorSpec([], tf.variant) for _ in tensors]
+
+
+def _state_specs(statistics: Any) -> list[Any]:
+    with tf.Graph().as_default():
+        states = batch_statistics.empty(batch_statistics.layout_of(statistics))
+        return [tf.TensorSpec(state.shape, state.dtype) for state in states]
+
+
+def _shape_of(tensor: Tensor) -> Any:
+    return tf.constant([-1 if size is None else size for size in tensor.shape], tf.int32)
+
+
+def _empty_list(tensor: Tensor) -> Any:
+    with tf.device("CPU:0"):
+        return tf.raw_ops.EmptyTensorList(
+            element_shape=_shape_of(tensor), max_num_elements=-1, element_dtype=tensor.dtype
+        )
+
+
+def _get(values: Any, index: Any, tensor: Tensor) -> Any:
+    found = tf.raw_ops.TensorListGetItem(
+        input_handle=values,
+        index=tf.cast(index, tf.int32),
+        element_shape=_shape_of(tensor),
+        element_dtype=tensor.dtype,
+    )
+    return tf.ensure_shape(found, tensor.shape)
+
+
+def _next(index: Any) -> Any:
+    with tf.device("CPU:0"):
+        return index + 1
+
+
+def _behind(ends: Sequence[Any], operations: Sequence[Any]) -> list[Any]:
+    """Return those of the operations that the ends are computed by, in their order."""
+    among = {id(operation) for operation in operations}
+    pending = [end.op for end in ends]
+    found: set[int] = set()
+    while pending:
+        operation = pending.pop()
+        if id(operation) in among and id(operation) not in found:
+            found.add(id(operation))
+            pending += [each.op for each in operation.inputs]
+    return [operation for operation in operations if id(operation) in found]

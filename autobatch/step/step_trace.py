@@ -1,0 +1,234 @@
+"""The trace of a step that applies optimizers more than once, and its division into parts.
+
+:mod:`autobatch.graphs.levels` and :mod:`autobatch.graphs.parts` know graphs. Here it is said what an update, a running
+average, a log and a counted total are to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from autobatch.averages.batch_statistics import Statistic
+from autobatch.averages.running_averages import Deferred
+from autobatch.graphs.levels import FIRST_PASS, Event, Levels, level_of_pass
+from autobatch.graphs.parts import Part, Parts
+from autobatch.seams.graph_functions import loop_around
+from autobatch.step.accumulators import Unit
+from autobatch.tensors.variables import components, distinct
+from autobatch.types import Graph, Optimizer, Tensor, Variable
+
+UNKNOWN_SAMPLES = 1024
+"""Samples assumed for an effective batch whose size is not known beforehand."""
+
+
+@dataclass(eq=False, slots=True)
+class Applied:
+    """One call of an optimizer's ``apply`` in a trace; ``left_out`` are the operations that accumulate for it."""
+
+    optimizer: Optimizer
+    gradients: list[Any]
+    variables: list[Any]
+    left_out: range
+    in_main_graph: bool
+
+
+@dataclass(slots=True)
+class StepTrace:
+    """What the trace of one micro-step has shown, beside its graph."""
+
+    graph: Graph
+    applied: list[Applied] = field(default_factory=list)
+    counted: list[tuple[Any, Any]] = field(default_factory=list)
+    """Pairs of a total of the effective batch and of the micro-batch's part of it, a vector."""
+    deferred: list[Deferred] = field(default_factory=list)
+    """Assignments to running averages, in their order."""
+    logs: list[Any] = field(default_factory=list)
+    held: list[Any] = field(default_factory=list)
+
+
+class Update(NamedTuple):
+    """One update of a step: for each variable the place of its sum among the units, None where it has no gradient."""
+
+    optimizer: Optimizer
+    variables: list[Any]
+    units: list[int | None]
+
+
+class Division:
+    """Division of a trace into parts, and what each of them does besides running operations.
+
+    Args:
+        trace: the trace.
+        state: variables of metrics and seeds, which every micro-batch changes.
+        samples: the most samples in an effective batch; None if not known.
+    """
+
+    def __init__(self, trace: StepTrace, state: Iterable[Variable], samples: int | None) -> None:
+        self.trace = trace
+        self._update_events = [
+            Event(each.left_out.start, _parts_of(each.gradients), _keys_of(each), after_pass=True)
+            for each in trace.applied
+        ]
+        last = {id(each.variable): each for each in trace.deferred}
+        finals = [each for each in trace.deferred if last[id(each.variable)] is each]
+        self._average_events = [
+            Event(each.position, [each.recipe.value], _handles([each.variable])) for each in finals
+        ]
+        self.averages = dict(zip(map(id, self._average_events), finals, strict=True))
+        events = sorted([*self._update_events, *self._average_events], key=lambda event: event.position)
+        self.levels = levels = Levels(
+            trace.graph,
+            events,
+            left_out=[each.left_out for each in trace.applied],
+            by_micro_batch=_handles(state),
+            after={id(total.op): part for total, part in trace.counted},
+        )
+        self.units, self._unit_of = self._make_units()
+        self.updates = {
+            id(event): Update(each.optimizer, each.variables, self._units_of(each))
+            for event, each in zip(self._update_events, trace.applied, strict=True)
+        }
+        self.events = events
+        self.statistics: dict[int, list[Statistic]] = {}
+        """Statistics of running averages, by the level of the pass that computes them."""
+        for statistic in {id(one): one for each in trace.deferred for one in each.recipe.statistics}.values():
+            self.statistics.setdefault(self._pass_of(_tensors_of(statistic)), []).append(statistic)
+        self.counted_at = [self._pass_of([part]) for _, part in trace.counted]
+        self.held_at = [self._pass_of([part]) for part in trace.held]
+        self.log_at = [self._level_of_log(part) for part in trace.logs]
+        """Level of each log: odd if it is merged over the micro-batches, even if it is the same for all."""
+        self._samples = samples or UNKNOWN_SAMPLES
+
+    # -- what one level does ------------------------------------------------------------------------------------------
+
+    def make_parts(self) -> dict[int, Part]:
+        """Return the parts by their levels, in order."""
+        ends: dict[int, list[Any]] = {}
+
+        def end(level: int, tensors: Iterable[Any]) -> None:
+            ends.setdefault(level, []).extend(tensors)
+
+        for unit in self.units:
+            end(unit.begin, _parts_of([unit.gradient]))
+        for event in self.events:
+            end(event.level, [] if id(event) in self.updates else event.tensors)
+        for level, statistics in self.statistics.items():
+            end(level, (tensor for each in statistics for tensor in _tensors_of(each)))
+        for places, tensors in (
+            (self.counted_at, [part for _, part in self.trace.counted]),
+            (self.held_at, self.trace.held),
+            (self.log_at, self.trace.logs),
+        ):
+            for level, tensor in zip(places, tensors, strict=True):
+                end(level, [tensor])
+        value_at = {id(each.recipe.value): self.levels.of(each.recipe.value) for each in self.trace.deferred}
+        whole = {key: level + level % 2 for key, level in value_at.items()}
+        known = [id(tensor) for each in self.statistics.values() for one in each for tensor in one.parts]
+        parts = Parts(self.levels, ends, whole=whole, statistics=known, samples=self._samples)
+        return dict(sorted(parts.by_level.items()))
+
+    @property
+    def is_one_pass(self) -> bool:
+        """True if all updates can follow one pass, and nothing that the step does sees any of them."""
+        levels = self.levels
+        if len({id(each.optimizer) for each in self.trace.applied}) < len(self.trace.applied):
+            return False
+        slots = {unit.slot for unit in self.units}
+        if slots - {0} or len({id(unit.variable) for unit in self.units}) < len(self.units):
+            return False
+        if any(level > FIRST_PASS for level in (*self.counted_at, *self.held_at, *self.log_at, *self.statistics)):
+            return False
+        if any(unit.begin > FIRST_PASS for unit in self.units):
+            return False
+        for operation in levels.operations:
+            if levels.access(operation).must_run:
+                seen = max((levels.of(taken) for taken in operation.inputs), default=0)
+                if seen > FIRST_PASS or levels.level_of(operation) > FIRST_PASS + 1:
+                    return False
+        return True
+
+    @property
+    def written_once(self) -> list[int]:
+        """Keys of the variables that the step assigns once for all micro-batches."""
+        levels = self.levels
+        by_all = [levels.access(each) for each in levels.operations if not levels.is_of_micro_batch(each)]
+        return [key for access in by_all for key in access.writes if key not in levels.by_micro_batch]
+
+    def _pass_of(self, tensors: Iterable[Any]) -> int:
+        return level_of_pass(max((self.levels.of(each) for each in tensors), default=0))
+
+    def _level_of_log(self, part: Any) -> int:
+        differs = self.levels.is_of_micro_batch(part.op)
+        return level_of_pass(self.levels.of(part)) if differs else self.levels.of(part)
+
+    def _make_units(self) -> tuple[list[Unit], dict[tuple[int, int], int]]:
+        found: dict[tuple[int, int], list[Any]] = {}
+        for event, each in zip(self._update_events, self.trace.applied, strict=True):
+            for variable, gradient in zip(each.variables, each.gradients, strict=True):
+                if gradient is not None:
+                    (inner,) = distinct([variable])
+                    known = found.setdefault((id(inner), id(gradient)), [inner, gradient, 0])
+                    known[2] = max(known[2], event.level)
+        free: dict[int, list[int]] = {}
+        units, place_of = [], {}
+        begins = {key: self._pass_of(_parts_of([each[1]])) for key, each in found.items()}
+        for key in sorted(found, key=lambda key: begins[key]):
+            inner, gradient, end = found[key]
+            ends = free.setdefault(id(inner), [])
+            slot = next((place for place, busy in enumerate(ends) if busy < begins[key]), len(ends))
+            ends[slot : slot + 1] = [end]
+            place_of[key] = len(units)
+            units.append(Unit(inner, gradient, begins[key], slot))
+        return units, place_of
+
+    def _units_of(self, applied: Applied) -> list[int | None]:
+        return [
+            None if gradient is None else self._unit_of[id(distinct([variable])[0]), id(gradient)]
+            for variable, gradient in zip(applied.variables, applied.gradients, strict=True)
+        ]
+
+
+def _parts_of(gradients: Sequence[Any]) -> list[Any]:
+    present = [gradient for gradient in gradients if gradient is not None]
+    return [part for part in tf.nest.flatten(present, expand_composites=True) if hasattr(part, "graph")]
+
+
+def _tensors_of(statistic: Statistic) -> list[Tensor]:
+    weight = statistic.weight
+    return [*statistic.parts, *([weight] if tf.is_tensor(weight) and hasattr(weight, "graph") else [])]
+
+
+def _handles(variables: Iterable[Variable]) -> tuple[int, ...]:
+    return tuple(id(variable.handle) for variable in components(variables))
+
+
+def _keys_of(applied: Applied) -> tuple[int, ...]:
+    """Return the keys of the variables that an update changes; a learning rate is only read."""
+    inner = getattr(applied.optimizer, "inner_optimizer", None)
+    owners = [one for one in (applied.optimizer, inner) if one is not None]
+    own = [variable for owner in owners for variable in owner.variables if variable.name != "learning_rate"]
+    return _handles([*applied.variables, *own])
+
+
+def is_state(variable: Variable) -> bool:
+    """Return True if a variable is a seed or a metric's sum."""
+    is_seed = "seed_generator_state" in str(variable.name) or str(variable.name).startswith("StateVar")
+    return is_seed or bool(variable.aggregation == tf.VariableAggregation.SUM)
+
+
+def require_no_loop(optimizer: Optimizer) -> None:
+    """Refuse an ``apply`` within a loop that TensorFlow runs.
+
+    Raises:
+        ValueError: the current graph is such a loop's.
+    """
+    if not tf.executing_eagerly() and loop_around(tf.compat.v1.get_default_graph()):
+        raise ValueError(
+            "train_step applies an optimizer within a loop that TensorFlow runs (tf.while_loop, or a Python loop over "
+            "tensors that AutoGraph has converted), so that its updates cannot be told apart. Use a Python loop over "
+            f"range(...), as many times as there are updates. Received: {optimizer.name!r}"
+        )
