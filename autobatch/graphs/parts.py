@@ -258,7 +258,7 @@ class _PassWalk:
                 return True
             self.from_once[id(tensor)] = tensor
             return False
-        if tensor is not operation and self._parts._whole.get(id(tensor), self._level) < self._level:
+        if tensor is not operation and self._stands_for_whole(tensor):
             self.from_once[id(tensor)] = tensor
             return False
         home = self._home(tensor, operation)
@@ -292,6 +292,9 @@ class _PassWalk:
             return self._level
         return home if self._keeps(tensor) else self._level
 
+    def _stands_for_whole(self, tensor: Tensor) -> bool:
+        return self._parts._whole.get(id(tensor), self._level) < self._level
+
     def _is_fresh(self, operation: Operation) -> bool:
         """Return True if all variables that an operation depends on have, in this pass, the values that it is made of.
 
@@ -302,15 +305,14 @@ class _PassWalk:
             each, inputs_done = pending.pop()
             if id(each) in self._fresh:
                 continue
+            inputs = [taken.op for taken in each.inputs if not self._stands_for_whole(taken)]
             if inputs_done:
-                self._fresh[id(each)] = self._is_itself_fresh(each) and all(
-                    self._fresh[id(taken.op)] for taken in each.inputs
-                )
+                self._fresh[id(each)] = self._is_itself_fresh(each) and all(self._fresh[id(one)] for one in inputs)
             elif self._is_kept_anyway(each):
                 self._fresh[id(each)] = True
             else:
                 pending.append((each, True))
-                pending += [(taken.op, False) for taken in each.inputs]
+                pending += [(one, False) for one in inputs]
         return self._fresh[id(operation)]
 
     def _is_kept_anyway(self, operation: Operation) -> bool:

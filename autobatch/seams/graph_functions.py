@@ -99,7 +99,7 @@ def copied_operation(operation: Any, inputs: list[Any]) -> list[Any]:
             inputs,
             [output.dtype for output in operation.outputs],
             attrs=attributes,
-            name=f"{operation.name.rpartition('/')[2]}_again",
+            name=f"{operation.type}_again",
         )
     for old, new in zip(operation.outputs, copy.outputs, strict=True):
         new.set_shape(old.shape)

@@ -74,6 +74,7 @@ class AccumulatedStep(CompiledStep):
             parted = PartedStep(
                 self.model, self.structure, micro, micro.division, self._sums, self.update_room, self._touched
             )
+            micro.findings.held_sample_bytes += parted.kept_sample_bytes
             self._parted, self._accumulate, self._apply = parted, parted.accumulate, parted.apply
             return True
         self._accumulate = self._trace_loop(micro, zero_first=True)
@@ -88,6 +89,11 @@ class AccumulatedStep(CompiledStep):
             micro.trace()
         self._evaluate = self._trace_loop(micro, zero_first=False)
         return True
+
+    def computes_between_updates(self, *, whole: bool) -> bool:
+        if not whole:
+            return self._parted is not None
+        return self._whole.updates > 1 or super().computes_between_updates(whole=True)
 
     def update_has_begun(self) -> bool:
         not_reached = self._ran_whole and self._whole.has_not_reached_update()

@@ -139,6 +139,8 @@ class Accumulators:
         updates = self.updates = []
 
         def add(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
+            if tf.executing_eagerly():
+                _require_updated_once(optimizer, variables, updates)
             self._note_update(optimizer, gradients, variables)
             updates.append(Update(optimizer, variables, [gradient is not None for gradient in gradients]))
             shares = Shares(fraction)
@@ -258,6 +260,17 @@ class Accumulators:
             buffer.release()
         self._touched.forget([*self._sums.values(), *self.row_variables])
         self._sums, self._rows, self.updates = {}, {}, []
+
+
+def _require_updated_once(optimizer: Optimizer, variables: list[Variable], before: list[Update]) -> None:
+    known = {id(inner) for update in before for inner in distinct(update.variables)}
+    again = [variable for variable in variables if id(_inner(variable)) in known]
+    if again:
+        raise ValueError(
+            "train_step runs eagerly and updates the same weights more than once, so that no trace shows where to divide "
+            "it. Leave run_eagerly=True out, or update them once with all gradients. Received: "
+            f"{optimizer.name!r}, applied again to {again[0].name!r}"
+        )
 
 
 def _inner(variable: Variable) -> Any:

@@ -30,7 +30,7 @@ from autobatch.seams.optimizers import ApplyHandler, capture_apply
 from autobatch.step.attributes import attributes_kept
 from autobatch.step.division import Division as Sizes
 from autobatch.step.micro_batch_loop import loop
-from autobatch.step.step_trace import Applied, Division, StepTrace, is_state, require_no_loop
+from autobatch.step.step_trace import Division, StepTrace, is_state, no_parts_eagerly
 from autobatch.tensors.batch_structure import Structure, cut, sample_count
 from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Model, Optimizer, Tensor, Variable
@@ -104,6 +104,8 @@ class MicroStep:
         """Graph of the traced step; None before the trace, and if the step runs eagerly."""
         self._seen: StepTrace | None = None
         self._most_samples = most_samples
+        self._is_one_pass: bool | None = None
+        """True if a step that runs eagerly was seen to need one pass over the micro-batches; None if not known."""
         self.division: Division | None = None
         """Division of the traced step into parts, where its updates do not all follow one pass; else None."""
 
@@ -175,12 +177,9 @@ class MicroStep:
         if len(seen.applied) < 2:
             return
         logs, held, _ = graph.structured_outputs
-        seen.logs = [part for part in tf.nest.flatten(logs) if part is not None]
-        seen.held = list(held)
-        seen.deferred = self.averages.deferred
-        state = [variable for metric in self._model.metrics for variable in metric.variables]
-        state += [variable for variable in self._touched.variables if is_state(variable)]
-        division = Division(seen, state, self._most_samples)
+        seen.note_results(logs)
+        seen.held, seen.deferred = list(held), self.averages.deferred
+        division = Division(seen, self._state(), self._most_samples)
         if division.is_one_pass:
             return
         self.division = division
@@ -189,6 +188,11 @@ class MicroStep:
             *self.findings.once_an_update,
             *(variable for variable in self._touched.variables if id(variable.handle) in once),
         ]
+
+    def _state(self) -> list[Variable]:
+        """Return the variables of metrics and seeds, which every micro-batch changes."""
+        of_metrics = [variable for metric in self._model.metrics for variable in metric.variables]
+        return [*of_metrics, *(variable for variable in self._touched.variables if is_state(variable))]
 
     @property
     def held_updates(self) -> Any:
@@ -206,12 +210,15 @@ class MicroStep:
             return  # variables made in a trace that fails would stay without a value
         traced = TraceFindings()
 
+        seen: list[StepTrace] = []
+
         def look(leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> Any:
+            seen[:] = [StepTrace(tf.compat.v1.get_default_graph())]
             normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
             results = MetricResults()
             with (
                 functions.functions_inlined(),
-                capture_apply(self._touched.optimizers, lambda *_: None),
+                capture_apply(self._touched.optimizers, seen[0].note_applied),
                 losses.intercept_reductions(normalizer),
                 metrics.single_numbers_weighed(fraction, _ignored, terms.weighed),
                 metrics.noting_results(results.note),
@@ -226,6 +233,8 @@ class MicroStep:
             assert isinstance(terms, LossTerms)
             self._told = tuple(terms.told)
             self._count_length = normalizer.totals.length - terms.counted
+            seen[0].note_results(logs)
+            seen[0].note_totals(normalizer.totals)
             return leaves[0]
 
         signature = [self._structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
@@ -235,6 +244,10 @@ class MicroStep:
         except Exception as error:  # noqa: BLE001 - the code was written to run eagerly, and may need to
             logger.info("the step runs eagerly and cannot be traced: %r", error)
             return
+        if self._sink is not None and len(seen[0].applied) > 1:
+            self._is_one_pass = Division(seen[0], self._state(), self._most_samples).is_one_pass
+            if not self._is_one_pass:
+                raise no_parts_eagerly(model)
         traced.forget_tensors()
         if any(kind == "gradient" and None in told[0] for kind, told in self._told) and not traced.untold:
             traced.untold, traced.is_told = "a step that runs eagerly", False
@@ -263,7 +276,7 @@ class MicroStep:
             metrics.single_numbers_weighed(fraction, scalar_metrics.append, terms.weighed, untold_metrics.append),
             self._held.holding(leaves, fraction) as held,
             metrics.noting_results(results.note),
-            gradients_weighed(terms.gradient, traced.note_differentiated),
+            gradients_weighed(terms.gradient, self._noting_gradients(traced)),
             losses.added_losses_noted(traced.note_added_loss),
             self._noting_draws(traced),
             self.averages.deferring(fraction, totals) if self._sink is not None else contextlib.nullcontext(),
@@ -297,8 +310,7 @@ class MicroStep:
         traced.loose_logs = self.logs.not_told if self._learnt is None else self._learnt.loose_logs
         self._count_length = normalizer.totals.length
         if self._seen is not None:
-            totals_given = normalizer.totals
-            self._seen.counted = list(zip(totals_given.given, totals_given.counted, strict=True))
+            self._seen.note_totals(normalizer.totals)
         return logs, held
 
     def _weighing(
@@ -323,17 +335,22 @@ class MicroStep:
         seen = self._seen
 
         def take(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
-            require_no_loop(optimizer)
             traced.note_applied(optimizer, gradients, variables)
             self.averages.note_applied()
-            first = 0 if seen is None else len(seen.graph.get_operations())
-            add(optimizer, gradients, variables)
-            if seen is not None:
-                here = tf.compat.v1.get_default_graph() is seen.graph
-                added = range(first, len(seen.graph.get_operations()))
-                seen.applied.append(Applied(optimizer, gradients, variables, added, here))
+            if seen is None:
+                add(optimizer, gradients, variables)
+            else:
+                seen.note_applied(optimizer, gradients, variables, add)
 
         return capture_apply(self._touched.optimizers, take)
+
+    def _noting_gradients(self, traced: TraceFindings) -> Callable[[Any, Any], None]:
+        def note(target: Any, gradients: Any) -> None:
+            traced.note_differentiated(target, gradients)
+            if tf.executing_eagerly() and traced.applied and self._is_one_pass is None:
+                raise no_parts_eagerly(self._model)
+
+        return note
 
     def _noting_draws(self, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
         """Note the code that draws random numbers, in a trace and in the first micro-batch that runs eagerly."""

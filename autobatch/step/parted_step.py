@@ -75,6 +75,14 @@ class PartedStep:
         self._rest = [level for level in levels if level >= last]
         self._finish = self._trace_finish()
 
+    @property
+    def kept_sample_bytes(self) -> int:
+        """Bytes that are kept on the host for each sample from one pass to another."""
+        kept = [tensor for part in self._parts.values() for tensor in part.to_each]
+        of_samples = [each.shape[1:] for each in kept if each.shape.rank and each.shape[0] is None]
+        sizes = [tensor.dtype.size for tensor in kept if tensor.shape.rank and tensor.shape[0] is None]
+        return sum((shape.num_elements() or 0) * size for shape, size in zip(of_samples, sizes, strict=True))
+
     def accumulate(self, leaves: list[Tensor], division: Any) -> list[Any]:
         """Run everything that comes before the last update; return tensors that have a value once it has run."""
         self._state.begin(leaves, division)

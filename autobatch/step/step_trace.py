@@ -6,7 +6,7 @@ average, a log and a counted total are to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ from autobatch.averages.batch_statistics import Statistic
 from autobatch.averages.running_averages import Deferred
 from autobatch.graphs.levels import FIRST_PASS, Event, Levels, level_of_pass
 from autobatch.graphs.parts import Part, Parts
-from autobatch.seams.graph_functions import loop_around
+from autobatch.losses.totals import Totals
+from autobatch.seams.graph_functions import branch_around, loop_around
 from autobatch.step.accumulators import Unit
 from autobatch.tensors.variables import components, distinct
-from autobatch.types import Graph, Optimizer, Tensor, Variable
+from autobatch.types import Graph, Model, Optimizer, Tensor, Variable
 
 UNKNOWN_SAMPLES = 1024
 """Samples assumed for an effective batch whose size is not known beforehand."""
@@ -33,7 +34,6 @@ class Applied:
     gradients: list[Any]
     variables: list[Any]
     left_out: range
-    in_main_graph: bool
 
 
 @dataclass(slots=True)
@@ -48,6 +48,29 @@ class StepTrace:
     """Assignments to running averages, in their order."""
     logs: list[Any] = field(default_factory=list)
     held: list[Any] = field(default_factory=list)
+
+    def note_applied(
+        self,
+        optimizer: Optimizer,
+        gradients: list[Any],
+        variables: list[Any],
+        add: Callable[..., None] = lambda *_: None,
+    ) -> None:
+        """Note an ``apply``; ``add``, called with the same arguments, may make operations that are no part of it."""
+        require_no_branch(optimizer)
+        first = len(self.graph.get_operations())
+        add(optimizer, gradients, variables)
+        added = range(first, len(self.graph.get_operations()))
+        self.applied.append(Applied(optimizer, gradients, variables, added))
+
+    def note_totals(self, totals: Totals) -> None:
+        """Note the totals that the losses and logs of the trace have asked for."""
+        self.counted = list(zip(totals.given, totals.counted, strict=True))
+
+    def note_results(self, logs: Any) -> None:
+        """Note what the step has returned."""
+        parts = tf.nest.flatten(logs)
+        self.logs = [part for part in parts if getattr(part, "graph", None) is self.graph]
 
 
 class Update(NamedTuple):
@@ -135,10 +158,8 @@ class Division:
     def is_one_pass(self) -> bool:
         """True if all updates can follow one pass, and nothing that the step does sees any of them."""
         levels = self.levels
-        if len({id(each.optimizer) for each in self.trace.applied}) < len(self.trace.applied):
-            return False
-        slots = {unit.slot for unit in self.units}
-        if slots - {0} or len({id(unit.variable) for unit in self.units}) < len(self.units):
+        summed = [place for update in self.updates.values() for place in update.units if place is not None]
+        if len({id(self.units[place].variable) for place in summed}) < len(summed):
             return False
         if any(level > FIRST_PASS for level in (*self.counted_at, *self.held_at, *self.log_at, *self.statistics)):
             return False
@@ -220,15 +241,34 @@ def is_state(variable: Variable) -> bool:
     return is_seed or bool(variable.aggregation == tf.VariableAggregation.SUM)
 
 
-def require_no_loop(optimizer: Optimizer) -> None:
-    """Refuse an ``apply`` within a loop that TensorFlow runs.
+def require_no_branch(optimizer: Optimizer) -> None:
+    """Refuse an ``apply`` within a loop that TensorFlow runs, or within a branch that it chooses.
 
     Raises:
-        ValueError: the current graph is such a loop's.
+        ValueError: the current graph is that of a loop or a branch.
     """
-    if not tf.executing_eagerly() and loop_around(tf.compat.v1.get_default_graph()):
+    if tf.executing_eagerly():
+        return
+    graph = tf.compat.v1.get_default_graph()
+    if loop_around(graph):
         raise ValueError(
             "train_step applies an optimizer within a loop that TensorFlow runs (tf.while_loop, or a Python loop over "
             "tensors that AutoGraph has converted), so that its updates cannot be told apart. Use a Python loop over "
             f"range(...), as many times as there are updates. Received: {optimizer.name!r}"
         )
+    if branch_around(graph):
+        raise ValueError(
+            "train_step applies an optimizer within a branch that TensorFlow chooses (tf.cond, or a Python if over "
+            "tensors that AutoGraph has converted), so that it is not known beforehand whether there is an update. "
+            "Apply it in every step. To update every n-th step alone, give the optimizer gradient_accumulation_steps=n. "
+            f"Received: {optimizer.name!r}"
+        )
+
+
+def no_parts_eagerly(model: Model) -> ValueError:
+    """Return the error for a step that runs eagerly and computes with weights that it has updated before."""
+    return ValueError(
+        "train_step computes with weights that it has just updated, and runs eagerly, so that no trace shows where to "
+        "divide it. Leave run_eagerly=True out, or take all gradients before the first apply. Received: "
+        f"{type(model).__name__}"
+    )
