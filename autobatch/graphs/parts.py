@@ -21,6 +21,8 @@ from autobatch.types import Operation, Tensor
 MOST_BYTES = 64 * 2**20
 """Most bytes that one pass may keep for an effective batch, of what could be computed again."""
 
+_SIZES = frozenset(["Shape", "ShapeN", "Size", "Rank"])
+
 _OPEN_DIMENSION = 1024
 """Size assumed for a dimension that varies, when bytes are estimated."""
 
@@ -50,6 +52,7 @@ class Parts:
             a running average), by their ids, the level from which on they do.
         statistics: ids of the tensors of a micro-batch that such values are made of.
         samples: the most samples in an effective batch.
+        keeps_sizes: False if sizes of tensors must be known when a part is compiled, as for XLA.
     """
 
     def __init__(
@@ -60,8 +63,11 @@ class Parts:
         whole: Mapping[int, int],
         statistics: Iterable[int],
         samples: int,
+        keeps_sizes: bool = True,
     ) -> None:
         self._levels = levels
+        self._keeps_sizes = keeps_sizes
+        self._sizes: dict[int, bool] = {}
         self._own: dict[int, list[Any]] = {level: list(tensors) for level, tensors in ends.items()}
         for operation in levels.operations:
             if levels.access(operation).must_run:
@@ -158,6 +164,20 @@ class Parts:
         """Return the lowest pass before a level that computes an operation for its own ends; None if none does."""
         found = [level for level, closure in self._closures.items() if level < before and id(operation) in closure]
         return min(found, default=None)
+
+    def is_kept_apart(self, operation: Operation) -> bool:
+        """Return True if the outputs of an operation may be kept: all but sizes where these must be known."""
+        return self._keeps_sizes or not self._is_size(operation)
+
+    def _is_size(self, operation: Operation) -> bool:
+        if id(operation) not in self._sizes:
+            of_micro_batch = [each.op for each in operation.inputs if self._levels.is_of_micro_batch(each.op)]
+            self._sizes[id(operation)] = operation.type in _SIZES or (
+                bool(of_micro_batch)
+                and all(output.dtype.is_integer for output in operation.outputs)
+                and all(map(self._is_size, of_micro_batch))
+            )
+        return self._sizes[id(operation)]
 
     def is_tied_to_variables(self, operation: Operation) -> bool:
         """Return True if an operation of a micro-batch depends on weights, or on draws: not on the data alone."""
@@ -282,6 +302,8 @@ class _PassWalk:
             parts._drawn_at[id(operation)] = min(before, self._level)
             return parts._drawn_at[id(operation)]
         if own == self._level or tensor is operation or not parts.is_tied_to_variables(operation):
+            return self._level
+        if not parts.is_kept_apart(operation):
             return self._level
         used = parts.first_use(operation, self._level)
         if not self._is_fresh(operation):

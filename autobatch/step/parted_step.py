@@ -64,7 +64,7 @@ class PartedStep:
         self._reserve = reserve
         self._touched = touched
         self._source = Source(division.trace.graph)
-        self._parts = division.make_parts()
+        self._parts = division.make_parts(keeps_sizes=not model.jit_compile)
         sums.settle_units(division.units)
         self._state = _State(division)
         self._references: list[InGraphSnapshot] = []

@@ -128,8 +128,8 @@ class Division:
 
     # -- what one level does ------------------------------------------------------------------------------------------
 
-    def make_parts(self) -> dict[int, Part]:
-        """Return the parts by their levels, in order."""
+    def make_parts(self, *, keeps_sizes: bool) -> dict[int, Part]:
+        """Return the parts by their levels, in order; see :class:`.parts.Parts` for ``keeps_sizes``."""
         ends: dict[int, list[Any]] = {}
 
         def end(level: int, tensors: Iterable[Any]) -> None:
@@ -151,7 +151,9 @@ class Division:
         value_at = {id(each.recipe.value): self.levels.of(each.recipe.value) for each in self.trace.deferred}
         whole = {key: level + level % 2 for key, level in value_at.items()}
         known = [id(tensor) for each in self.statistics.values() for one in each for tensor in one.parts]
-        parts = Parts(self.levels, ends, whole=whole, statistics=known, samples=self._samples)
+        parts = Parts(
+            self.levels, ends, whole=whole, statistics=known, samples=self._samples, keeps_sizes=keeps_sizes
+        )
         return dict(sorted(parts.by_level.items()))
 
     @property
