@@ -108,18 +108,18 @@ def copied_operation(operation: Any, inputs: list[Any]) -> list[Any]:
     return list(copy.outputs)
 
 
-def loop_around(graph: Any) -> bool:
-    """Return True if a graph is, or is within, the body of a loop that TensorFlow runs."""
-    return _is_within(graph, _func_graphs.WhileBodyFuncGraph)
+def loop_around(graph: Any, outer: Any) -> bool:
+    """Return True if a graph is, or is within, the body of a loop that TensorFlow runs in the graph ``outer``."""
+    return _is_within(graph, outer, _func_graphs.WhileBodyFuncGraph)
 
 
-def branch_around(graph: Any) -> bool:
-    """Return True if a graph is, or is within, a branch of a condition that TensorFlow evaluates."""
-    return _is_within(graph, _func_graphs.CondBranchFuncGraph)
+def branch_around(graph: Any, outer: Any) -> bool:
+    """Return True if a graph is, or is within, a branch of a condition that TensorFlow evaluates in ``outer``."""
+    return _is_within(graph, outer, _func_graphs.CondBranchFuncGraph)
 
 
-def _is_within(graph: Any, kind: type) -> bool:
-    while graph is not None:
+def _is_within(graph: Any, outer: Any, kind: type) -> bool:
+    while graph is not None and graph is not outer:
         if isinstance(graph, kind):
             return True
         graph = getattr(graph, "outer_graph", None)

@@ -57,7 +57,7 @@ class StepTrace:
         add: Callable[..., None] = lambda *_: None,
     ) -> None:
         """Note an ``apply``; ``add``, called with the same arguments, may make operations that are no part of it."""
-        require_no_branch(optimizer)
+        require_no_branch(optimizer, self.graph)
         first = len(self.graph.get_operations())
         add(optimizer, gradients, variables)
         added = range(first, len(self.graph.get_operations()))
@@ -243,22 +243,20 @@ def is_state(variable: Variable) -> bool:
     return is_seed or bool(variable.aggregation == tf.VariableAggregation.SUM)
 
 
-def require_no_branch(optimizer: Optimizer) -> None:
+def require_no_branch(optimizer: Optimizer, step: Graph) -> None:
     """Refuse an ``apply`` within a loop that TensorFlow runs, or within a branch that it chooses.
 
     Raises:
-        ValueError: the current graph is that of a loop or a branch.
+        ValueError: the current graph is that of a loop or a branch in the graph of the step.
     """
-    if tf.executing_eagerly():
-        return
     graph = tf.compat.v1.get_default_graph()
-    if loop_around(graph):
+    if loop_around(graph, step):
         raise ValueError(
             "train_step applies an optimizer within a loop that TensorFlow runs (tf.while_loop, or a Python loop over "
             "tensors that AutoGraph has converted), so that its updates cannot be told apart. Use a Python loop over "
             f"range(...), as many times as there are updates. Received: {optimizer.name!r}"
         )
-    if branch_around(graph):
+    if branch_around(graph, step):
         raise ValueError(
             "train_step applies an optimizer within a branch that TensorFlow chooses (tf.cond, or a Python if over "
             "tensors that AutoGraph has converted), so that it is not known beforehand whether there is an update. "
