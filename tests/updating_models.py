@@ -296,7 +296,9 @@ def compare(make, x, y, *, micro_batch=5, target_batch=SAMPLES, epochs=2, tolera
     clipped weights overtake another operation (once in four runs on two cores).
     """
     moved, histories = [], []
-    x, y = tf.nest.map_structure(lambda part: part.astype(keras.config.floatx()) if part.dtype.kind == "f" else part, (x, y))
+    x, y = tf.nest.map_structure(
+        lambda part: part.astype(keras.config.floatx()) if part.dtype.kind == "f" else part, (x, y)
+    )
     for ours in (False, True):
         keras.utils.set_random_seed(1)
         model = make()

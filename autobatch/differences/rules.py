@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from autobatch.differences.difference import Difference
-from autobatch.differences.naming import listed, named, named_pairs, optimizer_name, the_optimizer
+from autobatch.differences.naming import listed, named, named_pairs, the_optimizer
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs.draws import DrawKind
 from autobatch.metrics import whole_batch

@@ -27,8 +27,8 @@ class Access:
     """What one operation does besides computing its outputs from its inputs.
 
     ``reads`` and ``writes`` are keys of variables, see :func:`key_of`. ``draws`` is True if it draws random numbers
-    whose seed is not among its inputs: a second run would draw others. ``seeded`` is True if it may draw with a seed that
-    is among its inputs. ``must_run`` is True if it has an effect, so that it runs whether its outputs are needed or not.
+    whose seed is not among its inputs: a second run would draw others. ``seeded`` is True if it may draw with a seed
+    that is among its inputs. ``must_run`` is True if it has an effect: it runs whether its outputs are needed or not.
     """
 
     reads: tuple[int, ...] = ()

@@ -29,7 +29,8 @@ class Event:
     """Something that is done once for all micro-batches, at a place of the trace.
 
     ``position`` counts the operations of the graph before it. ``tensors`` are what it needs, ``keys`` the variables
-    that it changes (:meth:`.accesses.Accesses.key_of`). ``after_pass`` is True if every micro-batch adds to ``tensors``.
+    that it changes (:meth:`.accesses.Accesses.key_of`). ``after_pass`` is True if ``tensors`` are summed over the
+    micro-batches.
     """
 
     position: int
@@ -241,7 +242,9 @@ class Levels:
         """Return True if the step does not touch a variable again, after ``operation``, before an event changes it."""
         position = self.position[id(operation)]
         touched = next((each for each in self._touched_at[key] if each > position), None)
-        changed = next((event.position for event in self.events if event.position > position and key in event.keys), None)
+        changed = next(
+            (event.position for event in self.events if event.position > position and key in event.keys), None
+        )
         return touched is None or (changed is not None and changed <= touched)
 
     def _note_write(self, key: int, level: int) -> None:

@@ -85,7 +85,7 @@ class Parts:
         """Settle all parts, the last first; return False if a draw turned out to be needed in an earlier one."""
         self.by_level: dict[int, Part] = {level: Part() for level in self._own}
         """Parts by their levels."""
-        self._left = MOST_BYTES
+        self._left = float(MOST_BYTES)
         drawn_at = dict(self._drawn_at)
         for level in sorted((each for each in self._own if each % 2), reverse=True):
             self._settle_pass(level)

@@ -79,8 +79,8 @@ def functions_of(operation: Any) -> list[Any] | None:
 def copied_operation(operation: Any, inputs: list[Any]) -> list[Any]:
     """Make an operation of another graph again in the current one, with other inputs; return its outputs.
 
-    The functions that it runs are made known to the current graph. Control inputs and colocation are left out: TensorFlow
-    orders what touches the same variable by itself.
+    The functions that it runs are made known to the current graph. Control inputs and colocation are left out:
+    TensorFlow orders what touches the same variable by itself.
     """
     graph = tf.compat.v1.get_default_graph()
     for attribute in operation.op_def.attr:

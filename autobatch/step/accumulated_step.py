@@ -70,9 +70,9 @@ class AccumulatedStep(CompiledStep):
         self._micro = micro = self._training_micro_step(self._sums, self._most_samples)
         if not self.model.run_eagerly:
             micro.trace()
-        if micro.division is not None:
+        if micro.parted is not None:
             parted = PartedStep(
-                self.model, self.structure, micro, micro.division, self._sums, self.update_room, self._touched
+                self.model, self.structure, micro, micro.parted, self._sums, self.update_room, self._touched
             )
             micro.findings.held_sample_bytes += parted.kept_sample_bytes
             self._parted, self._accumulate, self._apply = parted, parted.accumulate, parted.apply

@@ -267,8 +267,8 @@ def _require_updated_once(optimizer: Optimizer, variables: list[Variable], befor
     again = [variable for variable in variables if id(_inner(variable)) in known]
     if again:
         raise ValueError(
-            "train_step runs eagerly and updates the same weights more than once, so that no trace shows where to divide "
-            "it. Leave run_eagerly=True out, or update them once with all gradients. Received: "
+            "train_step runs eagerly and updates the same weights more than once, so that no trace shows where to "
+            "divide it. Leave run_eagerly=True out, or update them once with all gradients. Received: "
             f"{optimizer.name!r}, applied again to {again[0].name!r}"
         )
 

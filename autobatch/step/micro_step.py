@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import tensorflow as tf
 
 from autobatch.averages.running_averages import RunningAverages
-from autobatch.differences import rules
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs import draws
-from autobatch.graphs.sample_flow import SampleFlow
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.graphs.writes import written_variables
 from autobatch.losses.eager_terms import EagerTerms
@@ -21,21 +18,19 @@ from autobatch.losses.loss_terms import LossTerms
 from autobatch.losses.loss_weights import LossWeights
 from autobatch.losses.totals import Mode, Totals
 from autobatch.metrics.eager_updates import EagerUpdates
-from autobatch.metrics.merged_logs import Logs, MergedLogs, kinds_of, not_told_eagerly
+from autobatch.metrics.merged_logs import Logs, MergedLogs
 from autobatch.metrics.results import MetricResults
 from autobatch.metrics.whole_batch import HeldUpdates
 from autobatch.seams import functions, losses, metrics, models
 from autobatch.seams.gradients import gradients_weighed, without_gradients
 from autobatch.seams.optimizers import ApplyHandler, capture_apply
-from autobatch.step.attributes import attributes_kept
-from autobatch.step.division import Division as Sizes
+from autobatch.step.division import Division
 from autobatch.step.micro_batch_loop import loop
-from autobatch.step.step_trace import Division, StepTrace, is_state, no_parts_eagerly
+from autobatch.step.step_trace import PartedTrace, StepTrace, is_state, no_parts_eagerly
+from autobatch.step.trial_trace import trial_trace, weighing
 from autobatch.tensors.batch_structure import Structure, cut, sample_count
 from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Model, Optimizer, Tensor, Variable
-
-logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -106,7 +101,7 @@ class MicroStep:
         self._most_samples = most_samples
         self._is_one_pass: bool | None = None
         """True if a step that runs eagerly was seen to need one pass over the micro-batches; None if not known."""
-        self.division: Division | None = None
+        self.parted: PartedTrace | None = None
         """Division of the traced step into parts, where its updates do not all follow one pass; else None."""
 
     @property
@@ -149,7 +144,7 @@ class MicroStep:
         if sink is not None:
             sink.settle()
             self._divide(concrete.graph)
-        if self.division is not None:
+        if self.parted is not None:
             return
         if model.jit_compile:
             # When a step compiled by XLA runs out of memory, it frees the buffers of the variables that it writes. The
@@ -179,11 +174,11 @@ class MicroStep:
         logs, held, _ = graph.structured_outputs
         seen.note_results(logs)
         seen.held, seen.deferred = list(held), self.averages.deferred
-        division = Division(seen, self._state(), self._most_samples)
-        if division.is_one_pass:
+        parted = PartedTrace(seen, self._state(), self._most_samples)
+        if parted.is_one_pass:
             return
-        self.division = division
-        once = set(division.written_once)
+        self.parted = parted
+        once = set(parted.written_once)
         self.findings.once_an_update = [
             *self.findings.once_an_update,
             *(variable for variable in self._touched.variables if id(variable.handle) in once),
@@ -202,60 +197,19 @@ class MicroStep:
     def look_at_losses(self) -> None:
         """Trace an eager step, without running the trace, to learn what its losses are made of.
 
-        The model's attributes that the user's code changes meanwhile are put back. Nothing is learnt from code that
-        cannot be traced.
+        Raises:
+            ValueError: the step computes with weights that it has updated before.
         """
-        model = self._model
-        if not rules.has_code_of_its_own(model) or not models.is_built(model):
-            return  # variables made in a trace that fails would stay without a value
-        traced = TraceFindings()
-
-        seen: list[StepTrace] = []
-
-        def look(leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> Any:
-            seen[:] = [StepTrace(tf.compat.v1.get_default_graph())]
-            normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
-            results = MetricResults()
-            with (
-                functions.functions_inlined(),
-                capture_apply(self._touched.optimizers, seen[0].note_applied),
-                losses.intercept_reductions(normalizer),
-                metrics.single_numbers_weighed(fraction, _ignored, terms.weighed),
-                metrics.noting_results(results.note),
-                gradients_weighed(terms.gradient, traced.note_differentiated),
-                losses.added_losses_noted(traced.note_added_loss),
-            ):
-                logs = self._step(self._structure.pack(leaves))
-            batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
-            kinds = kinds_of(logs, results, batch, terms)
-            terms.weighed_logs(logs, kinds)
-            traced.loose_logs = not_told_eagerly(logs, kinds, terms)
-            assert isinstance(terms, LossTerms)
-            self._told = tuple(terms.told)
-            self._count_length = normalizer.totals.length - terms.counted
-            seen[0].note_results(logs)
-            seen[0].note_totals(normalizer.totals)
-            return leaves[0]
-
-        signature = [self._structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
-        try:
-            with attributes_kept(model) as changed:
-                tf.function(look, autograph=False, input_signature=signature).get_concrete_function()
-        except Exception as error:  # noqa: BLE001 - the code was written to run eagerly, and may need to
-            logger.info("the step runs eagerly and cannot be traced: %r", error)
+        found = trial_trace(self._model, self._step, self._structure, self._touched)
+        if found is None:
             return
-        if self._sink is not None and len(seen[0].applied) > 1:
-            self._is_one_pass = Division(seen[0], self._state(), self._most_samples).is_one_pass
+        if self._sink is not None and len(found.seen.applied) > 1:
+            self._is_one_pass = PartedTrace(found.seen, self._state(), self._most_samples).is_one_pass
             if not self._is_one_pass:
-                raise no_parts_eagerly(model)
-        traced.forget_tensors()
-        if any(kind == "gradient" and None in told[0] for kind, told in self._told) and not traced.untold:
-            traced.untold, traced.is_told = "a step that runs eagerly", False
-        if changed and not traced.untold:  # what the step does may depend on what it counts
-            traced.untold, traced.is_told = f"code that counts in {changed[0]}", False
-        self._learnt = traced
+                raise no_parts_eagerly(self._model)
+        self._told, self._count_length, self._learnt = found.told, found.count_length, found.findings
         if self._sink is not None:
-            self.findings = traced
+            self.findings = found.findings
 
     def _run_averaging(self, leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> tuple[Logs, list[Any], Any]:
         logs, held = self._run(leaves, fraction, totals)
@@ -324,8 +278,7 @@ class MicroStep:
             normalizer.terms = eager
             return normalizer, eager
         note = (lambda found: None) if traced is None else traced.note_dependence
-        terms = LossTerms(needed, fraction, sample_count(leaves), SampleFlow.of_leaves(leaves, ()), note)
-        return LossWeights(fraction, needed, terms), terms
+        return weighing(needed, leaves, fraction, note)
 
     def _capturing(self, fraction: Tensor, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
         if self._sink is None:
@@ -381,7 +334,7 @@ class MicroStep:
         self._count_length = normalizer.totals.length
         return tf.concat(counted, 0) if counted else tf.zeros([0], tf.float64)
 
-    def count_over(self, leaves: list[Tensor], samples: Any, division: Sizes) -> Any:
+    def count_over(self, leaves: list[Tensor], samples: Any, division: Division) -> Any:
         """Return the denominators of the effective batch: a float64 vector, empty if none depends on the data."""
         if self._count_length is None:  # an eager step has no trace that shows it: count the first micro-batch
             part = [cut(leaf, tf.constant(0, tf.int64), division.larger) for leaf in leaves]

@@ -8,7 +8,7 @@ it computes with the new weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,16 @@ from autobatch.step.division import Division
 from autobatch.step.gradient_sums import Shares
 from autobatch.step.micro_batch_loop import loop
 from autobatch.step.micro_step import MicroStep
-from autobatch.step.step_trace import Division as TraceDivision
+from autobatch.step.part_state import (
+    PartState,
+    empty_list,
+    item_of,
+    list_specs_of,
+    next_index,
+    specs_of,
+    state_specs_of,
+)
+from autobatch.step.step_trace import PartedTrace
 from autobatch.step.update_room import UpdateReserve
 from autobatch.tensors.batch_structure import Structure, sample_count
 from autobatch.tensors.functions import called_directly
@@ -40,7 +49,7 @@ class PartedStep:
         model: a compiled Keras model.
         structure: the structure of the data.
         micro: the traced micro-step.
-        division: the division of its trace.
+        parted: its trace, divided.
         sums: sum the gradients.
         reserve: makes sure that the updates have their memory.
         touched: learns the variables that the traces show.
@@ -51,7 +60,7 @@ class PartedStep:
         model: Model,
         structure: Structure,
         micro: MicroStep,
-        division: TraceDivision,
+        parted: PartedTrace,
         sums: Accumulators,
         reserve: UpdateReserve,
         touched: TouchedVariables,
@@ -59,17 +68,17 @@ class PartedStep:
         self._model = model
         self._structure = structure
         self._micro = micro
-        self._division = division
+        self._parted = parted
         self._sums = sums
         self._reserve = reserve
         self._touched = touched
-        self._source = Source(division.trace.graph)
-        self._parts = division.make_parts(keeps_sizes=not model.jit_compile)
-        sums.settle_units(division.units)
-        self._state = _State(division)
+        self._source = Source(parted.trace.graph)
+        self._parts = parted.make_parts(keeps_sizes=not model.jit_compile)
+        sums.settle_units(parted.units)
+        self._state = PartState(parted)
         self._references: list[InGraphSnapshot] = []
         levels = list(self._parts)
-        last = max(event.level for event in division.events if id(event) in division.updates)
+        last = max(event.level for event in parted.events if id(event) in parted.updates)
         self._runs = {level: self._trace_pass(level) if level % 2 else self._trace_between(level) for level in levels}
         self._before = [level for level in levels if level < last]
         self._rest = [level for level in levels if level >= last]
@@ -98,11 +107,11 @@ class PartedStep:
         """Let go of the memory that is held between micro-batches."""
         for each in self._references:
             each.drop()
-        self._state = _State(self._division)
+        self._state = PartState(self._parted)
 
     def _trace_finish(self) -> Callable[[list[Any], list[Any]], list[Any]]:
         """Trace the update of the metrics that see the whole batch; it returns the final logs."""
-        trace = self._division.trace
+        trace = self._parted.trace
         if not trace.held:
             return lambda logs, lists: logs
 
@@ -111,29 +120,29 @@ class PartedStep:
 
         specs = [tf.TensorSpec([None, *log.shape[1:]] if log.shape.rank else [], log.dtype) for log in trace.logs]
         concrete = tf.function(
-            finish, autograph=False, input_signature=[specs, _list_specs(trace.held)]
+            finish, autograph=False, input_signature=[specs, list_specs_of(trace.held)]
         ).get_concrete_function()
         self._touched.note_graph(concrete.graph)
         return concrete  # type: ignore[no-any-return]
 
     # -- passes over the micro-batches --------------------------------------------------------------------------------
 
-    def _trace_pass(self, level: int) -> Callable[[_State], Any]:
-        part, division = self._parts[level], self._division
+    def _trace_pass(self, level: int) -> Callable[[PartState], Any]:
+        part, parted = self._parts[level], self._parted
         specs = self._structure.specs
         scalar, vector = tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)
-        once, each = _specs(part.from_once), _specs(part.from_each)
+        once, each = specs_of(part.from_once), specs_of(part.from_each)
         run_micro = self._compiled_micro(level, part, [specs, scalar, vector, once, each])
         count_micro = self._compiled_count(level, part, [specs, scalar, vector, once, each])
-        log_places = [place for place, at in enumerate(division.log_at) if at == level]
-        held_places = [place for place, at in enumerate(division.held_at) if at == level]
-        layout = batch_statistics.layout_of(division.statistics.get(level, []))
+        log_places = [place for place, at in enumerate(parted.log_at) if at == level]
+        held_places = [place for place, at in enumerate(parted.held_at) if at == level]
+        layout = batch_statistics.layout_of(parted.statistics.get(level, []))
         logs, held = self._micro.logs, self._micro.held_updates
-        begins = [place for place, unit in enumerate(division.units) if unit.begin == level]
+        begins = [place for place, unit in enumerate(parted.units) if unit.begin == level]
 
         def taken(lists: Sequence[Any], index: Any) -> list[Any]:
             with tf.device("CPU:0"):
-                return [_get(values, index, tensor) for values, tensor in zip(lists, part.from_each, strict=True)]
+                return [item_of(values, index, tensor) for values, tensor in zip(lists, part.from_each, strict=True)]
 
         def run(leaves: list[Tensor], sizes: Any, totals: Any, kept: list[Any], lists: list[Any]) -> Any:
             with tf.device("CPU:0"):
@@ -144,7 +153,7 @@ class PartedStep:
 
                 def count(piece: list[Any], fraction: Tensor, carried: list[Any]) -> list[Any]:
                     counted = count_micro(piece, fraction, totals, kept, taken(lists, carried[0]))
-                    return [_next(carried[0]), carried[1] + counted]
+                    return [next_index(carried[0]), carried[1] + counted]
 
                 totals = totals + loop(leaves, samples, cut, [first, tf.zeros_like(totals)], count)[1]
 
@@ -153,7 +162,7 @@ class PartedStep:
                 given = run_micro(piece, fraction, totals, kept, taken(lists, index))
                 own_logs, own_held, own_states, own_gives = given
                 return [
-                    _next(index),
+                    next_index(index),
                     logs.merged_at(log_places, parts, own_logs, fraction),
                     held.push(parts_held, own_held),
                     batch_statistics.merged_statistics(layout, states, own_states),
@@ -165,17 +174,17 @@ class PartedStep:
                 logs.empty_at(log_places),
                 held.empty_at(held_places),
                 batch_statistics.empty(layout),
-                [_empty_list(tensor) for tensor in part.to_each],
+                [empty_list(tensor) for tensor in part.to_each],
             ]
             _, *results = loop(leaves, samples, cut, start, body)
             return [totals, *results]
 
-        signature = [specs, tf.TensorSpec([3], tf.int64), vector, once, _list_specs(part.from_each)]
+        signature = [specs, tf.TensorSpec([3], tf.int64), vector, once, list_specs_of(part.from_each)]
         compiled = tf.function(run, autograph=False, input_signature=signature)
         self._touched.note_graph(compiled.get_concrete_function().graph)
         call = called_directly(compiled)
 
-        def run_pass(state: _State) -> Any:
+        def run_pass(state: PartState) -> Any:
             kept, lists = state.once_values(part.from_once), state.each_values(part.from_each)
             totals, own_logs, own_held, own_states, gives = call(state.leaves, state.sizes, state.totals, kept, lists)
             state.totals = totals
@@ -188,9 +197,9 @@ class PartedStep:
         return run_pass
 
     def _compiled_micro(self, level: int, part: Part, signature: list[Any]) -> Callable[..., Any]:
-        division = self._division
-        statistics = division.statistics.get(level, [])
-        units = [(place, unit) for place, unit in enumerate(division.units) if unit.begin == level]
+        parted = self._parted
+        statistics = parted.statistics.get(level, [])
+        units = [(place, unit) for place, unit in enumerate(parted.units) if unit.begin == level]
 
         def run(leaves: list[Tensor], fraction: Tensor, totals: Tensor, kept: list[Any], each: list[Any]) -> Any:
             replay = self._replay(part, [leaves, fraction, totals], kept, each)
@@ -198,10 +207,12 @@ class PartedStep:
             shares = Shares(fraction)
             for place, unit in units:
                 self._sums.add_unit(place, replay.nest_of(unit.gradient), shares)
-            own = [replace(one, parts=replay.nest_of(one.parts), weight=replay.nest_of(one.weight)) for one in statistics]
+            own = [
+                replace(one, parts=replay.nest_of(one.parts), weight=replay.nest_of(one.weight)) for one in statistics
+            ]
             return (
-                [replay.of(log) for log, at in zip(division.trace.logs, division.log_at, strict=True) if at == level],
-                [replay.of(one) for one, at in zip(division.trace.held, division.held_at, strict=True) if at == level],
+                [replay.of(log) for log, at in zip(parted.trace.logs, parted.log_at, strict=True) if at == level],
+                [replay.of(one) for one, at in zip(parted.trace.held, parted.held_at, strict=True) if at == level],
                 batch_statistics.packed(own),
                 [replay.of(tensor) for tensor in part.to_each],
             )
@@ -225,10 +236,8 @@ class PartedStep:
         return call
 
     def _compiled_count(self, level: int, part: Part, signature: list[Any]) -> Callable[..., Any] | None:
-        division = self._division
-        counted = [
-            (total, own, at) for (total, own), at in zip(division.trace.counted, division.counted_at, strict=True)
-        ]
+        parted = self._parted
+        counted = [(total, own, at) for (total, own), at in zip(parted.trace.counted, parted.counted_at, strict=True)]
         if all(at != level for _, _, at in counted):
             return None
         operations = _behind([own for _, own, at in counted if at == level], part.operations)
@@ -258,17 +267,17 @@ class PartedStep:
 
     # -- between passes -----------------------------------------------------------------------------------------------
 
-    def _trace_between(self, level: int) -> Callable[[_State], Any]:
-        part, division = self._parts[level], self._division
-        events = [event for event in division.events if event.level == level]
-        position = division.levels.position
-        known = [before for before in division.statistics if before < level]
-        log_places = [place for place, at in enumerate(division.log_at) if at == level]
+    def _trace_between(self, level: int) -> Callable[[PartState], Any]:
+        part, parted = self._parts[level], self._parted
+        events = [event for event in parted.events if event.level == level]
+        position = parted.levels.position
+        known = [before for before in parted.statistics if before < level]
+        log_places = [place for place, at in enumerate(parted.log_at) if at == level]
 
         def run(kept: list[Any], states: list[list[Any]]) -> Any:
             given = dict(zip(map(id, part.from_once), kept, strict=True))
             for before, state in zip(known, states, strict=True):
-                given.update(batch_statistics.unpacked(division.statistics[before], state))
+                given.update(batch_statistics.unpacked(parted.statistics[before], state))
             replay = Replay(self._source, given)
             waiting = list(part.operations)
             pending = list(events)
@@ -277,126 +286,36 @@ class PartedStep:
                 first = [each for each in waiting if position[id(each)] < event.position]
                 replay.run(first)
                 waiting = waiting[len(first) :]
-                if id(event) not in division.updates:
-                    deferred = division.averages[id(event)]
+                if id(event) not in parted.updates:
+                    deferred = parted.averages[id(event)]
                     deferred.variable.assign(tf.identity(replay.of(deferred.recipe.value)))
                     continue
-                together = [division.updates[id(event)]]
+                together = [parted.updates[id(event)]]
                 until = position[id(waiting[0])] if waiting else None
-                while (
-                    pending
-                    and id(pending[0]) in division.updates
-                    and (until is None or pending[0].position <= until)
-                ):
-                    together.append(division.updates[id(pending.pop(0))])
+                while pending and id(pending[0]) in parted.updates and (until is None or pending[0].position <= until):
+                    together.append(parted.updates[id(pending.pop(0))])
                 with self._reserve.update_of([variable for update in together for variable in update.variables]):
                     for update in together:
                         update.optimizer.apply(self._sums.gradients_of_units(update.units), update.variables)
             replay.run(waiting)
             return (
                 [tf.identity(replay.of(tensor)) for tensor in part.to_once],
-                [tf.identity(replay.of(division.trace.logs[place])) for place in log_places],
+                [tf.identity(replay.of(parted.trace.logs[place])) for place in log_places],
             )
 
-        states = [_state_specs(division.statistics[before]) for before in known]
+        states = [state_specs_of(parted.statistics[before]) for before in known]
         concrete = tf.function(
-            run, autograph=False, input_signature=[_specs(part.from_once), states]
+            run, autograph=False, input_signature=[specs_of(part.from_once), states]
         ).get_concrete_function()
         self._touched.note_graph(concrete.graph)
 
-        def run_between(state: _State) -> Any:
+        def run_between(state: PartState) -> Any:
             gives, logs = concrete(state.once_values(part.from_once), [state.statistics[before] for before in known])
             state.note_once(part.to_once, gives)
             state.note_logs(log_places, logs)
             return gives
 
         return run_between
-
-
-class _State:
-    """What passes from one part of an update to the next."""
-
-    def __init__(self, division: TraceDivision) -> None:
-        self._once: dict[int, Any] = {}
-        self._each: dict[int, Any] = {}
-        self._logs: dict[int, Any] = {}
-        self._held: dict[int, Any] = {}
-        self._length = sum(own.shape.num_elements() for _, own in division.trace.counted)
-        self.statistics: dict[int, list[Any]] = {}
-        self.leaves: list[Any] = []
-        self.sizes: Any = None
-        self.totals: Any = None
-
-    def begin(self, leaves: list[Tensor], sizes: Any) -> None:
-        self._once, self._each, self._logs, self._held, self.statistics = {}, {}, {}, {}, {}
-        self.leaves, self.sizes = leaves, sizes
-        with tf.device("CPU:0"):
-            self.totals = tf.zeros([self._length], tf.float64)
-
-    def note_once(self, tensors: Iterable[Any], values: Iterable[Any]) -> None:
-        self._once.update(zip(map(id, tensors), values, strict=True))
-
-    def note_each(self, tensors: Iterable[Any], values: Iterable[Any]) -> None:
-        self._each.update(zip(map(id, tensors), values, strict=True))
-
-    def note_logs(self, places: Iterable[int], values: Iterable[Any]) -> None:
-        self._logs.update(zip(places, values, strict=True))
-
-    def note_held(self, places: Iterable[int], values: Iterable[Any]) -> None:
-        self._held.update(zip(places, values, strict=True))
-
-    def once_values(self, tensors: Iterable[Any]) -> list[Any]:
-        return [self._once[id(tensor)] for tensor in tensors]
-
-    def each_values(self, tensors: Iterable[Any]) -> list[Any]:
-        return [self._each[id(tensor)] for tensor in tensors]
-
-    def log_values(self) -> list[Any]:
-        return [self._logs[place] for place in sorted(self._logs)]
-
-    def held_lists(self) -> list[Any]:
-        """Return the held arguments of metrics, in their order."""
-        return [self._held[place] for place in sorted(self._held)]
-
-
-def _specs(tensors: Iterable[Any]) -> list[Any]:
-    return [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
-
-
-def _list_specs(tensors: Iterable[Any]) -> list[Any]:
-    return [tf.TensorSpec([], tf.variant) for _ in tensors]
-
-
-def _state_specs(statistics: Any) -> list[Any]:
-    with tf.Graph().as_default():
-        states = batch_statistics.empty(batch_statistics.layout_of(statistics))
-        return [tf.TensorSpec(state.shape, state.dtype) for state in states]
-
-
-def _shape_of(tensor: Tensor) -> Any:
-    return tf.constant([-1 if size is None else size for size in tensor.shape], tf.int32)
-
-
-def _empty_list(tensor: Tensor) -> Any:
-    with tf.device("CPU:0"):
-        return tf.raw_ops.EmptyTensorList(
-            element_shape=_shape_of(tensor), max_num_elements=-1, element_dtype=tensor.dtype
-        )
-
-
-def _get(values: Any, index: Any, tensor: Tensor) -> Any:
-    found = tf.raw_ops.TensorListGetItem(
-        input_handle=values,
-        index=tf.cast(index, tf.int32),
-        element_shape=_shape_of(tensor),
-        element_dtype=tensor.dtype,
-    )
-    return tf.ensure_shape(found, tensor.shape)
-
-
-def _next(index: Any) -> Any:
-    with tf.device("CPU:0"):
-        return index + 1
 
 
 def _behind(ends: Sequence[Any], operations: Sequence[Any]) -> list[Any]:

@@ -73,7 +73,7 @@ class StepTrace:
         self.logs = [part for part in parts if getattr(part, "graph", None) is self.graph]
 
 
-class Update(NamedTuple):
+class SummedUpdate(NamedTuple):
     """One update of a step: for each variable the place of its sum among the units, None where it has no gradient."""
 
     optimizer: Optimizer
@@ -81,8 +81,8 @@ class Update(NamedTuple):
     units: list[int | None]
 
 
-class Division:
-    """Division of a trace into parts, and what each of them does besides running operations.
+class PartedTrace:
+    """A trace divided into parts, and what each of them does besides running operations.
 
     Args:
         trace: the trace.
@@ -98,12 +98,10 @@ class Division:
         ]
         last = {id(each.variable): each for each in trace.deferred}
         finals = [each for each in trace.deferred if last[id(each.variable)] is each]
-        self._average_events = [
-            Event(each.position, [each.recipe.value], _handles([each.variable])) for each in finals
-        ]
+        self._average_events = [Event(each.position, [each.recipe.value], _handles([each.variable])) for each in finals]
         self.averages = dict(zip(map(id, self._average_events), finals, strict=True))
         events = sorted([*self._update_events, *self._average_events], key=lambda event: event.position)
-        self.levels = levels = Levels(
+        self.levels = Levels(
             trace.graph,
             events,
             left_out=[each.left_out for each in trace.applied],
@@ -112,7 +110,7 @@ class Division:
         )
         self.units, self._unit_of = self._make_units()
         self.updates = {
-            id(event): Update(each.optimizer, each.variables, self._units_of(each))
+            id(event): SummedUpdate(each.optimizer, each.variables, self._units_of(each))
             for event, each in zip(self._update_events, trace.applied, strict=True)
         }
         self.events = events
@@ -151,9 +149,7 @@ class Division:
         value_at = {id(each.recipe.value): self.levels.of(each.recipe.value) for each in self.trace.deferred}
         whole = {key: level + level % 2 for key, level in value_at.items()}
         known = [id(tensor) for each in self.statistics.values() for one in each for tensor in one.parts]
-        parts = Parts(
-            self.levels, ends, whole=whole, statistics=known, samples=self._samples, keeps_sizes=keeps_sizes
-        )
+        parts = Parts(self.levels, ends, whole=whole, statistics=known, samples=self._samples, keeps_sizes=keeps_sizes)
         return dict(sorted(parts.by_level.items()))
 
     @property
@@ -197,7 +193,8 @@ class Division:
                     known = found.setdefault((id(inner), id(gradient)), [inner, gradient, 0])
                     known[2] = max(known[2], event.level)
         free: dict[int, list[int]] = {}
-        units, place_of = [], {}
+        units: list[Unit] = []
+        place_of: dict[tuple[int, int], int] = {}
         begins = {key: self._pass_of(_parts_of([each[1]])) for key, each in found.items()}
         for key in sorted(found, key=lambda key: begins[key]):
             inner, gradient, end = found[key]
@@ -260,8 +257,8 @@ def require_no_branch(optimizer: Optimizer, step: Graph) -> None:
         raise ValueError(
             "train_step applies an optimizer within a branch that TensorFlow chooses (tf.cond, or a Python if over "
             "tensors that AutoGraph has converted), so that it is not known beforehand whether there is an update. "
-            "Apply it in every step. To update every n-th step alone, give the optimizer gradient_accumulation_steps=n. "
-            f"Received: {optimizer.name!r}"
+            "Apply it in every step. To update every n-th step alone, give the optimizer "
+            f"gradient_accumulation_steps=n. Received: {optimizer.name!r}"
         )
 
 

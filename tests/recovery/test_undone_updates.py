@@ -30,7 +30,9 @@ class Adversaries(InTurn):
 
     def __init__(self, too_many=never, in_first=never):
         super().__init__(layers.BatchNormalization(), layers.Dropout(0.3, seed=3))
-        self.hog, self.first = ((lambda inputs: inputs) if each is never else MemoryHog(each) for each in (too_many, in_first))
+        self.hog, self.first = (
+            (lambda inputs: inputs) if each is never else MemoryHog(each) for each in (too_many, in_first)
+        )
 
     def train_step(self, data):
         real, latent = data

@@ -293,7 +293,7 @@ class TwoLists(Pair):
         real, latent = data
         lists = [self.critic.trainable_variables, self.generator.trainable_variables]
         if not self.c_optimizer.built:
-            self.c_optimizer.build(sum(lists, []))
+            self.c_optimizer.build([*lists[0], *lists[1]])
         with tf.GradientTape() as tape:
             loss = wasserstein(self.critic(self.generator(latent[:, 0])), self.critic(real))
         for gradients, weights in zip(tape.gradient(loss, lists), lists, strict=True):
