@@ -1,4 +1,4 @@
-"""What an operation of a traced graph does to variables and to the world outside of the graph."""
+"""Effects of a traced graph's operations on variables, and on the world outside of the graph."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STATELESS = frozenset(["PartitionedCall", "StatelessIf", "StatelessCase", "Stat
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What one operation does besides computing its outputs from its inputs.
+    """Effects of one operation, besides that it computes its outputs from its inputs.
 
     ``reads`` and ``writes`` are keys of variables, see :func:`key_of`. ``draws`` is True if it draws random numbers
     whose seed is not among its inputs: a second run would draw others. ``seeded`` is True if it may draw with a seed
@@ -48,7 +48,7 @@ PURE = Access()
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What a function does besides what the operation that calls it shows."""
+    """Effects of a function that the operation which calls it does not show."""
 
     draws: bool = False
     seeded: bool = False

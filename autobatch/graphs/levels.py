@@ -25,7 +25,7 @@ FIRST_PASS = 1
 
 
 @dataclass(eq=False, slots=True)
-class Event:
+class Interlude:
     """Something that is done once for all micro-batches, at a place of the trace.
 
     ``position`` counts the operations of the graph before it. ``tensors`` are what it needs, ``keys`` the variables
@@ -52,7 +52,7 @@ def level_between(level: int) -> int:
 
 @dataclass(slots=True)
 class _State:
-    """What has been done to one variable, up to a place in the program."""
+    """State of one variable at a place in the program."""
 
     written_at: int = 0
     used_at: int = 0
@@ -67,7 +67,7 @@ class Levels:
 
     Args:
         graph: the trace's graph.
-        events: what is done once for all micro-batches, in the order of their positions.
+        interludes: what is done once for all micro-batches, in the order of their positions.
         left_out: ranges of positions whose operations are no part of the step.
         by_micro_batch: keys of variables that every micro-batch changes, such as seeds and metrics' sums.
         after: for some tensors, by the id of the operation, another tensor whose total over all micro-batches it is.
@@ -76,7 +76,7 @@ class Levels:
     def __init__(
         self,
         graph: Graph,
-        events: Sequence[Event],
+        interludes: Sequence[Interlude],
         *,
         left_out: Iterable[range] = (),
         by_micro_batch: Iterable[int] = (),
@@ -90,7 +90,7 @@ class Levels:
         places = {id(operation): position for position, operation in enumerate(graph.get_operations())}
         self.position = {id(operation): places[id(operation)] for operation in self.operations}
         """Place of each operation in the graph, by its id."""
-        self.events = events
+        self.interludes = interludes
         self._after = after or {}
         self._captured = {id(inner) for _, inner in graph.captures}
         self._access = {id(operation): self.accesses.of(operation) for operation in self.operations}
@@ -154,13 +154,13 @@ class Levels:
         self._roots: dict[int, frozenset[int]] = {}
         self._versions: dict[int, list[tuple[int, int]]] = {}
         self._read_again_at: dict[int, set[int]] = {}
-        waiting = sorted(self.events, key=lambda event: event.position)
+        waiting = sorted(self.interludes, key=lambda interlude: interlude.position)
         for operation in self.operations:
             while waiting and waiting[0].position <= self.position[id(operation)]:
-                self._place_event(waiting.pop(0))
+                self._place_interlude(waiting.pop(0))
             self._place(operation)
-        for event in waiting:
-            self._place_event(event)
+        for interlude in waiting:
+            self._place_interlude(interlude)
 
     def _state(self, key: int) -> _State:
         return self._states.setdefault(key, _State())
@@ -239,11 +239,16 @@ class Levels:
         return unseen if all(self._is_left_alone(key, operation) for key in keys) else earliest
 
     def _is_left_alone(self, key: int, operation: Operation) -> bool:
-        """Return True if the step does not touch a variable again, after ``operation``, before an event changes it."""
+        """Return True if no operation touches a variable behind ``operation`` before an interlude changes it."""
         position = self.position[id(operation)]
         touched = next((each for each in self._touched_at[key] if each > position), None)
         changed = next(
-            (event.position for event in self.events if event.position > position and key in event.keys), None
+            (
+                interlude.position
+                for interlude in self.interludes
+                if interlude.position > position and key in interlude.keys
+            ),
+            None,
         )
         return touched is None or (changed is not None and changed <= touched)
 
@@ -252,12 +257,12 @@ class Levels:
         state.written_at, state.used_at, state.readings = level, 0, []
         state.writes.append(level)
 
-    def _place_event(self, event: Event) -> None:
-        level = max((self._level[id(tensor.op)] for tensor in event.tensors), default=0)
-        if event.after_pass:
+    def _place_interlude(self, interlude: Interlude) -> None:
+        level = max((self._level[id(tensor.op)] for tensor in interlude.tensors), default=0)
+        if interlude.after_pass:
             level = level_of_pass(level)
-        for key in event.keys:
+        for key in interlude.keys:
             level = max(level, self._state(key).written_at, self._state(key).used_at)
-        event.level = level_between(level)
-        for key in event.keys:
-            self._note_write(key, event.level)
+        interlude.level = level_between(level)
+        for key in interlude.keys:
+            self._note_write(key, interlude.level)

@@ -28,8 +28,8 @@ _OPEN_DIMENSION = 1024
 
 
 @dataclass(slots=True)
-class Part:
-    """What runs at one level: operations in their order, and what comes from other levels and goes to them.
+class StepPart:
+    """Work of one level: operations in their order, and what comes from other levels and goes to them.
 
     ``from_once`` and ``to_once`` hold tensors that are the same for all micro-batches; ``from_each`` and ``to_each``
     hold those with a value for each.
@@ -83,7 +83,7 @@ class Parts:
 
     def _settle(self) -> bool:
         """Settle all parts, the last first; return False if a draw turned out to be needed in an earlier one."""
-        self.by_level: dict[int, Part] = {level: Part() for level in self._own}
+        self.by_level: dict[int, StepPart] = {level: StepPart() for level in self._own}
         """Parts by their levels."""
         self._left = float(MOST_BYTES)
         drawn_at = dict(self._drawn_at)
@@ -96,8 +96,8 @@ class Parts:
             pending = {each for each in self.by_level if each < level}
         return drawn_at == self._drawn_at
 
-    def _part(self, level: int) -> Part:
-        return self.by_level.setdefault(level, Part())
+    def _part(self, level: int) -> StepPart:
+        return self.by_level.setdefault(level, StepPart())
 
     # -- passes over the micro-batches --------------------------------------------------------------------------------
 

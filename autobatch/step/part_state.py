@@ -1,4 +1,4 @@
-"""What passes from one part of an update to the next: values for all micro-batches, and lists with one for each."""
+"""Values that pass from one part of a step to the next: those for all micro-batches, and lists with one for each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autobatch.types import Tensor
 
 
 class PartState:
-    """What one update has computed so far, by the tensors of the trace ``parted``."""
+    """Values that a step has computed so far, by the tensors of its trace ``parted``."""
 
     def __init__(self, parted: PartedTrace) -> None:
         self._once: dict[int, Any] = {}

@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.averages import batch_statistics
-from autobatch.graphs.parts import Part
+from autobatch.graphs.parts import StepPart
 from autobatch.graphs.replay import Replay, Source
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.graphs.writes import written_variables
@@ -78,7 +78,7 @@ class PartedStep:
         self._state = PartState(parted)
         self._references: list[InGraphSnapshot] = []
         levels = list(self._parts)
-        last = max(event.level for event in parted.events if id(event) in parted.updates)
+        last = max(interlude.level for interlude in parted.interludes if id(interlude) in parted.updates)
         self._runs = {level: self._trace_pass(level) if level % 2 else self._trace_between(level) for level in levels}
         self._before = [level for level in levels if level < last]
         self._rest = [level for level in levels if level >= last]
@@ -196,7 +196,7 @@ class PartedStep:
 
         return run_pass
 
-    def _compiled_micro(self, level: int, part: Part, signature: list[Any]) -> Callable[..., Any]:
+    def _compiled_micro(self, level: int, part: StepPart, signature: list[Any]) -> Callable[..., Any]:
         parted = self._parted
         statistics = parted.statistics.get(level, [])
         units = [(place, unit) for place, unit in enumerate(parted.units) if unit.begin == level]
@@ -235,7 +235,7 @@ class PartedStep:
 
         return call
 
-    def _compiled_count(self, level: int, part: Part, signature: list[Any]) -> Callable[..., Any] | None:
+    def _compiled_count(self, level: int, part: StepPart, signature: list[Any]) -> Callable[..., Any] | None:
         parted = self._parted
         counted = [(total, own, at) for (total, own), at in zip(parted.trace.counted, parted.counted_at, strict=True)]
         if all(at != level for _, _, at in counted):
@@ -258,7 +258,7 @@ class PartedStep:
 
         return tf.function(count, autograph=False, input_signature=signature)  # type: ignore[no-any-return]
 
-    def _replay(self, part: Part, arguments: list[Any], kept: list[Any], each: list[Any]) -> Replay:
+    def _replay(self, part: StepPart, arguments: list[Any], kept: list[Any], each: list[Any]) -> Replay:
         flat = tf.nest.flatten(arguments, expand_composites=True)
         given = dict(zip(map(id, self._source.arguments), flat, strict=True))
         given.update(zip(map(id, part.from_once), kept, strict=True))
@@ -269,7 +269,7 @@ class PartedStep:
 
     def _trace_between(self, level: int) -> Callable[[PartState], Any]:
         part, parted = self._parts[level], self._parted
-        events = [event for event in parted.events if event.level == level]
+        interludes = [interlude for interlude in parted.interludes if interlude.level == level]
         position = parted.levels.position
         known = [before for before in parted.statistics if before < level]
         log_places = [place for place, at in enumerate(parted.log_at) if at == level]
@@ -280,17 +280,17 @@ class PartedStep:
                 given.update(batch_statistics.unpacked(parted.statistics[before], state))
             replay = Replay(self._source, given)
             waiting = list(part.operations)
-            pending = list(events)
+            pending = list(interludes)
             while pending:
-                event = pending.pop(0)
-                first = [each for each in waiting if position[id(each)] < event.position]
+                interlude = pending.pop(0)
+                first = [each for each in waiting if position[id(each)] < interlude.position]
                 replay.run(first)
                 waiting = waiting[len(first) :]
-                if id(event) not in parted.updates:
-                    deferred = parted.averages[id(event)]
+                if id(interlude) not in parted.updates:
+                    deferred = parted.averages[id(interlude)]
                     deferred.variable.assign(tf.identity(replay.of(deferred.recipe.value)))
                     continue
-                together = [parted.updates[id(event)]]
+                together = [parted.updates[id(interlude)]]
                 until = position[id(waiting[0])] if waiting else None
                 while pending and id(pending[0]) in parted.updates and (until is None or pending[0].position <= until):
                     together.append(parted.updates[id(pending.pop(0))])

@@ -14,8 +14,8 @@ import tensorflow as tf
 
 from autobatch.averages.batch_statistics import Statistic
 from autobatch.averages.running_averages import Deferred
-from autobatch.graphs.levels import FIRST_PASS, Event, Levels, level_of_pass
-from autobatch.graphs.parts import Part, Parts
+from autobatch.graphs.levels import FIRST_PASS, Interlude, Levels, level_of_pass
+from autobatch.graphs.parts import Parts, StepPart
 from autobatch.losses.totals import Totals
 from autobatch.seams.graph_functions import branch_around, loop_around
 from autobatch.step.accumulators import Unit
@@ -38,7 +38,7 @@ class Applied:
 
 @dataclass(slots=True)
 class StepTrace:
-    """What the trace of one micro-step has shown, beside its graph."""
+    """Record of one micro-step's trace: its graph, and what the graph does not tell."""
 
     graph: Graph
     applied: list[Applied] = field(default_factory=list)
@@ -92,28 +92,32 @@ class PartedTrace:
 
     def __init__(self, trace: StepTrace, state: Iterable[Variable], samples: int | None) -> None:
         self.trace = trace
-        self._update_events = [
-            Event(each.left_out.start, _parts_of(each.gradients), _keys_of(each), after_pass=True)
+        self._update_interludes = [
+            Interlude(each.left_out.start, _parts_of(each.gradients), _keys_of(each), after_pass=True)
             for each in trace.applied
         ]
         last = {id(each.variable): each for each in trace.deferred}
         finals = [each for each in trace.deferred if last[id(each.variable)] is each]
-        self._average_events = [Event(each.position, [each.recipe.value], _handles([each.variable])) for each in finals]
-        self.averages = dict(zip(map(id, self._average_events), finals, strict=True))
-        events = sorted([*self._update_events, *self._average_events], key=lambda event: event.position)
+        self._average_interludes = [
+            Interlude(each.position, [each.recipe.value], _handles([each.variable])) for each in finals
+        ]
+        self.averages = dict(zip(map(id, self._average_interludes), finals, strict=True))
+        interludes = sorted(
+            [*self._update_interludes, *self._average_interludes], key=lambda interlude: interlude.position
+        )
         self.levels = Levels(
             trace.graph,
-            events,
+            interludes,
             left_out=[each.left_out for each in trace.applied],
             by_micro_batch=_handles(state),
             after={id(total.op): part for total, part in trace.counted},
         )
         self.units, self._unit_of = self._make_units()
         self.updates = {
-            id(event): SummedUpdate(each.optimizer, each.variables, self._units_of(each))
-            for event, each in zip(self._update_events, trace.applied, strict=True)
+            id(interlude): SummedUpdate(each.optimizer, each.variables, self._units_of(each))
+            for interlude, each in zip(self._update_interludes, trace.applied, strict=True)
         }
-        self.events = events
+        self.interludes = interludes
         self.statistics: dict[int, list[Statistic]] = {}
         """Statistics of running averages, by the level of the pass that computes them."""
         for statistic in {id(one): one for each in trace.deferred for one in each.recipe.statistics}.values():
@@ -126,7 +130,7 @@ class PartedTrace:
 
     # -- what one level does ------------------------------------------------------------------------------------------
 
-    def make_parts(self, *, keeps_sizes: bool) -> dict[int, Part]:
+    def make_parts(self, *, keeps_sizes: bool) -> dict[int, StepPart]:
         """Return the parts by their levels, in order; see :class:`.parts.Parts` for ``keeps_sizes``."""
         ends: dict[int, list[Any]] = {}
 
@@ -135,8 +139,8 @@ class PartedTrace:
 
         for unit in self.units:
             end(unit.begin, _parts_of([unit.gradient]))
-        for event in self.events:
-            end(event.level, [] if id(event) in self.updates else event.tensors)
+        for interlude in self.interludes:
+            end(interlude.level, [] if id(interlude) in self.updates else interlude.tensors)
         for level, statistics in self.statistics.items():
             end(level, (tensor for each in statistics for tensor in _tensors_of(each)))
         for places, tensors in (
@@ -186,12 +190,12 @@ class PartedTrace:
 
     def _make_units(self) -> tuple[list[Unit], dict[tuple[int, int], int]]:
         found: dict[tuple[int, int], list[Any]] = {}
-        for event, each in zip(self._update_events, self.trace.applied, strict=True):
+        for interlude, each in zip(self._update_interludes, self.trace.applied, strict=True):
             for variable, gradient in zip(each.variables, each.gradients, strict=True):
                 if gradient is not None:
                     (inner,) = distinct([variable])
                     known = found.setdefault((id(inner), id(gradient)), [inner, gradient, 0])
-                    known[2] = max(known[2], event.level)
+                    known[2] = max(known[2], interlude.level)
         free: dict[int, list[int]] = {}
         units: list[Unit] = []
         place_of: dict[tuple[int, int], int] = {}

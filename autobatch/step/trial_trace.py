@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class TrialTrace:
-    """What a trace has shown: findings, the record of requests, and how many numbers are counted beforehand."""
+    """Record of a trace: findings, requests, the count of numbers that are counted beforehand, and updates."""
 
     findings: TraceFindings
     told: tuple[tuple[str, Any], ...]
