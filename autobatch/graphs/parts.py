@@ -18,7 +18,7 @@ import tensorflow as tf
 from autobatch.graphs.levels import Levels, level_between
 from autobatch.types import Operation, Tensor
 
-MOST_BYTES = 64 * 2**20
+MOST_BYTES = 16 * 2**20
 """Most bytes that one pass may keep for an effective batch, of what could be computed again."""
 
 _SIZES = frozenset(["Shape", "ShapeN", "Size", "Rank"])
