@@ -29,13 +29,14 @@ class Interlude:
     """Something that is done once for all micro-batches, at a place of the trace.
 
     ``position`` counts the operations of the graph before it. ``tensors`` are what it needs, ``keys`` the variables
-    that it changes (:meth:`.accesses.Accesses.key_of`). ``after_pass`` is True if ``tensors`` are summed over the
+    that it changes (:meth:`.accesses.Accesses.key_of`), ``reads`` others that it reads when it is done. ``after_pass`` is True if ``tensors`` are summed over the
     micro-batches.
     """
 
     position: int
     tensors: Sequence[Tensor]
     keys: tuple[int, ...]
+    reads: tuple[int, ...] = ()
     after_pass: bool = False
     level: int = 0
 
@@ -57,6 +58,8 @@ class _State:
     written_at: int = 0
     used_at: int = 0
     """Highest level at which micro-batches use its present value."""
+    needed_at: int = 0
+    """Highest level at which an interlude reads its present value."""
     writes: list[int] = field(default_factory=list)
     readings: list[Any] = field(default_factory=list)
     """Operations that read its present value."""
@@ -195,7 +198,7 @@ class Levels:
             self._of_micro_batch.add(id(operation))
             for key in access.writes:
                 state = self._state(key)
-                level = max(level, state.written_at, state.used_at)
+                level = max(level, state.written_at, state.used_at, state.needed_at)
             level = level_of_pass(level)
             for key in roots:
                 self._state(key).used_at = max(self._state(key).used_at, level)
@@ -233,8 +236,9 @@ class Levels:
     def _level_of_write(self, operation: Operation, level: int) -> int:
         """Return the level of an assignment that does not look at the data."""
         keys = self._access[id(operation)].writes
-        earliest = level_between(max(level, *(self._state(key).written_at for key in keys)))
-        unseen = level_between(max(earliest, *(self._state(key).used_at for key in keys)))
+        states = [self._state(key) for key in keys]
+        earliest = level_between(max(level, *(max(state.written_at, state.needed_at) for state in states)))
+        unseen = level_between(max(earliest, *(state.used_at for state in states)))
         # Before an earlier value was used, only where the new one is used in the same pass: the earlier one is kept.
         return unseen if all(self._is_left_alone(key, operation) for key in keys) else earliest
 
@@ -254,7 +258,7 @@ class Levels:
 
     def _note_write(self, key: int, level: int) -> None:
         state = self._state(key)
-        state.written_at, state.used_at, state.readings = level, 0, []
+        state.written_at, state.used_at, state.needed_at, state.readings = level, 0, 0, []
         state.writes.append(level)
 
     def _place_interlude(self, interlude: Interlude) -> None:
@@ -262,7 +266,12 @@ class Levels:
         if interlude.after_pass:
             level = level_of_pass(level)
         for key in interlude.keys:
-            level = max(level, self._state(key).written_at, self._state(key).used_at)
+            state = self._state(key)
+            level = max(level, state.written_at, state.used_at, state.needed_at)
+        for key in interlude.reads:
+            level = max(level, self._state(key).written_at)
         interlude.level = level_between(level)
+        for key in interlude.reads:
+            self._state(key).needed_at = max(self._state(key).needed_at, interlude.level)
         for key in interlude.keys:
             self._note_write(key, interlude.level)

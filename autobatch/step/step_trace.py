@@ -93,7 +93,7 @@ class PartedTrace:
     def __init__(self, trace: StepTrace, state: Iterable[Variable], samples: int | None) -> None:
         self.trace = trace
         self._update_interludes = [
-            Interlude(each.left_out.start, _parts_of(each.gradients), _keys_of(each), after_pass=True)
+            Interlude(each.left_out.start, _parts_of(each.gradients), *_keys_of(each), after_pass=True)
             for each in trace.applied
         ]
         last = {id(each.variable): each for each in trace.deferred}
@@ -230,12 +230,14 @@ def _handles(variables: Iterable[Variable]) -> tuple[int, ...]:
     return tuple(id(variable.handle) for variable in components(variables))
 
 
-def _keys_of(applied: Applied) -> tuple[int, ...]:
-    """Return the keys of the variables that an update changes; a learning rate is only read."""
+def _keys_of(applied: Applied) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the keys of the variables that an update changes, and of learning rates, which it reads alone."""
     inner = getattr(applied.optimizer, "inner_optimizer", None)
     owners = [one for one in (applied.optimizer, inner) if one is not None]
-    own = [variable for owner in owners for variable in owner.variables if variable.name != "learning_rate"]
-    return _handles([*applied.variables, *own])
+    own = [variable for owner in owners for variable in owner.variables]
+    rates = [variable for variable in own if variable.name == "learning_rate"]
+    changed = [variable for variable in own if all(variable is not rate for rate in rates)]
+    return _handles([*applied.variables, *changed]), _handles(rates)
 
 
 def is_state(variable: Variable) -> bool:
