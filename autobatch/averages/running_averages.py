@@ -50,9 +50,12 @@ class RunningAverages:
         """One trace for each replica, by the replica's number."""
 
     @contextlib.contextmanager
-    def deferring(self, *shares: Any) -> Iterator[None]:
-        """Defer, within this context, what can be; ``shares`` hold a micro-batch's share of the effective batch."""
-        trace = _EagerRun() if tf.executing_eagerly() else _TracedRun(self._apart(), shares)
+    def deferring(self, *shares: Any, is_conditional: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Defer, within this context, what can be; ``shares`` hold a micro-batch's share of the effective batch.
+
+        ``is_conditional`` returns True while a branch is traced outside of any branch's graph.
+        """
+        trace = _EagerRun() if tf.executing_eagerly() else _TracedRun(self._apart(), shares, is_conditional)
         self._traces[_replica()] = trace
         with (
             assignments_taken(trace.take, trace.pending.get),
@@ -159,8 +162,9 @@ class _Pending:
 class _TracedRun:
     """Deferred assignments of one trace of a micro-step."""
 
-    def __init__(self, apart: set[int], shares: Iterable[Any]) -> None:
+    def __init__(self, apart: set[int], shares: Iterable[Any], is_conditional: Callable[[], bool]) -> None:
         self.pending = _Pending()
+        self._is_conditional = is_conditional
         self._apart = apart
         self._shares = {id(share) for share in shares}
         self._graph = tf.compat.v1.get_default_graph()
@@ -198,7 +202,8 @@ class _TracedRun:
     def take(self, variable: Variable, value: Any) -> bool:
         recipe = None
         # A value that is assigned within another function's graph, such as a branch, cannot be followed.
-        if tf.compat.v1.get_default_graph() is self._graph and not _is_apart(variable, self._apart):
+        here = tf.compat.v1.get_default_graph() is self._graph and not self._is_conditional()
+        if here and not _is_apart(variable, self._apart):
             value = tf.cast(value, unwrap(variable).dtype)
             recipe = recipe_of(value, self._statistic_of) if getattr(value, "graph", None) is self._graph else None
         follows = recipe is not None and self._follows(recipe)

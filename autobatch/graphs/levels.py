@@ -29,8 +29,9 @@ class Interlude:
     """Something that is done once for all micro-batches, at a place of the trace.
 
     ``position`` counts the operations of the graph before it. ``tensors`` are what it needs, ``keys`` the variables
-    that it changes (:meth:`.accesses.Accesses.key_of`), ``reads`` others that it reads when it is done. ``after_pass`` is True if ``tensors`` are summed over the
-    micro-batches.
+    that it changes (:meth:`.accesses.Accesses.key_of`), ``reads`` others that it reads when it is done. ``after_pass``
+    is True if ``tensors`` are summed over the micro-batches. ``condition`` is a tensor that is true if it is to be done
+    at all; None if it always is.
     """
 
     position: int
@@ -38,6 +39,7 @@ class Interlude:
     keys: tuple[int, ...]
     reads: tuple[int, ...] = ()
     after_pass: bool = False
+    condition: Any = None
     level: int = 0
 
 
@@ -74,6 +76,7 @@ class Levels:
         left_out: ranges of positions whose operations are no part of the step.
         by_micro_batch: keys of variables that every micro-batch changes, such as seeds and metrics' sums.
         after: for some tensors, by the id of the operation, another tensor whose total over all micro-batches it is.
+        conditions: for some operations, by their ids, a tensor that is true if their effects count.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Levels:
         left_out: Iterable[range] = (),
         by_micro_batch: Iterable[int] = (),
         after: Mapping[int, Tensor] | None = None,
+        conditions: Mapping[int, Tensor] | None = None,
     ) -> None:
         left = {position for each in left_out for position in each}
         self.accesses = Accesses(graph)
@@ -97,6 +101,12 @@ class Levels:
         self._after = after or {}
         self._captured = {id(inner) for _, inner in graph.captures}
         self._access = {id(operation): self.accesses.of(operation) for operation in self.operations}
+        self.conditions = {
+            key: holds
+            for key, holds in (conditions or {}).items()
+            if key in self._access and self._access[key].must_run
+        }
+        """Tensors that are true if an operation with effects is to run, by the operation's id."""
         self._touched_at: dict[int, list[int]] = {}
         for operation in self.operations:
             access = self._access[id(operation)]
@@ -126,6 +136,11 @@ class Levels:
     def is_of_micro_batch(self, operation: Operation) -> bool:
         """Return True if an operation's outputs differ, or may differ, from one micro-batch to another."""
         return id(operation) in self._of_micro_batch
+
+    def inputs_of(self, operation: Operation) -> list[Any]:
+        """Return the tensors that an operation needs: its inputs, and the condition under which it runs."""
+        condition = self.conditions.get(id(operation))
+        return [*operation.inputs] if condition is None else [*operation.inputs, condition]
 
     def is_given(self, operation: Operation) -> bool:
         """Return True for a placeholder."""
@@ -170,7 +185,7 @@ class Levels:
 
     def _place(self, operation: Operation) -> None:
         access = self._access[id(operation)]
-        inputs = [each.op for each in operation.inputs]
+        inputs = [each.op for each in self.inputs_of(operation)]
         level = max((self._level[id(each)] for each in inputs), default=0)
         differs = any(id(each) in self._of_micro_batch for each in inputs)
         if operation.type == "Placeholder" and not self._is_captured(operation):
@@ -265,6 +280,8 @@ class Levels:
         level = max((self._level[id(tensor.op)] for tensor in interlude.tensors), default=0)
         if interlude.after_pass:
             level = level_of_pass(level)
+        if interlude.condition is not None:
+            level = max(level, self._level[id(interlude.condition.op)])
         for key in interlude.keys:
             state = self._state(key)
             level = max(level, state.written_at, state.used_at, state.needed_at)

@@ -157,7 +157,7 @@ class Parts:
             operation = pending.pop()
             if id(operation) not in seen and self._levels.is_of_micro_batch(operation):
                 seen.add(id(operation))
-                pending += [each.op for each in operation.inputs]
+                pending += [each.op for each in self._levels.inputs_of(operation)]
         return seen
 
     def first_use(self, operation: Operation, before: int) -> int | None:
@@ -224,7 +224,7 @@ class Parts:
                 self._give(level_between(home), each, once=True)
                 continue
             operations[id(operation)] = operation
-            pending += operation.inputs
+            pending += levels.inputs_of(operation)
         part.operations = self._in_order(operations.values())
         part.from_once = list(taken.values())
 
@@ -268,7 +268,7 @@ class _PassWalk:
                 continue
             if id(operation) not in self._operations:
                 self._operations[id(operation)] = operation
-                pending += operation.inputs
+                pending += self._levels.inputs_of(operation)
 
     def _is_run_here(self, tensor: Any, operation: Operation) -> bool:
         """Return True if the operation runs in this pass; else note where its output comes from."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -30,12 +31,34 @@ class Replay:
         self._source = source
         self._made: dict[int, Any] = dict(given)
 
-    def run(self, operations: Iterable[Operation]) -> None:
-        """Make operations again, in the order given; what is given already is left as it is."""
+    def run(self, operations: Iterable[Operation], conditions: Mapping[int, Tensor]) -> None:
+        """Make operations again, in the order given; what is given already is left as it is.
+
+        ``conditions`` are tensors of the source which are true if an operation is to run, by its id. Such an operation
+        has no outputs.
+        """
         for operation in operations:
-            outputs = copied_operation(operation, [self.of(each) for each in operation.inputs])
+            if id(operation) in conditions:
+                self.run_if(conditions[id(operation)], functools.partial(self._copy, operation))
+                continue
+            outputs = self._copy(operation)
             for old, new in zip(operation.outputs, outputs, strict=True):
                 self._made.setdefault(id(old), new)
+
+    def run_if(self, condition: Tensor | None, run: Callable[[], object]) -> None:
+        """Call ``run``, in a branch that is chosen if a tensor of the source is true; None stands for true."""
+        if condition is None:
+            run()
+            return
+
+        def branch() -> Any:
+            run()
+            return tf.constant(True)
+
+        tf.cond(self.of(condition), branch, lambda: tf.constant(False))
+
+    def _copy(self, operation: Operation) -> list[Any]:
+        return copied_operation(operation, [self.of(each) for each in operation.inputs])
 
     def give(self, tensor: Tensor, value: Any) -> None:
         """Let ``value`` stand for a tensor of the source."""

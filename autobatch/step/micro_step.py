@@ -24,6 +24,7 @@ from autobatch.metrics.whole_batch import HeldUpdates
 from autobatch.seams import functions, losses, metrics, models
 from autobatch.seams.gradients import gradients_weighed, without_gradients
 from autobatch.seams.optimizers import ApplyHandler, capture_apply
+from autobatch.step.conditions import AppliedInBranch, Conditions
 from autobatch.step.division import Division
 from autobatch.step.micro_batch_loop import loop
 from autobatch.step.step_trace import PartedTrace, StepTrace, is_state, no_parts_eagerly
@@ -99,6 +100,8 @@ class MicroStep:
         """Graph of the traced step; None before the trace, and if the step runs eagerly."""
         self._seen: StepTrace | None = None
         self._most_samples = most_samples
+        self._inlined: frozenset[int] | None = None
+        """Places of the conditions whose branches apply an optimizer; None where such branches are refused."""
         self._is_one_pass: bool | None = None
         """True if a step that runs eagerly was seen to need one pass over the micro-batches; None if not known."""
         self.parted: PartedTrace | None = None
@@ -133,10 +136,17 @@ class MicroStep:
             # A tf.function that creates variables while it is traced is traced a second time.
             sink.expect(model.trainable_variables)
         signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
-        self._compiled = tf.function(
-            self._run_averaging, autograph=False, jit_compile=bool(model.jit_compile), input_signature=signature
-        )
-        concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
+        inlined: set[Any] = set()
+        concrete = None
+        while concrete is None:
+            self._inlined = None if sink is None else frozenset(inlined)
+            self._compiled = tf.function(
+                self._run_averaging, autograph=False, jit_compile=bool(model.jit_compile), input_signature=signature
+            )
+            try:
+                concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
+            except AppliedInBranch as signal:
+                inlined.add(signal.condition)
         self.logs.note_structure(concrete.structured_outputs[0])
         self.graph = concrete.graph
         self._touched.note_graph(concrete.graph)
@@ -169,7 +179,7 @@ class MicroStep:
         seen = self._seen
         assert seen is not None
         assert seen.graph is graph
-        if len(seen.applied) < 2:
+        if len(seen.applied) < 2 and all(each.holds is None for each in seen.applied):
             return
         logs, held, _ = graph.structured_outputs
         seen.note_results(logs)
@@ -219,8 +229,12 @@ class MicroStep:
         traced = TraceFindings()
         normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
         results = MetricResults()
+        conditions: Conditions | None = None
         if not tf.executing_eagerly():
-            self._seen = StepTrace(tf.compat.v1.get_default_graph())
+            graph = tf.compat.v1.get_default_graph()
+            conditions = None if self._inlined is None else Conditions(graph, self._inlined)
+            self._seen = StepTrace(graph, conditions=conditions)
+        is_conditional = (lambda: False) if conditions is None else conditions.is_within
         scalar_metrics: list[str] = []
         untold_metrics: list[str] = []
         with (
@@ -228,12 +242,15 @@ class MicroStep:
             self._capturing(fraction, traced),
             losses.intercept_reductions(normalizer),
             metrics.single_numbers_weighed(fraction, scalar_metrics.append, terms.weighed, untold_metrics.append),
-            self._held.holding(leaves, fraction) as held,
+            contextlib.nullcontext() if conditions is None else conditions.watched(),
+            self._held.holding(leaves, fraction, is_conditional=is_conditional) as held,
             metrics.noting_results(results.note),
             gradients_weighed(terms.gradient, self._noting_gradients(traced)),
             losses.added_losses_noted(traced.note_added_loss),
             self._noting_draws(traced),
-            self.averages.deferring(fraction, totals) if self._sink is not None else contextlib.nullcontext(),
+            self.averages.deferring(fraction, totals, is_conditional=is_conditional)
+            if self._sink is not None
+            else contextlib.nullcontext(),
         ):
             logs = self._step(self._structure.pack(leaves))
         if self._sink is not None and self._model.trainable_variables and not traced.applied:
@@ -288,6 +305,8 @@ class MicroStep:
         seen = self._seen
 
         def take(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
+            if seen is not None:
+                seen.require_place(optimizer)
             traced.note_applied(optimizer, gradients, variables)
             self.averages.note_applied()
             if seen is None:

@@ -8,6 +8,7 @@ it computes with the new weights.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,7 @@ from autobatch.step.part_state import (
     specs_of,
     state_specs_of,
 )
-from autobatch.step.step_trace import PartedTrace
+from autobatch.step.step_trace import PartedTrace, SummedUpdate
 from autobatch.step.update_room import UpdateReserve
 from autobatch.tensors.batch_structure import Structure, sample_count
 from autobatch.tensors.functions import called_directly
@@ -198,12 +199,12 @@ class PartedStep:
 
     def _compiled_micro(self, level: int, part: StepPart, signature: list[Any]) -> Callable[..., Any]:
         parted = self._parted
-        statistics = parted.statistics.get(level, [])
+        statistics, conditions = parted.statistics.get(level, []), parted.levels.conditions
         units = [(place, unit) for place, unit in enumerate(parted.units) if unit.begin == level]
 
         def run(leaves: list[Tensor], fraction: Tensor, totals: Tensor, kept: list[Any], each: list[Any]) -> Any:
             replay = self._replay(part, [leaves, fraction, totals], kept, each)
-            replay.run(part.operations)
+            replay.run(part.operations, conditions)
             shares = Shares(fraction)
             for place, unit in units:
                 self._sums.add_unit(place, replay.nest_of(unit.gradient), shares)
@@ -251,7 +252,7 @@ class PartedStep:
                     total, own = stands_for[id(operation)]
                     replay.give(total, tf.reshape(replay.of(own), total.shape))
                 else:
-                    replay.run([operation])
+                    replay.run([operation], {})
             return tf.concat(
                 [replay.of(own) if at == level else tf.zeros(own.shape, tf.float64) for _, own, at in counted], 0
             )
@@ -265,12 +266,15 @@ class PartedStep:
         given.update(zip(map(id, part.from_each), each, strict=True))
         return Replay(self._source, given)
 
+    def _apply(self, update: SummedUpdate) -> None:
+        update.optimizer.apply(self._sums.gradients_of_units(update.units), update.variables)
+
     # -- between passes -----------------------------------------------------------------------------------------------
 
     def _trace_between(self, level: int) -> Callable[[PartState], Any]:
         part, parted = self._parts[level], self._parted
         interludes = [interlude for interlude in parted.interludes if interlude.level == level]
-        position = parted.levels.position
+        position, conditions = parted.levels.position, parted.levels.conditions
         known = [before for before in parted.statistics if before < level]
         log_places = [place for place, at in enumerate(parted.log_at) if at == level]
 
@@ -284,7 +288,7 @@ class PartedStep:
             while pending:
                 interlude = pending.pop(0)
                 first = [each for each in waiting if position[id(each)] < interlude.position]
-                replay.run(first)
+                replay.run(first, conditions)
                 waiting = waiting[len(first) :]
                 if id(interlude) not in parted.updates:
                     deferred = parted.averages[id(interlude)]
@@ -296,8 +300,8 @@ class PartedStep:
                     together.append(parted.updates[id(pending.pop(0))])
                 with self._reserve.update_of([variable for update in together for variable in update.variables]):
                     for update in together:
-                        update.optimizer.apply(self._sums.gradients_of_units(update.units), update.variables)
-            replay.run(waiting)
+                        replay.run_if(update.holds, functools.partial(self._apply, update))
+            replay.run(waiting, conditions)
             return (
                 [tf.identity(replay.of(tensor)) for tensor in part.to_once],
                 [tf.identity(replay.of(parted.trace.logs[place])) for place in log_places],

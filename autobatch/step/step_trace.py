@@ -19,6 +19,7 @@ from autobatch.graphs.parts import Parts, StepPart
 from autobatch.losses.totals import Totals
 from autobatch.seams.graph_functions import branch_around, loop_around
 from autobatch.step.accumulators import Unit
+from autobatch.step.conditions import AppliedInBranch, Conditions
 from autobatch.tensors.variables import components, distinct
 from autobatch.types import Graph, Model, Optimizer, Tensor, Variable
 
@@ -34,6 +35,8 @@ class Applied:
     gradients: list[Any]
     variables: list[Any]
     left_out: range
+    holds: Any = None
+    """Tensor that is true if the update is to be made; None if it always is."""
 
 
 @dataclass(slots=True)
@@ -48,6 +51,20 @@ class StepTrace:
     """Assignments to running averages, in their order."""
     logs: list[Any] = field(default_factory=list)
     held: list[Any] = field(default_factory=list)
+    conditions: Conditions | None = None
+    """Conditions of the step, where branches that apply an optimizer can be inlined."""
+
+    def require_place(self, optimizer: Optimizer) -> None:
+        """Refuse an ``apply`` within a loop that TensorFlow runs, or within a branch that cannot be inlined.
+
+        Raises:
+            ValueError: the current graph is that of a loop or a branch.
+            AppliedInBranch: it is that of a branch which can be inlined.
+        """
+        graph = tf.compat.v1.get_default_graph()
+        if self.conditions is not None and not loop_around(graph, self.graph) and branch_around(graph, self.graph):
+            raise AppliedInBranch
+        require_no_branch(optimizer, self.graph)
 
     def note_applied(
         self,
@@ -57,11 +74,12 @@ class StepTrace:
         add: Callable[..., None] = lambda *_: None,
     ) -> None:
         """Note an ``apply``; ``add``, called with the same arguments, may make operations that are no part of it."""
-        require_no_branch(optimizer, self.graph)
+        self.require_place(optimizer)
         first = len(self.graph.get_operations())
         add(optimizer, gradients, variables)
         added = range(first, len(self.graph.get_operations()))
-        self.applied.append(Applied(optimizer, gradients, variables, added))
+        holds = None if self.conditions is None else self.conditions.holds
+        self.applied.append(Applied(optimizer, gradients, variables, added, holds))
 
     def note_totals(self, totals: Totals) -> None:
         """Note the totals that the losses and logs of the trace have asked for."""
@@ -79,6 +97,8 @@ class SummedUpdate(NamedTuple):
     optimizer: Optimizer
     variables: list[Any]
     units: list[int | None]
+    holds: Any
+    """Tensor of the trace that is true if the update is to be made; None if it always is."""
 
 
 class PartedTrace:
@@ -93,7 +113,9 @@ class PartedTrace:
     def __init__(self, trace: StepTrace, state: Iterable[Variable], samples: int | None) -> None:
         self.trace = trace
         self._update_interludes = [
-            Interlude(each.left_out.start, _parts_of(each.gradients), *_keys_of(each), after_pass=True)
+            Interlude(
+                each.left_out.start, _parts_of(each.gradients), *_keys_of(each), after_pass=True, condition=each.holds
+            )
             for each in trace.applied
         ]
         last = {id(each.variable): each for each in trace.deferred}
@@ -111,10 +133,12 @@ class PartedTrace:
             left_out=[each.left_out for each in trace.applied],
             by_micro_batch=_handles(state),
             after={id(total.op): part for total, part in trace.counted},
+            conditions=_guarded(trace),
         )
+        self._require_conditions_of_the_step()
         self.units, self._unit_of = self._make_units()
         self.updates = {
-            id(interlude): SummedUpdate(each.optimizer, each.variables, self._units_of(each))
+            id(interlude): SummedUpdate(each.optimizer, each.variables, self._units_of(each), each.holds)
             for interlude, each in zip(self._update_interludes, trace.applied, strict=True)
         }
         self.interludes = interludes
@@ -127,6 +151,28 @@ class PartedTrace:
         self.log_at = [self._level_of_log(part) for part in trace.logs]
         """Level of each log: odd if it is merged over the micro-batches, even if it is the same for all."""
         self._samples = samples or UNKNOWN_SAMPLES
+
+    def _require_conditions_of_the_step(self) -> None:
+        """Refuse updates in a branch that is chosen by the data, and effects in such a branch that have results.
+
+        Raises:
+            ValueError: names the optimizer, or the operation.
+        """
+        for each in self.trace.applied:
+            if each.holds is not None and self.levels.is_of_micro_batch(each.holds.op):
+                raise ValueError(
+                    "train_step applies an optimizer within a branch that is chosen by the data, so that each "
+                    "micro-batch would choose by its own samples. Choose by a variable, or by optimizer.iterations. "
+                    "Received: "
+                    f"{each.optimizer.name!r}"
+                )
+        for operation in self.levels.operations:
+            if id(operation) in self.levels.conditions and operation.outputs:
+                raise ValueError(
+                    "A branch of train_step that applies an optimizer also runs an operation with effects and results, "
+                    "which cannot be run under the branch's condition alone. Move it out of the branch. Received: "
+                    f"{operation.type} ({operation.name})"
+                )
 
     # -- what one level does ------------------------------------------------------------------------------------------
 
@@ -141,6 +187,8 @@ class PartedTrace:
             end(unit.begin, _parts_of([unit.gradient]))
         for interlude in self.interludes:
             end(interlude.level, [] if id(interlude) in self.updates else interlude.tensors)
+            if interlude.condition is not None:
+                end(interlude.level, [interlude.condition])
         for level, statistics in self.statistics.items():
             end(level, (tensor for each in statistics for tensor in _tensors_of(each)))
         for places, tensors in (
@@ -160,6 +208,8 @@ class PartedTrace:
     def is_one_pass(self) -> bool:
         """True if all updates can follow one pass, and nothing that the step does sees any of them."""
         levels = self.levels
+        if any(each.holds is not None for each in self.trace.applied):
+            return False
         summed = [place for update in self.updates.values() for place in update.units if place is not None]
         if len({id(self.units[place].variable) for place in summed}) < len(summed):
             return False
@@ -226,6 +276,16 @@ def _tensors_of(statistic: Statistic) -> list[Tensor]:
     return [*statistic.parts, *([weight] if tf.is_tensor(weight) and hasattr(weight, "graph") else [])]
 
 
+def _guarded(trace: StepTrace) -> dict[int, Any]:
+    """Return, for the operations of inlined branches, by their ids, the tensor that is true if they are chosen."""
+    found: dict[int, Any] = {}
+    operations = trace.graph.get_operations()
+    for guard in [] if trace.conditions is None else trace.conditions.guards:
+        for position in guard.operations:
+            found.setdefault(id(operations[position]), guard.holds)
+    return found
+
+
 def _handles(variables: Iterable[Variable]) -> tuple[int, ...]:
     return tuple(id(variable.handle) for variable in components(variables))
 
@@ -262,7 +322,7 @@ def require_no_branch(optimizer: Optimizer, step: Graph) -> None:
     if branch_around(graph, step):
         raise ValueError(
             "train_step applies an optimizer within a branch that TensorFlow chooses (tf.cond, or a Python if over "
-            "tensors that AutoGraph has converted), so that it is not known beforehand whether there is an update. "
+            "tensors that AutoGraph has converted), which is not supported under a tf.distribute strategy. "
             "Apply it in every step. To update every n-th step alone, give the optimizer "
             f"gradient_accumulation_steps=n. Received: {optimizer.name!r}"
         )
