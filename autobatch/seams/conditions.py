@@ -6,6 +6,7 @@ Seen with TensorFlow 2.20 and 2.21. Without it a step that applies an optimizer 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ def conditions_taken(
 
     def taken(original: Callable[..., Any]) -> Callable[..., Any]:
         def cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any], name: str = "cond") -> Any:
-            return take(original, pred, true_fn, false_fn)
+            return take(functools.partial(original, name=name), pred, true_fn, false_fn)
 
         return cond
 
