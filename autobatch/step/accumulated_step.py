@@ -4,9 +4,10 @@ The model's ``train_step``, Keras's or the user's, is traced once with the batch
 optimizers' ``apply`` captured (:mod:`autobatch.step.micro_step`). The captured gradients, times the micro-batch's share
 of the effective batch (:mod:`autobatch.losses.loss_weights`), are added up (:mod:`autobatch.step.accumulators`). A
 ``tf.while_loop`` runs the trace for each micro-batch, one at a time. Slices are cut on the host, so that only one
-micro-batch is on the device. Then the real ``apply`` runs once. If one micro-batch is the whole effective batch,
-Keras's own step runs, with nothing accumulated (:mod:`autobatch.step.whole_batch_step`). Nothing here handles running
-out of memory: :mod:`autobatch.recovery.transaction` does.
+micro-batch is on the device. Then the real ``apply`` runs once. A step that applies optimizers more than once is
+divided into parts (:mod:`autobatch.step.parted_step`). If one micro-batch is the whole effective batch, Keras's own
+step runs, with nothing accumulated (:mod:`autobatch.step.whole_batch_step`). Nothing here handles running out of
+memory: :mod:`autobatch.recovery.transaction` does.
 """
 
 from __future__ import annotations

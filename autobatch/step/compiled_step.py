@@ -67,13 +67,15 @@ class CompiledStep(abc.ABC):
     def accumulate(self, data: Batch, micro_batch: int) -> Any:
         """Sum the gradients of an effective batch, ``micro_batch`` samples at a time; no weight changes.
 
+        If the step updates more than once, this makes all of its updates but the last.
+
         Returns:
             Tensors that have a value once all of it has run.
         """
 
     @abc.abstractmethod
     def apply(self) -> Logs:
-        """Update the weights once with what :meth:`accumulate` summed; return the logs of the whole update."""
+        """Update the weights with what :meth:`accumulate` summed; return the logs of the whole effective batch."""
 
     @abc.abstractmethod
     def evaluate(self, data: Batch, micro_batch: int) -> Any:

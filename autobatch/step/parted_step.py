@@ -99,10 +99,15 @@ class PartedStep:
         return [part for level in self._before for part in tf.nest.flatten(self._runs[level](self._state))]
 
     def apply(self) -> Logs:
-        """Run the last update and what follows; return the logs of all micro-batches."""
+        """Run the last update and what follows; return the logs of all micro-batches.
+
+        The batch, and what was kept of it, is let go of.
+        """
         for level in self._rest:
             self._runs[level](self._state)
-        return self._micro.logs.pack(self._finish(self._state.log_values(), self._state.held_lists()))
+        parts = self._finish(self._state.log_values(), self._state.held_lists())
+        self._state = PartState(self._parted)
+        return self._micro.logs.pack(parts)
 
     def release(self) -> None:
         """Let go of the memory that is held between micro-batches."""
@@ -119,7 +124,8 @@ class PartedStep:
         def finish(logs: list[Any], lists: list[Any]) -> list[Any]:
             return self._micro.finish([logs, lists, None])[0]
 
-        specs = [tf.TensorSpec([None, *log.shape[1:]] if log.shape.rank else [], log.dtype) for log in trace.logs]
+        shapes = [[None, *log.shape[1:]] if log.shape.rank else log.shape for log in trace.logs]
+        specs = [tf.TensorSpec(shape, log.dtype) for shape, log in zip(shapes, trace.logs, strict=True)]
         concrete = tf.function(
             finish, autograph=False, input_signature=[specs, list_specs_of(trace.held)]
         ).get_concrete_function()
@@ -317,7 +323,7 @@ class PartedStep:
             gives, logs = concrete(state.once_values(part.from_once), [state.statistics[before] for before in known])
             state.note_once(part.to_once, gives)
             state.note_logs(log_places, logs)
-            return gives
+            return logs
 
         return run_between
 

@@ -102,8 +102,12 @@ class Timing:
             repeats = 1 if repeats or not self._has_accumulated else 0
         self._has_accumulated = True
         one = self._batch_of(micro_batch)
-        steps = [self.seconds(lambda: self._step.accumulate(one, micro_batch)) for _ in range(repeats)]
-        applies = [self.seconds(self._step.apply) for _ in range(repeats)]
+        steps, applies = [], []
+        in_turn = self._step.computes_between_updates(whole=False)  # its last update needs the batch
+        for _ in range(repeats):
+            steps.append(self.seconds(lambda: self._step.accumulate(one, micro_batch)))
+            applies += [self.seconds(self._step.apply)] if in_turn else []
+        applies += [] if in_turn else [self.seconds(self._step.apply) for _ in range(repeats)]
         return Timed(
             first / 2,
             statistics.median(steps or [first / 2]),
