@@ -65,17 +65,19 @@ class Parts:
         samples: int,
         keeps_sizes: bool = True,
     ) -> None:
-        self._levels = levels
+        self.levels = levels
         self._keeps_sizes = keeps_sizes
         self._sizes: dict[int, bool] = {}
         self._own: dict[int, list[Any]] = {level: list(tensors) for level, tensors in ends.items()}
         for operation in levels.operations:
             if levels.access(operation).must_run:
                 self._own.setdefault(levels.level_of(operation), []).append(operation)
-        self._whole = whole
+        self.whole = whole
+        """Level from which on a tensor of a micro-batch stands for the whole batch, by the tensor's id."""
         self._statistics = set(statistics)
         self._samples = samples
-        self._drawn_at: dict[int, int] = {}
+        self.drawn_at: dict[int, int] = {}
+        """Level of the pass that makes a random draw, by the operation's id."""
         self._tied: dict[int, bool] = {}
         self._closures = {level: self._closure(tensors) for level, tensors in self._own.items() if level % 2}
         while not self._settle():
@@ -86,7 +88,7 @@ class Parts:
         self.by_level: dict[int, StepPart] = {level: StepPart() for level in self._own}
         """Parts by their levels."""
         self._left = float(MOST_BYTES)
-        drawn_at = dict(self._drawn_at)
+        drawn_at = dict(self.drawn_at)
         for level in sorted((each for each in self._own if each % 2), reverse=True):
             self._settle_pass(level)
         pending = set(self.by_level)
@@ -94,7 +96,7 @@ class Parts:
             level = max(each for each in pending if each % 2 == 0)
             self._settle_between(level)
             pending = {each for each in self.by_level if each < level}
-        return drawn_at == self._drawn_at
+        return drawn_at == self.drawn_at
 
     def _part(self, level: int) -> StepPart:
         return self.by_level.setdefault(level, StepPart())
@@ -131,7 +133,7 @@ class Parts:
 
     def level_of_value(self, tensor: Tensor) -> int:
         """Return the level between passes from which on a value that is the same for all micro-batches is there."""
-        return self._whole[id(tensor)] if id(tensor) in self._whole else level_between(self._levels.of(tensor))
+        return self.whole[id(tensor)] if id(tensor) in self.whole else level_between(self.levels.of(tensor))
 
     def _give(self, level: int, tensor: Tensor, *, once: bool) -> None:
         given = self._part(level).to_once if once else self._part(level).to_each
@@ -139,7 +141,7 @@ class Parts:
             given.append(tensor)
 
     def _in_order(self, operations: Iterable[Operation]) -> list[Any]:
-        return sorted(operations, key=lambda operation: self._levels.position[id(operation)])
+        return sorted(operations, key=lambda operation: self.levels.position[id(operation)])
 
     def _bytes(self, tensor: Tensor) -> float:
         """Return the bytes that a tensor takes for all samples; infinitely many where it cannot be kept."""
@@ -155,9 +157,9 @@ class Parts:
         seen: set[int] = set()
         while pending:
             operation = pending.pop()
-            if id(operation) not in seen and self._levels.is_of_micro_batch(operation):
+            if id(operation) not in seen and self.levels.is_of_micro_batch(operation):
                 seen.add(id(operation))
-                pending += [each.op for each in self._levels.inputs_of(operation)]
+                pending += [each.op for each in self.levels.inputs_of(operation)]
         return seen
 
     def first_use(self, operation: Operation, before: int) -> int | None:
@@ -171,7 +173,7 @@ class Parts:
 
     def _is_size(self, operation: Operation) -> bool:
         if id(operation) not in self._sizes:
-            of_micro_batch = [each.op for each in operation.inputs if self._levels.is_of_micro_batch(each.op)]
+            of_micro_batch = [each.op for each in operation.inputs if self.levels.is_of_micro_batch(each.op)]
             self._sizes[id(operation)] = operation.type in _SIZES or (
                 bool(of_micro_batch)
                 and all(output.dtype.is_integer for output in operation.outputs)
@@ -190,7 +192,7 @@ class Parts:
                 continue
             self._tied[id(each)] = False
             seen.append(each)
-            access = self._levels.access(each)
+            access = self.levels.access(each)
             found = bool(access.reads or access.draws or access.must_run)
             pending += [taken.op for taken in each.inputs]
         if found:
@@ -203,7 +205,7 @@ class Parts:
 
     def _settle_between(self, level: int) -> None:
         part = self._part(level)
-        levels = self._levels
+        levels = self.levels
         operations: dict[int, Any] = {}
         taken: dict[int, Any] = {}
         pending: list[Any] = [*self._own.get(level, ()), *part.to_once]
@@ -234,7 +236,7 @@ class _PassWalk:
 
     def __init__(self, parts: Parts, level: int, keeps: Callable[[Any], bool]) -> None:
         self._parts = parts
-        self._levels = parts._levels
+        self._levels = parts.levels
         self._level = level
         self._keeps = keeps
         self._fresh: dict[int, bool] = {}
@@ -298,9 +300,9 @@ class _PassWalk:
         if levels.reads_state_of_micro_batch(operation):
             return self._level if levels.is_read_at(operation, self._level) else own
         if access.draws:
-            before = parts._drawn_at.get(id(operation), self._level)
-            parts._drawn_at[id(operation)] = min(before, self._level)
-            return parts._drawn_at[id(operation)]
+            before = parts.drawn_at.get(id(operation), self._level)
+            parts.drawn_at[id(operation)] = min(before, self._level)
+            return parts.drawn_at[id(operation)]
         if own == self._level or tensor is operation or not parts.is_tied_to_variables(operation):
             return self._level
         if not parts.is_kept_apart(operation):
@@ -315,7 +317,7 @@ class _PassWalk:
         return home if self._keeps(tensor) else self._level
 
     def _stands_for_whole(self, tensor: Tensor) -> bool:
-        return self._parts._whole.get(id(tensor), self._level) < self._level
+        return self._parts.whole.get(id(tensor), self._level) < self._level
 
     def _is_fresh(self, operation: Operation) -> bool:
         """Return True if all variables that an operation depends on have, in this pass, the values that it is made of.

@@ -408,7 +408,7 @@ class Drawing(Pair):
 
 class DrawingByTensorFlow(Drawing):
     def draw(self, shape):
-        return tf.random.normal(shape, dtype="float64")
+        return tf.raw_ops.RandomStandardNormal(shape=shape, dtype=tf.float64, seed=0, seed2=0)  # never the same twice
 
 
 @pytest.mark.parametrize(("make", "most_bytes"), [(Drawing, 2**24), (DrawingByTensorFlow, 0)])
