@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -30,6 +31,15 @@ from autobatch.tensors.variables import components, unwrap
 from autobatch.types import Layer, Model, Tensor, Variable
 
 
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """An assignment that is done once an update: the variable, how its value is made, and the place in the trace."""
+
+    variable: Variable
+    recipe: Recipe
+    position: int
+
+
 class RunningAverages:
     """Assignments that a model's micro-steps defer to the end of the update; none before one was traced or run."""
 
@@ -40,9 +50,12 @@ class RunningAverages:
         """One trace for each replica, by the replica's number."""
 
     @contextlib.contextmanager
-    def deferring(self, *shares: Any) -> Iterator[None]:
-        """Defer, within this context, what can be; ``shares`` hold a micro-batch's share of the effective batch."""
-        trace = _EagerRun() if tf.executing_eagerly() else _TracedRun(self._apart(), shares)
+    def deferring(self, *shares: Any, is_conditional: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Defer, within this context, what can be; ``shares`` hold a micro-batch's share of the effective batch.
+
+        ``is_conditional`` returns True while a branch is traced outside of any branch's graph.
+        """
+        trace = _EagerRun() if tf.executing_eagerly() else _TracedRun(self._apart(), shares, is_conditional)
         self._traces[_replica()] = trace
         with (
             assignments_taken(trace.take, trace.pending.get),
@@ -63,6 +76,12 @@ class RunningAverages:
     @property
     def _here(self) -> _TracedRun | _EagerRun:
         return self._traces[_replica()]
+
+    @property
+    def deferred(self) -> list[Deferred]:
+        """Assignments of the trace made last, in their order; a variable that is assigned twice occurs twice."""
+        here = self._here if self._traces else None
+        return here.deferred if isinstance(here, _TracedRun) else []
 
     @property
     def variables(self) -> list[Variable]:
@@ -143,14 +162,16 @@ class _Pending:
 class _TracedRun:
     """Deferred assignments of one trace of a micro-step."""
 
-    def __init__(self, apart: set[int], shares: Iterable[Any]) -> None:
+    def __init__(self, apart: set[int], shares: Iterable[Any], is_conditional: Callable[[], bool]) -> None:
         self.pending = _Pending()
+        self._is_conditional = is_conditional
         self._apart = apart
         self._shares = {id(share) for share in shares}
         self._graph = tf.compat.v1.get_default_graph()
         self._known: dict[int, Statistic | None] = {}
         """The statistic that a tensor of the graph is, or None, by the tensor's id."""
         self._recipes: dict[int, tuple[Any, Recipe]] = {}
+        self._taken: list[Deferred] = []
         self._follows_update: set[int] = set()
         """Ids of the variables that are assigned after the update."""
         self._updated: set[int] = set()
@@ -162,6 +183,10 @@ class _TracedRun:
     @property
     def variables(self) -> list[Variable]:
         return [variable for variable, _ in self._recipes.values()]
+
+    @property
+    def deferred(self) -> list[Deferred]:
+        return [each for each in self._taken if id(each.variable) in self._recipes]
 
     @property
     def _statistics(self) -> list[Statistic]:
@@ -177,7 +202,8 @@ class _TracedRun:
     def take(self, variable: Variable, value: Any) -> bool:
         recipe = None
         # A value that is assigned within another function's graph, such as a branch, cannot be followed.
-        if tf.compat.v1.get_default_graph() is self._graph and not _is_apart(variable, self._apart):
+        here = tf.compat.v1.get_default_graph() is self._graph and not self._is_conditional()
+        if here and not _is_apart(variable, self._apart):
             value = tf.cast(value, unwrap(variable).dtype)
             recipe = recipe_of(value, self._statistic_of) if getattr(value, "graph", None) is self._graph else None
         follows = recipe is not None and self._follows(recipe)
@@ -186,6 +212,7 @@ class _TracedRun:
             self.pending.forget(variable)
             return False
         self._recipes[id(variable)] = variable, recipe
+        self._taken.append(Deferred(variable, recipe, len(self._graph.get_operations())))
         self._follows_update = self._follows_update - {id(variable)} | ({id(variable)} if follows else set())
         self.pending.set(variable, value)
         return True

@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from autobatch.differences.difference import Difference
-from autobatch.differences.naming import listed, named, named_pairs, optimizer_name, the_optimizer
+from autobatch.differences.naming import listed, named, named_pairs, the_optimizer
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs.draws import DrawKind
 from autobatch.metrics import whole_batch
@@ -101,19 +101,6 @@ def _said_of_draws(kind: DrawKind, layers: list[tuple[str, str]], own: str = "")
     yield f"{who if layers else who[0].upper() + who[1:]} {verb} new random numbers in each micro-batch."
 
 
-def _several_optimizers(subject: _Subject) -> Iterator[str]:
-    if len(subject.optimizers) < 2 or subject.traced.sees_updates is False:
-        return
-    if subject.traced.sees_updates:
-        names = listed([optimizer_name(subject.model, optimizer) for optimizer in subject.optimizers])
-        yield f"The optimizers {names} update once each, at the end: none sees what another has just changed."
-    else:
-        yield (
-            "The optimizers update once each, at the end: training may differ where a gradient is taken after another "
-            "optimizer's update."
-        )
-
-
 def _changed_gradients(subject: _Subject) -> Iterator[str]:
     if subject.traced.changed_for:
         names = listed([the_optimizer(subject.model, optimizer) for optimizer in subject.traced.changed_for])
@@ -126,8 +113,9 @@ def _changed_gradients(subject: _Subject) -> Iterator[str]:
 
 def _spectral(subject: _Subject) -> Iterator[str]:
     spectral = [layer for layer in subject.layers if isinstance(layer, keras.layers.SpectralNormalization)]
-    apart = _told_apart(subject)
-    if spectral and any(id(variable) in apart for variable in subject.written):
+    once = {id(variable) for variable in components(subject.traced.once_an_update)}
+    own = {id(variable) for layer in spectral for variable in components(layer.variables)} - once
+    if any(id(variable) in own for variable in subject.written):
         yield f"{named(spectral)} changes its kernel once for each micro-batch, not once for each update."
 
 
@@ -270,7 +258,6 @@ def _loose_logs(subject: _Subject) -> Iterator[str]:
 KINDS = (
     ("batch-statistics", _normalising),
     ("random-draws", _drawing),
-    ("several-optimizers", _several_optimizers),
     ("changed-gradients", _changed_gradients),
     ("assignments", _spectral),
     ("assignments", _changed_by_the_step),

@@ -102,7 +102,8 @@ class TraceFindings:
             operation = linearity.not_linear_in(part, self._gradients, lambda each: id(each) not in following)
             # The inside of a function is not examined.
             if operation is not None and not operation.type.endswith("PartitionedCall"):
-                self.changed_for.append(optimizer)
+                if all(optimizer is not known for known in self.changed_for):
+                    self.changed_for.append(optimizer)
                 return
 
     def _note_place(self, gradients: list[Tensor], variables: list[Variable]) -> None:

@@ -42,6 +42,8 @@ class Totals:
         self._vector = vector
         self._at: Any = 0
         self.counted: list[Any] = []
+        self.given: list[Any] = []
+        """Totals of the effective batch that were asked for, one for each of ``counted``; none while counting."""
 
     def of(self, part: Any) -> Any:
         """Return the total of ``part`` over all micro-batches; ``part`` itself while counting. Both are float64."""
@@ -52,6 +54,7 @@ class Totals:
         size = part.shape.num_elements()
         total = tf.reshape(self._vector[self._at : self._at + size], part.shape)
         self._at += size
+        self.given.append(total)
         return total
 
     @property

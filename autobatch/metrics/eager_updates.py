@@ -35,10 +35,18 @@ class EagerUpdates:
         self.sample_bytes = 0  # not known: an eager step is not traced
 
     @contextlib.contextmanager
-    def holding(self, leaves: Sequence[Tensor], fraction: Tensor, *, discard: bool = False) -> Iterator[list[Any]]:
+    def holding(
+        self,
+        leaves: Sequence[Tensor],
+        fraction: Tensor,
+        *,
+        discard: bool = False,
+        is_conditional: Callable[[], bool] = lambda: False,
+    ) -> Iterator[list[Any]]:
         """Hold back updates while a micro-step runs, or run them with the last one; yield an empty list.
 
-        ``discard`` is for a run that only counts: its updates are neither kept nor run.
+        ``discard`` is for a run that only counts: its updates are neither kept nor run. ``is_conditional`` is for
+        traced steps.
         """
         samples = int(sample_count(list(leaves)))
         if not discard:

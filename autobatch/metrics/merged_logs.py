@@ -109,6 +109,16 @@ class MergedLogs:
             _merged(before, part, kind, fraction) for before, part, kind in zip(carried, parts, self.kinds, strict=True)
         ]
 
+    def empty_at(self, places: Sequence[int]) -> list[Any]:
+        """Return the parts at some places of the logs of no samples, in a traced step."""
+        empty = self.empty()
+        return [empty[place] for place in places]
+
+    def merged_at(self, places: Sequence[int], carried: Sequence[Any], parts: Sequence[Any], fraction: Tensor) -> Any:
+        """Return the parts at some places of the logs of a traced step, merged with those of one more micro-batch."""
+        kinds = [self.kinds[place] for place in places]
+        return [_merged(before, part, kind, fraction) for before, part, kind in zip(carried, parts, kinds, strict=True)]
+
     def as_of_now(self, parts: list[Any]) -> list[Any]:
         """Return the logs with the present results of metrics, and with what is computed from them."""
 

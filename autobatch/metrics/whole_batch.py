@@ -121,13 +121,21 @@ class HeldUpdates:
         return sum(_sample_bytes(spec) for spec, _ in self._specs)
 
     @contextlib.contextmanager
-    def holding(self, leaves: Sequence[Tensor], fraction: Tensor, *, discard: bool = False) -> Iterator[list[Any]]:
+    def holding(
+        self,
+        leaves: Sequence[Tensor],
+        fraction: Tensor,
+        *,
+        discard: bool = False,
+        is_conditional: Callable[[], bool] = lambda: False,
+    ) -> Iterator[list[Any]]:
         """Hold back updates while a micro-step is traced; yield the list of tensors that the step must return.
 
-        ``discard`` is for a trace that only counts: its held updates are dropped.
+        ``discard`` is for a trace that only counts: its held updates are dropped. ``is_conditional`` returns True while
+        a branch is traced outside of any branch's graph.
         """
         graph = tf.compat.v1.get_default_graph()
-        step = _TracedStep(graph, self._samples, self._known)
+        step = _TracedStep(graph, self._samples, self._known, is_conditional)
         with metrics.updates_offered(step.offer, _is_per_sample):
             yield step.parts
         if not discard:
@@ -144,6 +152,11 @@ class HeldUpdates:
                 )
                 for spec, _ in self._specs
             ]
+
+    def empty_at(self, places: Sequence[int]) -> list[Any]:
+        """Return what the loop starts with for some of the parts."""
+        empty = self.empty()
+        return [empty[place] for place in places]
 
     @staticmethod
     def push(carried: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
@@ -182,8 +195,15 @@ def _is_per_sample(values: Any) -> bool:
 class _TracedStep:
     """Decisions on the updates in one trace of the micro-step: each is held back or runs."""
 
-    def __init__(self, graph: Graph, samples: int, known: dict[tuple[int, int], tuple[Any, str]]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        samples: int,
+        known: dict[tuple[int, int], tuple[Any, str]],
+        is_conditional: Callable[[], bool],
+    ) -> None:
         self._graph = graph
+        self._is_conditional = is_conditional
         self._samples = samples
         self._known = known
         self._calls: dict[int, int] = {}
@@ -219,6 +239,8 @@ class _TracedStep:
         if any(not isinstance(each, tf.Tensor) for each in tensors):
             return "inputs"
         masks = [mask for each in tensors if (mask := metrics.mask_of(each)) is not None]
+        if self._is_conditional():
+            return "graph"
         here = tf.compat.v1.get_default_graph()
         if any(graph is not self._graph for graph in (here, *(each.graph for each in (*tensors, *masks)))):
             return "graph"

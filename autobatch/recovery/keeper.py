@@ -11,8 +11,8 @@ The weights and the optimizer's variables change in the update alone. They are k
   That takes time before each step, but no device memory.
 * Nowhere, if neither has room, or once :data:`PROVEN_UPDATES` updates have gone well without room on the device. Each
   update needs the same memory, so those that follow will fit. A step on a whole effective batch keeps nothing from then
-  on even if there is room: keeping the weights would take a small model longer than its step. But with several
-  optimizers it goes on keeping them.
+  on even if there is room: keeping the weights would take a small model longer than its step. But a step with several
+  updates goes on keeping them: after an update another forward and backward pass may follow.
 
 Under XLA a step on a whole effective batch always keeps the weights on the device. Without a second reference to their
 buffers TensorFlow 2.21 loses them when the step runs out of memory.
@@ -124,8 +124,8 @@ class Keeper:
             return SnapshotPlace.DEVICE
         if self._room is None:
             self._room = not self.ran_out_beside_copies and self._has_room()
-        # After one optimizer's update, another's forward and backward pass may still follow.
-        if proven and (whole or not self._room) and not (whole and len(self._step.updating_optimizers) > 1):
+        several = self._step.computes_between_updates(whole=whole)
+        if proven and (whole or not self._room) and not several:
             return SnapshotPlace.NOWHERE
         if self._room:
             return SnapshotPlace.DEVICE

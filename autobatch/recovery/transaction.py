@@ -11,6 +11,9 @@ The variables that a step touches fall in two parts:
   the memory that its trace was found to need (:mod:`autobatch.step.update_room`), and gives it back before it starts.
   If it runs out of memory all the same, half done, :class:`~autobatch.errors.UpdateInterruptedError` ends training.
 
+A step that updates more than once goes on computing after its first update. There the weights are always kept, and
+running out of memory in a later part undoes the updates before it.
+
 After rolling back, the same samples run again with a smaller micro-batch
 (:mod:`autobatch.recovery.micro_batch_policy`). There is one exception: if the update ran out of memory beside copies of
 the weights, the size is kept and the copies are not. A smaller micro-batch would not make an update smaller.

@@ -241,7 +241,23 @@ class ReplicatedStep(CompiledStep):
         self._touched.note_graph(concrete.graph)
         self._touched.note_written(concrete.graph)
         if micro is self._micro:
+            self._require_one_pass(micro)
             self._sums.settle()
+
+    def _require_one_pass(self, micro: MicroStep) -> None:
+        """Refuse a step that computes with weights that it has just updated.
+
+        Raises:
+            ValueError: names the strategy.
+        """
+        updated = [inner for update in self._sums.updates for inner in distinct(update.variables)]
+        if micro.findings.sees_updates or len({id(inner) for inner in updated}) < len(updated):
+            raise ValueError(
+                f"Under {type(self.strategy).__name__} all updates of a train_step follow its last gradient, but this "
+                "one computes with weights that it has just updated, or updates the same ones twice. Train it on one "
+                "device, or take all gradients before the first apply. Received: "
+                f"{type(self.model).__name__}"
+            )
 
     def _trace_loops(self, micro: MicroStep) -> tuple[Callable[..., Any], Callable[..., Any]]:
         def part_of(leaves: list[Tensor], micro_batch: Any) -> tuple[list[Any], Any, Division]:

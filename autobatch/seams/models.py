@@ -86,8 +86,15 @@ def _symbolic_batch(element_spec: Any) -> tuple[Any, Any, Any]:
 
 
 def is_built(model: Any) -> bool:
-    """Return True if all layers of the model have their variables."""
-    return all(layer.built for layer in layers_of(model))
+    """Return True if all layers of the model have their variables.
+
+    A model that is only a holder of networks, without a ``call`` or ``build`` of its own, is never built itself.
+    """
+    own, *others = layers_of(model) or [model]
+    is_holder = bool(others) and all(
+        getattr(type(model), name, None) is getattr(keras.Model, name) for name in ("call", "build")
+    )
+    return (own.built or is_holder) and all(layer.built for layer in others)
 
 
 def layers_of(model: Any) -> list[Any]:

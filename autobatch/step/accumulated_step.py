@@ -4,9 +4,10 @@ The model's ``train_step``, Keras's or the user's, is traced once with the batch
 optimizers' ``apply`` captured (:mod:`autobatch.step.micro_step`). The captured gradients, times the micro-batch's share
 of the effective batch (:mod:`autobatch.losses.loss_weights`), are added up (:mod:`autobatch.step.accumulators`). A
 ``tf.while_loop`` runs the trace for each micro-batch, one at a time. Slices are cut on the host, so that only one
-micro-batch is on the device. Then the real ``apply`` runs once. If one micro-batch is the whole effective batch,
-Keras's own step runs, with nothing accumulated (:mod:`autobatch.step.whole_batch_step`). Nothing here handles running
-out of memory: :mod:`autobatch.recovery.transaction` does.
+micro-batch is on the device. Then the real ``apply`` runs once. A step that applies optimizers more than once is
+divided into parts (:mod:`autobatch.step.parted_step`). If one micro-batch is the whole effective batch, Keras's own
+step runs, with nothing accumulated (:mod:`autobatch.step.whole_batch_step`). Nothing here handles running out of
+memory: :mod:`autobatch.recovery.transaction` does.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from autobatch.step.division import Divider, Division
 from autobatch.step.loop_model import LoopModel
 from autobatch.step.micro_batch_loop import loop
 from autobatch.step.micro_step import MicroStep
+from autobatch.step.parted_step import PartedStep
+from autobatch.step.step_trace import PartedTrace
 from autobatch.step.whole_batch_step import WholeBatchStep
 from autobatch.tensors.batch_structure import sample_count
 from autobatch.tensors.functions import called_directly
@@ -70,6 +73,7 @@ class AccumulatedStep(CompiledStep):
         self._accumulate: Callable[..., Logs] | None = None
         self._apply: Callable[[], Any] | None = None
         self._evaluate: Callable[..., Logs] | None = None
+        self._parted: PartedStep | None = None
         self._logs: Logs = {}
         self.train_divider, self.test_divider = Divider(model, effective_batch), Divider(model)
 
@@ -83,7 +87,7 @@ class AccumulatedStep(CompiledStep):
     def renewed(self) -> AccumulatedStep:
         return AccumulatedStep(
             self.model,
-            self.structure.element_spec,
+            self.structure.given_spec,
             effective_batch=self._effective_batch,
             every_batch=self._every_batch,
         )
@@ -136,8 +140,13 @@ class AccumulatedStep(CompiledStep):
             with self._traced_as():
                 self._sums.expect_rows()
                 self._micro = micro = self._training_micro_step(self._sums, self._most_samples, each)
-                self._accumulate = self._trace_loop(micro, zero_first=True, each=each)
-                self._apply = self._trace_apply(micro)
+                if not self.model.run_eagerly:
+                    micro.trace()
+                if micro.parted is None:
+                    self._accumulate = self._trace_loop(micro, zero_first=True, each=each)
+                    self._apply = self._trace_apply(micro)
+                else:
+                    self._run_in_parts(micro, micro.parted)
             self._each = each
         except Exception as error:
             self.release_accumulators()
@@ -149,6 +158,11 @@ class AccumulatedStep(CompiledStep):
             if each is not None and samples is not None and each < samples and self._runs_whole(samples):
                 raise fixed_size.refusal(self.model, each, samples, fixed_size.place_of(error)) from error
             raise
+
+    def _run_in_parts(self, micro: MicroStep, trace: PartedTrace) -> None:
+        parted = PartedStep(self.model, self.structure, micro, trace, self._sums, self.update_room, self._touched)
+        micro.findings.held_sample_bytes += parted.kept_sample_bytes
+        self._parted, self._accumulate, self._apply = parted, parted.accumulate, parted.apply
 
     def _runs_whole(self, samples: int) -> bool:
         """Return True if the model's code can be traced with all samples at a time."""
@@ -222,9 +236,16 @@ class AccumulatedStep(CompiledStep):
     def _trace_evaluation(self, each: int | None) -> None:
         with self._traced_as():
             micro = self._evaluating_micro_step(self._most_samples, each)
+            if not self.model.run_eagerly:
+                micro.trace()
             self._evaluate = self._trace_loop(micro, zero_first=False, each=each)
         self._evaluates = each
         self.evaluates_whole = self.evaluates_whole or micro.fixed_size is not None
+
+    def computes_between_updates(self, *, whole: bool) -> bool:
+        if not whole:
+            return self._parted is not None
+        return self._whole.updates > 1 or super().computes_between_updates(whole=True)
 
     def update_has_begun(self) -> bool:
         not_reached = self._ran_whole and self._whole.has_not_reached_update()
@@ -258,7 +279,7 @@ class AccumulatedStep(CompiledStep):
         return None if self.model.run_eagerly or self._micro is None else self._micro.graph
 
     def rest(self) -> bool:
-        if self.model.run_eagerly:
+        if self.model.run_eagerly or self._parted is not None:
             return False
         self._sums.rest()
         for part in (self._micro, self._whole):
@@ -272,7 +293,9 @@ class AccumulatedStep(CompiledStep):
     def release_accumulators(self) -> None:
         self._sums.release()
         self._release_micro_step()
-        self._accumulate = self._apply = None
+        if self._parted is not None:
+            self._parted.release()
+        self._accumulate = self._apply = self._parted = None
         self._sums, self._logs = self._no_sums(), {}
 
     def plain(self, data: Batch) -> Logs:
@@ -297,8 +320,8 @@ class AccumulatedStep(CompiledStep):
 
     def apply(self) -> Logs:
         assert self._apply is not None
-        self._apply()
-        return self._logs
+        applied = self._apply()
+        return self._logs if self._parted is None else applied
 
     def _trace_apply(self, micro: MicroStep) -> Callable[[], Any]:
         def apply() -> None:
@@ -343,7 +366,6 @@ class AccumulatedStep(CompiledStep):
         if self.model.run_eagerly:
             micro.look_at_losses()
             return run
-        micro.trace()
         compiled = tf.function(
             run, autograph=False, input_signature=[self.structure.specs, tf.TensorSpec([3], tf.int64)]
         )

@@ -6,7 +6,7 @@ Each variable that gets a gradient has one sum, of its own size. For large embed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -33,6 +33,15 @@ class Update(NamedTuple):
         """A ``tf.Variable`` for each variable that got a gradient."""
         pairs = zip(self.variables, self.has_gradient, strict=True)
         return [_inner(variable) for variable, has_gradient in pairs if has_gradient]
+
+
+class Unit(NamedTuple):
+    """A gradient that is summed up for one variable, in the pass ``begin``; ``slot`` counts the variable's sums."""
+
+    variable: Variable
+    gradient: Any
+    begin: int
+    slot: int
 
 
 class Accumulators:
@@ -63,9 +72,10 @@ class Accumulators:
         self._note_update = note_update
         self._device = device
         self._most_samples = most_samples
-        self._sums: dict[int, Any] = {}
+        self._sums: dict[Any, Any] = {}
         self._shapes: dict[int, Any] = {}
         """Shape of each sum by its id, which an empty one does not tell."""
+        self._units: list[Unit] = []
         self._rests = False
         self._rows: dict[int, RowBuffer] = {}
         self.updates: list[Update] = []
@@ -111,35 +121,30 @@ class Accumulators:
             return []
         return tables_of(models.layers_of(self._model))
 
-    def _sum_of(self, inner: Variable) -> Any:
-        if id(inner) not in self._sums:
+    def _sum_of(self, inner: Variable, slot: int = 0) -> Any:
+        """Return the sum for a variable; a variable has several if updates of it are summed at the same time."""
+        key: Any = (id(inner), slot) if slot else id(inner)
+        if key not in self._sums:
             # Beside a buffer of rows the sum takes no memory before the trace shows which of the two is used.
             beside_rows = id(inner) in self._rows
             with tf.init_scope(), tf.device(self._device or inner.device):
-                self._sums[id(inner)] = tf.Variable(
+                self._sums[key] = tf.Variable(
                     tf.zeros([0] if beside_rows else inner.shape, _dtype_of_sum(inner)),
                     shape=tf.TensorShape(None) if beside_rows else None,
                     trainable=False,
                     name="autobatch_accumulator",
                 )
-            self._shapes[id(self._sums[id(inner)])] = inner.shape
-            self._touched.ignore([self._sums[id(inner)]])
-        return self._sums[id(inner)]
+            self._shapes[id(self._sums[key])] = inner.shape
+            self._touched.ignore([self._sums[key]])
+        return self._sums[key]
 
     def capture(self, fraction: Tensor) -> ApplyHandler:
-        """Return a handler for an optimizer's ``apply`` that adds the gradients, times ``fraction``, to the sums.
-
-        The handler raises a ``ValueError`` if one optimizer is applied twice.
-        """
+        """Return a handler for an optimizer's ``apply`` that adds the gradients, times ``fraction``, to the sums."""
         updates = self.updates = []
 
         def add(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
-            if any(optimizer is update.optimizer for update in updates):
-                raise ValueError(
-                    "train_step applies the same optimizer more than once, so that there is no single update to "
-                    "accumulate for. Apply it once with all gradients, or use one optimizer for each set of "
-                    f"variables. Received: {optimizer.name!r}"
-                )
+            if tf.executing_eagerly():
+                _require_updated_once(optimizer, variables, updates)
             self._note_update(optimizer, gradients, variables)
             updates.append(Update(optimizer, variables, [gradient is not None for gradient in gradients]))
             shares = Shares(fraction)
@@ -158,14 +163,19 @@ class Accumulators:
             add_to(accumulator, gradient, shares)
 
     def _keeps_rows(self, buffer: RowBuffer, gradient: Tensor) -> bool:
-        if not isinstance(gradient, tf.IndexedSlices) or self._most_samples is None:
-            return False
-        return buffer.takes(gradient, self._structure, self._most_samples)
+        is_of_rows = isinstance(gradient, tf.IndexedSlices) and self._most_samples is not None
+        if not is_of_rows or not buffer.takes(gradient, self._structure, self._most_samples or 0):
+            buffer.refused = True
+        return not buffer.refused
 
     def settle(self) -> None:
         """Let go of the sums of variables that got no gradient; choose between rows and a sum for each table."""
         summed = {id(inner): inner for update in self.updates for inner in update.summed}
-        rows = {key: buffer for key, buffer in self._rows.items() if buffer.rows_per_sample is not None}
+        rows = {
+            key: buffer
+            for key, buffer in self._rows.items()
+            if buffer.rows_per_sample is not None and not buffer.refused
+        }
         sums = {key: value for key, value in self._sums.items() if key in summed and key not in rows}
         for buffer in rows.values():
             assert self._most_samples is not None
@@ -177,13 +187,47 @@ class Accumulators:
         self._touched.forget(each for key in self._rows.keys() - rows.keys() for each in self._rows[key].variables)
         self._sums, self._rows = sums, rows
 
+    def settle_units(self, units: Sequence[Unit]) -> None:
+        """Make the sums that a step with several passes needs, beyond those of :meth:`settle`."""
+        self._units = list(units)
+        for inner in [unit.variable for unit in units if unit.slot]:
+            buffer = self._rows.pop(id(inner), None)  # rows for several updates at a time are added up
+            if buffer is not None:
+                buffer.release()
+                self._touched.forget(buffer.variables)
+        for unit in units:
+            if id(unit.variable) not in self._rows:
+                self._sum_of(unit.variable, unit.slot)
+
+    def zero_units(self, zero: Any, places: Iterable[int]) -> None:
+        """Set the sums of some units to ``zero``, see :meth:`zero`, and forget their rows."""
+        for unit in [self._units[place] for place in places]:
+            if id(unit.variable) in self._rows:
+                self._rows[id(unit.variable)].clear()
+            else:
+                _fill(self._sum_of(unit.variable, unit.slot), zero)
+
+    def add_unit(self, place: int, gradient: Tensor, shares: Shares) -> None:
+        """Add a gradient, times a micro-batch's share, to the sum of a unit."""
+        unit = self._units[place]
+        if id(unit.variable) in self._rows:
+            buffer = self._rows[id(unit.variable)]
+            buffer.add(gradient, shares.of(_dtype_of_sum(unit.variable))[0])
+        else:
+            add_to(self._sum_of(unit.variable, unit.slot), gradient, shares)
+
+    def gradients_of_units(self, places: Iterable[int | None]) -> list[Any]:
+        """Return the gradients of the effective batch that some units have summed, None where there is no unit."""
+        units = [None if place is None else self._units[place] for place in places]
+        return [None if unit is None else self._gradient(unit.variable, None, unit.slot) for unit in units]
+
     def zero(self, zero: Any) -> None:
         """Set all sums to ``zero``, a float32 scalar that is no constant in the graph, and forget all rows.
 
         For a constant zero TensorFlow would keep a copy of each shape.
         """
         for accumulator in self._sums.values():
-            accumulator.assign(tf.fill(tf.shape(accumulator), tf.cast(zero, accumulator.dtype)))
+            _fill(accumulator, zero)
         for buffer in self._rows.values():
             buffer.clear()
 
@@ -199,10 +243,10 @@ class Accumulators:
         pairs = zip(update.variables, update.has_gradient, strict=True)
         return [self._gradient(_inner(each), sums) if has_gradient else None for each, has_gradient in pairs]
 
-    def _gradient(self, inner: Variable, sums: Mapping[int, Any] | None) -> Any:
+    def _gradient(self, inner: Variable, sums: Mapping[int, Any] | None, slot: int = 0) -> Any:
         if id(inner) in self._rows:
             return self._rows[id(inner)].gradient()
-        value = self._sums[id(inner)].read_value() if sums is None else sums[id(inner)]
+        value = self._sum_of(inner, slot).read_value() if sums is None else sums[id(inner)]
         value.set_shape(inner.shape)
         return tf.cast(value, inner.dtype)
 
@@ -241,8 +285,23 @@ class Accumulators:
         self._sums, self._shapes, self._rows, self.updates = {}, {}, {}, []
 
 
+def _require_updated_once(optimizer: Optimizer, variables: list[Variable], before: list[Update]) -> None:
+    known = {id(inner) for update in before for inner in distinct(update.variables)}
+    again = [variable for variable in variables if id(_inner(variable)) in known]
+    if again:
+        raise ValueError(
+            "train_step runs eagerly and updates the same weights more than once, so that no trace shows where to "
+            "divide it. Leave run_eagerly=True out, or update them once with all gradients. Received: "
+            f"{optimizer.name!r}, applied again to {again[0].name!r}"
+        )
+
+
 def _inner(variable: Variable) -> Any:
     return distinct([variable])[0]
+
+
+def _fill(accumulator: Variable, zero: Any) -> None:
+    accumulator.assign(tf.fill(tf.shape(accumulator), tf.cast(zero, accumulator.dtype)))
 
 
 def _dtype_of_sum(inner: Variable) -> Any:

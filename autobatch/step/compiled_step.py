@@ -87,13 +87,15 @@ class CompiledStep(abc.ABC):
     def accumulate(self, data: Batch, micro_batch: int) -> Any:
         """Sum the gradients of an effective batch, ``micro_batch`` samples at a time; no weight changes.
 
+        If the step updates more than once, this makes all of its updates but the last.
+
         Returns:
             Tensors that have a value once all of it has run.
         """
 
     @abc.abstractmethod
     def apply(self) -> Logs:
-        """Update the weights once with what :meth:`accumulate` summed; return the logs of the whole update."""
+        """Update the weights with what :meth:`accumulate` summed; return the logs of the whole effective batch."""
 
     @abc.abstractmethod
     def evaluate(self, data: Batch, micro_batch: int) -> Any:
@@ -170,8 +172,16 @@ class CompiledStep(abc.ABC):
 
     @property
     def updating_optimizers(self) -> tuple[Optimizer, ...]:
-        """Optimizers that the traced step applies; before the trace, all known ones."""
-        return tuple(update.optimizer for update in self._updates) or self.optimizers
+        """Optimizers that the traced step applies, each once; before the trace, all known ones."""
+        applied = {id(update.optimizer): update.optimizer for update in self._updates}
+        return tuple(applied.values()) or self.optimizers
+
+    def computes_between_updates(self, *, whole: bool) -> bool:
+        """Return True if a forward and backward pass may follow an update, within the same step.
+
+        ``whole`` asks for the step on a whole effective batch, else for the accumulated one.
+        """
+        return whole and len(self.updating_optimizers) > 1
 
     @property
     def variables(self) -> list[Variable]:

@@ -46,6 +46,8 @@ class RowBuffer:
         self._table = table
         self._index_dtype: Any = tf.int64
         self.rows_per_sample: int | None = None
+        self.refused = False
+        """True if a gradient of the trace does not fit, so that the table's gradients are summed."""
         width = table.shape[1:]
         with tf.device(table.device):
             self._values = tf.Variable(
@@ -73,7 +75,7 @@ class RowBuffer:
         width = math.prod(self._values.shape[1:]) * self._values.dtype.size
         if samples * rows * (width + self._indices.dtype.size) > WORTH_IT * self._table.shape[0] * width:
             return False
-        self.rows_per_sample = rows
+        self.rows_per_sample = max(rows, self.rows_per_sample or 0)
         return True
 
     def reserve(self, samples: int) -> None:

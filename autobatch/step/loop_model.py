@@ -14,7 +14,7 @@ from autobatch.types import Metric, Model, Optimizer, Variable
 class LoopModel:
     """A stand-in for a Keras model in :class:`AccumulatedStep`, with the user's function as its ``train_step``.
 
-    ``train_step(batch)`` runs forward and backward and calls ``apply`` or ``apply_gradients`` of each optimizer once.
+    ``train_step(batch)`` runs forward and backward and calls ``apply`` or ``apply_gradients`` of its optimizers.
     A scalar that it returns is averaged over the micro-batches, each weighted by its samples.
     """
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import tensorflow as tf
 
 from autobatch.averages.running_averages import RunningAverages
-from autobatch.differences import rules
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs import draws
 from autobatch.graphs.dependence import unknown
@@ -22,21 +20,21 @@ from autobatch.losses.loss_terms import LossTerms
 from autobatch.losses.loss_weights import LossWeights
 from autobatch.losses.totals import Mode, Totals
 from autobatch.metrics.eager_updates import EagerUpdates
-from autobatch.metrics.merged_logs import Logs, MergedLogs, kinds_of, not_told_eagerly
+from autobatch.metrics.merged_logs import Logs, MergedLogs
 from autobatch.metrics.results import MetricResults
 from autobatch.metrics.whole_batch import HeldUpdates
 from autobatch.seams import functions, losses, metrics, models
 from autobatch.seams.gradients import gradients_weighed, without_gradients
 from autobatch.seams.optimizers import ApplyHandler, capture_apply
-from autobatch.step.attributes import attributes_kept
+from autobatch.step.conditions import AppliedInBranch, Conditions
 from autobatch.step.division import Division
 from autobatch.step.fixed_size import FixedSize, fixed_size_in
 from autobatch.step.micro_batch_loop import loop
+from autobatch.step.step_trace import PartedTrace, StepTrace, is_state, no_parts_eagerly
+from autobatch.step.trial_trace import trial_trace, weighing
 from autobatch.tensors.batch_structure import Structure, cut, sample_count
 from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Model, Optimizer, Tensor, Variable
-
-logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -110,6 +108,14 @@ class MicroStep:
         """Graph of the traced step; None before the trace, and if the step runs eagerly."""
         self.fixed_size: FixedSize | None = None
         """Number of samples that the traced step is written for; None if the trace shows none."""
+        self._seen: StepTrace | None = None
+        self._most_samples = most_samples
+        self._inlined: frozenset[int] | None = None
+        """Places of the conditions whose branches apply an optimizer; None where such branches are refused."""
+        self._is_one_pass: bool | None = None
+        """True if a step that runs eagerly was seen to need one pass over the micro-batches; None if not known."""
+        self.parted: PartedTrace | None = None
+        """Division of the traced step into parts, where its updates do not all follow one pass; else None."""
 
     @property
     def count_length(self) -> int | None:
@@ -144,10 +150,17 @@ class MicroStep:
             # A tf.function that creates variables while it is traced is traced a second time.
             sink.expect(model.trainable_variables)
         signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
-        self._compiled = tf.function(
-            self._run_averaging, autograph=False, jit_compile=bool(model.jit_compile), input_signature=signature
-        )
-        concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
+        inlined: set[Any] = set()
+        concrete = None
+        while concrete is None:
+            self._inlined = None if sink is None else frozenset(inlined)
+            self._compiled = tf.function(
+                self._run_averaging, autograph=False, jit_compile=bool(model.jit_compile), input_signature=signature
+            )
+            try:
+                concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
+            except AppliedInBranch as signal:
+                inlined.add(signal.condition)
         self.logs.note_structure(concrete.structured_outputs[0])
         self.graph = concrete.graph
         if self._each is None:
@@ -157,6 +170,9 @@ class MicroStep:
         self._touched.note_written(concrete.graph)
         if sink is not None:
             sink.settle()
+            self._divide(concrete.graph)
+        if self.parted is not None:
+            return
         if model.jit_compile:
             # When a step compiled by XLA runs out of memory, it frees the buffers of the variables that it writes. The
             # variables still use them. A second reference prevents that (TensorFlow 2.21 on a CPU).
@@ -175,55 +191,52 @@ class MicroStep:
                     f"{self._count_length}"
                 )
 
+    def _divide(self, graph: tf.Graph) -> None:
+        """Find out whether the traced step updates weights at more than one place."""
+        seen = self._seen
+        assert seen is not None
+        assert seen.graph is graph
+        if len(seen.applied) < 2 and all(each.holds is None for each in seen.applied):
+            return
+        logs, held, _ = graph.structured_outputs
+        seen.note_results(logs)
+        seen.held, seen.deferred = list(held), self.averages.deferred
+        parted = PartedTrace(seen, self._state(), self._most_samples)
+        if parted.is_one_pass:
+            return
+        self.parted = parted
+        once = set(parted.written_once)
+        self.findings.once_an_update = [
+            *self.findings.once_an_update,
+            *(variable for variable in self._touched.variables if id(variable.handle) in once),
+        ]
+
+    def _state(self) -> list[Variable]:
+        """Return the variables of metrics and seeds, which every micro-batch changes."""
+        of_metrics = [variable for metric in self._model.metrics for variable in metric.variables]
+        return [*of_metrics, *(variable for variable in self._touched.variables if is_state(variable))]
+
+    @property
+    def held_updates(self) -> Any:
+        """The metrics' updates that are held back until the effective batch is through."""
+        return self._held
+
     def look_at_losses(self) -> None:
         """Trace an eager step, without running the trace, to learn what its losses are made of.
 
-        The model's attributes that the user's code changes meanwhile are put back. Nothing is learnt from code that
-        cannot be traced.
+        Raises:
+            ValueError: the step computes with weights that it has updated before.
         """
-        model = self._model
-        if not rules.has_code_of_its_own(model) or not models.is_built(model):
-            return  # variables made in a trace that fails would stay without a value
-        traced = TraceFindings()
-
-        def look(leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> Any:
-            normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
-            results = MetricResults()
-            with (
-                functions.functions_inlined(),
-                capture_apply(self._touched.optimizers, lambda *_: None),
-                losses.intercept_reductions(normalizer),
-                metrics.single_numbers_weighed(fraction, _ignored, terms.weighed),
-                metrics.noting_results(results.note),
-                gradients_weighed(terms.gradient, traced.note_differentiated),
-                losses.added_losses_noted(traced.note_added_loss),
-            ):
-                logs = self._step(self._structure.pack(leaves))
-            batch = tf.nest.flatten([leaves, fraction, totals], expand_composites=True)
-            kinds = kinds_of(logs, results, batch, terms)
-            terms.weighed_logs(logs, kinds)
-            traced.loose_logs = not_told_eagerly(logs, kinds, terms)
-            assert isinstance(terms, LossTerms)
-            self._told = tuple(terms.told)
-            self._count_length = normalizer.totals.length - terms.counted
-            return leaves[0]
-
-        signature = [self._structure.specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
-        try:
-            with attributes_kept(model) as changed:
-                seen = tf.function(look, autograph=False, input_signature=signature).get_concrete_function()
-            self._touched.on_graph(seen.graph)
-        except Exception as error:  # noqa: BLE001 - the code was written to run eagerly, and may need to
-            logger.info("the step runs eagerly and cannot be traced: %r", error)
+        found = trial_trace(self._model, self._step, self._structure, self._touched)
+        if found is None:
             return
-        traced.forget_tensors()
-        if any(kind == "gradient" and None in told[0] for kind, told in self._told) and not traced.untold:
-            traced.untold, traced.is_told = "a step that runs eagerly", False
-        if changed and not traced.untold:  # what the step does may depend on what it counts
-            traced.untold, traced.is_told = f"code that counts in {changed[0]}", False
-        self._learnt = traced
+        if self._sink is not None and len(found.seen.applied) > 1:
+            self._is_one_pass = PartedTrace(found.seen, self._state(), self._most_samples).is_one_pass
+            if not self._is_one_pass:
+                raise no_parts_eagerly(self._model)
+        self._told, self._count_length, self._learnt = found.told, found.count_length, found.findings
         if self._sink is not None:
-            self.findings = traced
+            self.findings = found.findings
 
     def _run_averaging(self, leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> tuple[Logs, list[Any], Any]:
         self._leaves = [] if tf.executing_eagerly() else leaves
@@ -234,6 +247,12 @@ class MicroStep:
         traced = TraceFindings()
         normalizer, terms = self._weighing(Mode.TRAIN, leaves, fraction, totals, traced)
         results = MetricResults()
+        conditions: Conditions | None = None
+        if not tf.executing_eagerly():
+            graph = tf.compat.v1.get_default_graph()
+            conditions = None if self._inlined is None else Conditions(graph, self._inlined)
+            self._seen = StepTrace(graph, conditions=conditions)
+        is_conditional = (lambda: False) if conditions is None else conditions.is_within
         scalar_metrics: list[str] = []
         untold_metrics: list[str] = []
         with (
@@ -241,12 +260,15 @@ class MicroStep:
             self._capturing(fraction, traced),
             losses.intercept_reductions(normalizer),
             metrics.single_numbers_weighed(fraction, scalar_metrics.append, terms.weighed, untold_metrics.append),
-            self._held.holding(leaves, fraction) as held,
+            contextlib.nullcontext() if conditions is None else conditions.watched(),
+            self._held.holding(leaves, fraction, is_conditional=is_conditional) as held,
             metrics.noting_results(results.note),
-            gradients_weighed(terms.gradient, traced.note_differentiated),
+            gradients_weighed(terms.gradient, self._noting_gradients(traced)),
             losses.added_losses_noted(traced.note_added_loss),
             self._noting_draws(traced),
-            self.averages.deferring(fraction, totals) if self._sink is not None else contextlib.nullcontext(),
+            self.averages.deferring(fraction, totals, is_conditional=is_conditional)
+            if self._sink is not None
+            else contextlib.nullcontext(),
         ):
             logs = self._step(self._structure.pack(leaves))
         if self._sink is not None and self._model.trainable_variables and not traced.applied:
@@ -276,6 +298,8 @@ class MicroStep:
         logs = self.logs.note(logs, results, batch, terms, self._touched.variables if held else None)
         traced.loose_logs = self.logs.not_told if self._learnt is None else self._learnt.loose_logs
         self._count_length = normalizer.totals.length
+        if self._seen is not None:
+            self._seen.note_totals(normalizer.totals)
         return logs, held
 
     def _weighing(
@@ -289,8 +313,7 @@ class MicroStep:
             normalizer.terms = eager
             return normalizer, eager
         note = (lambda found: None) if traced is None else traced.note_dependence
-        terms = LossTerms(needed, fraction, sample_count(leaves), self._flow_of(leaves), note)
-        return LossWeights(fraction, needed, terms), terms
+        return weighing(needed, leaves, fraction, note, self._flow_of(leaves))
 
     def _flow_of(self, leaves: list[Tensor]) -> SampleFlow:
         """Return the flow of the samples. With their number in the trace, shapes do not tell what counts them."""
@@ -304,12 +327,27 @@ class MicroStep:
             return contextlib.nullcontext()
         add = self._sink.capture(fraction)
 
+        seen = self._seen
+
         def take(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
+            if seen is not None:
+                seen.require_place(optimizer)
             traced.note_applied(optimizer, gradients, variables)
             self.averages.note_applied()
-            add(optimizer, gradients, variables)
+            if seen is None:
+                add(optimizer, gradients, variables)
+            else:
+                seen.note_applied(optimizer, gradients, variables, add)
 
         return capture_apply(self._touched.optimizers, take)
+
+    def _noting_gradients(self, traced: TraceFindings) -> Callable[[Any, Any], None]:
+        def note(target: Any, gradients: Any) -> None:
+            traced.note_differentiated(target, gradients)
+            if tf.executing_eagerly() and traced.applied and self._is_one_pass is None:
+                raise no_parts_eagerly(self._model)
+
+        return note
 
     def _noting_draws(self, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
         """Note the code that draws random numbers, in a trace and in the first micro-batch that runs eagerly."""

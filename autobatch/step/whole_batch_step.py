@@ -53,6 +53,8 @@ class WholeBatchStep:
         self._samples: int | None = None
         self.copies: InGraphSnapshot | None = None
         """Copies of the variables that the step changes before its update; None if it runs eagerly or is not traced."""
+        self.updates = 0
+        """Number of updates in the step's trace, or in its last eager run."""
 
     def prepare(self, samples: int | None = None, *, every: bool = False) -> bool:
         """Trace the step unless it was traced before; return True if this call did it.
@@ -93,6 +95,7 @@ class WholeBatchStep:
         specs = self._structure.specs_of(samples)
 
         def update(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
+            self.updates += 1
             self._note_update(optimizer, gradients, variables)
             present = [gradient for gradient in gradients if gradient is not None]
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
@@ -104,6 +107,7 @@ class WholeBatchStep:
         train_step = models.untraced(self._model.train_step)
 
         def step(leaves: list[Tensor]) -> Logs:
+            self.updates = 0
             with functions_inlined(), capture_apply(self._touched.optimizers, update):
                 return train_step(self._structure.pack(leaves))
 

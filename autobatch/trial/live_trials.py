@@ -284,6 +284,8 @@ class LiveTrials:
                 self._on_one_device.explain(error, 2 * request.micro_batch, request.micro_batch)
             diagnosis = memory_failure(error)
         gc.collect()
+        if self._gives_up_copies(whole):
+            return self._run_or_run_out(request, whole)
         return TrialResult(
             request.micro_batch,
             Outcome.OUT_OF_MEMORY,
@@ -312,6 +314,8 @@ class LiveTrials:
         sample_peak = timed.sample_peak_bytes
         over = self._is_over(peak)
         self._any_ran = True
+        if over and self._gives_up_copies(whole):
+            return self._run(request, whole)
         if not over:
             self._try_beside_copies(whole, request.micro_batch)
         return TrialResult(
@@ -328,6 +332,19 @@ class LiveTrials:
             allocations=timed.allocations,
         )
 
+    def _gives_up_copies(self, whole: bool) -> bool:
+        """Give up copies of the weights on the device if a step needed more memory beside them than there is.
+
+        Return True if it did, so that the size is worth another trial. Training would recover in the same way.
+        """
+        if whole or not self._timing.ran_beside_copies or self.keeper.ran_out_beside_copies:
+            return False
+        if not self.step.update_has_begun():
+            return False
+        self.keeper.ran_out_beside_copies = True
+        self.keeper.forget()
+        return True
+
     def batch_of(self, samples: int) -> Any:
         """Return a batch of ``samples`` samples on the host, made of the longest ones seen."""
         return self._sample.micro_batch(samples)
@@ -339,6 +356,8 @@ class LiveTrials:
         """
         if whole in self._tried_beside_copies or self.keeper.ran_out_beside_copies:
             return
+        if not whole and self.step.computes_between_updates(whole=False):
+            return  # each trial has run beside them
         self._tried_beside_copies.add(whole)
         data = self.batch_of(micro_batch)
         limits.reset_peak(self.device)

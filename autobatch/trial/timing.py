@@ -13,7 +13,7 @@ import tensorflow as tf
 from autobatch.allocation_trace import AllocationTrace
 from autobatch.memory import allocations, limits
 from autobatch.records import TrialRequest
-from autobatch.recovery.keeper import Keeper
+from autobatch.recovery.keeper import Keeper, SnapshotPlace
 from autobatch.recovery.out_of_memory import CAUGHT
 from autobatch.step.compiled_step import CompiledStep
 
@@ -59,6 +59,8 @@ class Timing:
         self._device = device
         self._clock = clock
         self._has_accumulated = False
+        self.ran_beside_copies = False
+        """True if the accumulated step tried last ran beside copies of the weights on the device."""
 
     def of_plain_step(self, request: TrialRequest, plain: Callable[[Any], Any]) -> Timed:
         """Time Keras's own step on one micro-batch, which is the whole effective batch."""
@@ -94,7 +96,7 @@ class Timing:
         """
         # Two micro-batches first, so that the second is added to accumulators that hold the first one's gradients.
         micro_batch = request.micro_batch
-        with self._recorded(request) as recorded:
+        with self._recorded(request) as recorded, self._beside_copies():
             two = self._batch_of(2 * micro_batch)
             first = self.seconds(lambda: self._step.accumulate(two, micro_batch))
             sample_peak = limits.peak_bytes(self._device)
@@ -105,8 +107,12 @@ class Timing:
             repeats = 1 if repeats or not self._has_accumulated else 0
         self._has_accumulated = True
         one = self._batch_of(micro_batch)
-        steps = [self.seconds(lambda: self._step.accumulate(one, micro_batch)) for _ in range(repeats)]
-        applies = [self.seconds(self._step.apply) for _ in range(repeats)]
+        steps, applies = [], []
+        in_turn = self._step.computes_between_updates(whole=False)  # its last update needs the batch
+        for _ in range(repeats):
+            steps.append(self.seconds(lambda: self._step.accumulate(one, micro_batch)))
+            applies += [self.seconds(self._step.apply)] if in_turn else []
+        applies += [] if in_turn else [self.seconds(self._step.apply) for _ in range(repeats)]
         return Timed(
             first / 2,
             statistics.median(steps or [first / 2]),
@@ -114,6 +120,23 @@ class Timing:
             sample_peak,
             *recorded(),
         )
+
+    @contextlib.contextmanager
+    def _beside_copies(self) -> Iterator[None]:
+        """Keep what training would keep, if the step goes on computing after its first update.
+
+        Only then do the copies take memory while micro-batches run.
+        """
+        self.ran_beside_copies = False
+        if not self._step.computes_between_updates(whole=False):
+            yield
+            return
+        kept = self._keeper.take(whole=False, proven=False)
+        self.ran_beside_copies = kept.weights_at is SnapshotPlace.DEVICE
+        try:
+            yield
+        finally:
+            kept.drop()
 
     @contextlib.contextmanager
     def _recorded(self, request: TrialRequest) -> Iterator[Callable[[], tuple[int | None, AllocationTrace | None]]]:
