@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from autobatch.replicas.agreement import SingleProcess
-from autobatch.replicas.step import all_reduce
+from autobatch.replicas.all_reduce import all_reduce
 from autobatch.seams import strategies
 from autobatch.tensors.variables import distinct
 from autobatch.types import Strategy, Variable

@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from autobatch.metrics.merged_logs import Logs, of_all_replicas
 from autobatch.replicas.accumulators import SumsByReplica
+from autobatch.replicas.all_reduce import all_reduce
 from autobatch.seams import losses, models, strategies
 from autobatch.seams.optimizers import gradients_already_reduced
 from autobatch.step.accumulators import Accumulators, Update
@@ -389,17 +390,3 @@ def _moving_statistics(model: Model) -> list[Any]:
 
 def _distinct_keras(variables: Any) -> list[Any]:
     return list({id(variable): variable for variable in variables}.values())
-
-
-def all_reduce(values: list[Any], device: str) -> list[Any]:
-    """Sum each value over all replicas, those of one dtype in one all-reduce; ``device`` is the replica's own."""
-    results: list[Any] = [None] * len(values)
-    context = tf.distribute.get_replica_context()
-    for dtype in dict.fromkeys(value.dtype for value in values):
-        places = [place for place, value in enumerate(values) if value.dtype == dtype]
-        # tf.distribute asks where each value is, which an argument of a function does not show.
-        with tf.device(device):
-            placed = [tf.identity(values[place]) for place in places]
-        for place, result in zip(places, context.all_reduce(tf.distribute.ReduceOp.SUM, placed), strict=True):
-            results[place] = result
-    return results

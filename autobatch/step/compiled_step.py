@@ -18,7 +18,8 @@ from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.metrics.merged_logs import Logs
 from autobatch.seams.trainable import TrainableState
 from autobatch.step.accumulators import Update
-from autobatch.step.micro_step import MicroStep, Sink
+from autobatch.step.micro_step import MicroStep
+from autobatch.step.sink import Sink
 from autobatch.step.update_room import UpdateReserve, guessed_bytes
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.snapshots import InGraphSnapshot, SnapshotTaker

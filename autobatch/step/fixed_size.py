@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from autobatch.errors import FixedBatchSizeError
+from autobatch.graphs.dependence import unknown
 from autobatch.graphs.sample_flow import SampleFlow
 from autobatch.tracebacks import is_library, is_own
 from autobatch.types import Graph, Model, Tensor
@@ -98,3 +99,11 @@ def largest_divisor(samples: int, at_most: int) -> int:
     while samples % steps:
         steps += 1
     return samples // steps
+
+
+def flow_of(leaves: list[Tensor], each: int | None) -> SampleFlow:
+    """Return the flow of the samples. With their number in the trace, shapes do not tell what counts them."""
+    if each is None:
+        return SampleFlow.of_leaves(leaves, ())
+    parts = tf.nest.flatten(leaves, expand_composites=True)
+    return SampleFlow({part.name: unknown("a batch of one fixed size") for part in parts})

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from autobatch.averages.running_averages import RunningAverages
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs import draws
-from autobatch.graphs.dependence import unknown
-from autobatch.graphs.sample_flow import SampleFlow
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.graphs.writes import written_variables
 from autobatch.losses.eager_terms import EagerTerms
@@ -25,33 +23,17 @@ from autobatch.metrics.results import MetricResults
 from autobatch.metrics.whole_batch import HeldUpdates
 from autobatch.seams import functions, losses, metrics, models
 from autobatch.seams.gradients import gradients_weighed, without_gradients
-from autobatch.seams.optimizers import ApplyHandler, capture_apply
+from autobatch.seams.optimizers import capture_apply
 from autobatch.step.conditions import AppliedInBranch, Conditions
 from autobatch.step.division import Division
-from autobatch.step.fixed_size import FixedSize, fixed_size_in
+from autobatch.step.fixed_size import FixedSize, fixed_size_in, flow_of
 from autobatch.step.micro_batch_loop import loop
+from autobatch.step.sink import Sink
 from autobatch.step.step_trace import PartedTrace, StepTrace, is_state, no_parts_eagerly
 from autobatch.step.trial_trace import trial_trace, weighing
 from autobatch.tensors.batch_structure import Structure, cut, sample_count
 from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Model, Optimizer, Tensor, Variable
-
-
-class Sink(Protocol):
-    """Receiver of gradients: the :class:`autobatch.step.accumulators.Accumulators` of one device or of several."""
-
-    @property
-    def variables(self) -> list[Variable]:
-        """Variables that hold the sums."""
-
-    def expect(self, variables: Iterable[Variable]) -> None:
-        """Make the sums for variables that are sure to get gradients."""
-
-    def capture(self, fraction: Tensor) -> ApplyHandler:
-        """Return the handler that is called in place of an optimizer's ``apply``."""
-
-    def settle(self) -> None:
-        """Let go of sums that were made and are not used."""
 
 
 class MicroStep:
@@ -313,14 +295,7 @@ class MicroStep:
             normalizer.terms = eager
             return normalizer, eager
         note = (lambda found: None) if traced is None else traced.note_dependence
-        return weighing(needed, leaves, fraction, note, self._flow_of(leaves))
-
-    def _flow_of(self, leaves: list[Tensor]) -> SampleFlow:
-        """Return the flow of the samples. With their number in the trace, shapes do not tell what counts them."""
-        if self._each is None:
-            return SampleFlow.of_leaves(leaves, ())
-        parts = tf.nest.flatten(leaves, expand_composites=True)
-        return SampleFlow({part.name: unknown("a batch of one fixed size") for part in parts})
+        return weighing(needed, leaves, fraction, note, flow_of(leaves, self._each))
 
     def _capturing(self, fraction: Tensor, traced: TraceFindings) -> contextlib.AbstractContextManager[None]:
         if self._sink is None:

@@ -30,7 +30,7 @@ from autobatch.records import (
     TrialRequest,
     TrialResult,
 )
-from autobatch.recovery.keeper import Keeper, SnapshotPlace
+from autobatch.recovery.keeper import Keeper
 from autobatch.recovery.out_of_memory import CAUGHT, memory_failure
 from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.seams import models
@@ -41,6 +41,7 @@ from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.snapshots import Snapshot
 from autobatch.tensors.variables import bytes_of
 from autobatch.trial import known_reports, other_processes, surroundings
+from autobatch.trial.beside_copies import BesideCopies
 from autobatch.trial.content_digest import content_digest, surroundings_of
 from autobatch.trial.timing import Timing
 from autobatch.trial.waiting_batches import WaitingBatches
@@ -83,7 +84,6 @@ class LiveTrials:
         self._snapshots: list[Snapshot] = []
         self._saved: set[int] = set()
         self._content: tuple[int, str] | None = None
-        self._tried_beside_copies: set[bool] = set()
         self._any_ran = False
         gc.collect()  # a model that was dropped holds its memory until then
         self.device = limits.default_device()
@@ -102,6 +102,7 @@ class LiveTrials:
         self.step.on_optimizer_found = self._save
         self.keeper = self._make_keeper()
         self._timing = Timing(self.step, self.keeper, self.batch_of, self.device, clock=clock)
+        self._copies = BesideCopies(self.step, self.keeper, self._timing, self.device)
         models.build_on(model, self.step.structure.element_spec)
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:
             warn(
@@ -284,7 +285,7 @@ class LiveTrials:
                 self._on_one_device.explain(error, 2 * request.micro_batch, request.micro_batch)
             diagnosis = memory_failure(error)
         gc.collect()
-        if self._gives_up_copies(whole):
+        if self._copies.given_up(whole):
             return self._run_or_run_out(request, whole)
         return TrialResult(
             request.micro_batch,
@@ -314,10 +315,11 @@ class LiveTrials:
         sample_peak = timed.sample_peak_bytes
         over = self._is_over(peak)
         self._any_ran = True
-        if over and self._gives_up_copies(whole):
+        if over and self._copies.given_up(whole):
             return self._run(request, whole)
         if not over:
-            self._try_beside_copies(whole, request.micro_batch)
+            plain = functools.partial(self._on_one_device.plain, self.batch_of(request.micro_batch)) if whole else None
+            self._copies.try_update(plain, self._is_over)
         return TrialResult(
             request.micro_batch,
             Outcome.OUT_OF_MEMORY if over else Outcome.FITS,
@@ -332,46 +334,9 @@ class LiveTrials:
             allocations=timed.allocations,
         )
 
-    def _gives_up_copies(self, whole: bool) -> bool:
-        """Give up copies of the weights on the device if a step needed more memory beside them than there is.
-
-        Return True if it did, so that the size is worth another trial. Training would recover in the same way.
-        """
-        if whole or not self._timing.ran_beside_copies or self.keeper.ran_out_beside_copies:
-            return False
-        if not self.step.update_has_begun():
-            return False
-        self.keeper.ran_out_beside_copies = True
-        self.keeper.forget()
-        return True
-
     def batch_of(self, samples: int) -> Any:
         """Return a batch of ``samples`` samples on the host, made of the longest ones seen."""
         return self._sample.micro_batch(samples)
-
-    def _try_beside_copies(self, whole: bool, micro_batch: int) -> None:
-        """Run an update beside the copies of the weights that training keeps; if that is too much, it keeps none.
-
-        An update needs the same at every micro-batch, so one run is enough. It is no part of a trial's peak.
-        """
-        if whole in self._tried_beside_copies or self.keeper.ran_out_beside_copies:
-            return
-        if not whole and self.step.computes_between_updates(whole=False):
-            return  # each trial has run beside them
-        self._tried_beside_copies.add(whole)
-        data = self.batch_of(micro_batch)
-        limits.reset_peak(self.device)
-        try:
-            kept = self.keeper.take(whole=False, proven=True)
-            if kept.weights_at is SnapshotPlace.DEVICE:
-                self._timing.seconds((lambda: self._on_one_device.plain(data)) if whole else self.step.apply)
-            kept.drop()
-        except CAUGHT as error:
-            memory_failure(error)
-            self.keeper.ran_out_beside_copies = self.step.update_has_begun()
-        else:
-            self.keeper.ran_out_beside_copies = self._is_over(limits.peak_bytes(self.device))
-        self.keeper.forget()
 
     def _is_over(self, peak_bytes: int | None) -> bool:
         budget = self.environment.budget_bytes
