@@ -366,7 +366,8 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         """Updates that an epoch will very likely have, to show progress; None if unknown. It never ends an epoch."""
         samples = self.sample_limit
         if self._layout is not None:
-            return cardinality.updates(samples, self.target_batch)
+            portions = self._layout.likely_in(self._source) if samples is None else samples
+            return cardinality.updates(portions, self.target_batch)
         if samples is None:
             samples = cardinality.sample_cardinality(self._source, trust_maps=True)
         if samples is not None:

@@ -133,6 +133,7 @@ def test_two_streams_are_cut_in_proportion_of_the_first(drop):
     np.testing.assert_array_equal(joined[0], X[:64])
     np.testing.assert_array_equal(joined[1], X)
     assert found.num_batches == (4 if drop else None)
+    assert found.expected_batches == 4
 
 
 def test_an_element_is_passed_on_without_a_word_where_it_is_an_update(recwarn):

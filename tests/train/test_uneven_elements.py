@@ -264,9 +264,7 @@ def test_where_one_stream_has_run_out_the_element_is_trained_whole():
     ("loss", "data", "micro", "said"),
     [
         pytest.param(graph, lambda: graphs((4, 9), (6, 6), (5, 11), (3, 8)), 2, "no common measure", id="a graph"),
-        pytest.param(
-            graph, lambda: graphs((12, 30), (12, 30), (12, 30)), "auto", "no common measure", id="of one size"
-        ),
+        pytest.param(graph, lambda: graphs((12, 30), (12, 30)), "auto", "no common measure", id="of one size"),
         pytest.param(graph, lambda: graphs((4, 8), (5, 10), (6, 12)), "auto", "takes rows of the batch", id="1 to 2"),
         pytest.param(graph, lambda: graphs((4, 4), (6, 6), (5, 5)), 2, "takes rows of the batch", id="even"),
         pytest.param(graph, lambda: graphs((4, 4), (6, 6), (5, 5)), 4, "takes rows of the batch", id="even, not cut"),
