@@ -9,10 +9,9 @@ SPECS = [tf.TensorSpec([None, 4]), tf.TensorSpec([None, 2], tf.int64)]
 WEIGHTS = tf.Variable(tf.ones([9, 4]))
 
 
-def found(step, specs=SPECS):
-    return taken_by_number(
-        tf.function(step, autograph=False, input_signature=specs).get_concrete_function().graph, specs
-    )
+def found(step, given=SPECS, specs=SPECS):
+    traced = tf.function(step, autograph=False, input_signature=given).get_concrete_function()
+    return taken_by_number(traced.graph, specs)
 
 
 @pytest.mark.parametrize(
