@@ -26,7 +26,7 @@ from autobatch.data import arrays, cardinality, host_memory, layouts, random_sta
 from autobatch.data.effective_iterator import EffectiveIterator
 from autobatch.data.first_look import FirstLook, Seen
 from autobatch.data.portion_cutter import PortionCutter
-from autobatch.errors import CannotBeCutError, warn
+from autobatch.errors import warn
 from autobatch.records import HostUse
 from autobatch.seams import data_adapters
 from autobatch.seams.data_adapters import DataAdapter
@@ -142,10 +142,14 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         """Take each element for one effective batch from now on, before any is trained on, for this ``reason``.
 
         Raises:
-            CannotBeCutError: reading has begun, and elements were joined.
+            ValueError: reading has begun, and elements were joined.
         """
         if self._pending is not None:
-            raise CannotBeCutError(reason)
+            raise ValueError(
+                f"{reason}, so that elements are neither cut nor joined. Those of this dataset cannot be read again to "
+                "take each whole. Leave Python's functions out of the dataset, or make its batches in Python, as a "
+                f"keras.utils.PyDataset does. Received: {self._parts[0]!r}"
+            )
         if self._seen is None:
             self._read_ahead(self.target_batch)
         assert self._seen is not None
@@ -372,7 +376,8 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         """Updates that an epoch will very likely have, to show progress; None if unknown. It never ends an epoch."""
         samples = self.sample_limit
         if self._layout is not None:
-            return cardinality.updates(samples, self.target_batch)
+            portions = self._layout.likely_in(self._source) if samples is None else samples
+            return cardinality.updates(portions, self.target_batch)
         if samples is None:
             samples = cardinality.sample_cardinality(self._source, trust_maps=True)
         if samples is not None:

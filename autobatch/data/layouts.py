@@ -83,6 +83,13 @@ class Layout:
             return None
         return elements if self.portion is None else self.in_each(dataset.element_spec, elements)
 
+    def likely_in(self, dataset: Dataset) -> int | None:
+        """Return the portions in a dataset whose elements are all like the first; None if their number is unknown."""
+        elements, first = int(dataset.cardinality()), self.seen[0]
+        if elements < 0 or self.portion is None or first is None:
+            return None
+        return elements * first // self.portion[0]
+
     def rounded(self, samples: int) -> int:
         """Return ``samples``, or the next number below that :meth:`portions` takes; at least one portion."""
         each = (self.portion or (1,))[0]

@@ -1,6 +1,6 @@
 """Rows of a batch that a traced step takes by their numbers, so that a part of the batch does not stand for itself.
 
-Two kinds are looked for. Code may take single rows of a part by constant numbers, and nothing else of it: its first
+Two kinds are looked for. Code may take several rows of a part by constant numbers, and nothing else of it: its first
 dimension counts no samples then, as where an element stacks anchors and positives. Or it may take rows by numbers that
 another part of the batch holds, as the edges of a graph number its nodes.
 """
@@ -74,8 +74,11 @@ def _axis_of(operation: Operation) -> int | None:
 
 
 def _row_by_row(leaf: Tensor) -> Operation | None:
-    """Return the first operation that takes a single row of ``leaf``, if nothing is done with it but taking rows."""
-    rows: list[Any] = []
+    """Return the first operation that takes a row of ``leaf``, if several rows are taken and nothing else is done.
+
+    One row alone may stand for all, as where a number is repeated for each sample.
+    """
+    rows: dict[int, Any] = {}
     pending = [leaf]
     while pending:
         tensor = pending.pop()
@@ -84,21 +87,22 @@ def _row_by_row(leaf: Tensor) -> Operation | None:
                 continue
             if consumer.type in ("Identity", "Cast", "StopGradient"):
                 pending.append(consumer.outputs[0])
-            elif _takes_one_row(consumer, tensor):
-                rows.append(consumer)
-            else:
+                continue
+            row = _row_taken(consumer, tensor)
+            if row is None:
                 return None
-    return rows[0] if rows else None
+            rows.setdefault(row, consumer)
+    return next(iter(rows.values())) if len(rows) > 1 else None
 
 
-def _takes_one_row(operation: Operation, tensor: Tensor) -> bool:
+def _row_taken(operation: Operation, tensor: Tensor) -> int | None:
+    """Return the constant number of the one row that an operation takes of a tensor; None if it does anything else."""
     if operation.type != "StridedSlice" or operation.inputs[0] is not tensor:
-        return False
+        return None
     begin = tf.get_static_value(operation.inputs[1])
     masks = [operation.get_attr(f"{name}_mask") for name in ("ellipsis", "new_axis")]
-    return (
-        begin is not None and not any(mask & 1 for mask in masks) and bool(operation.get_attr("shrink_axis_mask") & 1)
-    )
+    takes_one = bool(operation.get_attr("shrink_axis_mask") & 1)
+    return int(begin[0]) if begin is not None and takes_one and not any(mask & 1 for mask in masks) else None
 
 
 def _holds_numbers(indices: Tensor, leaves: Sequence[Tensor]) -> bool:

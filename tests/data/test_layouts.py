@@ -133,6 +133,7 @@ def test_two_streams_are_cut_in_proportion_of_the_first(drop):
     np.testing.assert_array_equal(joined[0], X[:64])
     np.testing.assert_array_equal(joined[1], X)
     assert found.num_batches == (4 if drop else None)
+    assert found.expected_batches == 4
 
 
 def test_an_element_is_passed_on_without_a_word_where_it_is_an_update(recwarn):
@@ -186,6 +187,14 @@ def test_elements_read_ahead_are_not_lost():
     seen = list(found)
     assert [tuple(len(part) for part in batch) for batch in seen] == sizes
     np.testing.assert_array_equal(np.concatenate([batch[0] for batch in seen]), X[:64])
+
+
+def test_what_differs_later_is_passed_on_in_every_epoch():
+    """Python makes the elements, so that the first pass goes on with those that were looked at."""
+    elements = [rows(4, 4), rows(6, 6), rows(5, 5), rows(6, 9), rows(3, 3)]
+    found = prepared(generated(elements, (None, 6), (None, 6)), 10)
+    sizes = [[tuple(len(part) for part in batch) for batch in found] for _ in range(2)]
+    assert sizes == [[(10, 10), (5, 5), (6, 9), (3, 3)]] * 2
 
 
 def test_streams_of_different_lengths_are_padded_together():

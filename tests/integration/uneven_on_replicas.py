@@ -11,14 +11,13 @@ from pathlib import Path
 
 import tensorflow as tf
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "train")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main():
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    import test_uneven_elements as uneven
+    import uneven
 
     import autobatch
 
