@@ -65,6 +65,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         validation_data: as for ``Model.fit``; counted in the host memory that will be held, not read.
         only_look: True if the data will not be trained on. A look then reads a copy of a ``tf.data.Dataset`` even if
             that calls Python's functions in it. So the order of the dataset itself does not move on.
+        as_they_come: True if the batches of a dataset are effective batches already.
 
     Raises:
         ValueError: the data are empty, the arrays differ in length, or Keras refuses them, in its own words.
@@ -83,6 +84,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         input_shapes: Sequence[tuple[str, cardinality.Shape]] = (),
         validation_data: Any = None,
         only_look: bool = False,
+        as_they_come: bool = False,
     ) -> None:
         arrays.require_usable(x, y, sample_weight)
         if isinstance(x, tf.data.Dataset):
@@ -109,7 +111,8 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self._states_after: random_states.RandomStates | None = random_states.RandomStates(x)
         self._states.restore()
 
-        self._recut = None if self._arrays else rebatching.Rebatched(dataset, target_batch)
+        self._as_they_come = as_they_come
+        self._recut = None if self._arrays else self._cut_again(dataset)
         self._source = dataset
         self._dataset = _untuned(dataset) if self._recut is None else self._recut.dataset
         self.element_spec = dataset.element_spec if self._recut is None else self._recut.element_spec
@@ -124,6 +127,9 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self._uses = (*copied, *self._pipeline_uses(validation_data))
         if not warned:
             host_memory.warn_if_short(self._uses, host)
+
+    def _cut_again(self, dataset: Dataset) -> rebatching.Rebatched:
+        return rebatching.Rebatched(dataset, self.target_batch, as_they_come=self._as_they_come)
 
     def _adapter_for(self, parts: tuple[Any, Any, Any], *, batch_size: int, shuffle: bool) -> Any:
         x, y, sample_weight = parts
@@ -186,7 +192,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             source = self._first_of_loader()
         if source is None:
             return self._first()
-        recut = rebatching.Rebatched(source, self.target_batch)
+        recut = self._cut_again(source)
         first = next(iter(recut.dataset))
         return first[0] if recut.pads else first
 
