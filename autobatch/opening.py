@@ -44,7 +44,8 @@ def open_trials(
     if fitting.overrides_fit(model):
         given = own_fit.handed_to_keras(model, dataset, y, target_batch=rows)
         dataset, y = given.get("x"), given.get("y")
-        options |= {name: given[name] for name in ("sample_weight", "class_weight") if name in given}
+        kept = ("sample_weight", "class_weight", fit_data.AS_THEY_COME)
+        options |= {name: given[name] for name in kept if name in given}
     require_compiled(model)
     supported.require_supported(model)
     devices = devices_of_model(model)

@@ -14,6 +14,7 @@ epoch begins with it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 import weakref
@@ -23,13 +24,12 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.data import arrays, cardinality, host_memory, layouts, random_states, rebatching
-from autobatch.data.effective_iterator import EffectiveIterator
+from autobatch.data.effective_iterator import EffectiveIterator, OpenEndedAdapter
 from autobatch.data.first_look import FirstLook, Seen
 from autobatch.data.portion_cutter import PortionCutter
 from autobatch.errors import warn
 from autobatch.records import HostUse
 from autobatch.seams import data_adapters
-from autobatch.seams.data_adapters import DataAdapter
 from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
 from autobatch.types import Dataset
 
@@ -38,7 +38,7 @@ _BATCHES_UNDER_WAY = 1 + host_memory.AUTOTUNED_PREFETCH
 EMPTY = "dataset is empty, so that there is nothing to train on. Give at least one sample. Received: "
 
 
-class EffectiveBatches(DataAdapter):  # type: ignore[misc]
+class EffectiveBatches(OpenEndedAdapter):
     """An iterable of effective batches that Keras's ``fit`` accepts as its data.
 
     Args:
@@ -51,6 +51,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         validation_data: as for ``Model.fit``; counted in the host memory that will be held, not read.
         only_look: True if the data will not be trained on. A look then reads a copy of a ``tf.data.Dataset`` even if
             that calls Python's functions in it. So the order of the dataset itself does not move on.
+        as_they_come: True if the batches of a dataset are effective batches already.
 
     Raises:
         ValueError: the data are empty, the arrays differ in length, Keras refuses them, in its own words, or parts that
@@ -75,6 +76,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         validation_data: Any = None,
         only_look: bool = False,
         rounds: bool = False,
+        as_they_come: bool = False,
     ) -> None:
         arrays.require_usable(x, y, sample_weight)
         if isinstance(x, tf.data.Dataset):
@@ -102,6 +104,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         self._states_after: random_states.RandomStates | None = random_states.RandomStates(x)
         self._states.restore()
 
+        self._cut_again = functools.partial(rebatching.Rebatched, as_they_come=as_they_come)
         self._source = dataset
         self._first_look = FirstLook(self._inner, dataset, only_look=only_look)
         self._iterated = False
@@ -170,7 +173,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
             self.element_spec = self._layout.spec(dataset.element_spec)
             self._dataset = dataset.prefetch(tf.data.AUTOTUNE)
         elif not self._arrays:
-            self._recut = rebatching.Rebatched(dataset, self.target_batch)
+            self._recut = self._cut_again(dataset, self.target_batch)
             self._dataset, self.element_spec = self._recut.dataset, self._recut.element_spec
         padding = [] if self._recut is None else self._recut.padding
         self.structure = Structure(self.element_spec)
@@ -244,7 +247,7 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
         source = self._first_look.copy(self.target_batch)
         if source is None:
             return self._first()
-        recut = rebatching.Rebatched(source, self.target_batch)
+        recut = self._cut_again(source, self.target_batch)
         first = next(rebatching.explained(iter(recut.dataset)))
         return first[0] if recut.pads else first
 
@@ -389,14 +392,6 @@ class EffectiveBatches(DataAdapter):  # type: ignore[misc]
     @property
     def batch_size(self) -> int | None:
         return self.target_batch
-
-    @property
-    def has_partial_batch(self) -> bool | None:
-        return None
-
-    @property
-    def partial_batch_size(self) -> int | None:
-        return None
 
     def on_epoch_begin(self) -> None:
         self._inner.on_epoch_begin()

@@ -1,9 +1,11 @@
-"""One pass over effective batches."""
+"""Passes over effective batches, as Keras asks for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from autobatch.seams.data_adapters import DataAdapter
 
 
 class EffectiveIterator(Iterator[Any]):
@@ -25,3 +27,15 @@ class EffectiveIterator(Iterator[Any]):
 
     def __next__(self) -> Any:
         return next(self.begin())
+
+
+class OpenEndedAdapter(DataAdapter):  # type: ignore[misc]
+    """A data adapter of Keras whose last batch may have any size."""
+
+    @property
+    def has_partial_batch(self) -> bool | None:
+        return None
+
+    @property
+    def partial_batch_size(self) -> int | None:
+        return None

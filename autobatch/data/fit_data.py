@@ -14,7 +14,10 @@ from autobatch.seams import data_adapters
 from autobatch.step import supported
 from autobatch.types import Batch, Dataset, Model
 
-_DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle")
+AS_THEY_COME = "as_they_come"
+"""Option beside those of ``Model.fit``: True if the data's batches are effective batches, not to be cut again."""
+
+_DATA_OPTIONS = ("sample_weight", "class_weight", "shuffle", AS_THEY_COME)
 
 
 def prepare_data(

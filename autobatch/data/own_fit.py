@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from autobatch.data import random_states
-from autobatch.data.fit_data import data_parts
+from autobatch.data.fit_data import AS_THEY_COME, data_parts
 from autobatch.seams import fitting
 from autobatch.seams.optimizers import optimizers_of
 from autobatch.step.attributes import attributes_kept
@@ -63,6 +63,8 @@ def call_own_fit(
             under_way.append(True)
             try:
                 kept = {key: value for key, value in given.items() if key not in ("self", "batch_size")}
+                if "batch_size" in options and _has_batches_of(kept.get("x"), target_batch):
+                    kept[AS_THEY_COME] = True
                 return instead(kept, functools.partial(original, model))
             finally:
                 under_way.clear()
@@ -167,6 +169,19 @@ def _comes_in_batches(x: Any) -> bool:
     if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
         return True
     return hasattr(x, "__iter__") and not hasattr(x, "shape") and not isinstance(x, (list, tuple, dict))
+
+
+def _has_batches_of(x: Any, samples: int) -> bool:
+    """Return True for a Grain dataset whose first batch has as many samples.
+
+    Grain does not show how its batches were made. KerasHub repeats the data of an epoch, so that its last batch must
+    not be joined to the first of the next.
+    """
+    if type(x).__module__.partition(".")[0] != "grain":
+        return False
+    first = next(iter(x), None)
+    parts = [part for part in keras.tree.flatten(first) if part is not None]
+    return bool(parts) and len(parts[0]) == samples
 
 
 # -- whether it calls Keras's fit -------------------------------------------------------------------------------------

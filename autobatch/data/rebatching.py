@@ -23,7 +23,8 @@ class Rebatched:
     """Samples of a dataset of batches, in their order, ``target_batch`` at a time.
 
     Batches that were padded to different lengths are padded again to the longest of their effective batch. The padding
-    values are those of ``padded_batch`` if the dataset shows them, else zeros or empty strings.
+    values are those of ``padded_batch`` if the dataset shows them, else zeros or empty strings. With ``as_they_come``
+    the batches stay as they are.
 
     Attributes:
         pads: True if batches may need that padding.
@@ -31,11 +32,13 @@ class Rebatched:
             batches of different lengths were padded for it.
     """
 
-    def __init__(self, dataset: Dataset, target_batch: int) -> None:
+    def __init__(self, dataset: Dataset, target_batch: int, *, as_they_come: bool = False) -> None:
+        if as_they_come:
+            dataset = _without_optionals(dataset)
         self.element_spec = dataset.element_spec
         self.pads = False
         self.padding: list[str] = []
-        self.dataset = _cut_before_padding(dataset, target_batch)
+        self.dataset = dataset if as_they_come else _cut_before_padding(dataset, target_batch)
         if self.dataset is not None:
             self.element_spec = self.dataset.element_spec
         elif samples_in_batch(behind(dataset, ("Prefetch", "Options", "Cache"))) == target_batch:
