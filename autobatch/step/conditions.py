@@ -1,8 +1,8 @@
 """Branches of a step that TensorFlow chooses, of which one applies an optimizer: an update every n-th step, say.
 
 Such a branch is traced in the graph of the step itself, and what it changes is changed under its condition. Both
-branches are computed. Which conditions these are shows only when a branch has been traced and applies an optimizer: the
-step is then traced anew.
+branches are computed. Which conditions these are shows only when a branch has been traced and applies an optimizer.
+That trace is finished, so that the variables that it makes get their values. Then the step is traced anew.
 """
 
 from __future__ import annotations
@@ -15,15 +15,6 @@ import tensorflow as tf
 
 from autobatch.seams.conditions import conditions_taken
 from autobatch.types import Graph, Tensor
-
-
-class AppliedInBranch(BaseException):
-    """Signal that a branch applies an optimizer; no error, so that no user's code or AutoGraph takes it for one."""
-
-    def __init__(self) -> None:
-        super().__init__("a branch applies an optimizer")
-        self.condition: int | None = None
-        """Place of the condition among those of the step's own graph."""
 
 
 class Guard(NamedTuple):
@@ -40,6 +31,9 @@ class Conditions:
         self._graph = graph
         self._inlined = inlined
         self._count = 0
+        self._place: int | None = None
+        self.found: set[int] = set()
+        """Places of other conditions of which a branch applies an optimizer."""
         self.guards: list[Guard] = []
         """Guards of all inlined branches, those of inner ones first."""
         self.holds: Any = None
@@ -47,17 +41,19 @@ class Conditions:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Inline, within this context, the conditions that are to be.
-
-        Raises:
-            AppliedInBranch: a branch of another condition applies an optimizer.
-        """
+        """Inline, within this context, the conditions that are to be."""
         with conditions_taken(self._take):
             yield
 
     def is_within(self) -> bool:
         """Return True while an inlined branch is traced."""
         return self.holds is not None
+
+    def note_found(self) -> bool:
+        """Note that the branch that is being traced applies an optimizer; return False if it is none of a condition."""
+        if self._place is not None:
+            self.found.add(self._place)
+        return self._place is not None
 
     def _take(
         self,
@@ -70,11 +66,11 @@ class Conditions:
             return original(pred, true_fn, false_fn)
         place, self._count = self._count, self._count + 1
         if place not in self._inlined:
+            self._place = place
             try:
                 return original(pred, true_fn, false_fn)
-            except AppliedInBranch as signal:
-                signal.condition = place if signal.condition is None else signal.condition
-                raise
+            finally:
+                self._place = None
         chosen = tf.cast(tf.reshape(pred, []), tf.bool)
         results = [self._traced(true_fn, chosen), self._traced(false_fn, tf.logical_not(chosen))]
         if all(result is None for result in results):

@@ -24,7 +24,7 @@ from autobatch.metrics.whole_batch import HeldUpdates
 from autobatch.seams import functions, losses, metrics, models
 from autobatch.seams.gradients import gradients_weighed, without_gradients
 from autobatch.seams.optimizers import capture_apply
-from autobatch.step.conditions import AppliedInBranch, Conditions
+from autobatch.step.conditions import Conditions
 from autobatch.step.division import Division
 from autobatch.step.fixed_size import FixedSize, fixed_size_in, flow_of
 from autobatch.step.micro_batch_loop import loop
@@ -132,17 +132,17 @@ class MicroStep:
             # A tf.function that creates variables while it is traced is traced a second time.
             sink.expect(model.trainable_variables)
         signature = [specs, tf.TensorSpec([], tf.float64), tf.TensorSpec([None], tf.float64)]
-        inlined: set[Any] = set()
+        inlined: set[int] = set()
         concrete = None
         while concrete is None:
             self._inlined = None if sink is None else frozenset(inlined)
             self._compiled = tf.function(
                 self._run_averaging, autograph=False, jit_compile=bool(model.jit_compile), input_signature=signature
             )
-            try:
-                concrete = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
-            except AppliedInBranch as signal:
-                inlined.add(signal.condition)
+            traced = self._compiled.get_concrete_function()  # type: ignore[attr-defined]
+            found = self._found_in_branches()
+            inlined |= found
+            concrete = None if found else traced
         self.logs.note_structure(concrete.structured_outputs[0])
         self.graph = concrete.graph
         if self._each is None:
@@ -172,6 +172,11 @@ class MicroStep:
                     f"alone, not on what earlier calls have left behind. Received: {expected} denominators, then "
                     f"{self._count_length}"
                 )
+
+    def _found_in_branches(self) -> set[int]:
+        """Return the places of conditions whose branches apply an optimizer, and were not inlined in the last trace."""
+        conditions = None if self._seen is None else self._seen.conditions
+        return set() if conditions is None else conditions.found
 
     def _divide(self, graph: tf.Graph) -> None:
         """Find out whether the traced step updates weights at more than one place."""
@@ -253,7 +258,8 @@ class MicroStep:
             else contextlib.nullcontext(),
         ):
             logs = self._step(self._structure.pack(leaves))
-        if self._sink is not None and self._model.trainable_variables and not traced.applied:
+        none_applied = not traced.applied and not self._found_in_branches()
+        if self._sink is not None and self._model.trainable_variables and none_applied:
             raise ValueError(
                 "train_step applied no Keras optimizer, so there are no gradients to accumulate. Give the gradients to "
                 "the apply or apply_gradients of a keras.optimizers.Optimizer; one that has an apply set on the "
@@ -305,8 +311,8 @@ class MicroStep:
         seen = self._seen
 
         def take(optimizer: Optimizer, gradients: list[Tensor], variables: list[Variable]) -> None:
-            if seen is not None:
-                seen.require_place(optimizer)
+            if seen is not None and seen.is_postponed(optimizer):
+                return
             traced.note_applied(optimizer, gradients, variables)
             self.averages.note_applied()
             if seen is None:

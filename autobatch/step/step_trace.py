@@ -19,7 +19,7 @@ from autobatch.graphs.parts import Parts, StepPart
 from autobatch.losses.totals import Totals
 from autobatch.seams.graph_functions import branch_around, loop_around
 from autobatch.step.accumulators import Unit
-from autobatch.step.conditions import AppliedInBranch, Conditions
+from autobatch.step.conditions import Conditions
 from autobatch.tensors.variables import components, distinct
 from autobatch.types import Graph, Model, Optimizer, Tensor, Variable
 
@@ -54,17 +54,17 @@ class StepTrace:
     conditions: Conditions | None = None
     """Conditions of the step, where branches that apply an optimizer can be inlined."""
 
-    def require_place(self, optimizer: Optimizer) -> None:
-        """Refuse an ``apply`` within a loop that TensorFlow runs, or within a branch that cannot be inlined.
+    def is_postponed(self, optimizer: Optimizer) -> bool:
+        """Return True if an ``apply`` is within a branch that is to be inlined in another trace.
 
         Raises:
-            ValueError: the current graph is that of a loop or a branch.
-            AppliedInBranch: it is that of a branch which can be inlined.
+            ValueError: it is within a loop that TensorFlow runs, or within a branch that cannot be inlined.
         """
         graph = tf.compat.v1.get_default_graph()
         if self.conditions is not None and not loop_around(graph, self.graph) and branch_around(graph, self.graph):
-            raise AppliedInBranch
+            return self.conditions.note_found()
         require_no_branch(optimizer, self.graph)
+        return False
 
     def note_applied(
         self,
@@ -74,7 +74,7 @@ class StepTrace:
         add: Callable[..., None] = lambda *_: None,
     ) -> None:
         """Note an ``apply``; ``add``, called with the same arguments, may make operations that are no part of it."""
-        self.require_place(optimizer)
+        require_no_branch(optimizer, self.graph)
         first = len(self.graph.get_operations())
         add(optimizer, gradients, variables)
         added = range(first, len(self.graph.get_operations()))

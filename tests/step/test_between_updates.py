@@ -498,6 +498,27 @@ def test_an_update_in_every_nth_step(make):
         assert int(model.c_optimizer.iterations) == 1
 
 
+class BuiltInABranch(Pair):
+    """Networks that are built where they are first used: in a branch that makes the only update."""
+
+    def __init__(self):
+        super().__init__()
+        self.critic = keras.Sequential([layers.Dense(8, activation="tanh"), layers.Dense(1)])
+
+    def train_step(self, data):
+        def update():
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(self.critic(data[0]) - 1.0))
+            self.update_critic(tape, loss)
+            return loss
+
+        return {"loss": tf.cond(self.g_optimizer.iterations >= 0, update, lambda: tf.constant(0.0, "float64"))}
+
+
+def test_a_network_may_be_built_in_a_branch_that_updates_it():
+    compare(BuiltInABranch, REAL, LATENT)
+
+
 class ChosenByData(EveryThird):
     def chosen(self, loss):
         return loss > 0
