@@ -197,7 +197,7 @@ class LiveTrials:
             CannotBeCutError: they can be neither cut nor joined.
         """
         try:
-            self._on_one_device.prepare(whole=True)
+            self._on_one_device.prepare(whole=True, samples=self._target_batch)
         except CAUGHT as error:
             memory_failure(error)
         self._require_cuttable()
