@@ -33,6 +33,13 @@ class MetricResults:
         """Note what ``metric.result()`` returned: a tensor, a variable, or a nest of them."""
         self._noted += [(metric, place, part) for place, part in enumerate(tf.nest.flatten(result))]
 
+    def with_values(self, logs: Any) -> Any:
+        """Return a step's logs with the present value of each variable in them that is no metric's result."""
+        return tf.nest.map_structure(
+            lambda part: part.read_value() if isinstance(part, tf.Variable) and not self.returned_by(part) else part,
+            logs,
+        )
+
     def returned_by(self, part: Any) -> tuple[Any, int] | None:
         """Return the metric that returned ``part`` itself, and the place in its result; None if none did."""
         return next(((metric, place) for metric, place, noted in self._noted if noted is part), None)

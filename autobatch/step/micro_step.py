@@ -257,7 +257,7 @@ class MicroStep:
             if self._sink is not None
             else contextlib.nullcontext(),
         ):
-            logs = self._step(self._structure.pack(leaves))
+            logs = results.with_values(self._step(self._structure.pack(leaves)))
         none_applied = not traced.applied and not self._found_in_branches()
         if self._sink is not None and self._model.trainable_variables and none_applied:
             raise ValueError(

@@ -193,6 +193,19 @@ def test_a_loop_without_fit_may_update_twice():
         np.testing.assert_allclose(actual[name], value, rtol=1e-5)
 
 
+def test_a_variable_that_a_step_returns_is_its_value():
+    class Counting(keras.Sequential):
+        def train_step(self, data):
+            self.count.assign_add(2.0)
+            return {**super().train_step(data), "count": self.count}
+
+    model = Counting([keras.Input((16,)), layers.Dense(10)])
+    model.count = tf.Variable(1.0, trainable=False)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = autobatch.fit(model, *arrays(), target_batch=SAMPLES, micro_batch=SAMPLES // 2, verbose=0)
+    assert history.history["count"] == [float(model.count.numpy())]
+
+
 def test_what_differs_is_said_once_by_name():
     extra = [layers.BatchNormalization(name="norm"), layers.Dropout(0.5, name="drop")]
     loss = lambda y_true, y_pred: ops.mean(  # noqa: E731 - a loss without a name, as users write them
