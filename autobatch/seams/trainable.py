@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import keras
+
 from autobatch.seams.models import is_traced, layers_of
 
 
@@ -26,11 +28,14 @@ class TrainableState:
 
     @classmethod
     def traced_by_keras(cls, model: Any) -> TrainableState | None:
-        """Return the state that Keras's own train function was traced in; None if it was not traced.
+        """Return the state that Keras's own train function was traced in; None if it was not traced, or cannot be told.
 
-        It follows from what the optimizer was built for, which happens in the first trace.
+        Keras's own ``train_step`` builds the optimizer for all that is trainable in its first trace. Another step may
+        train some of it, or use several optimizers, so that the one of ``compile`` tells nothing.
         """
         optimizer = getattr(model, "optimizer", None)
+        if getattr(model.train_step, "__func__", None) is not keras.Model.train_step:
+            return None
         if not is_traced(getattr(model, "train_function", None)) or not getattr(optimizer, "built", False):
             return None
         trained = {id(getattr(variable, "value", variable)) for variable in _variables_of(optimizer)}

@@ -135,6 +135,9 @@ def _functions_replaced(model: Model, transaction: AnyTransaction) -> Iterator[N
             model.train_function = None if "train" in remade else before[0]
         if model.test_function is test_function:
             model.test_function = None if "test" in remade else before[1]
+        if model.train_function is None:
+            # As after Keras's own fit: if a user puts None there, that asks for a trace of what is trainable then.
+            model.make_train_function()
 
 
 def _several(model: Model, iterator: Any, once: Callable[[Any], Any]) -> Any:

@@ -307,3 +307,53 @@ def test_a_model_with_kept_steps_is_copied_and_saved(kind, tmp_path):
     our_fit(other)
     our_fit(model)
     assert relative_error(other.get_weights(), model.get_weights()) < 1e-6
+
+
+class TwoRates(keras.Model):
+    """Trains its first layer by the optimizer of ``compile``, and the second by one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = keras.Sequential([keras.Input((16,)), layers.Dense(12, activation="relu")])
+        self.second = keras.Sequential([keras.Input((12,)), layers.Dense(10)])
+        self.other = keras.optimizers.SGD(0.02)
+        self.loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        self.built = True
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = self.loss_of(data[1], self.second(self.first(data[0])))
+        parts = self.first.trainable_variables, self.second.trainable_variables
+        gradients = tape.gradient(loss, parts)
+        self.optimizer.apply(gradients[0], parts[0])
+        self.other.apply(gradients[1], parts[1])
+        return {"loss": loss}
+
+
+def test_what_another_optimizer_trains_is_no_frozen_weight_after_kerass_fit():
+    def trained(second_fit):
+        keras.utils.set_random_seed(2)
+        model = TwoRates()
+        model.compile(keras.optimizers.SGD(0.1))
+        model.fit(*arrays(), batch_size=16, **OPTIONS)
+        between = model.get_weights()
+        second_fit(model)
+        return between, model.get_weights()
+
+    between, expected = trained(lambda model: model.fit(*arrays(seed=1), batch_size=16, **OPTIONS))
+    _, found = trained(lambda model: autobatch.fit(model, *arrays(seed=1), target_batch=16, micro_batch=5, **OPTIONS))
+    for before, plain, ours in zip(between, expected, found, strict=True):
+        assert np.abs(plain - before).max() > 1e-4
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-6)
+
+
+def test_a_train_function_that_a_user_puts_away_is_traced_anew():
+    model = made()
+    autobatch.fit(model, *arrays(), target_batch=16, micro_batch=5, **OPTIONS)
+    model.layers[0].trainable = False
+    model.optimizer = keras.optimizers.SGD(0.0)
+    model.train_function = None
+    before = model.get_weights()
+    autobatch.fit(model, *arrays(), target_batch=16, micro_batch=5, **OPTIONS)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)

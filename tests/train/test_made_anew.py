@@ -94,7 +94,7 @@ def test_it_goes_on_in_micro_batches_with_what_is_trainable_now(change, micro_ba
     for name, values in expected.history.items():
         np.testing.assert_allclose(history.history[name], values, rtol=1e-4)
     assert max(size for size in sizes.seen if size) == micro_batch
-    assert ours.train_function is None
+    assert ours.train_function.__module__.startswith("keras.")  # as after Keras's own fit
     assert int(ours.optimizer.iterations) == int(plain.optimizer.iterations)
 
 
