@@ -301,7 +301,8 @@ class LiveTrials:
             self._require_cuttable()
         self._save()
         for_metrics = 0 if whole else self.step.traced.held_sample_bytes
-        self._pipeline.hold(request.micro_batch * (1 if whole else 2), for_metrics)
+        self._sample.read()  # before it is seen what is held
+        self._pipeline.hold(samples, for_metrics)
         limits.reset_peak(self.device)
         held = limits.bytes_in_use(self.device)
         timed = (

@@ -71,15 +71,16 @@ class WorstCaseSample:
         self._batches: Data | None = batches
         self._leaves: list[Any] = []
         if batches.sample_limit is None:
-            self._read()
+            self.read()
 
     @property
     def leaves(self) -> list[Any]:
         """Tensors of these samples, in order."""
-        self._read()
+        self.read()
         return self._leaves
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Read them now, unless they have been read; reading takes memory for a moment."""
         if self._batches is None:
             return
         with tf.device("CPU:0"):

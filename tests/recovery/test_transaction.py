@@ -277,7 +277,7 @@ def test_not_even_one_sample_fits():
     assert int(model.optimizer.iterations.numpy()) == 2
     for actual, expected in zip(model.get_weights(), kept[0], strict=True):
         np.testing.assert_array_equal(actual, expected)
-    assert model.train_function is None
+    assert model.train_function.__module__.startswith("keras.")  # as after Keras's own fit
 
 
 def test_a_bug_in_the_model_is_never_out_of_memory():
