@@ -34,7 +34,7 @@ def searched_or_given(
     if micro_batch is None:
         try:
             known = trials.known_report() if cache else None
-            report = known or shown_search(trials, quiet=quiet, target_batch=target_batch, cache=cache)
+            report = shown_search(trials, quiet=quiet, known=known, target_batch=target_batch, cache=cache)
         finally:
             trials.close()
     else:
@@ -47,11 +47,14 @@ def searched_or_given(
     return report
 
 
-def shown_search(trials: Trials, *, quiet: bool = False, **settings: Any) -> Report:
-    """Run :func:`search_with`; show it by :data:`autobatch.display.show_search` if that is set and not ``quiet``."""
+def shown_search(trials: Trials, *, quiet: bool = False, known: Report | None = None, **settings: Any) -> Report:
+    """Run :func:`search_with`; show it by :data:`autobatch.display.show_search` if that is set and not ``quiet``.
+
+    A report that is ``known`` is shown in place of a search.
+    """
 
     def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
-        return search_with(trials, on_trial=on_trial, **settings)
+        return known or search_with(trials, on_trial=on_trial, **settings)
 
     if quiet or display.show_search is None:
         return search_now(trials)

@@ -244,7 +244,8 @@ def test_what_a_callback_trains_on_by_itself_is_kerass(micro_batch):
     assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-4
     assert int(ours.optimizer.iterations.numpy()) == int(plain.optimizer.iterations.numpy())
     assert history.plan.micro_batch == micro_batch
-    assert ours.train_function is ours.test_function is None
+    assert ours.train_function.__module__.startswith("keras.")  # as after Keras's own fit
+    assert ours.test_function is None
 
 
 def test_running_out_of_memory_in_a_predict_of_a_callback_is_raised_as_it_is():
@@ -267,6 +268,7 @@ def test_running_out_of_memory_in_a_predict_of_a_callback_is_raised_as_it_is():
     assert int(model.optimizer.iterations.numpy()) == 2
     for actual, expected in zip(model.get_weights(), weights[-1], strict=True):
         np.testing.assert_array_equal(actual, expected)
-    assert model.train_function is model.test_function is None
+    assert model.train_function.__module__.startswith("keras.")
+    assert model.test_function is None
     autobatch.fit(model, x, y, target_batch=16, micro_batch=4, verbose=0)
     assert int(model.optimizer.iterations.numpy()) == 5
