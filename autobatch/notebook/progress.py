@@ -72,18 +72,24 @@ class SearchDisplay:
         self._trials.append(result)
 
     def found(self, report: Report) -> None:
-        """Show the end of a search: its plan, or the largest size that fits where there was no target."""
+        """Show the end of a search: its plan, or the largest size that fits where there was no target.
+
+        Where an earlier search has found the plan, its trials are shown.
+        """
+        spent = ""
+        if not self._trials and report.trials:
+            self._trials, spent = list(report.trials), "found before"
         line = f"Plan: {sentences.plan(report)}" if report.plan else f"Found: {sentences.found(report)}"
-        self._end(line, self._table(sentences.decisive_trial(report), sentences.decisive_label(report)))
+        self._end(line, self._table(sentences.decisive_trial(report), sentences.decisive_label(report)), spent)
 
     def stopped(self, error: BaseException) -> None:
         """Show the end of a search without a result."""
         reasons = {KeyboardInterrupt: "Interrupted", NoFeasibleBatchError: "Nothing fits"}
         self._end(reasons.get(type(error), f"Stopped by {type(error).__name__}"), self._table())
 
-    def _end(self, line: str, table: str) -> None:
+    def _end(self, line: str, table: str, spent: str = "") -> None:
         count = len(self._trials)
-        spent = f"{count} trial{'' if count == 1 else 's'} in {format_seconds(self._clock() - self._started)}"
+        spent = spent or f"{count} trial{'' if count == 1 else 's'} in {format_seconds(self._clock() - self._started)}"
         body = f"{escape(line)} <span>· {spent}</span>"
         folded = f"<details><summary>{body}</summary>{table}</details>" if table else f'<p class="doing">{body}</p>'
         self._show(folded, f"{line} · {spent}")
