@@ -60,10 +60,14 @@ class KeptSteps:
             step.trained_as = step.trained_as.joined(step.model)
             if self._trained_as is not None:
                 self._trained_as = step.trained_as
-        self._train_function = getattr(step.model, "train_function", None)
+        self.note_train_function(step.model)
         self._steps[key] = step
         while len(self._steps) > MOST_KEPT:
             del self._steps[next(iter(self._steps))]
+
+    def note_train_function(self, model: Model) -> None:
+        """Note the train function that a training has left, so that another one is seen to be newer."""
+        self._train_function = getattr(model, "train_function", None)
 
     def forget(self) -> None:
         """Forget all steps and the state of the first training."""
@@ -120,5 +124,8 @@ def give_back(step: CompiledStep) -> None:
     """Let go of a step's memory, and keep its traces if they can be used again."""
     if step.kept_under is None or not step.rest():
         step.release_accumulators()
+        kept = kept_steps(step.model)
+        if kept is not None:
+            kept.note_train_function(step.model)
     else:
         step.kept_under[0].give_back(step)
