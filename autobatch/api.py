@@ -5,6 +5,7 @@ Importing this imports no TensorFlow; using it does.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -122,27 +123,24 @@ def fit(
             trials = devices.open_trials(
                 model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
             )
-            try:
+            with contextlib.ExitStack() as after_an_error:
+                after_an_error.callback(kept_steps.give_back, trials.step)
                 effective *= trials.samples_in_portion
                 callbacks, replicas = options.get("callbacks"), trials.replicas
                 kept = resume.remembered(callbacks, devices.gather, target_batch=effective, replicas=replicas)
+                planned = (
+                    "no search: micro_batch was given" if chosen else "no search: the plan was kept beside the backup"
+                )
                 report = searched_or_given(
                     trials,
                     chosen or (kept.planned if kept else None),
-                    why="no search: micro_batch was given"
-                    if chosen
-                    else "no search: the plan was kept beside the backup",
+                    why=planned,
                     target_batch=effective,
                     cache=remembers,
                     listed_in="history.report.warnings",
                     quiet=given.get("verbose") == 0,
                 )
-            except CannotBeCutError:
-                trials.step.release_accumulators()
-                raise
-            except BaseException:
-                kept_steps.give_back(trials.step)
-                raise
+                after_an_error.pop_all()
             return trials, kept, report
 
         try:
@@ -242,7 +240,7 @@ def tune(
                 report = search_one(trials)
             except CannotBeCutError as found:
                 trials.close()
-                trials.step.release_accumulators()
+                kept_steps.give_back(trials.step)
                 trials = open_trials(model, dataset, y, target_batch=target, cannot_be_cut=found.reason, **limits)
                 report = search_one(trials)
             if remembers and objective == "throughput" and max_trials is max_seconds is None:

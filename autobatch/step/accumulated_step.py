@@ -108,13 +108,15 @@ class AccumulatedStep(CompiledStep):
                 return self._whole.prepare(every or samples, every=every is not None)
         each = self._size_wanted(samples, micro_batch)
         if self._apply is None or each != self._each:
+            wants_size = False
             try:
                 self._trace_training(each, samples)
-            except Exception:
-                each = self._size_wanted(samples, micro_batch)
-                if each is None or each == self._each:
+            except fixed_size.SizeWantedError:
+                if samples is None or micro_batch is None:
                     raise
-                self._trace_training(each, samples)
+                wants_size = True
+            if wants_size:
+                self._trace_training(self._size_wanted(samples, micro_batch), samples)
             self._require_size(samples, micro_batch)
             return True
         self._sums.reserve()
@@ -154,7 +156,7 @@ class AccumulatedStep(CompiledStep):
                 raise
             if each is None and (self._every_batch is not None or isinstance(self.model, LoopModel)):
                 self.wants_size = True
-                raise
+                raise fixed_size.SizeWantedError from error
             if each is not None and samples is not None and each < samples and self._runs_whole(samples):
                 raise fixed_size.refusal(self.model, each, samples, fixed_size.place_of(error)) from error
             raise

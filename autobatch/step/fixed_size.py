@@ -31,6 +31,10 @@ _MEETING = frozenset(
 """Operations that broadcast one input to the other's first dimension."""
 
 
+class SizeWantedError(Exception):
+    """Code asks for the number of samples as a Python number, which a trace that leaves it open does not have."""
+
+
 class FixedSize(NamedTuple):
     """Number of samples that a trace is written for, and the user's line that says so."""
 

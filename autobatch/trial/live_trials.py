@@ -37,6 +37,7 @@ from autobatch.seams import models
 from autobatch.step import kept_steps
 from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.step.compiled_step import CompiledStep
+from autobatch.step.fixed_size import SizeWantedError
 from autobatch.tensors.batch_structure import Structure
 from autobatch.tensors.snapshots import Snapshot
 from autobatch.tensors.variables import bytes_of
@@ -229,10 +230,8 @@ class LiveTrials:
         except CAUGHT as error:
             memory_failure(error)  # the first trial will run out of memory as well
             return None
-        except Exception:
-            if self._on_one_device.wants_size:
-                return None  # the first trial has a size
-            raise
+        except SizeWantedError:
+            return None  # the first trial has a size
         self._require_cuttable()
         return None if graph is None else sample_bytes.of_graph(graph, on_cpu=self.device.startswith("CPU"))
 
@@ -298,7 +297,7 @@ class LiveTrials:
         samples = request.micro_batch * (1 if whole else 2)
         if self._on_one_device.prepare(whole=whole, samples=samples, micro_batch=request.micro_batch):
             self.keeper.forget()
-            self._require_cuttable()
+        self._require_cuttable()
         self._save()
         for_metrics = 0 if whole else self.step.traced.held_sample_bytes
         self._sample.read()  # before it is seen what is held

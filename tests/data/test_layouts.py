@@ -1,10 +1,10 @@
 """Which parts of an element have rows that belong together: by the dataset's pipeline, and by its first elements."""
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from models import Subclassed, classifier
+from uneven import Elements
 
 import autobatch
 from autobatch.data import cardinality, fit_data, layouts
@@ -22,18 +22,6 @@ def batches(samples, size, drop=False):
 def rows(*counts):
     """An element whose parts have so many rows each; None is a scalar."""
     return tuple(np.float32(0) if count is None else X[:count] for count in counts)
-
-
-class Elements(keras.utils.PyDataset):
-    def __init__(self, elements):
-        super().__init__()
-        self.elements = elements
-
-    def __len__(self):
-        return len(self.elements)
-
-    def __getitem__(self, index):
-        return self.elements[index]
 
 
 def generated(elements, *shapes):

@@ -14,17 +14,9 @@ from updating_models import SAMPLES, InTurn, Pair, SharedFakes, compare, dense, 
 import autobatch
 from autobatch.graphs import parts
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 REAL, LATENT = noise()
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    """In float32 the rounding of the weights would hide what updates differ by."""
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
 
 
 class Alternating(Pair):

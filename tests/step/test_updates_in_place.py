@@ -10,6 +10,8 @@ from updating_models import SAMPLES, compare, noise
 
 from autobatch.graphs import parts
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 REAL, LATENT = noise()
 LABELS = np.random.default_rng(3).integers(0, 4, SAMPLES)
 STEPS = {
@@ -22,16 +24,6 @@ STEPS = {
     "actor and critics": (models.ActorAndCritics, *models.transitions()),
     "captions": (models.Captioner, *models.captions()),
 }
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    """In float32 the rounding of the weights would hide what updates differ by."""
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
 
 
 def options_for(model, **more):
