@@ -5,6 +5,7 @@ With oneDNN off an allocation that must fail does so at once, not after 10 s.
 
 import importlib
 import os
+import signal
 import tempfile
 
 import pytest
@@ -15,6 +16,10 @@ _session_cache = tempfile.TemporaryDirectory(prefix="autobatch-tests-")
 os.environ["AUTOBATCH_CACHE_DIR"] = _session_cache.name
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+# A shell's background job, as under nohup, ignores Ctrl-C, and so does all that it starts. Some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
