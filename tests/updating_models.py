@@ -288,8 +288,10 @@ def captions(samples=SAMPLES):
     return images, np.where(np.arange(7) < lengths, tokens, 0)
 
 
-def compare(make, x, y, *, micro_batch=5, target_batch=SAMPLES, epochs=2, tolerance=1e-9, options=None):
-    """Train by plain Keras and by ours, and compare what the weights moved by, and the logs; return model and history.
+def compare(make, x, y, *, micro_batch=5, target_batch=SAMPLES, epochs=2, tolerance=1e-9, options=None, fits=1):
+    """Train by plain Keras and by ours, ``fits`` times; compare the last one's logs and what the weights moved by.
+
+    Return ours: the model and the history.
 
     ``options`` returns what ``compile`` is given, made anew for each model. Weights in float32 are too coarse to tell
     how far small updates differ. Plain Keras runs eagerly: its compiled step, now and then, lets the assignment of
@@ -309,11 +311,12 @@ def compare(make, x, y, *, micro_batch=5, target_batch=SAMPLES, epochs=2, tolera
         common = {"epochs": epochs, "shuffle": False, "verbose": 0}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", autobatch.AutobatchWarning)
-            history = (
-                autobatch.fit(model, x, y, target_batch=target_batch, micro_batch=micro_batch, **common)
-                if ours
-                else model.fit(x, y, batch_size=target_batch, **common)
-            )
+            for _ in range(fits):
+                history = (
+                    autobatch.fit(model, x, y, target_batch=target_batch, micro_batch=micro_batch, **common)
+                    if ours
+                    else model.fit(x, y, batch_size=target_batch, **common)
+                )
         after = model.get_weights()
         if len(before) != len(after):
             before = [np.zeros_like(weight) for weight in after]  # the model has made weights in its first step

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from autobatch.data import random_states
@@ -18,7 +20,7 @@ from autobatch.data.layouts import LOOK
 from autobatch.data.portion_cutter import PortionCutter
 from autobatch.seams import data_adapters, tf_data
 from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
-from autobatch.types import Dataset
+from autobatch.types import Dataset, Tensor
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ class FirstLook:
 
     def elements(self, target_batch: int, begin: Callable[[], Iterator[Any]]) -> Seen:
         """Return the first elements; ``begin`` starts reading the data themselves where they have no copy."""
-        copy = self.copy(target_batch)
+        copy: Any = self._loaded(target_batch) if self._loads() else self.copy(target_batch)
         rest = begin() if copy is None else iter(copy)
         return Seen(list(itertools.islice(rest, LOOK)), rest, of_copy=copy is not None)
 
@@ -77,11 +79,35 @@ class FirstLook:
             specs = [spec for spec in tf.nest.flatten(self._source.element_spec) if not is_missing(spec)]
             varies = any(spec.dtype == tf.string or _is_open(spec.shape) for spec in specs)
             return tf_data.independent_copy(self._source, keep_order=varies, may_call_python=self._only_look)
-        if data_adapters.signature_of(self._adapter) is not None and self.loader is not None:
-            return self._of_loader(target_batch)
+        if self._loads():
+            batches = self._first_batches(target_batch)
+            signature = data_adapters.signature_of(self._adapter)
+            return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=signature)
         return None
 
-    def _of_loader(self, target_batch: int) -> Any:
+    def _loads(self) -> bool:
+        """Return True if the data are a PyDataset or a torch loader."""
+        if data_adapters.is_dataset_adapter(self._adapter):
+            return False
+        return data_adapters.signature_of(self._adapter) is not None and self.loader is not None
+
+    def _loaded(self, target_batch: int) -> Any:
+        """Return the first batches as tensors; making a dataset of them, as Keras does, would take far longer."""
+        signature = data_adapters.signature_of(self._adapter)
+        if not all(isinstance(spec, tf.TensorSpec) and spec.dtype.is_numeric for spec in tf.nest.flatten(signature)):
+            return self.copy(target_batch)
+
+        def tensor(spec: tf.TensorSpec, leaf: Any) -> Tensor:
+            return tf.convert_to_tensor(np.asarray(leaf, spec.dtype.as_numpy_dtype))
+
+        with tf.device("CPU:0"):
+            return [
+                keras.tree.map_structure_up_to(signature, tensor, signature, batch)
+                for batch in self._first_batches(target_batch)
+            ]
+
+    def _first_batches(self, target_batch: int) -> list[Any]:
+        """Read the first batches, and enough for ``target_batch`` samples; put the random states back."""
         batches: list[Any] = []
         samples = 0
         with random_states.random_states_kept(self.loader):
@@ -92,8 +118,7 @@ class FirstLook:
                 samples += rows
                 if samples >= target_batch and len(batches) >= LOOK:
                     break
-        signature = data_adapters.signature_of(self._adapter)
-        return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=signature)
+        return batches
 
 
 def _is_open(shape: Any) -> bool:

@@ -43,6 +43,14 @@ class SumsByReplica:
         for sums in self.of_each:
             sums.settle()
 
+    def rest(self) -> None:
+        for sums in self.of_each:
+            sums.rest()
+
+    def reserve(self) -> None:
+        for sums in self.of_each:
+            sums.reserve()
+
     def release(self) -> None:
         for sums in self.of_each:
             sums.release()

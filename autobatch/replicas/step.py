@@ -91,6 +91,7 @@ class ReplicatedStep(CompiledStep):
                 self._micro = self._training_micro_step(self._sums)
                 self._training = self._trace(self._micro)
                 self._update = self._trace_update(self._micro)
+        self._sums.reserve()
         self._prepared = self._training
         return missing
 
@@ -135,6 +136,16 @@ class ReplicatedStep(CompiledStep):
     @property
     def _updates(self) -> list[Update]:
         return self._sums.updates
+
+    def rest(self) -> bool:
+        self._sums.rest()
+        for compiled in (self._training, self._evaluation):
+            if compiled is not None:
+                compiled.micro.rest()
+        self._pending, self._statistics, self.metric_logs, self.replica_seconds = None, [], None, None
+        for evaluation in self.evaluations.values():
+            evaluation.rest()
+        return not self.model.run_eagerly
 
     def release_accumulators(self) -> None:
         self._sums.release()
@@ -371,8 +382,8 @@ class ReplicatedStep(CompiledStep):
         replica = strategies.replica_here()
         returned_by = [one for one in micro.logs.returned_by if one is not None]
         metrics = [*self.model.metrics, *(metric for metric, _ in returned_by)]
-        variables = _distinct_keras(variable for metric in metrics for variable in metric.variables)
-        summed = [variable for variable in variables if variable.aggregation == "sum"]
+        variables = {id(variable): variable for metric in metrics for variable in metric.variables}
+        summed = [variable for variable in variables.values() if variable.aggregation == "sum"]
         values = [*local, tf.cast(averaged[replica], tf.float32), *(variable.value for variable in summed)]
         results = all_reduce(values, self.devices[replica])
         totals = results[len(local) + 1 :]
@@ -386,7 +397,3 @@ def _moving_statistics(model: Model) -> list[Any]:
     norms = [layer for layer in models.layers_of(model) if isinstance(layer, keras.layers.BatchNormalization)]
     changing = [layer for layer in norms if layer.built and layer.trainable]
     return [variable for layer in changing for variable in (layer.moving_mean, layer.moving_variance)]
-
-
-def _distinct_keras(variables: Any) -> list[Any]:
-    return list({id(variable): variable for variable in variables}.values())

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autobatch.memory import limits, oom
-from autobatch.records import Environment, Outcome, TrialRequest, TrialResult
+from autobatch.records import Environment, Outcome, Report, TrialRequest, TrialResult
 from autobatch.replicas.agreement import SingleProcess
 from autobatch.replicas.keeper import ReplicatedKeeper
 from autobatch.replicas.lockstep import Phase, run_in_lockstep
@@ -87,6 +87,13 @@ class ReplicatedTrials(LiveTrials):
     def trace_plain(self) -> None:
         """Trace the accumulated step: replicas run no other."""
         self.trace(1)
+
+    def known_report(self) -> Report | None:
+        """Return what an earlier search has found, if all workers know the same: else they would run other trials."""
+        known = super().known_report()
+        size = -1.0 if known is None or known.plan is None else float(known.plan.micro_batch)
+        rows = self._agree([size], "what is known of earlier searches")
+        return known if bool((rows == size).all()) else None
 
     def require_no_clock(self, max_seconds: float | None) -> None:
         """Refuse a search by the clock on several workers: they would not stop at the same trial.

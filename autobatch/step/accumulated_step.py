@@ -281,10 +281,10 @@ class AccumulatedStep(CompiledStep):
         return None if self.model.run_eagerly or self._micro is None else self._micro.graph
 
     def rest(self) -> bool:
-        if self.model.run_eagerly or self._parted is not None:
+        if self.model.run_eagerly:
             return False
         self._sums.rest()
-        for part in (self._micro, self._whole):
+        for part in (self._micro, self._whole, self._parted):
             if part is not None:
                 part.rest()
         self._logs = {}
@@ -296,7 +296,7 @@ class AccumulatedStep(CompiledStep):
         self._sums.release()
         self._release_micro_step()
         if self._parted is not None:
-            self._parted.release()
+            self._parted.rest()
         self._accumulate = self._apply = self._parted = None
         self._sums, self._logs = self._no_sums(), {}
 

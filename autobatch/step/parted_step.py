@@ -109,8 +109,8 @@ class PartedStep:
         self._state = PartState(self._parted)
         return self._micro.logs.pack(parts)
 
-    def release(self) -> None:
-        """Let go of the memory that is held between micro-batches."""
+    def rest(self) -> None:
+        """Let go of the memory that is held between micro-batches; the traces are kept."""
         for each in self._references:
             each.drop()
         self._state = PartState(self._parted)

@@ -86,7 +86,6 @@ class LiveTrials:
         self._saved: set[int] = set()
         self._content: tuple[int, str] | None = None
         self._any_ran = False
-        gc.collect()  # a model that was dropped holds its memory until then
         self.device = limits.default_device()
         if self.device.startswith("CPU"):
             arena.reserve_in_one_piece()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 
 import keras
@@ -43,8 +44,15 @@ def environment_of(model: Model, device: str, limit: Limit, *, headroom: float, 
 
 def _held_by_others(device: str, limit: Limit, own_bytes: int) -> int:
     """Return the bytes held by anything but the model and its optimizer; warn if that is much of the limit."""
-    held = max(0, (limits.bytes_in_use(device) or 0) - own_bytes)
-    if limit.limit_bytes is None or held < _LEAST_HELD * limit.limit_bytes:
+
+    def held_now() -> int:
+        return max(0, (limits.bytes_in_use(device) or 0) - own_bytes)
+
+    if limit.limit_bytes is None or held_now() < _LEAST_HELD * limit.limit_bytes:
+        return 0
+    gc.collect()  # a model that was dropped holds its memory until then
+    held = held_now()
+    if held < _LEAST_HELD * limit.limit_bytes:
         return 0
     if held > _MUCH_HELD * limit.limit_bytes:
         warn(

@@ -516,6 +516,46 @@ def trainable_and_made_anew():
     ]
 
 
+def trained_twice():
+    """Trainings one after the other, a search before them: what is traced by the second, and what it holds after."""
+
+    class Traced(layers.Layer):
+        calls = 0
+
+        def call(self, inputs):
+            Traced.calls += 1
+            return inputs
+
+    def trained(model, fit):
+        counts = []
+        for seed in range(3):
+            x, y, _ = arrays()
+            history = fit(model, np.roll(x, seed, 0), np.roll(y, seed, 0))
+            counts.append(Traced.calls)
+        return history, counts
+
+    options = {"epochs": 1, "shuffle": False, "verbose": 0}
+    plain = dense(Traced(), optimizer=keras.optimizers.SGD(0.1))
+    expected, _ = trained(plain, lambda model, x, y: model.fit(x, y, batch_size=TARGET, **options))
+    found = {}
+    for how, micro_batch in (("searched", "auto"), ("given", 3)):
+        with STRATEGY.scope():
+            model = dense(Traced(), optimizer=keras.optimizers.SGD(0.1))
+        history, counts = trained(
+            model,
+            lambda model, x, y, size=micro_batch: autobatch.fit(
+                model, x, y, target_batch=TARGET, micro_batch=size, validation_data=(x[:9], y[:9]), **options
+            ),
+        )
+        found[how] = {
+            "weights": relative_error(model.get_weights(), plain.get_weights()),
+            "loss": abs(history.history["loss"][-1] - expected.history["loss"][-1]),
+            "traces": counts,
+            "why": history.report.stopped_because,
+        }
+    return found
+
+
 def losses_of_ones_own():
     """Sums, vectors and quotients of the user's own, in a train_step and given to compile: weights and losses apart."""
     from losses import test_loss_degrees as own

@@ -30,6 +30,7 @@ CASES = {
         "a_step_of_its_own",
         "an_optimizer_out_of_sight",
         "trainable_and_made_anew",
+        "trained_twice",
         "refusals",
     ),
     4: ("weighted", "fewer_samples_than_replicas", "out_of_memory_on_one_replica", "running_averages"),
@@ -156,6 +157,16 @@ def test_a_train_step_of_ones_own_and_a_loss_scale():
 
 def test_what_is_trainable_is_what_keras_takes_it_to_be():
     assert max(of("trainable_and_made_anew")) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["searched", "given"])
+def test_a_second_training_traces_nothing_anew(how):
+    result = of("trained_twice")[how]
+    assert result["weights"] < 1e-5
+    assert result["loss"] < 1e-5
+    assert len(set(result["traces"])) == 1
+    if how == "searched":
+        assert result["why"].startswith("remembered from an earlier search of this model")
 
 
 def test_an_optimizer_that_is_none_of_the_models_attributes():

@@ -61,6 +61,19 @@ def test_what_is_too_large_to_be_kept_is_computed_again(monkeypatch):
     assert not [tensor for tensor, once in kept if tensor.shape.rank and not once]
 
 
+def test_a_second_training_traces_nothing_and_goes_on_from_the_first(monkeypatch):
+    traced = []
+    own = models.PenalisedCritic.train_step
+    monkeypatch.setattr(
+        models.PenalisedCritic, "train_step", lambda model, data: (traced.append(1), own(model, data))[1]
+    )
+    compare(models.PenalisedCritic, REAL, LATENT, fits=1)
+    once = len(traced)
+    traced.clear()
+    compare(models.PenalisedCritic, REAL, LATENT, fits=3)
+    assert len(traced) == once + 2 * 2, "plain Keras runs eagerly: two epochs of one step in each of two more trainings"
+
+
 def test_a_smaller_last_batch():
     real, latent = noise(samples=40)
     compare(models.PenalisedCritic, real, latent)
