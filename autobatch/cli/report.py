@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch.cli import arguments, output, target
 from autobatch.cli.exit_codes import FAILED, INTERRUPTED, OK, UsageError
+from autobatch.errors import CannotBeCutError
 from autobatch.records import Variant
 
 if TYPE_CHECKING:
@@ -186,6 +187,13 @@ def _search(options: argparse.Namespace) -> tuple[Report, int]:
             where = trials.environment.device
             if (options.device or "").startswith("GPU") and not where.startswith("GPU"):
                 raise UsageError(f"--device {options.device}: TensorFlow sees no such device here, only {where}.")
+            try:
+                return search_cut_or_whole(trials)
+            except CannotBeCutError as found:  # the first trace has shown it
+                trials.keep_whole(found.reason)
+                return search_cut_or_whole(trials)
+
+        def search_cut_or_whole(trials: WorkerTrials) -> Report:
             return api.search_with(
                 WatchedTrials(trials, told),
                 # The cache confirms the plan's micro-batch, which may be smaller than the largest that fits.

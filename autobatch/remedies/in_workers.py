@@ -46,7 +46,7 @@ def report_as_it_is(open_worker: OpenWorker, search: Search) -> Base:
         except NoFeasibleBatchError as error:
             report = _nothing_fits(error, trials.environment)
             report = dataclasses.replace(
-                report, model_name=trials.model_name, warnings=trials.warnings, host_uses=trials.host_uses
+                report, model_name=trials.model_name, warnings=trials.notes, host_uses=trials.host_uses
             )
             return Base(report, trials.fingerprint)
 

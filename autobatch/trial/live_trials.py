@@ -59,6 +59,7 @@ class LiveTrials:
     """
 
     replicas = 1
+    notes: tuple[str, ...] = ()  # they are warned of at once
     step: CompiledStep
 
     def __init__(

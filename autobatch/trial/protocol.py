@@ -12,7 +12,7 @@ class Trials(Protocol):
 
     ``largest_useful`` is a size above which trying makes no sense (the target batch, or the samples there are), None if
     unknown. ``fixed_bytes_hint`` is a lower bound on every peak: what weights, accumulators and optimizer slots hold
-    together; None if unknown. ``model_name``, ``warnings`` and ``host_uses`` go into the report.
+    together; None if unknown. ``model_name``, ``warnings``, ``notes`` and ``host_uses`` go into the report.
 
     ``content`` is a digest of what is trained and of what was set for it, by which an earlier result is found. It may
     change when the first trial builds what was not built. ``replicas`` run each size at once: sizes are those of one.
@@ -37,7 +37,14 @@ class Trials(Protocol):
     def model_name(self) -> str: ...
 
     @property
-    def warnings(self) -> tuple[str, ...]: ...
+    def warnings(self) -> tuple[str, ...]:
+        """Differences from the full batch where gradients are accumulated."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the model and the data for the report, whatever the plan."""
+        ...
 
     @property
     def host_uses(self) -> tuple[HostUse, ...]: ...

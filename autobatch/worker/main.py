@@ -22,7 +22,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from autobatch.errors import AutobatchError, AutobatchWarning, NoFeasibleBatchError, NotApplicableError, TargetError
+from autobatch.errors import (
+    AutobatchError,
+    AutobatchWarning,
+    CannotBeCutError,
+    NoFeasibleBatchError,
+    NotApplicableError,
+    TargetError,
+)
 from autobatch.memory import arena, oom
 from autobatch.record_codec import decode_record, encode
 from autobatch.records import Outcome, TrialRequest, TrialResult, Variant
@@ -83,7 +90,7 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
             largest_useful=trials.largest_useful,
             fixed_bytes_hint=trials.fixed_bytes_hint,
             model_name=trials.model_name,
-            warnings=(*trials.warnings, *notes),
+            notes=tuple(notes),
             host_uses=tuple(trials.host_uses),
             fingerprint=fingerprint,
             content=trials.content,
@@ -117,9 +124,11 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
             # trusted with another.
             detail, requested = diagnosis.detail, diagnosis.requested_bytes
             result = TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY, requested_bytes=requested, detail=detail)
-            reply({"kind": "result", "result": encode(result), "worker_ends": True})
+            reply({"kind": "result", "result": encode(result), "warnings": None, "worker_ends": True})
             return
-        reply({"kind": "result", "result": encode(result), "worker_ends": False})
+        whole = request.micro_batch == options["target_batch"]  # one batch differs in nothing
+        warned = None if whole else list(trials.warnings)
+        reply({"kind": "result", "result": encode(result), "warnings": warned, "worker_ends": False})
     # Trials are not closed: there is nothing to put back in a process that ends here.
 
 
@@ -153,6 +162,7 @@ def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
             target_batch=options["target_batch"],
             memory_limit_bytes=options["memory_limit_bytes"],
             headroom=options["headroom"],
+            **({"cannot_be_cut": options["cannot_be_cut"]} if options["cannot_be_cut"] else {}),
         )
     notes += [str(warning.message) for warning in caught if issubclass(warning.category, AutobatchWarning)]
     if variant.precision is not None:
@@ -208,6 +218,8 @@ def _failure(error: BaseException, target: str) -> Message:
         return {"kind": "no_feasible_batch", "message": str(error), **sizes}
     if isinstance(error, NotApplicableError):
         return {"kind": "not_applicable", "message": str(error)}
+    if isinstance(error, CannotBeCutError):
+        return {"kind": "cannot_be_cut", "reason": error.reason}
     diagnosis = oom.diagnose(error)
     if diagnosis.is_memory:
         return {"kind": "memory_error", "message": diagnosis.detail, "requested_bytes": diagnosis.requested_bytes}

@@ -49,7 +49,7 @@ class Ready:
     largest_useful: int | None
     fixed_bytes_hint: int | None
     model_name: str
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
     host_uses: tuple[HostUse, ...]
     fingerprint: str
     content: str

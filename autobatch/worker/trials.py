@@ -16,7 +16,14 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from autobatch.errors import NoFeasibleBatchError, NotApplicableError, TargetError, UserCodeError, WorkerError
+from autobatch.errors import (
+    CannotBeCutError,
+    NoFeasibleBatchError,
+    NotApplicableError,
+    TargetError,
+    UserCodeError,
+    WorkerError,
+)
 from autobatch.memory import arena, oom
 from autobatch.memory.visible_devices import visible_devices
 from autobatch.record_codec import decode_record, encode
@@ -92,8 +99,10 @@ class WorkerTrials:
             "input_shape": list(input_shape),
             "classes": classes,
             "strategy": strategy,
+            "cannot_be_cut": "",
         }
         self._process: WorkerProcess | None = None
+        self._warnings: tuple[str, ...] = ()
         self._ready = self._start()
 
     @property
@@ -126,7 +135,16 @@ class WorkerTrials:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return self._ready.warnings
+        """Differences from the full batch where gradients are accumulated, as the last trial of a part has seen them.
+
+        They are empty before such a trial.
+        """
+        return self._warnings
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings that were given when the model and the data were opened."""
+        return self._ready.notes
 
     @property
     def host_uses(self) -> tuple[HostUse, ...]:
@@ -187,7 +205,15 @@ class WorkerTrials:
             self._raise(message)
         if message["worker_ends"]:
             self.kill()
+        if message["warnings"] is not None:
+            self._warnings = tuple(message["warnings"])
         return decode_result(message["result"])
+
+    def keep_whole(self, reason: str) -> None:
+        """Take each element of the dataset for one effective batch, for this ``reason``, in a new worker."""
+        self.kill()
+        self._open_message["cannot_be_cut"] = reason
+        self._ready = self._start()
 
     def close(self) -> None:
         """End the worker."""
@@ -301,6 +327,8 @@ class WorkerTrials:
             raise TargetError(text)
         if kind == "not_applicable":
             raise NotApplicableError(text)
+        if kind == "cannot_be_cut":
+            raise CannotBeCutError(message["reason"])
         if kind == "user_error":
             raise UserCodeError(text, traceback_text=message["traceback"])
         if kind == "memory_error":

@@ -17,7 +17,7 @@ class Stub:
     replicas = 1
     fixed_bytes_hint = None
     model_name = "stub"
-    warnings = ()
+    warnings = notes = ()
     host_uses = ()
     content = "stub"
 

@@ -5,11 +5,42 @@ from __future__ import annotations
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
+import uneven
 
 from autobatch.cli import main
 from autobatch.report.json import load
+
+_NOISY = """
+import keras, numpy, tensorflow as tf
+
+class Own(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.net = keras.Sequential([keras.layers.Dense(512, activation="relu"), keras.layers.Dense(1)])
+        self.build((None, 512))
+
+    def build(self, shape):
+        self.net.build(shape)
+
+    def call(self, inputs):
+        return self.net(inputs)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum((self.net(x + tf.random.normal(tf.shape(x))) - y) ** 2)
+        weights = self.net.trainable_weights
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+def build():
+    model = Own()
+    model.compile("sgd")
+    return model, (numpy.zeros((2048, 512), "float32"), numpy.zeros((2048, 1), "float32"))
+"""
 
 
 def test_the_report_goes_to_standard_output(target, capfd):
@@ -61,6 +92,33 @@ def test_output_follows_a_link(target, tmp_path):
 def test_output_to_a_device_does_not_replace_it(target, capfd):
     assert main(["report", f"{target}:build", "--output", "/dev/null"]) == 0
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.slow
+def test_what_differs_is_what_the_trace_shows(tmp_path, capfd):
+    path = tmp_path / "noisy.py"
+    path.write_text(_NOISY)
+    command = ["report", f"{path}:build", "--target-batch", "2048", "--memory-limit", "24MiB", "--format", "json"]
+    assert main(command) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["plan"]["accumulation_steps"] > 1
+    assert report["warnings"] == ["Own.train_step draws new random numbers in each micro-batch."]
+
+
+@pytest.mark.slow
+def test_elements_that_cannot_be_cut_are_taken_whole(tmp_path, capfd):
+    """Nothing but a trace shows that the rows of these graphs belong together."""
+    path = tmp_path / "graphs.py"
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(uneven.__file__).parent)!r})\n"
+        "import uneven\ndef build():\n    return uneven.made(uneven.graph), uneven.graphs((4, 4), (6, 6), (8, 8))\n"
+    )
+    assert main(["report", f"{path}:build", "--target-batch", "4", "--format", "json"]) == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    assert (report["plan"]["micro_batch"], report["plan"]["effective_batch"]) == (1, 1)
+    assert any("neither cut nor joined" in warning for warning in report["warnings"])
+    assert err == ""
 
 
 @pytest.mark.parametrize(("minimum", "code"), [(1, 0), (16, 0), (17, 1), (64, 1)])

@@ -21,7 +21,7 @@ class Curve:
     largest_useful = 1000
     fixed_bytes_hint = None
     model_name = "curve"
-    warnings = ()
+    warnings = notes = ()
     host_uses = ()
     replicas = 1
 

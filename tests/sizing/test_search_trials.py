@@ -20,7 +20,7 @@ class FullCard:
     fixed_bytes_hint = 6 * GIB
     model_name = "model"
     content = ""
-    warnings = ()
+    warnings = notes = ()
     host_uses = ()
     replicas = 1
 

@@ -110,8 +110,9 @@ def test_answers_of_a_worker(make):
     with make(_acting("print('from the user'); return 7 * size")) as trials:
         assert trials.environment.versions == (("Stub", "1"),)
         assert (trials.largest_useful, trials.fixed_bytes_hint) == (256, None)
-        assert (trials.model_name, trials.warnings) == ("stub", ("a warning",))
+        assert (trials.model_name, trials.warnings) == ("stub", ())
         first = trials.run(TrialRequest(4))
+        assert trials.warnings == ("a warning",)  # what a trace has shown
         pid = _pid(trials)
         second = trials.run(TrialRequest(8))
         assert _pid(trials) == pid
