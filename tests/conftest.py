@@ -3,6 +3,7 @@
 With oneDNN off an allocation that must fail does so at once, not after 10 s.
 """
 
+import gc
 import importlib
 import os
 import signal
@@ -28,6 +29,15 @@ def own_cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.getbasetemp() / "remembered" / os.urandom(8).hex()
     monkeypatch.setenv("AUTOBATCH_CACHE_DIR", str(folder))
     return folder
+
+
+def pytest_collection_finish():
+    """Spare the collector what was imported: a search collects several times, a third of a second each with all that.
+
+    It is never garbage. A user's process pays for a few searches, a test run for hundreds.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart():
