@@ -1,6 +1,7 @@
-"""Run by the tests as each worker of a training on several processes, joined by ``TF_CONFIG``: one case a process.
+"""Run by the tests as each worker of trainings on several processes, joined by ``TF_CONFIG``: one case after the other.
 
-``python worker_fit.py CASE RESULT.npz`` prints one JSON object; the weights at the end go to RESULT.
+``python worker_fit.py FOLDER CASES`` prints one JSON object for each case; the weights at its end go to
+``FOLDER/CASE.npz``. ``CASES`` is a JSON object: by case, its options, and the worker that is its ``victim``.
 """
 
 from __future__ import annotations
@@ -93,17 +94,16 @@ def data_and_options(case):
     return (x, y, weight), {"epochs": 2, "validation_data": (x[:23], y[:23], weight[:23])}
 
 
-def model_for(case):
+def model_for(case, is_victim):
     if case.startswith("masked"):
         return masked()
     if case == "unseeded":
         return dense(seed=None)
     if case == "small":  # one worker has room for 4 samples at a time, the other for any number
-        victim = int(os.environ["AUTOBATCH_TEST_VICTIM"]) == INDEX
-        return dense(MemoryHog(lambda samples: victim and samples > 4))
+        return dense(MemoryHog(lambda samples: is_victim and samples > 4))
     kind, _, when = case.partition("@")
     extra = []
-    if when and int(os.environ["AUTOBATCH_TEST_VICTIM"]) == INDEX:
+    if when and is_victim:
         deeds = {
             "memory": None,
             "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -117,11 +117,18 @@ def model_for(case):
 
 
 def main():
-    case, path = sys.argv[1:3]
-    options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     strategy = tf.distribute.MultiWorkerMirroredStrategy() if INDEX >= 0 else None
-    with contextlib.nullcontext() if strategy is None else strategy.scope():
-        model = model_for(case)
+    for case, options in cases.items():
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            model = model_for(case, options.pop("victim", None) == INDEX)
+        told = trained(model, case, options)
+        if "error" not in told:
+            np.savez(folder / f"{case}.npz", *model.get_weights())
+        print(json.dumps(told), flush=True)
+
+
+def trained(model, case, options):
     (x, y, weight), fit = data_and_options(case)
     fit = {"shuffle": False, "verbose": 0, **fit}
     backup = options.pop("backup", None)
@@ -147,9 +154,7 @@ def main():
                     **{"micro_batch": MICRO, **fit, **options},
                 )
         except (autobatch.AutobatchError, tf.errors.OpError) as error:
-            told = {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
-            print(json.dumps(told), flush=True)
-            return
+            return {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
         told = {
             "plan": [history.plan.micro_batch, history.plan.accumulation_steps, history.plan.replicas],
             "recoveries": [[r.update, r.phase, r.micro_batch_before, r.micro_batch_after] for r in history.recoveries],
@@ -158,8 +163,7 @@ def main():
     told["history"] = {name: [float(value) for value in values] for name, values in history.history.items()}
     told["epochs"] = history.epoch
     told["iterations"] = int(model.optimizer.iterations.numpy())
-    np.savez(path, *model.get_weights())
-    print(json.dumps(told), flush=True)
+    return told
 
 
 if __name__ == "__main__":

@@ -27,142 +27,167 @@ def free_ports(count):
 
 
 class Run:
-    """The workers of one training: what each printed, its exit code, and its weights."""
+    """The workers of trainings, one case after the other: what each printed, its exit code, and its weights."""
 
-    def __init__(self, workers, case, folder, options=None, victim=0, last_is_left=False):
+    def __init__(self, workers, cases, folder, left=None):
         ports = free_ports(workers)
         processes = []
-        for index in range(workers):
+        self._folders = [folder / str(index) for index in range(workers)]
+        for index, own in enumerate(self._folders):
             cluster = {"worker": [f"localhost:{port}" for port in ports]}
             environment = {
                 **os.environ,
                 "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}),
-                "AUTOBATCH_TEST_VICTIM": str(victim),
                 "TF_NUM_INTRAOP_THREADS": "1",
             }
-            command = [sys.executable, str(SCRIPT), case, str(folder / f"{index}.npz"), json.dumps(options or {})]
+            own.mkdir()
+            command = [sys.executable, str(SCRIPT), str(own), json.dumps(cases)]
             processes.append(
                 subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             )
-        self.told, self.codes, self.errors = [None] * workers, [None] * workers, [""] * workers
-        order = [index for index in range(workers) if not (last_is_left and index == victim)]
+        self.codes, self.errors = [None] * workers, [""] * workers
+        self._told = [{} for _ in range(workers)]
         try:
-            for index in order:
-                out, self.errors[index] = processes[index].communicate(timeout=240)
-                self.codes[index] = processes[index].returncode
-                self.told[index] = json.loads(out.splitlines()[-1]) if out.strip() else None
+            for index in range(workers):
+                if index != left:
+                    out, self.errors[index] = processes[index].communicate(timeout=240)
+                    self.codes[index] = processes[index].returncode
+                    self._told[index] = dict(zip(cases, map(json.loads, out.splitlines()), strict=False))
         finally:
             for process in processes:
                 if process.poll() is None:
                     process.send_signal(signal.SIGKILL)
                     process.communicate()
-        self.weights = []
-        for index in range(workers):
-            if (folder / f"{index}.npz").exists():
-                with np.load(folder / f"{index}.npz") as archive:
-                    self.weights.append([archive[name] for name in archive.files])
+
+    def told(self, case):
+        """Return what each worker printed of a case, None where it did not come to its end."""
+        return [told.get(case) for told in self._told]
+
+    def weights(self, case):
+        """Return the weights of each worker at the end of a case."""
+        return [weights(folder / f"{case}.npz") for folder in self._folders if (folder / f"{case}.npz").exists()]
+
+
+def weights(path):
+    with np.load(path) as archive:
+        return [archive[name] for name in archive.files]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-
-    def train(case):
-        path = folder / f"{case}.npz"
-        if not path.exists():
-            environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
-            command = [sys.executable, str(SCRIPT), case, str(path)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            (folder / f"{case}.json").write_text(done.stdout.splitlines()[-1])
-        with np.load(path) as archive:
-            return [archive[name] for name in archive.files], json.loads((folder / f"{case}.json").read_text())
-
-    return train
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+    cases = {"plain": {}, "masked": {}}
+    command = [sys.executable, str(SCRIPT), str(folder), json.dumps(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    told = dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
+    return {case: (weights(folder / f"{case}.npz"), told[case]) for case in cases}
 
 
-def assert_as_alone(run, expected, *, recoveries=0):
-    weights, told = expected
+# Of the second update's 10 samples a worker runs 3, 3, 3 and 1: micro-batches 4 to 7.
+FULL = {"memory@4": 0, "memory@5": 1, "memory@7": 1}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Trainings that all come to their end, in the same two processes."""
+    cases = {
+        "unseeded": {"shuffle": True},  # before anything sets a seed
+        "masked": {},
+        "small": {"victim": 1},
+        **{case: {"victim": victim} for case, victim in FULL.items()},
+        "apart": {},
+    }
+    run = Run(2, cases, tmp_path_factory.mktemp("two"))
+    assert run.codes == [0, 0], run.errors
+    return run
+
+
+def assert_as_alone(run, case, expected, *, recoveries=0):
+    wanted, told = expected
     assert run.codes == [0] * len(run.codes), run.errors
-    for worker in run.told:
+    for worker in run.told(case):
         assert len(worker["recoveries"]) == recoveries
         assert worker["iterations"] == told["iterations"]
         assert sorted(worker["history"]) == sorted(told["history"])
         for name, values in told["history"].items():
             np.testing.assert_allclose(worker["history"][name], values, rtol=1e-5, err_msg=name)
-    for own in run.weights:
-        for actual, wanted in zip(own, weights, strict=True):
-            np.testing.assert_allclose(actual, wanted, atol=1e-5)
+    found = run.weights(case)
+    assert len(found) == len(run.codes)
+    for own in found:
+        for actual, expected_weight in zip(own, wanted, strict=True):
+            np.testing.assert_allclose(actual, expected_weight, atol=1e-5)
 
 
 def test_three_workers_and_tails_that_do_not_divide(alone, tmp_path):
-    assert_as_alone(Run(3, "plain", tmp_path, {"micro_batch": "auto"}), alone("plain"))
+    assert_as_alone(Run(3, {"plain": {"micro_batch": "auto"}}, tmp_path), "plain", alone["plain"])
 
 
-def test_masked_losses_have_the_denominator_of_all_workers(alone, tmp_path):
-    assert_as_alone(Run(2, "masked", tmp_path), alone("masked"))
+def test_masked_losses_have_the_denominator_of_all_workers(alone, two):
+    assert_as_alone(two, "masked", alone["masked"])
 
 
-def test_a_worker_with_less_memory_decides(alone, tmp_path):
-    run = Run(2, "small", tmp_path, victim=1)
-    assert_as_alone(run, alone("plain"))
-    assert run.told[0]["plan"] == run.told[1]["plan"]
-    assert run.told[0]["plan"][0] <= 4
+def test_a_worker_with_less_memory_decides(alone, two):
+    assert_as_alone(two, "small", alone["plain"])
+    one, other = two.told("small")
+    assert one["plan"] == other["plan"]
+    assert one["plan"][0] <= 4
 
 
-# Of the second update's 10 samples a worker runs 3, 3, 3 and 1: micro-batches 4 to 7.
-@pytest.mark.parametrize(("call", "victim"), [(4, 0), (5, 1), (7, 1)])
-def test_out_of_memory_on_one_worker_is_recovered_from_on_all(alone, tmp_path, call, victim):
-    run = Run(2, f"memory@{call}", tmp_path, victim=victim)
-    assert_as_alone(run, alone("plain"), recoveries=1)
-    assert [worker["recoveries"] for worker in run.told] == [[[1, "train", 3, 2]]] * 2
+@pytest.mark.parametrize("case", FULL)
+def test_out_of_memory_on_one_worker_is_recovered_from_on_all(alone, two, case):
+    assert_as_alone(two, case, alone["plain"], recoveries=1)
+    assert [worker["recoveries"] for worker in two.told(case)] == [[[1, "train", 3, 2]]] * 2
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_worker_is_a_clear_error_on_the_other_and_a_restart_goes_on(alone, tmp_path, victim):
     options = {"backup": str(tmp_path / "backup"), "worker_timeout": 120}
     # 14 micro-batches in worker 0's first epoch with its validation, 16 in worker 1's.
-    run = Run(2, "kill@18", tmp_path, options, victim=victim)
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    after.mkdir()
+    run = Run(2, {"kill@18": {"victim": victim, **options}}, before)
     assert run.codes[victim] == -signal.SIGKILL
-    survivor = run.told[1 - victim]
+    survivor = run.told("kill@18")[1 - victim]
     assert survivor["error"] == "WorkerLostError", survivor
     assert f"Worker {victim} is lost, while the workers agreed on update" in survivor["message"]
     assert survivor["seconds"] < 120
-    again = Run(2, "plain", tmp_path, {**options, "micro_batch": "auto"}, victim=victim)
+    again = Run(2, {"plain": {**options, "micro_batch": "auto"}}, after)
     assert again.codes == [0, 0], again.errors
-    weights, told = alone("plain")
-    for worker in again.told:
+    wanted, told = alone["plain"]
+    for worker in again.told("plain"):
         assert worker["epochs"] == [1]
         assert worker["trials"] == []  # the plan was kept
         assert worker["plan"] == [3, 4, 2]
         assert worker["iterations"] == told["iterations"]
-    for own in again.weights:
-        for actual, wanted in zip(own, weights, strict=True):
-            np.testing.assert_allclose(actual, wanted, atol=1e-5)
+    for own in again.weights("plain"):
+        for actual, expected in zip(own, wanted, strict=True):
+            np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_a_worker_that_hangs_ends_the_others_within_the_timeout(tmp_path):
-    run = Run(2, "stop@5", tmp_path, {"worker_timeout": 5}, victim=1, last_is_left=True)
-    assert run.told[0]["error"] == "WorkerLostError", run.told
-    assert "did not answer within 5 s" in run.told[0]["message"]
+    run = Run(2, {"stop@5": {"victim": 1, "worker_timeout": 5}}, tmp_path, left=1)
+    told = run.told("stop@5")[0]
+    assert told["error"] == "WorkerLostError", told
+    assert "did not answer within 5 s" in told["message"]
 
 
 def test_an_error_of_the_users_own_on_one_worker_ends_all(tmp_path):
-    run = Run(2, "bug@5", tmp_path, victim=1)
-    assert run.told[1]["error"] == "UnknownError"
-    assert "ZeroDivisionError" in run.told[1]["message"]
-    assert run.told[0]["error"] == "WorkerLostError"
-    assert "An error of its own ended worker 1 in update 1" in run.told[0]["message"]
+    one, other = Run(2, {"bug@5": {"victim": 1}}, tmp_path).told("bug@5")
+    assert other["error"] == "UnknownError"
+    assert "ZeroDivisionError" in other["message"]
+    assert one["error"] == "WorkerLostError"
+    assert "An error of its own ended worker 1 in update 1" in one["message"]
 
 
-def test_workers_that_read_different_data_say_so(tmp_path):
-    run = Run(2, "apart", tmp_path)
-    for worker in run.told:
+def test_workers_that_read_different_data_say_so(two):
+    for worker in two.told("apart"):
         assert worker["error"] == "WorkersDisagreeError"
         assert "differ in the first sample" in worker["message"]
 
 
-def test_without_a_seed_all_shuffle_alike(tmp_path):
-    run = Run(2, "unseeded", tmp_path, {"shuffle": True})
-    assert run.codes == [0, 0], run.errors
-    for one, other in zip(*run.weights, strict=True):
-        np.testing.assert_array_equal(one, other)
+def test_without_a_seed_all_shuffle_alike(two):
+    one, other = two.weights("unseeded")
+    for left, right in zip(one, other, strict=True):
+        np.testing.assert_array_equal(left, right)
