@@ -25,12 +25,17 @@ def searched_or_given(
     listed_in: str,
     why: str = "no search: micro_batch was given",
     quiet: bool = False,
+    found: Report | None = None,
 ) -> Report:
     """Search and close the trials, or take the ``micro_batch`` if there is one; warn of what differs.
 
     ``why`` is the report's account of where the ``micro_batch`` comes from. ``listed_in`` names the place where all
-    differences can be read.
+    differences can be read. ``found`` is what an earlier search of this training has found; it is taken as it is.
     """
+    if found is not None:
+        trials.close()
+        say_what_differs(found, listed_in=listed_in)
+        return found
     if micro_batch is None:
         try:
             known = trials.known_report() if cache else None
