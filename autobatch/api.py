@@ -104,7 +104,6 @@ def fit(
     share = arguments.headroom(headroom)
     remembers = arguments.cache(cache)
     timeout_seconds = arguments.worker_timeout(worker_timeout)
-    arguments.backup_every(backup_every), arguments.true_or_false(keep_backup, "keep_backup")
     require_model(model)
     arguments.require_fit_options(model, fit_options)
 

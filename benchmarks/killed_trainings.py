@@ -40,7 +40,7 @@ import tensorflow as tf
 
 import autobatch
 
-SAMPLES, FEATURES, TARGET, EPOCHS = 60, 6, 10, 5
+SAMPLES, FEATURES, TARGET, EPOCHS = 60, 6, 10, 12
 KINDS = ("arrays", "tf.data", "PyDataset")
 SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGTERM,) * 2 + (signal.SIGABRT,) * 2
 
@@ -117,7 +117,9 @@ class Phase(keras.callbacks.Callback):
         self.path = path
 
     def note(self, phase: str) -> None:
-        self.path.write_text(phase)
+        aside = self.path.with_suffix(".new")
+        aside.write_text(phase)
+        aside.replace(self.path)
 
     def on_train_batch_begin(self, batch, logs=None):
         self.note("an update")
@@ -206,7 +208,7 @@ def campaign(kills: int, seed: int, seconds: float) -> dict:
     problems: list[str] = []
     while done < kills and time.monotonic() - begun < seconds:
         kind, shuffled = cases[trainings % len(cases)]
-        searches, every = moments.random() < 0.1, moments.choice((1, 1, 3))
+        searches, every = moments.random() < 0.2, moments.choice((1, 1, 3))
         trainings += 1
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

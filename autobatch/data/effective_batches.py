@@ -127,7 +127,6 @@ class EffectiveBatches(ContinuableAdapter):
             self.target_batch = self._layout.portions(target_batch)
             self._said = self._layout.sentence(target_batch) if self._layout.portion is None or not rounds else ""
         self._cut(dataset)
-        self._takes_target = self._recut is not None and not as_they_come
         self.sample_limit = self._count_samples()
         self._uses = (*copied, *self._pipeline_uses(validation_data))
         if not warned:
@@ -178,6 +177,7 @@ class EffectiveBatches(ContinuableAdapter):
         elif not self._arrays:
             self._recut = self._cut_again(dataset, self.target_batch)
             self._dataset, self.element_spec = self._recut.dataset, self._recut.element_spec
+        self._takes_target = self._recut is not None and not self._cut_again.keywords["as_they_come"]
         padding = [] if self._recut is None else self._recut.padding
         self.structure = Structure(self.element_spec)
         if self._layout is not None or self._seen is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import display
 from autobatch.records import Report, TrialResult
-from autobatch.sizing.reports import plan_of, say_what_differs, unsearched
+from autobatch.sizing.reports import plan_of, say_what_differs, trace_planned, unsearched
 from autobatch.sizing.search_trials import search_with
 
 if TYPE_CHECKING:
@@ -33,7 +33,11 @@ def searched_or_given(
     differences can be read. ``found`` is what an earlier search of this training has found; it is taken as it is.
     """
     if found is not None:
-        trials.close()
+        try:
+            if found.plan is not None:
+                trace_planned(trials, found.plan, found.plan.micro_batch)
+        finally:
+            trials.close()
         say_what_differs(found, listed_in=listed_in)
         return found
     if micro_batch is None:

@@ -9,6 +9,7 @@ import models
 import numpy as np
 import pytest
 import tensorflow as tf
+import uneven
 
 import autobatch
 from autobatch import arguments
@@ -375,6 +376,16 @@ def test_models_of_other_kinds_go_on_too(tmp_path, kind):
     if kind == "subclassed":
         assert float(resumed.calls) == float(expected.calls)
         assert np.array_equal(resumed.generator.state, expected.generator.state)
+
+
+def test_elements_that_cannot_be_cut_go_on_too(tmp_path):
+    elements = uneven.graphs((4, 4), (6, 6), (5, 5))  # what shows it is the trace, and no search traces after a restart
+    with pytest.warns(autobatch.AutobatchWarning, match="takes rows of the batch"):
+        interrupted(tmp_path / "backup", model=uneven.made(uneven.graph), data=elements)
+    with pytest.warns(autobatch.AutobatchWarning, match="takes rows of the batch"):
+        resumed, _ = fit(tmp_path / "backup", model=uneven.made(uneven.graph), data=elements)
+    assert int(resumed.optimizer.iterations.numpy()) == 6
+    assert same(resumed, fit(None, model=uneven.made(uneven.graph), data=elements)[0])
 
 
 class OwnFit(keras.Sequential):
