@@ -51,6 +51,7 @@ class IndexedBatches:
         if behind > rows or (batches == len(present.rows) and behind < rows):
             return None
         states = present.states[batches]
+        present.states[:batches] = [None] * batches  # places only move on
         return {
             "batches": present.behind + batches,
             "rows_behind": behind,
@@ -84,11 +85,14 @@ class IndexedBatches:
         present.states.append(None)
         while True:
             before = RandomStates()
+            if present.states[-1] is not None:
+                before.share(present.states[-1])
             batch = next(batches, None)
             if batch is None:
                 return
             after = RandomStates()
             drew = not before.same_as(after)
+            after.share(before)
             present.states[-1] = before if drew else None
             present.states.append(after if drew else None)
             present.rows.append(rows_of(batch)[0] or 0)

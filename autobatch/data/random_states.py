@@ -72,6 +72,12 @@ class RandomStates:
         pairs = zip(self._parts(), other._parts(), strict=False)
         return all(_same_state(mine, theirs) for (_, mine), (_, theirs) in pairs)
 
+    def share(self, other: RandomStates) -> None:
+        """Hold the very states of ``other`` that are equal to these, so that they take memory once."""
+        for name in ("_python", "_numpy", "_torch"):
+            if _same_state(getattr(self, name), getattr(other, name)):
+                setattr(self, name, getattr(other, name))
+
     def restore(self) -> None:
         """Set every generator back to its kept state."""
         for set_state, state in self._parts():
