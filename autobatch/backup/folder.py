@@ -121,6 +121,8 @@ class BackupFolder:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+        # One of a later update could not be read, or training would have gone on behind it.
+        self._remove(backup for backup in self.backups() if backup.name > final.name)
         self._remove(self.backups()[KEPT:])
         return final
 

@@ -71,6 +71,19 @@ def test_a_backup_of_the_same_update_takes_the_place_of_the_one_before(tmp_path)
     assert folder.newest() == {"time": 2}
 
 
+def test_one_that_was_passed_over_takes_the_place_of_no_other(tmp_path):
+    folder = BackupFolder(tmp_path)
+    for update in (5, 6, 7):
+        folder.write(update, {"update": update})
+    (folder.backups()[0] / "arrays.npz").unlink()
+    with pytest.warns(UserWarning, match="000007 cannot be used"):
+        assert folder.newest() == {"update": 6}
+    folder.write(6, {"update": "6 again"})
+    assert [path.name for path in folder.backups()] == ["update-000000000006"]
+    folder.write(7, {"update": "7 again"})
+    assert [path.name for path in folder.backups()] == ["update-000000000007", "update-000000000006"]
+
+
 def test_a_write_that_fails_leaves_the_others(tmp_path):
     folder = BackupFolder(tmp_path)
     folder.write(5, {"update": 5})
