@@ -357,7 +357,7 @@ def subclassed():
 
 
 MODELS = {
-    "eager": lambda: models.classifier("adam", extra=[keras.layers.Dropout(0.2)], run_eagerly=True),
+    "eager": lambda: models.classifier("adam", extra=[keras.layers.Dropout(0.2, seed=3)], run_eagerly=True),
     "scaled losses": lambda: models.classifier(
         keras.optimizers.LossScaleOptimizer(
             keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5), momentum=0.9, use_ema=True)
