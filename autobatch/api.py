@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,9 @@ def fit(
     memory_watch: bool = True,
     cache: bool = True,
     worker_timeout: float = 600.0,
+    backup: str | os.PathLike[str] | None = None,
+    backup_every: str | int = "60s",
+    keep_backup: bool = False,
     **fit_options: Any,
 ) -> training_history.TrainingHistory:
     """Train a compiled Keras model at an effective batch of ``target_batch``, in whatever memory there is.
@@ -77,6 +81,10 @@ def fit(
             with one trial and skip the search.
         worker_timeout: Under ``MultiWorkerMirroredStrategy``, the seconds that a worker waits for the others at any
             one place, while they trace and compile too.
+        backup: Folder to keep the training in, such as "runs/a". The same call after a restart goes on behind the last
+            update that was kept. It is removed when training has ended.
+        backup_every: Time between two backups, such as "60s" or "5min", or a number of updates.
+        keep_backup: Leave the last backup where it is; the same call with more ``epochs`` then goes on behind it.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
             updates, and ``verbose=0`` keeps a notebook from showing the search as well.
 
@@ -99,11 +107,13 @@ def fit(
     require_model(model)
     arguments.require_fit_options(model, fit_options)
 
+    from autobatch.backup import opening as backup_opening
     from autobatch.seams import fitting
     from autobatch.step import supported
     from autobatch.train.through_own_fit import train_through_own_fit
 
     supported.require_supported(model)
+    backups = backup_opening.Backups(model, backup, backup_every, keep_backup, target_batch=target, chosen=chosen)
 
     def train(given: dict[str, Any], keras_fit: Callable[..., Any]) -> training_history.TrainingHistory:
         """Train on what Keras's own ``fit`` of the model is given, ``x`` among it."""
@@ -116,7 +126,10 @@ def fit(
         require_compiled(model)
         devices = devices_of_model(model, timeout_seconds)
         x, y = given.pop("x", None), given.pop("y", None)
-        batches, options = fit_data.prepare_data(model, x, y, target_batch=target, options=given)
+        saved = backups.open(x, y, given)
+        batches, options = fit_data.prepare_data(
+            model, x, y, target_batch=target, options=given, keeps_order=saved is not None
+        )
 
         def open_and_search() -> tuple[LiveTrials, resume.KeptPlan | None, Report]:
             effective = effective_batch(batches)
@@ -139,6 +152,7 @@ def fit(
                     cache=remembers,
                     listed_in="history.report.warnings",
                     quiet=given.get("verbose") == 0,
+                    found=None if saved is None else saved.report,
                 )
                 after_an_error.pop_all()
             return trials, kept, report
@@ -164,6 +178,7 @@ def fit(
                 options=options,
                 memory_watch=memory_watch,
                 keras_fit=keras_fit,
+                backup=saved,
             )
             if remembers and not transaction.recoveries:
                 trials.keep_report(report)

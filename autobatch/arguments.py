@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from typing import Any
 
 from autobatch.types import Model
@@ -89,6 +90,39 @@ def cache(value: Any) -> bool:
             f"says. Received: {value!r}"
         )
     return value
+
+
+def true_or_false(value: Any, name: str) -> bool:
+    """Check an option that is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False. Received: {value!r}")
+    return value
+
+
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(s|min|h)\s*")
+
+
+def backup_every(value: Any) -> tuple[float, int | None]:
+    """Return the seconds between two backups, and the updates; one of the two counts, the updates if there are any.
+
+    Raises:
+        TypeError, ValueError: it is neither a time nor a whole number of updates of at least 1.
+    """
+    message = (
+        'backup_every must be a time such as "60s", "5min" or "1h", or a whole number of updates of at least 1. '
+        f"Received: {value!r}"
+    )
+    if isinstance(value, str):
+        match = _TIME.fullmatch(value)
+        if match is None or not 0 < float(match.group(1)) < float("inf"):
+            raise ValueError(message)
+        return float(match.group(1)) * _SECONDS[match.group(2)], None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(message)
+    if operator.index(value) < 1:
+        raise ValueError(message)
+    return float("inf"), operator.index(value)
 
 
 def require_fit_options(model: Model, options: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ themselves are read when their batch is due.
 from __future__ import annotations
 
 import mmap
+import warnings
 from typing import Any
 
 import keras
@@ -94,7 +95,8 @@ class MappedArrays(DataAdapter):  # type: ignore[misc]
         self._arrays[id(numbers)] = array
         return numbers
 
-    def get_tf_dataset(self) -> Any:
+    def get_tf_dataset(self, behind: int = 0) -> Any:
+        """Return the batches, from behind so many of them on, which are not read."""
         mapped = [self._arrays.get(id(leaf)) for leaf in keras.tree.flatten(data_adapters.packed_arrays(self.inner))]
 
         def read(*element: Any) -> Any:
@@ -107,7 +109,7 @@ class MappedArrays(DataAdapter):  # type: ignore[misc]
 
         dataset = self.inner.get_tf_dataset()
         spec = dataset.element_spec
-        return dataset.map(read).prefetch(1)
+        return (dataset.skip(behind) if behind else dataset).map(read).prefetch(1)
 
     @property
     def num_batches(self) -> Any:
@@ -124,6 +126,16 @@ class MappedArrays(DataAdapter):  # type: ignore[misc]
     @property
     def partial_batch_size(self) -> Any:
         return self.inner.partial_batch_size
+
+
+def adapter_for(x: Any, y: Any, sample_weight: Any, *, are_arrays: bool, **options: Any) -> Any:
+    """Return Keras's adapter for data, or :class:`MappedArrays`; ``options`` are those of ``Model.fit``."""
+    if are_arrays and any_mapped(x, y):
+        return MappedArrays(x, y, sample_weight, **options)
+    with warnings.catch_warnings():
+        # shuffle=True may be fit's default rather than the user's choice; Keras would warn that it is ignored.
+        warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
+        return data_adapters.data_adapter_for(x=x, y=y, sample_weight=sample_weight, **options)
 
 
 def _read_rows(array: Any, numbers: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from autobatch.seams import tf_data
+from autobatch.seams import data_adapters, tf_data
 from autobatch.tensors.batch_structure import is_missing
 from autobatch.types import Dataset, ElementSpec
 
@@ -207,3 +207,11 @@ def _fixed_samples(element_spec: ElementSpec) -> int | None:
 def _dense_parts(element_spec: ElementSpec) -> list[Any]:
     parts = [part for part in tf.nest.flatten(element_spec) if not is_missing(part)]
     return [part for part in parts if isinstance(part, tf.TensorSpec)]
+
+
+def never_ends(adapter: Any, dataset: Dataset) -> bool:
+    """Return True if the data of Keras's ``adapter``, which has made the ``dataset``, are known to be endless."""
+    py_dataset = data_adapters.py_dataset_of(adapter)
+    if py_dataset is not None:
+        return py_dataset.num_batches is None
+    return not data_adapters.is_array_adapter(getattr(adapter, "inner", adapter)) and is_endless(dataset)

@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from autobatch.data import arrays, cardinality, host_memory, layouts, random_states, rebatching
-from autobatch.data.effective_iterator import EffectiveIterator, OpenEndedAdapter
+from autobatch.data import arrays, cardinality, host_memory, layouts, rebatching
+from autobatch.data.continuation import ContinuableAdapter, EpochCalls
+from autobatch.data.effective_iterator import EffectiveIterator
 from autobatch.data.first_look import FirstLook, Seen
+from autobatch.data.indexed_batches import IndexedBatches
+from autobatch.data.passes import Passes
 from autobatch.data.portion_cutter import PortionCutter
 from autobatch.errors import warn
 from autobatch.records import HostUse
-from autobatch.seams import data_adapters
+from autobatch.seams import data_adapters, strategies
 from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
 from autobatch.types import Dataset
 
@@ -38,7 +39,7 @@ _BATCHES_UNDER_WAY = 1 + host_memory.AUTOTUNED_PREFETCH
 EMPTY = "dataset is empty, so that there is nothing to train on. Give at least one sample. Received: "
 
 
-class EffectiveBatches(OpenEndedAdapter):
+class EffectiveBatches(ContinuableAdapter):
     """An iterable of effective batches that Keras's ``fit`` accepts as its data.
 
     Args:
@@ -52,6 +53,7 @@ class EffectiveBatches(OpenEndedAdapter):
         only_look: True if the data will not be trained on. A look then reads a copy of a ``tf.data.Dataset`` even if
             that calls Python's functions in it. So the order of the dataset itself does not move on.
         as_they_come: True if the batches of a dataset are effective batches already.
+        keeps_order: True if :meth:`position` will be asked for.
 
     Raises:
         ValueError: the data are empty, the arrays differ in length, Keras refuses them, in its own words, or parts that
@@ -77,6 +79,7 @@ class EffectiveBatches(OpenEndedAdapter):
         only_look: bool = False,
         rounds: bool = False,
         as_they_come: bool = False,
+        keeps_order: bool = False,
     ) -> None:
         arrays.require_usable(x, y, sample_weight)
         if isinstance(x, tf.data.Dataset):
@@ -97,18 +100,22 @@ class EffectiveBatches(OpenEndedAdapter):
         beside = host_memory.uses_of_validation(validation_data, sample_bytes=0)
         warned = self._arrays and host_memory.warn_if_short((*copied, *beside), host)
 
-        # Keras reads the first batches of PyDatasets and torch loaders to learn their structure.
-        self._states = random_states.RandomStates(x)
-        self._inner = self._adapter_for(self._parts, batch_size=target_batch, shuffle=shuffle)
-        dataset = self._inner.get_tf_dataset()
-        self._states_after: random_states.RandomStates | None = random_states.RandomStates(x)
-        self._states.restore()
+        without_seed = self._arrays and bool(shuffle) and strategies.global_seed() is None
+        self._passes = Passes(x, keeps_order=keeps_order, gives_seeds=without_seed)
+        with self._passes.looking():
+            self._inner = self._adapter_for(self._parts, batch_size=target_batch, shuffle=shuffle)
+            if keeps_order and data_adapters.reads_by_index(self._inner):
+                self._indexed = IndexedBatches(self._inner)
+            dataset = self._inner.get_tf_dataset()
+        self._calls = EpochCalls(self._inner, keeps_order=keeps_order)
 
         self._cut_again = functools.partial(rebatching.Rebatched, as_they_come=as_they_come)
         self._source = dataset
+        self._recut: rebatching.Rebatched | None = None
+        if data_adapters.is_dataset_adapter(self._inner):
+            self._passes.save_iterators_of(dataset)
         self._first_look = FirstLook(self._inner, dataset, only_look=only_look)
         self._iterated = False
-        self._waiting: list[weakref.ref[EffectiveIterator]] = []
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None
         self._seen: Seen | None = None
@@ -126,14 +133,9 @@ class EffectiveBatches(OpenEndedAdapter):
             host_memory.warn_if_short(self._uses, host)
 
     def _adapter_for(self, parts: tuple[Any, Any, Any], *, batch_size: int, shuffle: bool) -> Any:
-        x, y, sample_weight = parts
-        options = {**self._options, "batch_size": batch_size, "shuffle": shuffle}
-        if self._arrays and arrays.any_mapped(x, y):
-            return arrays.MappedArrays(x, y, sample_weight, **options)
-        with warnings.catch_warnings():
-            # shuffle=True may be fit's default rather than the user's choice; Keras would warn that it is ignored.
-            warnings.filterwarnings("ignore", message="`shuffle=True` was passed")
-            return data_adapters.data_adapter_for(x=x, y=y, sample_weight=sample_weight, **options)
+        return arrays.adapter_for(
+            *parts, are_arrays=self._arrays, batch_size=batch_size, shuffle=shuffle, **self._options
+        )
 
     def say_how_they_are_cut(self) -> None:
         """Warn of what the user should know of elements whose parts differ in their number of rows."""
@@ -165,7 +167,7 @@ class EffectiveBatches(OpenEndedAdapter):
 
     def _cut(self, dataset: Dataset) -> None:
         """Make the dataset that is iterated, and what cuts its elements where tf.data does not."""
-        self._recut: rebatching.Rebatched | None = None
+        self._recut = None
         self._cutter: PortionCutter | None = None
         self._dataset = rebatching.untuned(dataset) if self._arrays else dataset
         self.element_spec = dataset.element_spec
@@ -175,6 +177,7 @@ class EffectiveBatches(OpenEndedAdapter):
         elif not self._arrays:
             self._recut = self._cut_again(dataset, self.target_batch)
             self._dataset, self.element_spec = self._recut.dataset, self._recut.element_spec
+        self._takes_target = self._recut is not None and not self._cut_again.keywords["as_they_come"]
         padding = [] if self._recut is None else self._recut.padding
         self.structure = Structure(self.element_spec)
         if self._layout is not None or self._seen is not None:
@@ -287,15 +290,14 @@ class EffectiveBatches(OpenEndedAdapter):
         what = f"{self.target_batch * self.structure.samples_in_portion} samples"
         what = "one element" if self.structure.takes_elements_whole else what
         name = f"{_BATCHES_UNDER_WAY} effective batches of {what}"
-        uses = [HostUse(name, _BATCHES_UNDER_WAY * self.target_batch * sample_bytes)]
+        uses: tuple[HostUse, ...] = (HostUse(name, _BATCHES_UNDER_WAY * self.target_batch * sample_bytes),)
         if data_adapters.is_dataset_adapter(self._inner):
             uses += host_memory.uses_of_dataset(self._source, sample_bytes=sample_bytes)
         if data_adapters.py_dataset_of(self._inner) is not None:
             self.look()  # only a look shows how large its batches are, and the search will look anyway
-        uses += host_memory.uses_of_loader(
-            self._first_look.loader, sample_bytes=sample_bytes, batch_samples=self._first_look.rows_in_first
-        )
-        return (*uses, *host_memory.uses_of_validation(validation_data, sample_bytes=sample_bytes))
+        loader, rows = self._first_look.loader, self._first_look.rows_in_first
+        uses += host_memory.uses_of_loader(loader, sample_bytes=sample_bytes, batch_samples=rows)
+        return uses + host_memory.uses_of_validation(validation_data, sample_bytes=sample_bytes)
 
     def _sample_bytes(self) -> int:
         known = [host_memory.fixed_bytes(spec) for spec in self.structure.specs]
@@ -307,6 +309,9 @@ class EffectiveBatches(OpenEndedAdapter):
 
     def __iter__(self) -> Iterator[Any]:
         self._looked = None
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            return EffectiveIterator(lambda _: self._continued(kept), behind=kept["taken"])
         if self._pending is not None:
             first, rest = self._pending
             self._pending = None
@@ -314,20 +319,9 @@ class EffectiveBatches(OpenEndedAdapter):
         if not self._arrays:  # begin now: other readers of data or random numbers then find what they find with Keras
             iterator = self._start_where_looked()
             return EffectiveIterator(lambda _: iterator)
-        later = EffectiveIterator(self._start_in_order)
         if self._shuffled:
-            self._waiting.append(weakref.ref(later))
-        return later
-
-    def _start_in_order(self, iterator: EffectiveIterator) -> Iterator[Any]:
-        """Start a pass over arrays; if shuffled, start earlier passes first, since each draws from the seeds."""
-        while any(waiting() is iterator for waiting in self._waiting):
-            earliest = self._waiting.pop(0)()
-            if earliest is None:
-                self._start()  # nobody will read it
-            elif earliest is not iterator:
-                earliest.begin()
-        return self._start()
+            return self._passes.in_order(self._start)
+        return EffectiveIterator(lambda _: self._start())
 
     def _start(self) -> Iterator[Any]:
         if self._cutter is not None and self._cutter.met_others:
@@ -339,35 +333,45 @@ class EffectiveBatches(OpenEndedAdapter):
         return iterator if self._cutter is None else self._noting_padding.batches(self._cutter.batches(iterator))
 
     def _begin(self) -> Iterator[Any]:
-        if self._states_after is not None:
-            # Use up the random numbers that Keras's own fit would have used, unless somebody set a seed since.
-            self._states_after.replay(self._states, self._parts[0])
-            self._states_after = None
-        if self._iterated and self.num_batches is None and self._inner.num_batches is not None:
-            # At the end of an epoch of known length Keras starts an iterator that it does not use, which draws from
-            # a shuffle's seeds. If the length is unknown only here, draw too, so that the next epoch has Keras's order.
-            iter(self._dataset)
+        # At the end of an epoch of known length Keras starts an iterator that it does not use, which draws from a
+        # shuffle's seeds. If the length is unknown only here, draw too, so that the next epoch has Keras's order.
+        unread = self._iterated and self.num_batches is None and self._inner.num_batches is not None
         self._iterated = True
-        return iter(self._dataset)
+        return self._passes.begin(self._dataset, behind_unread=unread, reads_ahead=self._recut is None)
+
+    # -- going on in another process ----------------------------------------------------------------------------------
+
+    def _continued(self, position: dict[str, Any]) -> Iterator[Any]:
+        looked = self._pending is not None or (self._seen is not None and not self._seen.of_copy)
+        taken, kept = position["taken"], position["pass"]
+        if looked and kept["number"] == 1:
+            iterator: Iterator[Any] = iter(self)
+        else:
+            self._pending = self._seen = None
+            self._passes.continue_with(kept, self._dataset)
+            if self._indexed is not None and kept["index"] is not None:
+                self._indexed.continue_from(kept["index"], kept["random"])
+                return self._start()
+            if isinstance(self._inner, arrays.MappedArrays):
+                dataset = self._passes.remade(functools.partial(self._inner.get_tf_dataset, taken))
+                return self._passes.begin(rebatching.untuned(dataset))
+            iterator = self._start()
+        for _ in range(0 if kept["iterator"] is not None else taken):
+            next(iterator, None)
+        return iterator
 
     # -- what Keras asks of a data adapter ----------------------------------------------------------------------------
 
     def get_tf_dataset(self) -> EffectiveBatches:
         """Return the effective batches themselves; Keras asks for them when training starts."""
-        if not self._options["steps_per_epoch"] and self._is_endless():
-            # Keras accepts it, and a callback may end it; so it is not refused.
+        if not self._options["steps_per_epoch"] and cardinality.never_ends(self._inner, self._source):
+            # Keras accepts it, and a callback may end it.
             warn(
                 "The dataset is infinite and steps_per_epoch is not given, so that the first epoch never ends: no "
                 "validation and no callback at the end of an epoch will run. Pass steps_per_epoch, the number of "
                 "updates in an epoch.",
             )
         return self
-
-    def _is_endless(self) -> bool:
-        dataset = data_adapters.py_dataset_of(self._inner)
-        if dataset is not None:
-            return dataset.num_batches is None
-        return not self._arrays and cardinality.is_endless(self._source)
 
     @property
     def num_batches(self) -> int | None:
@@ -392,9 +396,3 @@ class EffectiveBatches(OpenEndedAdapter):
     @property
     def batch_size(self) -> int | None:
         return self.target_batch
-
-    def on_epoch_begin(self) -> None:
-        self._inner.on_epoch_begin()
-
-    def on_epoch_end(self) -> None:
-        self._inner.on_epoch_end()

@@ -12,12 +12,13 @@ class EffectiveIterator(Iterator[Any]):
     """One pass over effective batches; its type distinguishes it from data that a callback hands to the model.
 
     The pass may begin only when its first batch is asked for: at the end of an epoch Keras makes a pass that it never
-    reads.
+    reads. :attr:`taken` are the batches that it has given, ``behind`` those of the same pass in an earlier process.
     """
 
-    def __init__(self, begin: Callable[[EffectiveIterator], Iterator[Any]]) -> None:
+    def __init__(self, begin: Callable[[EffectiveIterator], Iterator[Any]], *, behind: int = 0) -> None:
         self._begin = begin
         self._iterator: Iterator[Any] | None = None
+        self.taken = behind
 
     def begin(self) -> Iterator[Any]:
         """Begin the pass, if it has not begun."""
@@ -26,7 +27,9 @@ class EffectiveIterator(Iterator[Any]):
         return self._iterator
 
     def __next__(self) -> Any:
-        return next(self.begin())
+        batch = next(self.begin())
+        self.taken += 1
+        return batch
 
 
 class OpenEndedAdapter(DataAdapter):  # type: ignore[misc]

@@ -29,11 +29,12 @@ def prepare_data(
     options: dict[str, Any],
     only_look: bool = False,
     rounds: bool = False,
+    keeps_order: bool = False,
 ) -> tuple[EffectiveBatches, dict[str, Any]]:
     """Turn ``fit``'s data, and those of its options that concern data, into effective batches.
 
     Return them with the options that are left for Keras's ``fit``. ``only_look`` is True if nothing will be trained on
-    them, ``rounds`` if the user has given no ``target_batch``.
+    them, ``rounds`` if the user has given no ``target_batch``, ``keeps_order`` if another process may go on with them.
     """
     supported.require_supported(model)
     remaining = dict(options)
@@ -60,6 +61,7 @@ def prepare_data(
         validation_data=validation_data,
         only_look=only_look,
         rounds=rounds,
+        keeps_order=keeps_order,
         **data,
     )
     return batches, remaining

@@ -40,6 +40,44 @@ class RandomStates:
         parts += [(generator.set_state, state) for generator, state in zip(self._generators, self._own, strict=True)]
         return parts
 
+    def as_plain(self) -> dict[str, Any]:
+        """Return the states as plain values and arrays, which :meth:`from_plain` takes."""
+        return {
+            "python": self._python,
+            "numpy": self._numpy,
+            "torch": None if self._torch is None else self._torch.numpy(),
+            "own": [state.numpy() for state in self._own],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any], loader: Any = None) -> RandomStates:
+        """Return the states that :meth:`as_plain` has returned, in this process or another, for this ``loader``.
+
+        Generators that are here and were not there keep their present states.
+        """
+        states = cls(loader)
+        version, internal, gauss = plain["python"]
+        states._python = (version, tuple(internal), gauss)
+        name, keys, *rest = plain["numpy"]
+        states._numpy = (name, np.asarray(keys, np.uint32), *rest)
+        torch: Any = sys.modules.get("torch")
+        if torch is not None and states._torch is not None and plain["torch"] is not None:
+            states._torch = torch.from_numpy(np.array(plain["torch"]))
+        if torch is not None and len(plain["own"]) == len(states._own):
+            states._own = [torch.from_numpy(np.array(state)) for state in plain["own"]]
+        return states
+
+    def same_as(self, other: RandomStates) -> bool:
+        """Return True if nobody has drawn between these states and the ``other`` ones."""
+        pairs = zip(self._parts(), other._parts(), strict=False)
+        return all(_same_state(mine, theirs) for (_, mine), (_, theirs) in pairs)
+
+    def share(self, other: RandomStates) -> None:
+        """Hold the very states of ``other`` that are equal to these, so that they take memory once."""
+        for name in ("_python", "_numpy", "_torch"):
+            if _same_state(getattr(self, name), getattr(other, name)):
+                setattr(self, name, getattr(other, name))
+
     def restore(self) -> None:
         """Set every generator back to its kept state."""
         for set_state, state in self._parts():

@@ -232,3 +232,17 @@ class _Call:
 
 def _node_of(reference: str) -> str:
     return reference.partition(":")[0]
+
+
+_HIDDEN = re.compile(
+    r"(Parameterized)?(Random(Uniform|StandardNormal|Gamma|Poisson|Shuffle)|TruncatedNormal|TruncatedNormal"
+    r"|Multinomial)(Int)?(V\d)?"
+)
+"""The types of operations that draw from a state of their own, which nobody can read."""
+
+
+def hidden_draws(graph: Graph) -> set[str]:
+    """Return the types of operations in a trace, its functions included, whose random state is no variable's."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    return {node.op for node in nodes if _HIDDEN.fullmatch(node.op)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from autobatch.graphs import writes
+from autobatch.graphs import draws, writes
 from autobatch.seams import models
 from autobatch.seams.optimizers import optimizers_of
 from autobatch.tensors.variables import components, distinct
@@ -28,6 +28,7 @@ class TouchedVariables:
         self._in_graphs: dict[int, Any] = {}
         self._written: dict[int, Any] = {}
         self._updated: list[Any] = []
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self._updating_graph: Callable[[], Any] = lambda: None
         self.on_graph: Callable[[Graph], None] = lambda graph: None
         """Callback for each traced function."""
@@ -35,6 +36,7 @@ class TouchedVariables:
     def note_graph(self, graph: Graph) -> None:
         """Note the variables of a traced function."""
         self.on_graph(graph)
+        self._graphs.add(graph)
         for variable in graph.variables:
             self._in_graphs.setdefault(id(variable), variable)
 
@@ -73,6 +75,11 @@ class TouchedVariables:
         for variable in variables:
             for known in (self._ignored, self._in_graphs, self._written):
                 known.pop(id(variable), None)
+
+    @property
+    def hidden_draws(self) -> list[str]:
+        """Types of operations in the traced functions whose random numbers come from no variable."""
+        return sorted({op for graph in self._graphs for op in draws.hidden_draws(graph)})
 
     def _of_the_model(self, variables: Iterable[Variable]) -> list[Any]:
         return [variable for variable in components(variables) if id(variable) not in self._ignored]

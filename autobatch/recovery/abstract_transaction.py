@@ -7,6 +7,7 @@ Running and undoing a single step is done by :mod:`autobatch.recovery.transactio
 from __future__ import annotations
 
 import abc
+import dataclasses
 import gc
 import logging
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.step import kept_steps
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import Structure, UnevenSpec, rows_of
-from autobatch.types import Batch, ElementSpec
+from autobatch.types import Batch, ElementSpec, Variable
 from autobatch.units import format_bytes
 
 logger = logging.getLogger("autobatch")
@@ -132,6 +133,44 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self.policy = before.policy
         self._updates = before._updates
         before._step.release_accumulators()
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the count of updates, the sizes and what has failed as plain values, for :meth:`continue_from`."""
+        return {
+            "updates": self._updates,
+            "good_updates": self._good_updates,
+            "train": self.policy.as_plain(),
+            "validation": self._validation_policy.as_plain(),
+            "longest_factor": self._lengths.most,
+            "recoveries": [dataclasses.astuple(recovery) for recovery in self.recoveries],
+        }
+
+    def continue_from(self, plain: dict[str, Any]) -> None:
+        """Go on from the updates, sizes and failures of a transaction in an earlier process."""
+        self._updates, self._good_updates = plain["updates"], plain["good_updates"]
+        self.policy.continue_from(plain["train"])
+        self._validation_policy.continue_from(plain["validation"])
+        self._lengths.most = plain["longest_factor"]
+        self.recoveries[:] = [Recovery(*values) for values in plain["recoveries"]]
+
+    @property
+    def updates(self) -> int:
+        """Updates that were made, those of earlier processes included."""
+        return self._updates
+
+    @abc.abstractmethod
+    def trace(self) -> None:
+        """Trace the step of a full effective batch at the present size, so that :attr:`variables` is complete."""
+
+    @property
+    def variables(self) -> list[Variable]:
+        """Variables that the steps traced so far can touch."""
+        return self._step.variables
+
+    @property
+    def hidden_draws(self) -> list[str]:
+        """Types of operations in the steps whose random numbers come from no variable, so that no backup holds them."""
+        return self._step.hidden_draws
 
     def train(self, data: Batch) -> Logs:
         """Make one update with an effective batch, in smaller and smaller micro-batches if memory runs out.

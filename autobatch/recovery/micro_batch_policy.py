@@ -20,6 +20,8 @@ or the user chose:
 
 from __future__ import annotations
 
+from typing import Any
+
 PATIENCE = 16
 """Good steps at one size before a larger one that has not failed yet is tried."""
 
@@ -59,6 +61,15 @@ class MicroBatchPolicy:
         self._doublings = -1
         self._failures: dict[int, int] = {}
         self._grown_from: int | None = None  # until this size has proven itself
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return all that this policy knows as plain values, for :meth:`continue_from`."""
+        return {**vars(self), "_failures": [list(each) for each in self._failures.items()]}
+
+    def continue_from(self, plain: dict[str, Any]) -> None:
+        """Take over what another policy knew, unless it stood below another ceiling."""
+        if plain["ceiling"] == self.ceiling:
+            vars(self).update(plain, _failures=dict(plain["_failures"]))
 
     def succeeded(self, samples: int) -> None:
         """Take note that a step of ``samples`` went well at :attr:`micro_batch`."""

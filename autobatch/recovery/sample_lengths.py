@@ -103,6 +103,15 @@ class LengthRule:
             return max(1, min(micro_batch, smaller))
         return micro_batch
 
+    @property
+    def most(self) -> float:
+        """Largest factor for short samples; infinite as long as none has run out of memory."""
+        return self._most
+
+    @most.setter
+    def most(self, factor: float) -> None:
+        self._most = factor
+
     def failed(self, factor: float) -> None:
         """Limit the factor for short samples to half of ``factor``, at least 1: ``factor`` ran out of memory."""
         self._most = max(1.0, factor / 2)

@@ -45,6 +45,11 @@ class Transaction(AbstractTransaction[AccumulatedStep]):
     _apart: Transaction | None = None
     """Transaction of whole elements, among others that are cut; None before the first of them."""
 
+    def trace(self) -> None:
+        micro_batch, samples = self.policy.micro_batch, self._effective_batch
+        whole = samples is not None and micro_batch >= samples
+        self._step.prepare(whole=whole, samples=samples, micro_batch=micro_batch)
+
     def _train_once(self, data: Batch, samples: int) -> Logs:
         micro_batch = self.policy.micro_batch
         # An epoch's last, smaller batch is accumulated like the others: no plain step was proven beside accumulators.

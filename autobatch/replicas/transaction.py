@@ -63,6 +63,9 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
         super().renew_evaluation()
         self._without_counts = set()
 
+    def trace(self) -> None:
+        self._step.prepare()
+
     def _train_once(self, data: Batch, samples: int) -> Logs:
         step, micro_batch = self._step, self.policy.micro_batch
         kept: list[SavedState] = []

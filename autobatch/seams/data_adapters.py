@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
+import numpy as np
 from keras.src.trainers import data_adapters as _data_adapters
 from keras.src.trainers.data_adapters import array_data_adapter as _array_data_adapter
 from keras.src.trainers.data_adapters import array_slicing as _array_slicing
@@ -29,6 +32,47 @@ def array_samples(adapter: Any) -> int:
 def py_dataset_of(adapter: Any) -> Any:
     """Return the ``keras.utils.PyDataset`` behind an adapter; None for every other kind of data."""
     return getattr(adapter, "py_dataset", None)
+
+
+def has_epoch_hooks(dataset: Any) -> bool:
+    """Return True if a ``keras.utils.PyDataset`` does something at the beginning or the end of an epoch."""
+    names = ("on_epoch_begin", "on_epoch_end")
+    return any(getattr(type(dataset), name) is not getattr(keras.utils.PyDataset, name) for name in names)
+
+
+def reads_by_index(adapter: Any) -> bool:
+    """Return True if an adapter asks a PyDataset for its batches in turn, on no workers of its own."""
+    return py_dataset_of(adapter) is not None and getattr(adapter, "enqueuer", None) is None
+
+
+def generate_by(adapter: Any, make: Callable[[Callable[[], Iterator[Any]]], Iterator[Any]]) -> None:
+    """Let a PyDataset's adapter give the batches of ``make(original)`` in each pass, where it gave ``original()``."""
+    original = adapter._get_iterator
+    adapter._get_iterator = lambda: make(original)
+
+
+@contextlib.contextmanager
+def batches_unread(adapter: Any, batches: int) -> Iterator[None]:
+    """Let an adapter ask for no batch of its PyDataset, while the context is open: it gets empty ones."""
+    dataset = adapter.py_dataset
+    adapter.py_dataset = _Unread(dataset) if batches else dataset
+    try:
+        yield
+    finally:
+        adapter.py_dataset = dataset
+
+
+class _Unread:
+    """A PyDataset whose batches are not made."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+    def __getitem__(self, index: int) -> Any:
+        return np.zeros([0])
 
 
 def torch_loader_of(adapter: Any) -> Any:

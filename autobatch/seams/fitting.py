@@ -1,4 +1,4 @@
-"""Keras's own ``fit``: how a model's ``fit`` is told from it, and its temporary replacement.
+"""Keras's own ``fit``: how a model's ``fit`` is told from it, its temporary replacement, and the steps of its epochs.
 
 A ``fit`` of the user's own may reach Keras's by ``super()``, or by a reference that was taken long before, as a
 decorator's. Keras wraps the function to shorten tracebacks. Every reference leads through the cell of that wrapper's
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer as _Trainer
+from keras.src.trainers.epoch_iterator import EpochIterator as _EpochIterator
 
 from autobatch.seams.patching import replaced
 
@@ -60,3 +61,62 @@ def _cell_of(function: Any, content: Any) -> types.CellType | None:
     """Return the cell of a wrapper's closure that holds ``content``, maybe replaced now; None if there is none."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     return next((cell for name, cell in cells.items() if name == "fn" or cell.cell_contents is content), None)
+
+
+# -- the steps of an epoch --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def epochs_enumerated(adapter: Any, enumerate_epoch: Callable[[Any, Iterator[Any]], Iterator[Any]]) -> Iterator[None]:
+    """Let ``enumerate_epoch(epoch, steps)`` give the steps of each epoch over ``adapter``, while the context is open.
+
+    ``epoch`` is Keras's ``EpochIterator``. ``steps`` are its own steps: triples of the first and the last step of an
+    execution, and the iterator over the data. Keras asks for the next one when the callbacks have seen the end of the
+    one before, and for the first when they have seen the beginning of the epoch.
+    """
+
+    def instead(original: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
+        def enumerate_iterator(self: Any) -> Iterator[Any]:
+            steps = original(self)
+            return enumerate_epoch(self, steps) if self.data_adapter is adapter else steps
+
+        return enumerate_iterator
+
+    with replaced(_EpochIterator, "_enumerate_iterator", instead):
+        yield
+
+
+def steps_in_pass(epoch: Any) -> tuple[int, int | None]:
+    """Return the steps of the present pass over the data that an ``EpochIterator`` has given, and those it will have.
+
+    The second is None where that is not known yet. With ``steps_per_epoch`` a pass may last for several epochs.
+    """
+    return epoch._steps_seen, epoch._num_batches
+
+
+def know_length(epoch: Any, steps: int | None) -> None:
+    """Tell an ``EpochIterator`` how many steps a pass has, as an earlier epoch found; None leaves it as it is."""
+    if steps is not None:
+        epoch._num_batches = steps
+
+
+def count_earlier_steps(epoch: Any, steps: int) -> None:
+    """Let an ``EpochIterator`` that has begun its first epoch count ``steps`` of the same pass in epochs before."""
+    epoch._steps_seen += steps
+
+
+@contextlib.contextmanager
+def epoch_logs_of(model: Any, logs: Callable[[], dict[str, Any] | None]) -> Iterator[None]:
+    """Let an epoch of ``model`` whose steps gave no logs end with ``logs()``, while the context is open.
+
+    ``logs`` returns None where the epoch has had steps of its own.
+    """
+
+    def instead(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def get_metrics_result_or_logs(given: Any) -> Any:
+            return original(given or logs() or given)
+
+        return get_metrics_result_or_logs
+
+    with replaced(model, "_get_metrics_result_or_logs", instead):
+        yield

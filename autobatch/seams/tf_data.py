@@ -101,3 +101,33 @@ def _cut_ties(graph: Any, *, keep_order: bool) -> None:
             while name.partition(":")[0] in instead:
                 name = instead[name.partition(":")[0]]
             node.input[position] = name
+
+
+def draws_without_seed(dataset: Any) -> list[str]:
+    """Return the types of operations in a dataset that draw random numbers which no seed decides, in order of name."""
+    try:
+        serialized = dataset._as_serialized_graph(external_state_policy=tf.data.experimental.ExternalStatePolicy.IGNORE)
+        graph = _graph_pb2.GraphDef.FromString(serialized.numpy())
+    except (AttributeError, TypeError, ValueError, tf.errors.OpError):
+        return sorted(_shuffles_without_seed(dataset))
+    found = set()
+    for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
+        constants = {
+            node.name: tf.make_ndarray(node.attr["value"].tensor)
+            for node in nodes
+            if node.op == "Const" and node.attr["dtype"].type == tf.int64.as_datatype_enum
+        }
+        for node in nodes:
+            if node.op.startswith("ShuffleDataset") or node.op.startswith("ShuffleAndRepeatDataset"):
+                seeds = [constants.get(name.partition(":")[0]) for name in node.input[2:4]]
+                if all(seed is not None and not seed.any() for seed in seeds):
+                    found.add("shuffle")
+            elif "seed2" in node.attr and not node.attr["seed"].i and not node.attr["seed2"].i:
+                found.add(node.op)
+    return sorted(found)
+
+
+def _shuffles_without_seed(dataset: Any) -> set[str]:
+    seeds = [constant_of(dataset, name) for name in ("_seed", "_seed2")]
+    found = {"shuffle"} if kind_of(dataset) == "Shuffle" and not any(seeds) else set()
+    return found.union(*(_shuffles_without_seed(source) for source in inputs_of(dataset)))

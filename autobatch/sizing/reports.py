@@ -75,16 +75,25 @@ def say_what_differs(report: Report, *, listed_in: str) -> None:
     warn(message)
 
 
+def trace_planned(trials: LiveTrials, plan: Plan, micro_batch: int) -> None:
+    """Trace what training by ``plan`` will run, at ``micro_batch`` samples: it shows what differs.
+
+    Raises:
+        CannotBeCutError: the elements can be neither cut nor joined.
+    """
+    if _accumulates(plan):
+        trials.trace(micro_batch // samples_in_portion(trials))
+    else:
+        trials.trace_plain()
+
+
 def unsearched(
     trials: LiveTrials, micro_batch: int, effective_batch: int, why: str = "no search: micro_batch was given"
 ) -> Report:
     """Make the report of a ``micro_batch`` that was found by no search; both sizes are in samples."""
     each = samples_in_portion(trials)
     plan = plan_of(max(1, micro_batch // each), effective_batch // each, trials.replicas)
-    if _accumulates(plan):
-        trials.trace(micro_batch // each)  # the report names what differs
-    else:
-        trials.trace_plain()
+    trace_planned(trials, plan, micro_batch)
     nothing_tried = SearchResult(None, None, trials=(), memory_model=None, stopped_because=why)
     return make_report(trials, nothing_tried, plan)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import display
 from autobatch.records import Report, TrialResult
-from autobatch.sizing.reports import plan_of, say_what_differs, unsearched
+from autobatch.sizing.reports import plan_of, say_what_differs, trace_planned, unsearched
 from autobatch.sizing.search_trials import search_with
 
 if TYPE_CHECKING:
@@ -25,12 +25,21 @@ def searched_or_given(
     listed_in: str,
     why: str = "no search: micro_batch was given",
     quiet: bool = False,
+    found: Report | None = None,
 ) -> Report:
     """Search and close the trials, or take the ``micro_batch`` if there is one; warn of what differs.
 
     ``why`` is the report's account of where the ``micro_batch`` comes from. ``listed_in`` names the place where all
-    differences can be read.
+    differences can be read. ``found`` is what an earlier search of this training has found; it is taken as it is.
     """
+    if found is not None:
+        try:
+            if found.plan is not None:
+                trace_planned(trials, found.plan, found.plan.micro_batch)
+        finally:
+            trials.close()
+        say_what_differs(found, listed_in=listed_in)
+        return found
     if micro_batch is None:
         try:
             known = trials.known_report() if cache else None

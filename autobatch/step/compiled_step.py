@@ -190,6 +190,11 @@ class CompiledStep(abc.ABC):
         return self._touched.variables
 
     @property
+    def hidden_draws(self) -> list[str]:
+        """Types of operations in the traced steps whose random numbers come from no variable."""
+        return self._touched.hidden_draws
+
+    @property
     def updated_variables(self) -> list[Variable]:
         """Variables that an optimizer's update changes: trainable weights and the optimizers' own."""
         return self._touched.updated_variables

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from autobatch.backup.training_backup import TrainingBackup
 from autobatch.data.effective_batches import EffectiveBatches
 from autobatch.data.effective_iterator import EffectiveIterator
 from autobatch.errors import NoFeasibleBatchError
@@ -31,11 +32,12 @@ def train(
     options: dict[str, Any],
     memory_watch: bool,
     keras_fit: Callable[..., Any],
+    backup: TrainingBackup | None = None,
 ) -> TrainingHistory:
     """Run ``keras_fit`` with each step a ``transaction``; return its History with plan, report and recoveries.
 
     ``report`` has the plan of the transaction. ``keras_fit`` is Keras's own ``fit`` of the model, ``options`` its
-    options.
+    options. ``backup`` keeps it, and goes on with what it has kept.
     """
     plan = report.plan
     assert plan is not None
@@ -47,8 +49,14 @@ def train(
     if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
         # Nobody asked for a walk over all that is alive before memory is seen to grow.
         _add(MemoryWatch(look_for_cause=ONCE_STEADY), callbacks, model)
+    kept = (
+        contextlib.nullcontext()
+        if backup is None
+        else backup.training(model, batches, transaction, callbacks=callbacks.callbacks, report=report, options=options)
+    )
     with (
-        _functions_replaced(model, transaction),
+        kept,
+        _functions_replaced(model, transaction, (lambda once: once()) if backup is None else backup.run),
         _quiet_about_length(batches, options),
         devices.during_fit(model, transaction),
     ):
@@ -88,12 +96,14 @@ def _callback_list(model: Model, batches: EffectiveBatches, options: dict[str, A
 
 
 @contextlib.contextmanager
-def _functions_replaced(model: Model, transaction: AnyTransaction) -> Iterator[None]:
+def _functions_replaced(
+    model: Model, transaction: AnyTransaction, run: Callable[[Callable[[], Any]], Any]
+) -> Iterator[None]:
     """Let ``model.fit`` and ``model.evaluate`` run the transaction's steps, while the context is open.
 
-    Keras's own functions run what a callback trains or tests by itself: ``train_on_batch``, ``test_on_batch`` or a
-    ``fit`` of its own. Where a callback has them made anew, or compiles the model, the transaction's steps are traced
-    anew, and go on.
+    ``run`` calls what makes an execution's updates. Keras's own functions run what a callback trains or tests by
+    itself: ``train_on_batch``, ``test_on_batch`` or a ``fit`` of its own. Where a callback has them made anew, or
+    compiles the model, the transaction's steps are traced anew, and go on.
     """
     own: dict[str, Callable[[Any], Any]] = {}
 
@@ -102,7 +112,7 @@ def _functions_replaced(model: Model, transaction: AnyTransaction) -> Iterator[N
             if "train" not in own:
                 own["train"] = models.own_function(model, "train")
             return own["train"](iterator)
-        return _several(model, iterator, transaction.train)
+        return run(lambda: _several(model, iterator, transaction.train))
 
     def test_function(iterator: Any) -> Any:
         spec = getattr(iterator, "element_spec", None)

@@ -27,3 +27,16 @@ def test_multi_worker_starts_two_workers_by_itself():
     last = done.stdout.splitlines()[-1]
     assert last.startswith("2 replicas x ")
     assert float(re.search(r"accuracy ([\d.]+)%", last)[1]) > 85
+
+
+def test_survives_kill_prints_equal_digests():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "survives_kill.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("killed in update") for line in lines) == 2
+    digests = [line for line in lines if "digest" in line]
+    assert len(digests) == 2
+    assert digests[0] == digests[1]
+    assert digests[0].startswith("58 updates, digest ")

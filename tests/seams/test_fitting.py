@@ -7,7 +7,7 @@ import inspect
 import keras
 import numpy as np
 
-from autobatch.seams import fitting
+from autobatch.seams import data_adapters, fitting
 
 _TAKEN_BEFORE = keras.Model.fit
 
@@ -45,3 +45,47 @@ def test_a_fit_of_the_users_own_is_told_from_kerass():
     model = Own()
     fitting.without_own_fit(model)
     assert not fitting.overrides_fit(model)
+
+
+def test_the_steps_of_an_epoch_are_given_by_another():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    adapter = data_adapters.data_adapter_for(x=np.ones((12, 2)), y=np.ones((12, 1)), batch_size=2)
+    seen, counted = [], []
+
+    class Steps(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            seen.append("epoch")
+
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(batch)
+
+    def behind_two(epoch, steps):
+        fitting.know_length(epoch, 6)
+        for step, (begin, end, iterator) in enumerate(steps):
+            if step == 0:
+                fitting.count_earlier_steps(epoch, 0)
+            if step >= 2:
+                yield begin, end, iterator
+                counted.append((end, fitting.steps_in_pass(epoch)))
+
+    with fitting.epochs_enumerated(adapter, behind_two):
+        model.fit(adapter, epochs=2, callbacks=[Steps()], verbose=0, validation_data=(np.ones((2, 2)), np.ones((2, 1))))
+    assert seen == ["epoch", 2, 3, 4, 5] * 2
+    assert counted == [(step, (step + 1, 6)) for step in (2, 3, 4, 5)] * 2
+    model.fit(adapter, callbacks=[Steps()], verbose=0)
+    assert seen[-7:] == ["epoch", 0, 1, 2, 3, 4, 5]
+
+
+def test_an_epoch_without_steps_ends_with_the_logs_that_are_given():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    adapter = data_adapters.data_adapter_for(x=np.ones((4, 2)), y=np.ones((4, 1)), batch_size=2)
+    given = [{"mine": 3.0}]
+    with (
+        fitting.epochs_enumerated(adapter, lambda epoch, steps: iter(())),
+        fitting.epoch_logs_of(model, lambda: given.pop() if given else None),
+    ):
+        history = model.fit(adapter, epochs=1, verbose=0)
+    assert history.history == {"mine": [3.0]}
+    assert "_get_metrics_result_or_logs" not in vars(model)
