@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "autobatch"
-GROUND = {"records", "allocation_trace", "errors", "units", "version", "display"}
+GROUND = {"records", "allocation_trace", "errors", "units", "version", "display", "terminal"}
 # What each room may import from, from the ground up. Lazy imports and modules named in strings count as well.
 ROOMS: dict[str, set[str]] = {
     "version": set(),
@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "tracebacks": set(),
     "errors": {"tracebacks"},
     "arguments": {"units"},
+    "terminal": {"errors"},
     "records": {"display", "allocation_trace"},
     "training_history": {"records"},
     "seams": set(),

@@ -25,10 +25,9 @@ from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.step import kept_steps
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import Structure, UnevenSpec, rows_of
+from autobatch.terminal import kept_aside, notices
 from autobatch.types import Batch, ElementSpec
 from autobatch.units import format_bytes
-
-logger = logging.getLogger("autobatch")
 
 
 StepT = TypeVar("StepT", bound=CompiledStep)
@@ -152,6 +151,9 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self.policy.succeeded(self._samples_here(samples))
         if self.policy.micro_batch > before:
             self._good_updates = 0  # no update was made yet beside a micro-batch of this size
+            each, steps = self._step.structure.samples_in_portion, -(-samples // self.policy.micro_batch)
+            change = f"micro-batch {before * each} -> {self.policy.micro_batch * each} ({steps} accumulation steps)"
+            notices.tell(f"grown again before update {self._updates}: {change}", level=logging.INFO)
         return logs
 
     def evaluate(self, data: Batch, element_spec: ElementSpec) -> Logs:
@@ -200,11 +202,24 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         phase: str,
         structure: Structure,
     ) -> Logs:
-        try:
-            return once(data, samples)
-        except RolledBackError as first:
-            failure: RolledBackError = first
+        with kept_aside.window() as window:
+            try:
+                return once(data, samples)
+            except RolledBackError as first:
+                failure: RolledBackError = first
+            window.failure_dealt_with()
+            return self._run_smaller(failure, data, samples, once, policy, phase, structure)
 
+    def _run_smaller(
+        self,
+        failure: RolledBackError,
+        data: Batch,
+        samples: int,
+        once: Callable[[Any, int], Logs],
+        policy: MicroBatchPolicy,
+        phase: str,
+        structure: Structure,
+    ) -> Logs:
         def shrink(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome is not None else None
             if isinstance(error, RolledBackError):
@@ -266,12 +281,11 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         change = f"micro-batch {before} -> {after} ({steps} accumulation steps)"
         if failure.beside_copies:
             change = f"micro-batch {before} as before, without a copy of the weights on the device"
-        logger.warning(
-            "Out of memory in update %d, %s (%s): rolled back; %s; the same samples run again.",
-            self._updates,
-            phase,
-            failure.diagnosis.detail,
-            change,
+        where = f"ut of memory in update {self._updates}, {phase}"
+        notices.tell(
+            f"o{where}: {change}",
+            log=f"O{where} ({failure.diagnosis.detail}): rolled back; {change}; the same samples run again.",
+            level=logging.WARNING,
         )
 
     def _smaller(self, policy: MicroBatchPolicy, failure: RolledBackError) -> int | None:

@@ -132,6 +132,42 @@ def plan_alone(made: Plan) -> str:
     return f"{text} ({'; '.join(notes)})" if notes else text
 
 
+def in_a_line(report: Report, *, spent: str) -> str:
+    """Say in one line what was found, and what it has cost by ``spent``.
+
+    For example ``"micro-batch 64 x 4 for 256 on GPU:0 (2 trials, 14 s; peak 9.8 of 11.0 GiB)"``.
+    """
+    made, where = report.plan, printable(report.environment.device)
+    if made is None:
+        what = f"{samples(report.largest_fit or 0)} at a time on {where}"
+    elif made.replicas == 1:
+        what = f"micro-batch {made.micro_batches[0]} x {made.accumulation_steps} for {made.effective_batch} on {where}"
+    else:
+        each = f"micro-batch {made.micro_batches[0]} x {made.accumulation_steps} on each of {made.replicas} replicas"
+        what = f"{each} for {made.effective_batch}"
+    peak = _peak_of_limit(report)
+    return f"{what} ({spent}{peak and f'; {peak}'})"
+
+
+def _peak_of_limit(report: Report) -> str:
+    trial, limit_bytes = decisive_trial(report), report.environment.limit_bytes
+    if trial is None or trial.peak_bytes is None:
+        return ""
+    peak = format_bytes(trial.peak_bytes)
+    if not limit_bytes:
+        return f"peak {peak}"
+    limit = format_bytes(limit_bytes)
+    (size, _, unit), (_, _, unit_of_limit) = peak.partition(" "), limit.partition(" ")
+    return f"peak {size if unit == unit_of_limit else peak} of {limit}"
+
+
+def rough_seconds(seconds: float) -> str:
+    """Write a time that people wait for: ``rough_seconds(14.2) == "14 s"``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
 def update_seconds_sentence(report: Report) -> float | None:
     """Return the seconds of one optimizer update of the plan; None where its trial was not timed."""
     return report.update_seconds

@@ -10,6 +10,7 @@ from autobatch import display
 from autobatch.records import Report, TrialResult
 from autobatch.sizing.reports import plan_of, say_what_differs, unsearched
 from autobatch.sizing.search_trials import search_with
+from autobatch.terminal import kept_aside
 
 if TYPE_CHECKING:
     from autobatch.trial.live_trials import LiveTrials
@@ -54,7 +55,10 @@ def shown_search(trials: Trials, *, quiet: bool = False, known: Report | None = 
     """
 
     def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
-        return known or search_with(trials, on_trial=on_trial, **settings)
+        if known is not None:
+            return known
+        with kept_aside.window(expected=True):
+            return search_with(trials, on_trial=on_trial, **settings)
 
     if quiet or display.show_search is None:
         return search_now(trials)

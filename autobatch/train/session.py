@@ -15,7 +15,8 @@ from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.replicas.devices import Devices
-from autobatch.seams import models
+from autobatch.seams import models, progress_bars
+from autobatch.terminal import notices
 from autobatch.training_history import TrainingHistory
 from autobatch.types import Model
 from autobatch.watch.memory_watch import ONCE_STEADY, MemoryWatch
@@ -51,6 +52,7 @@ def train(
         _functions_replaced(model, transaction),
         _quiet_about_length(batches, options),
         devices.during_fit(model, transaction),
+        notices.training(lambda: progress_bars.is_open(callbacks.callbacks), quiet=options.get("verbose") == 0),
     ):
         try:
             history = keras_fit(batches, callbacks=callbacks, shuffle=False, **options)
