@@ -18,6 +18,7 @@ from autobatch.records import Report
 from autobatch.search import planning
 from autobatch.sizing.search_trials import search_with as search_with  # the command line's way in
 from autobatch.sizing.searched_or_given import searched_or_given, shown_search
+from autobatch.terminal import kept_aside
 
 if TYPE_CHECKING:
     import keras
@@ -170,6 +171,7 @@ def fit(
             return history
         finally:
             release()
+            kept_aside.end()
 
     if not fitting.overrides_fit(model):
         return train({"x": dataset, "y": y, **fit_options}, model.fit)
@@ -260,6 +262,7 @@ def tune(
     finally:
         trials.close()
         kept_steps.give_back(trials.step)
+        kept_aside.end()
 
 
 def wrap_step(

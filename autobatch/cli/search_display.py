@@ -55,6 +55,7 @@ class SearchTable:
         self._clock = clock
         self._started = self._doing_since = clock()
         self._doing = "Starting"
+        self._before_seconds = 0.0  # of what was under way before: of the trial, when it has ended
         self._trials: list[tuple[TrialResult, float]] = []
         self._lock = threading.Lock()
 
@@ -69,13 +70,14 @@ class SearchTable:
     def doing(self, what: str) -> None:
         """Show what is under way."""
         with self._lock:
-            self._doing, self._doing_since = what, self._clock()
+            now = self._clock()
+            self._before_seconds = now - self._doing_since
+            self._doing, self._doing_since = what, now
 
     def tried(self, result: TrialResult) -> None:
         """Add a trial that has ended."""
         with self._lock:
-            self._trials.append((result, self._clock() - self._doing_since))
-            self._doing_since = self._clock()
+            self._trials.append((result, self._before_seconds))
 
     def spent(self, report: Report | None = None) -> str:
         """Say in words what the search has cost, and where its ``report`` comes from if it was no search."""

@@ -151,10 +151,16 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self.policy.succeeded(self._samples_here(samples))
         if self.policy.micro_batch > before:
             self._good_updates = 0  # no update was made yet beside a micro-batch of this size
-            each, steps = self._step.structure.samples_in_portion, -(-samples // self.policy.micro_batch)
-            change = f"micro-batch {before * each} -> {self.policy.micro_batch * each} ({steps} accumulation steps)"
-            notices.tell(f"grown again before update {self._updates}: {change}", level=logging.INFO)
+            self._tell_of_growth(before, samples)
         return logs
+
+    def _tell_of_growth(self, before: int, samples: int) -> None:
+        each, after = self._step.structure.samples_in_portion, self.policy.micro_batch
+        steps = -(-self._samples_here(samples) // after)
+        notices.tell(
+            f"larger again from update {self._updates} on: micro-batch {before * each} -> {after * each} x {steps}",
+            level=logging.INFO,
+        )
 
     def evaluate(self, data: Batch, element_spec: ElementSpec) -> Logs:
         """Run ``test_step`` over one validation batch, of any size.
@@ -279,12 +285,14 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         before, after = before * each, after * each
         self.recoveries.append(Recovery(self._updates, phase, before, after, failure.diagnosis.detail))
         change = f"micro-batch {before} -> {after} ({steps} accumulation steps)"
+        in_short = f"micro-batch {before} -> {after} x {steps}"
         if failure.beside_copies:
             change = f"micro-batch {before} as before, without a copy of the weights on the device"
-        where = f"ut of memory in update {self._updates}, {phase}"
+            in_short = f"micro-batch {before} x {steps}, without a copy of the weights"
         notices.tell(
-            f"o{where}: {change}",
-            log=f"O{where} ({failure.diagnosis.detail}): rolled back; {change}; the same samples run again.",
+            f"out of memory in update {self._updates}{'' if phase == 'train' else f', {phase}'}: {in_short}",
+            log=f"Out of memory in update {self._updates}, {phase} ({failure.diagnosis.detail}): rolled back; {change}; "
+            "the same samples run again.",
             level=logging.WARNING,
         )
 

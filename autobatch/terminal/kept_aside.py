@@ -12,6 +12,7 @@ that nobody expected ends the step, or a crash the process, it is printed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import mmap
@@ -31,6 +32,7 @@ from autobatch.terminal import relay
 logger = logging.getLogger("autobatch")
 
 _PATIENCE_SECONDS = 5.0
+_END_SECONDS = 0.1
 _STDOUT, _STDERR = 1, 2
 _lock = threading.RLock()
 _relay: _RelayProcess | None = None
@@ -119,7 +121,7 @@ class Table:
 
     def show(self, text: str) -> None:
         """Draw ``text``, its lines no wider than the terminal, in place of what was drawn before."""
-        self._process.draw(text.encode("utf-8", "replace"))
+        self._process.draw(text.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "replace"))
 
 
 def is_terminal() -> bool:
@@ -303,6 +305,8 @@ class _RelayProcess:
         """Close this side's ends; the process ends when nobody has the pipe open any more."""
         self._wait_until_passed_on()
         self._close_descriptors()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
         _left_alone.append(self._process)
         _left_alone[:] = [process for process in _left_alone if process.poll() is None]
 
@@ -347,5 +351,6 @@ def _start_anew_in_child() -> None:
         _relay = None
 
 
+atexit.register(end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew_in_child)

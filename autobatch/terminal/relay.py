@@ -246,6 +246,7 @@ def main(arguments: list[str]) -> None:
     *descriptors, parent, sieves = (int(argument) for argument in arguments)
     source, target, kept, state, control = descriptors
     _Relay(source, target, kept, state, control, parent).run(sieves=bool(sieves))
+    os._exit(0)
 
 
 if __name__ == "__main__":
