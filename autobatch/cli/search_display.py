@@ -44,9 +44,7 @@ def shown(trials: Any, search: Callable[..., Report]) -> Report:
 class SearchTable:
     """The table of one search: an :class:`autobatch.cli.progress.Progress`."""
 
-    def __init__(
-        self, model_name: str, environment: Environment, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, model_name: str, environment: Environment, clock: Callable[[], float] = time.monotonic) -> None:
         where = [sentences.printable(model_name), sentences.printable(environment.device)]
         if environment.limit_bytes is not None:
             where.append(f"limit {format_bytes(environment.limit_bytes)}")
@@ -90,7 +88,7 @@ class SearchTable:
         return f"remembered, confirmed with {cost}" if remembered else cost
 
     def text(self, columns: int, lines: int) -> str:
-        """Return the table in at most ``lines`` lines of fewer than ``columns`` characters, with a terminal's colours."""
+        """Return the table, coloured, in at most ``lines`` lines of fewer than ``columns`` characters."""
         from rich import box
         from rich.console import Console
         from rich.table import Table

@@ -29,7 +29,6 @@ from autobatch.terminal import kept_aside, notices
 from autobatch.types import Batch, ElementSpec
 from autobatch.units import format_bytes
 
-
 StepT = TypeVar("StepT", bound=CompiledStep)
 
 
@@ -291,8 +290,8 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
             in_short = f"micro-batch {before} x {steps}, without a copy of the weights"
         notices.tell(
             f"out of memory in update {self._updates}{'' if phase == 'train' else f', {phase}'}: {in_short}",
-            log=f"Out of memory in update {self._updates}, {phase} ({failure.diagnosis.detail}): rolled back; {change}; "
-            "the same samples run again.",
+            log=f"Out of memory in update {self._updates}, {phase} ({failure.diagnosis.detail}): rolled back; "
+            f"{change}; the same samples run again.",
             level=logging.WARNING,
         )
 

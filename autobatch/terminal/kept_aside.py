@@ -6,8 +6,8 @@ descriptor 2 is a pipe to a process of ours, :mod:`autobatch.terminal.relay`. Th
 byte and at once. Between steps the descriptor is what it was: what the user's callbacks print passes by nobody, and a
 terminal is a terminal to them.
 
-What was kept aside goes to the logger "autobatch", at its debug level, once the failure has been dealt with. If an error
-that nobody expected ends the step, or a crash the process, it is printed.
+What was kept aside goes to the logger "autobatch", at its debug level, once the failure has been dealt with. If an
+error that nobody expected ends the step, or a crash the process, it is printed.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ class _RelayProcess:
         return (now.st_dev, now.st_ino) == (self._status.st_dev, self._status.st_ino) and sieves == self._sieves
 
     def replace(self, *, stdout_too: bool) -> None:
-        """Let standard error lead to the process; and standard output, if ``stdout_too`` and it is the same terminal."""
+        """Let standard error lead to the process; with ``stdout_too`` also standard output, on the same terminal."""
         replaced = [_STDERR]
         if stdout_too and os.isatty(_STDERR) and stdout_is_stderr():
             replaced.insert(0, _STDOUT)

@@ -31,7 +31,7 @@ def are_shown() -> bool:
 
 @contextlib.contextmanager
 def training(bar_is_open: Callable[[], bool], *, quiet: bool) -> Iterator[None]:
-    """Let :func:`tell` know, while the ``with`` block runs, of a training's bar on standard output, or of its silence."""
+    """Let :func:`tell` know of a training's bar on standard output, or of its silence, while the block runs."""
     token = _training.set(_Training(bar_is_open, quiet))
     try:
         yield
@@ -42,8 +42,8 @@ def training(bar_is_open: Callable[[], bool], *, quiet: bool) -> Iterator[None]:
 def tell(line: str, *, log: str = "", level: int) -> None:
     """Tell of something in a training, in one line.
 
-    Where the user has set up logging it goes to the logger "autobatch", in the words of ``log``. Otherwise it is printed
-    on standard error, unless the training is silent.
+    Where the user has set up logging it goes to the logger "autobatch", in the words of ``log``. Otherwise it is
+    printed on standard error, unless the training is silent.
     """
     if logger.hasHandlers() and logger.isEnabledFor(level):
         start_line()

@@ -1,8 +1,8 @@
 """Process between a training and its standard error: it passes everything on, but for TensorFlow's allocator lines.
 
 Run as a script by :mod:`autobatch.terminal.kept_aside`, which replaces file descriptor 2 by a pipe that this reads.
-Why a process of its own, and no thread: it outlives a crash of the training. What was kept aside is then printed, and so
-is what the training said in the moment of its death. It imports nothing but the standard library, to start fast.
+Why a process of its own, and no thread: it outlives a crash of the training. What was kept aside is then printed, and
+so is what the training said in the moment of its death. It imports the standard library alone, to start fast.
 
 It also draws the table of a running search, below whatever comes through, so that neither tears the other.
 """
@@ -35,7 +35,7 @@ _HEADER = re.compile(
 _STARTS = (b"0000-00-00 00:00:00.000000: ", b"I0000 00:00:", b"W0000 00:00:", b"E0000 00:00:")
 _LEAST_START = 5
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
-_LONGEST_START = 64
+_LONGEST_START = 256
 
 _FILES = re.compile(rb"(?:^|/)(?:bfc_allocator|gpu_cudamallocasync_allocator|cpu_allocator_impl)\.cc$")
 _MESSAGES = re.compile(
@@ -43,7 +43,7 @@ _MESSAGES = re.compile(
     rb"|recv item cancelled|rematerialization; only reduced"
 )
 _MORE_OF_IT = re.compile(
-    rb"If the cause is memory fragmentation|Current allocation summary follows\.|Hint: If you want to see a list of alloc"
+    rb"If the cause is memory fragmentation|Current allocation summary follows\.|Hint: If you want to see a list of all"
     rb"|(?:Limit|InUse|MaxInUse|NumAllocs|MaxAllocSize|Reserved|PeakReserved|LargestFreeBlock): {2,}"
     rb"|\t? ?\[\[\{\{|\(\d+\) RESOURCE_EXHAUSTED|\d+ (?:successful operations|derived errors ignored)\."
     rb"|BufferAssignment (?:OOM Debugging|stats)|Peak buffers:|\tBuffer \d+:|\t\t(?:Size|Operator|XLA Label|Shape|Entry"
@@ -84,6 +84,8 @@ class Sieve:
     def let_go(self) -> bytes:
         """Return what is held back, to be passed on."""
         held, self._held = self._held, b""
+        if held:
+            self._last_kept = b""
         self._mid_line = self._mid_line or bool(held)
         return held
 
@@ -108,8 +110,8 @@ class Sieve:
         found = _HEADER.search(rest)
         if found is not None:
             return found.start()
-        if self._last_kept and not self._mid_line and _MORE_OF_IT.match(rest):
-            return 0
+        if self._last_kept and not self._mid_line:
+            return 0  # a long message comes in pieces
         digits = rest.translate(_DIGITS)
         for start in range(max(0, len(rest) - _LONGEST_START), len(rest) - _LEAST_START + 1):
             tail = digits[start:]

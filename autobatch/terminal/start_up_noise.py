@@ -1,4 +1,4 @@
-"""What TensorFlow says when it starts, whatever the program: of no use where a worker's last words are shown."""
+"""Lines that TensorFlow writes when it starts, whatever the program: no use where a worker's last words are shown."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """What a terminal shows of the bytes that it was sent: enough of one for Keras's bar and for the table of a search."""
 
+import codecs
+import fcntl
 import os
 import pty
 import re
@@ -7,6 +9,7 @@ import select
 import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -73,9 +76,6 @@ def run_in_terminal(arguments, *, columns, environment, seconds=120):
     A screen is taken whenever the process has paused for a moment.
     """
     ours, theirs = pty.openpty()
-    import fcntl
-    import termios
-
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -87,7 +87,7 @@ def run_in_terminal(arguments, *, columns, environment, seconds=120):
     )
     os.close(theirs)
     screen, screens, ends = Screen(columns), [], time.monotonic() + seconds
-    rest = b""
+    decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
     while time.monotonic() < ends:
         ready, _, _ = select.select([ours], [], [], 0.05)
         if not ready:
@@ -95,21 +95,14 @@ def run_in_terminal(arguments, *, columns, environment, seconds=120):
                 screens.append(screen.lines)
             continue
         try:
-            data = rest + os.read(ours, 1 << 16)
+            text = rest + decoder.decode(os.read(ours, 1 << 16))
         except OSError:
             break  # the last process that had it open has ended
-        if data == rest:
-            break
-        cut = max(data.rfind(b"\x1b"), 0) if b"\x1b" in data[-8:] else len(data)
-        text, rest = data[:cut], data[cut:]
-        while text and (text[-1] & 0xC0) == 0x80 or (text and text[-1] >= 0xC0):
-            try:
-                text.decode()
-                break
-            except UnicodeDecodeError:
-                text, rest = text[:-1], text[-1:] + rest
-        screen.feed(text.decode("utf-8", "replace"))
+        cut = text.find("\x1b", max(0, len(text) - 8))  # a control that has not come whole
+        text, rest = (text, "") if cut < 0 else (text[:cut], text[cut:])
+        screen.feed(text)
     os.close(ours)
+    screen.feed(rest)
     return process.wait(10), screen.lines, screens
 
 
