@@ -19,6 +19,7 @@ from autobatch.search import planning
 from autobatch.sizing.search_trials import search_with as search_with  # the command line's way in
 from autobatch.sizing.searched_or_given import searched_or_given, shown_search
 from autobatch.terminal import kept_aside
+from autobatch.tracebacks import showing_users_line
 
 if TYPE_CHECKING:
     import keras
@@ -44,6 +45,7 @@ else:
     wrapped_step = _OnUse("autobatch.train.wrapped_step")
 
 
+@showing_users_line
 def fit(
     model: keras.Model,
     dataset: Any,
@@ -178,6 +180,7 @@ def fit(
     return train_through_own_fit(model, dataset, y, target_batch=target, options=fit_options, train=train)
 
 
+@showing_users_line
 def tune(
     model: keras.Model,
     dataset: Any,
