@@ -54,7 +54,7 @@ def fit(
     target_batch: int,
     micro_batch: int | str = "auto",
     memory_limit: int | str | None = None,
-    headroom: float = 0.05,
+    headroom: float | str = 0.05,
     memory_watch: bool = True,
     cache: bool = True,
     worker_timeout: float = 600.0,
@@ -72,7 +72,7 @@ def fit(
         micro_batch: Samples on the device at a time: "auto" searches for the fastest that fits; a number skips the
             search and is the most at a time. Micro-batches are of even sizes: at 5, 16 samples are 4 times 4.
         memory_limit: Upper bound on device memory, in bytes or as "512MiB"; None uses what the device has.
-        headroom: Share of the limit that is left alone.
+        headroom: Share of the limit that is left alone, or bytes as "500MiB".
         memory_watch: Warn when memory grows from epoch to epoch, with the likely cause, two epochs after the growth
             has proved to be steady. See :class:`autobatch.MemoryWatch`: a watch among your own ``callbacks`` takes its
             place, and names the cause at once.
@@ -96,7 +96,7 @@ def fit(
     target = arguments.target_batch(target_batch)
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
-    share = arguments.headroom(headroom)
+    share = arguments.headroom(headroom, limit_bytes)
     remembers = arguments.cache(cache)
     timeout_seconds = arguments.worker_timeout(worker_timeout)
     require_model(model)
@@ -188,7 +188,7 @@ def tune(
     *,
     target_batch: int | None = None,
     memory_limit: int | str | None = None,
-    headroom: float = 0.05,
+    headroom: float | str = 0.05,
     exact: bool = False,
     objective: str = "throughput",
     max_trials: int | None = None,
@@ -215,7 +215,7 @@ def tune(
     """
     target = None if target_batch is None else arguments.target_batch(target_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
-    share = arguments.headroom(headroom)
+    share = arguments.headroom(headroom, limit_bytes)
     remembers = arguments.cache(cache)
     planning.require_objective(objective)
 
@@ -276,7 +276,7 @@ def wrap_step(
     target_batch: int,
     micro_batch: int | str = "auto",
     memory_limit: int | str | None = None,
-    headroom: float = 0.05,
+    headroom: float | str = 0.05,
     jit_compile: bool = False,
     cache: bool = True,
 ) -> wrapped_step.WrappedStep:
@@ -300,7 +300,7 @@ def wrap_step(
     target = arguments.target_batch(target_batch)
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
-    share = arguments.headroom(headroom)
+    share = arguments.headroom(headroom, limit_bytes)
     remembers = arguments.cache(cache)
     if not callable(train_step):
         raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")

@@ -7,7 +7,7 @@ import operator
 from typing import Any
 
 from autobatch.types import Model
-from autobatch.units import parse_bytes
+from autobatch.units import format_bytes, parse_bytes
 
 
 def positive_int(value: Any, name: str, remedy: str = "") -> int:
@@ -47,14 +47,38 @@ def micro_batch(value: Any) -> int | None:
     return positive_int(value, "micro_batch", 'samples in one forward and backward pass, or "auto" to search')
 
 
-def headroom(value: Any) -> float:
-    """Check ``headroom``, the share of the limit that is left alone: in [0, 1)."""
-    message = f"headroom must be a number from 0 up to but not including 1, such as 0.05 for 5 %. Received: {value!r}"
+def headroom(value: Any, limit_bytes: int | None = None) -> float:
+    """Check ``headroom``, what is left alone of the limit: a share in [0, 1), or bytes as text; return those as an int.
+
+    :func:`autobatch.units.less_headroom` tells the two apart by their types.
+    """
+    message = (
+        'headroom must be a number from 0 up to but not including 1, or bytes as "500MiB"; a share is a number such as '
+        f"0.05 for 5 %. Received: {value!r}"
+    )
+    if isinstance(value, str):
+        if not value.strip()[-1:].isalpha():  # a number without a unit might be meant as percent
+            raise TypeError(message)
+        try:
+            size = parse_bytes(value, name="headroom")
+        except ValueError:
+            raise ValueError(message) from None
+        require_left(size, limit_bytes, "memory_limit")
+        return size
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message)
     if not 0 <= value < 1:
         raise ValueError(message)
     return float(value)
+
+
+def require_left(headroom_bytes: int, limit_bytes: int | None, source: str) -> None:
+    """Refuse a headroom that leaves nothing of a limit."""
+    if limit_bytes is not None and headroom_bytes >= limit_bytes:
+        raise ValueError(
+            f"headroom must leave something of the limit, which is {format_bytes(limit_bytes)} ({source}). "
+            f"Received: {format_bytes(headroom_bytes)}"
+        )
 
 
 def worker_timeout(value: Any) -> float:

@@ -1,8 +1,9 @@
-"""Tracebacks cut down to the user's own frames: between the user's call of ``fit`` and the fault stands nothing else."""
+"""Tracebacks cut down to the user's own frames: between the call of ``fit`` and the fault stands nothing else."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import linecache
 import os
 import re
@@ -73,7 +74,7 @@ def _without_own(first: TracebackType | None) -> TracebackType | None:
     own = [i for i, file in enumerate(files) if not is_own(file) and not is_library(file)]
     start = next((i for i in own if i >= behind), behind)
     kept = [links[i] for i in range(len(links)) if i >= start or i in own]
-    for link, after in zip(kept, kept[1:], strict=False):
+    for link, after in itertools.pairwise(kept):
         link.tb_next = after
     return kept[0] if kept else None
 

@@ -79,7 +79,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.headroom,
         default=0.05,
         metavar="SHARE",
-        help="share of the limit to keep free (default: %(default)s)",
+        help='share of the limit to keep free, or a size as "500MiB" (default: %(default)s)',
     )
     group.add_argument("--exact", action="store_true", help="prove the largest size: run the next one up as well")
     group.add_argument(

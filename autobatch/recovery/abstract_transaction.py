@@ -27,7 +27,7 @@ from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import Structure, UnevenSpec, rows_of
 from autobatch.terminal import kept_aside, notices
 from autobatch.types import Batch, ElementSpec
-from autobatch.units import format_bytes
+from autobatch.units import format_bytes, less_headroom
 
 StepT = TypeVar("StepT", bound=CompiledStep)
 
@@ -319,7 +319,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes
         if model is None or limit is None or model.per_sample_bytes <= 0:
             return None
-        samples = int((limit * (1 - self._headroom) - model.fixed_bytes) // model.per_sample_bytes)
+        samples = int((less_headroom(limit, self._headroom) - model.fixed_bytes) // model.per_sample_bytes)
         return samples // self._step.structure.samples_in_portion
 
 

@@ -207,14 +207,15 @@ def _try(candidate: Candidate, base: Report, run: Run) -> Remedy:
     except NoFeasibleBatchError as error:
         return dataclasses.replace(plain, smallest_failure=1, stopped_because=_first_line(error))
     except UserCodeError as error:
-        return dataclasses.replace(plain, why_not=f"{NO}: the model fails with it: {_in_words(candidate.variant, error)}")
+        why = _in_words(candidate.variant, error)
+        return dataclasses.replace(plain, why_not=f"{NO}: the model fails with it: {why}")
     except AutobatchError as error:
         return dataclasses.replace(plain, why_not=f"{NO}: {_first_line(error)}")
     return _figures(plain, measured, base, candidate.variant)
 
 
-_SAY_NOTHING = ("TypeError", "AttributeError", "KeyError", "IndexError", "AssertionError", "RecursionError", "NameError")
-"""Errors whose words are for whoever wrote the code that has failed: Keras's, since the model runs without the remedy."""
+_SAY_NOTHING = ("TypeError", "AttributeError", "KeyError", "IndexError", "AssertionError", "RecursionError")
+"""Errors whose words are for whoever wrote the code that failed: Keras's, since the model runs without the remedy."""
 
 
 def _in_words(variant: Variant, error: UserCodeError) -> str:

@@ -86,7 +86,7 @@ def environment_lines(environment: Environment) -> list[tuple[str, str]]:
     lines = [("Device", printable(environment.device)), ("Limit", _limit(environment))]
     if environment.budget_bytes is not None:
         budget = format_bytes(environment.budget_bytes)
-        lines.append(("Budget", f"{budget}, the limit less {100 * environment.headroom:.3g} % headroom"))
+        lines.append(("Budget", f"{budget}, the limit less {headroom(environment)}"))
     if environment.held_by_others_bytes:
         held = format_bytes(environment.held_by_others_bytes)
         lines.append(("Held before", f"{held}, by other tensors of the process"))
@@ -95,6 +95,14 @@ def environment_lines(environment: Environment) -> list[tuple[str, str]]:
     if environment.versions:
         lines.append(("Versions", ", ".join(f"{printable(name)} {printable(v)}" for name, v in environment.versions)))
     return lines
+
+
+def headroom(environment: Environment) -> str:
+    """Describe the headroom in bytes, and as a share of the limit."""
+    share = f"{100 * environment.headroom:.3g} % headroom"
+    if environment.limit_bytes is None or environment.budget_bytes is None:
+        return share
+    return f"{format_bytes(environment.limit_bytes - environment.budget_bytes)} ({share})"
 
 
 def _limit(environment: Environment) -> str:

@@ -38,7 +38,7 @@ class WorkerTrials:
         target: ``file.py:function``, ``package.module:function`` or ``keras:Name``.
         target_batch: the effective batch to plan for, None to look for the largest micro-batch.
         memory_limit: what the worker's device may use, in bytes or as text; None for what there is.
-        headroom: share of the limit to be kept free.
+        headroom: share of the limit to be kept free, or bytes as an int.
         trial_timeout_seconds: seconds that building the model, and one trial, may take; None for ever.
         device: "CPU", "GPU" or "GPU:1"; None for TensorFlow's own choice.
         precision: a Keras dtype policy set before the target is called; None leaves it alone.
