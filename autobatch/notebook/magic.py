@@ -67,7 +67,7 @@ def _magic(shell: Any) -> Callable[..., Report | None]:
             quiet=options.quiet,
             target_batch=options.target_batch,
             memory_limit=limit_bytes,
-            headroom=options.headroom,
+            headroom=f"{options.headroom}B" if isinstance(options.headroom, int) else options.headroom,
             exact=options.exact,
             objective=options.objective,
             max_trials=options.max_trials,

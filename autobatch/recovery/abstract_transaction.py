@@ -138,12 +138,13 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
             NoFeasibleBatchError: not even one sample fits; the model holds the last completed update.
             UpdateInterruptedError: memory ran out in the middle of an update whose weights were not kept.
         """
-        if self._is_outdated:
+        if self._is_outdated or self._step.summaries.wants_another_writer():
             self._renew_now()
         samples = self._step.structure.portions_in(data)
         if samples is None:
             return self._train_apart(data)
-        logs = self._run(data, samples, self._train_once, self.policy, "train", self._step.structure)
+        with self._step.summaries.opened():
+            logs = self._run(data, samples, self._train_once, self.policy, "train", self._step.structure)
         self._updates += 1
         self._good_updates += 1
         before = self.policy.micro_batch
@@ -175,7 +176,8 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         def once(data: Batch, samples: int) -> Logs:
             return self._evaluate_once(step, data, samples)
 
-        logs = self._run(data, samples, once, policy, "validation", step.structure)
+        with step.summaries.opened():
+            logs = self._run(data, samples, once, policy, "validation", step.structure)
         policy.succeeded(self._samples_here(samples))
         return logs
 
