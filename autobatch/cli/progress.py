@@ -130,6 +130,10 @@ class WatchedTrials:
         return self._trials.warnings
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(getattr(self._trials, "notes", ()))
+
+    @property
     def host_uses(self) -> tuple[HostUse, ...]:
         return self._trials.host_uses
 

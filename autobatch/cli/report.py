@@ -18,6 +18,7 @@ _EXAMPLES = """\
 examples:
   autobatch report train.py:build --target-batch 256 --memory-limit 512MiB
   autobatch report keras:ResNet50 --format html --output report.html
+  autobatch report model.keras --target-batch 64 --format markdown
 """
 _PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64")
 
@@ -43,9 +44,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     keras_targets.add_argument(
         "--input",
         type=arguments.input_shape,
-        default=(224, 224, 3),
         metavar="H,W,C",
-        help="input shape of a keras: target (default: 224,224,3)",
+        help="input shape of a keras: target (default: 224,224,3), or of a Keras file whose model leaves it open",
     )
     keras_targets.add_argument(
         "--classes",

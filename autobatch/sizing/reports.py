@@ -35,7 +35,10 @@ def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Repo
         environment=environment,
         stopped_because=f"{result.stopped_because}{whole}",
         model_name=trials.model_name,
-        warnings=trials.warnings if plan is None or _accumulates(plan) else (),
+        warnings=(
+            *(trials.warnings if plan is None or _accumulates(plan) else ()),
+            *getattr(trials, "notes", ()),
+        ),
         host_uses=trials.host_uses,
     )
 

@@ -83,7 +83,8 @@ def _serve(requests: queue.SimpleQueue[Message], reply: Callable[[Message], None
             largest_useful=trials.largest_useful,
             fixed_bytes_hint=trials.fixed_bytes_hint,
             model_name=trials.model_name,
-            warnings=(*trials.warnings, *notes),
+            warnings=trials.warnings,
+            notes=tuple(notes),
             host_uses=tuple(trials.host_uses),
             fingerprint=fingerprint,
             content=trials.content,
@@ -130,7 +131,7 @@ def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
     """
     target = options["target"]
     notes: list[str] = []
-    build = load_target(options)
+    build = load_target(options, notes)
     _limit_devices(target, options["memory_limit_bytes"])
     variant = decode_record(Variant, options["variant"], "variant")
     precision = variant.precision or options["precision"]

@@ -57,6 +57,7 @@ class Ready:
     replicas: int
     samples_in_portion: int = 1
     takes_elements_whole: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def decode_result(fields: Message) -> TrialResult:

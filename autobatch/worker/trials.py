@@ -68,7 +68,7 @@ class WorkerTrials:
         precision: str | None = None,
         jit_compile: bool | None = None,
         variant: Variant = AS_IT_IS,
-        input_shape: tuple[int, ...] = (224, 224, 3),
+        input_shape: tuple[int, ...] | None = None,
         classes: int = 1000,
         strategy: str | None = None,
         opener: str | None = None,
@@ -89,7 +89,7 @@ class WorkerTrials:
             "precision": precision,
             "jit_compile": jit_compile,
             "variant": encode(variant),
-            "input_shape": list(input_shape),
+            "input_shape": None if input_shape is None else list(input_shape),
             "classes": classes,
             "strategy": strategy,
         }
@@ -127,6 +127,11 @@ class WorkerTrials:
     @property
     def warnings(self) -> tuple[str, ...]:
         return self._ready.warnings
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else the report must say of how the model was built, whatever its plan."""
+        return self._ready.notes
 
     @property
     def host_uses(self) -> tuple[HostUse, ...]:
