@@ -100,6 +100,11 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._policy_of_whole_elements = MicroBatchPolicy(1)
         self._is_outdated = False
 
+    @property
+    def micro_batch(self) -> int:
+        """Size of micro-batches now, in samples."""
+        return self.policy.micro_batch * self._step.structure.samples_in_portion
+
     def release(self) -> None:
         """Let go of the memory that the steps hold between updates; their traces may be kept for the next training."""
         kept_steps.give_back(self._step)

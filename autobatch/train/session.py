@@ -17,6 +17,7 @@ from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.replicas.devices import Devices
 from autobatch.seams import models, progress_bars
 from autobatch.terminal import notices
+from autobatch.train import in_tensorboard
 from autobatch.training_history import TrainingHistory
 from autobatch.types import Model
 from autobatch.watch.memory_watch import ONCE_STEADY, MemoryWatch
@@ -44,6 +45,8 @@ def train(
     given = options.get("callbacks")
     callbacks = _callback_list(model, batches, options)
     for callback in devices.callbacks(given, plan, transaction):
+        _add(callback, callbacks, model)
+    for callback in in_tensorboard.beside(callbacks.callbacks, report, transaction):
         _add(callback, callbacks, model)
     if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
         # Nobody asked for a walk over all that is alive before memory is seen to grow.
