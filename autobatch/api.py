@@ -218,6 +218,7 @@ def tune(
     share = arguments.headroom(headroom, limit_bytes)
     remembers = arguments.cache(cache)
     planning.require_objective(objective)
+    arguments.require_keras_3(model)
 
     from autobatch.step import kept_steps
 
@@ -304,6 +305,7 @@ def wrap_step(
     remembers = arguments.cache(cache)
     if not callable(train_step):
         raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")
+    arguments.require_keras_3(model)
 
     from autobatch.replicas.devices import require_one_device
     from autobatch.step import supported

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
 from typing import Any
 
 from autobatch.types import Model
@@ -113,6 +114,37 @@ def cache(value: Any) -> bool:
             f"says. Received: {value!r}"
         )
     return value
+
+
+_OLDER_KERAS = ("tf_keras", "tensorflow.python.keras", "keras.engine", "keras.src.engine")
+
+
+def require_keras_3(model: Any) -> None:
+    """Refuse a model of an older Keras, or of Keras on another backend, before anything is imported that fails there.
+
+    Raises:
+        TypeError: it is a model of Keras 2, as ``tf.keras`` makes with ``TF_USE_LEGACY_KERAS=1``.
+        ValueError: Keras runs on another backend than TensorFlow.
+    """
+    modules = [f"{base.__module__}." for base in type(model).__mro__]
+    if any(module.startswith(f"{older}.") for module in modules for older in _OLDER_KERAS):
+        raise TypeError(
+            "autobatch works with models of Keras 3, and this one is of Keras 2 (tf_keras, which tf.keras is with "
+            "TF_USE_LEGACY_KERAS=1): unset TF_USE_LEGACY_KERAS and make the model with keras. "
+            f"Received: {type(model).__module__}.{type(model).__qualname__}"
+        )
+    backend = getattr(getattr(sys.modules.get("keras"), "backend", None), "backend", None)
+    if backend is not None:
+        require_backend(backend())
+
+
+def require_backend(backend: str) -> None:
+    """Refuse Keras on another backend than TensorFlow."""
+    if backend != "tensorflow":
+        raise ValueError(
+            "autobatch works with Keras on the TensorFlow backend alone: set KERAS_BACKEND=tensorflow before keras is "
+            f"imported. Received: the backend {backend!r}"
+        )
 
 
 def require_fit_options(model: Model, options: dict[str, Any]) -> None:

@@ -58,8 +58,8 @@ ROOMS: dict[str, set[str]] = {
         "training_history",
         "watch",
     },
-    "opening": {*GROUND, "data", "replicas", "seams", "step", "trial"},
-    "worker": {*GROUND, "memory", "opening", "record_codec", "seams", "tracebacks", "trial"},
+    "opening": {*GROUND, "arguments", "data", "replicas", "seams", "step", "trial"},
+    "worker": {*GROUND, "arguments", "memory", "opening", "record_codec", "seams", "tracebacks", "trial"},
     "remedies": {*GROUND, "memory", "seams", "trial", "worker"},
     "api": {
         *GROUND,

@@ -133,6 +133,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     target.check(options.target)
+    target.check_backend(options.target)
     output.check(options.output)
     if options.fail_under and options.target_batch and options.fail_under > options.target_batch:
         raise UsageError(

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 
+from autobatch.arguments import require_backend
 from autobatch.errors import TargetError
 
 FORMS = "file.py:function, package.module:function, keras:ResNet50 or model.keras"
@@ -32,6 +33,15 @@ def check(target: str) -> None:
         _check_file(place, name)
     elif not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", place):
         raise TargetError(f"{place!r} is neither a Python file nor a module. TARGET is written as {FORMS}.")
+
+
+def check_backend(target: str) -> None:
+    """Refuse a backend of Keras that the worker would import in vain; a function may choose another one itself."""
+    if target.endswith(KERAS_FILES) or target.startswith("keras:"):
+        try:
+            require_backend(os.environ.get("KERAS_BACKEND") or "tensorflow")
+        except ValueError as error:
+            raise TargetError(str(error)) from None
 
 
 def _require_file(path: str, kind: str = "Keras") -> None:

@@ -36,7 +36,8 @@ class SummaryTurn:
         self._table: Any = None
         self._is_open = False  # for a table that is made in the middle of an update
         self._writers: list[Any] = []
-        """Writers that the step was traced with, if it writes anything; None among them stands for no writer."""
+        """Writers that the step was traced under, if it writes anything; None among them stands for no writer."""
+        self._has_own = False  # a writer that the step's code sets by itself
 
     def wants_another_writer(self) -> bool:
         """Return True if the step writes summaries, and was traced before the present writer was there.
@@ -61,7 +62,9 @@ class SummaryTurn:
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """Let the next micro-batch write while the ``with`` block runs, and none after it."""
-        self._set(True)
+        now = getattr(_summary_state, "writer", None)
+        # What was traced under a writer that is not there any more has nowhere to write to.
+        self._set(self._has_own or not self._writers or any(writer is now for writer in self._writers if writer))
         try:
             yield
         finally:
@@ -86,7 +89,9 @@ class SummaryTurn:
             now = None if _summary_state.writer is _NOBODY else _summary_state.writer
             if allowed is False:
                 return False
-            if all(known is not now for known in self._writers):
+            if now is not writer:
+                self._has_own = True
+            elif all(known is not now for known in self._writers):
                 self._writers.append(now)
             if now is None:
                 return False

@@ -25,9 +25,12 @@ class Seen(keras.layers.Layer):
 
 
 class Board(keras.callbacks.TensorBoard):
-    """Keras's own, less the logs of epochs, for which TensorBoard must be installed."""
+    """Keras's own, less its own logs, for which TensorBoard must be installed."""
 
     def on_epoch_end(self, epoch, logs=None):
+        pass
+
+    def on_train_batch_end(self, batch, logs=None):
         pass
 
     def _log_epoch_metrics(self, epoch, logs):
@@ -64,7 +67,8 @@ def within(folder, train):
 
 
 def test_plain_keras_writes_once_an_update(tmp_path):
-    found = within(tmp_path, lambda: model().fit(*data(), batch_size=TARGET, validation_data=data(), verbose=0))
+    options = {"batch_size": TARGET, "validation_data": data(), "validation_batch_size": 32, "verbose": 0}
+    found = within(tmp_path, lambda: model().fit(*data(), **options))
     assert found == {"in_training": 4, "in_validation": 2}
 
 
@@ -104,6 +108,25 @@ def test_neither_tune_nor_a_search_writes_and_a_writer_may_come_later(tmp_path):
         assert found == {"in_training": 4}
 
 
+def test_a_writer_of_the_models_own(tmp_path):
+    writer = tf.summary.create_file_writer(str(tmp_path / "own"))
+
+    class WithWriter(Seen):
+        def call(self, inputs, training=None):
+            with writer.as_default():
+                return super().call(inputs, training=training)
+
+    def built():
+        made = keras.Sequential([keras.Input((8,)), WithWriter(), keras.layers.Dense(3)])
+        made.compile("sgd", "mse")
+        return made
+
+    autobatch.fit(built(), *data(), **OPTIONS)
+    autobatch.fit(built(), *data(), micro_batch=5, **OPTIONS)
+    writer.close()
+    assert len(values(tmp_path)["in_training"]) == 8
+
+
 def test_the_users_own_condition_holds_too(tmp_path):
     def train():
         with tf.summary.record_if(False):
@@ -131,10 +154,11 @@ def test_a_wrapped_step_writes_once_an_update(tmp_path):
 
 
 def test_tensorboards_callback_gets_the_models_summaries_and_a_run_of_ours(tmp_path):
-    board = Board(str(tmp_path), update_freq=100, write_graph=False)
+    board = Board(str(tmp_path), update_freq=1, write_graph=False)
     options = {"callbacks": [board], "epochs": 2, **OPTIONS}
     history = autobatch.fit(model(MemoryHog(AtCall(10))), *data(), micro_batch=6, **options)
     (recovery,) = history.recoveries
+    assert len(values(tmp_path / "train")["in_training"]) == 8
     found = values(tmp_path / "autobatch")
     assert found["report"][0][0] == 0
     assert found["report"][0][1].decode().startswith("### autobatch sizing report")
