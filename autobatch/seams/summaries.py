@@ -28,11 +28,12 @@ _NOBODY = object()
 class SummaryTurn:
     """Turn of one micro-batch to write summaries: open at the start of an update, over once a micro-batch has run.
 
-    It is kept in a table and in no variable, since variables that a step writes are put back when it is undone. What
+    ``is_compiled`` says whether XLA compiles the step, which cannot compile a summary: then none is written. It is kept in a table and in no variable, since variables that a step writes are put back when it is undone. What
     was written before memory ran out is not written again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_compiled: Callable[[], bool]) -> None:
+        self._is_compiled = is_compiled
         self._table: Any = None
         self._is_open = False  # for a table that is made in the middle of an update
         self._writers: list[Any] = []
@@ -87,7 +88,7 @@ class SummaryTurn:
         def is_turn() -> Any:
             allowed = before() if callable(before) else before
             now = None if _summary_state.writer is _NOBODY else _summary_state.writer
-            if allowed is False:
+            if allowed is False or self._is_compiled():
                 return False
             if now is not writer:
                 self._has_own = True

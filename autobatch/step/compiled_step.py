@@ -44,7 +44,7 @@ class CompiledStep(abc.ABC):
         self.model = model
         self.structure = Structure(element_spec)
         self.update_room = UpdateReserve()
-        self.summaries = SummaryTurn()
+        self.summaries = SummaryTurn(lambda: bool(model.jit_compile))
         self.on_traced: Callable[[], None] = lambda: None
         """Callback for a change of :attr:`traced`."""
         self.on_optimizer_found: Callable[[], None] = lambda: None

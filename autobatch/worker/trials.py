@@ -130,7 +130,7 @@ class WorkerTrials:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What else the report must say of how the model was built, whatever its plan."""
+        """Notes on how the model was built, for the report whatever its plan."""
         return self._ready.notes
 
     @property
