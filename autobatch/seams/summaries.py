@@ -28,7 +28,9 @@ _NOBODY = object()
 class SummaryTurn:
     """Turn of one micro-batch to write summaries: open at the start of an update, over once a micro-batch has run.
 
-    ``is_compiled`` says whether XLA compiles the step, which cannot compile a summary: then none is written. It is kept in a table and in no variable, since variables that a step writes are put back when it is undone. What
+    ``is_compiled`` says whether XLA compiles the step, which cannot compile a summary: then none is written.
+
+    It is kept in a table and in no variable, since variables that a step writes are put back when it is undone. What
     was written before memory ran out is not written again.
     """
 
