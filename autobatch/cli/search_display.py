@@ -81,7 +81,8 @@ class SearchTable:
         """Say in words what the search has cost, and where its ``report`` comes from if it was no search."""
         count = len(self._trials)
         if report is not None and not count:
-            return "known from an earlier search, no trial"
+            _, no_search, why = report.stopped_because.partition("no search: ")
+            return why if no_search else "known from an earlier search, no trial"
         seconds = sentences.rough_seconds(self._clock() - self._started)
         cost = f"{count} trial{'' if count == 1 else 's'}, {seconds}"
         remembered = report is not None and report.stopped_because.startswith("remembered")

@@ -159,7 +159,7 @@ def in_a_line(report: Report, *, spent: str) -> str:
 
 def _peak_of_limit(report: Report) -> str:
     trial, limit_bytes = decisive_trial(report), report.environment.limit_bytes
-    if trial is None or trial.peak_bytes is None:
+    if trial is None or not trial.peak_bytes:  # an allocator may keep no figures
         return ""
     peak = format_bytes(trial.peak_bytes)
     if not limit_bytes:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from autobatch.trial.protocol import Trials
 
 
+_GIVEN = "no search: micro_batch was given"
+
+
 def searched_or_given(
     trials: LiveTrials,
     micro_batch: int | None,
@@ -24,7 +27,7 @@ def searched_or_given(
     target_batch: int,
     cache: bool,
     listed_in: str,
-    why: str = "no search: micro_batch was given",
+    why: str = _GIVEN,
     quiet: bool = False,
 ) -> Report:
     """Search and close the trials, or take the ``micro_batch`` if there is one; warn of what differs.
@@ -40,6 +43,8 @@ def searched_or_given(
             trials.close()
     else:
         report = unsearched(trials, min(micro_batch, -(-target_batch // trials.replicas)), target_batch, why)
+        if why != _GIVEN and not quiet and display.show_search is not None:  # a size that the user gave is no news
+            report = display.show_search(trials, lambda trials, on_trial=None: report)
     if report.plan is not None and trials.samples_in_portion == 1:
         size = trials.size_in_training(report.plan.micro_batch)
         if size != report.plan.micro_batch:

@@ -93,7 +93,7 @@ def table_below() -> Iterator[Table | None]:
     It is gone when the ``with`` block ends.
     """
     here = Window(explained=True)
-    if not is_terminal() or not _enter(here, sieves=is_wanted(), stdout_too=True):
+    if not is_terminal() or os.environ.get("TERM") == "dumb" or not _enter(here, sieves=is_wanted(), stdout_too=True):
         yield None
         return
     assert _relay is not None
