@@ -90,6 +90,16 @@ def _report_format(name: str) -> Any:
 display.report_format = _report_format
 
 
+def _show_search(trials: Any, search: Any) -> Any:
+    from autobatch.cli import search_display
+
+    return search_display.shown(trials, search)
+
+
+# A notebook puts its own in the place of this.
+display.show_search = _show_search
+
+
 def load_ipython_extension(shell: Any) -> None:
     """Give the shell the magic and the display, as ``%load_ext autobatch`` asks."""
     from autobatch import notebook

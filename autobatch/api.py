@@ -19,6 +19,8 @@ from autobatch.records import Report
 from autobatch.search import planning
 from autobatch.sizing.search_trials import search_with as search_with  # the command line's way in
 from autobatch.sizing.searched_or_given import searched_or_given, shown_search
+from autobatch.terminal import kept_aside
+from autobatch.tracebacks import showing_users_line
 
 if TYPE_CHECKING:
     import keras
@@ -44,6 +46,7 @@ else:
     wrapped_step = _OnUse("autobatch.train.wrapped_step")
 
 
+@showing_users_line
 def fit(
     model: keras.Model,
     dataset: Any,
@@ -52,7 +55,7 @@ def fit(
     target_batch: int,
     micro_batch: int | str = "auto",
     memory_limit: int | str | None = None,
-    headroom: float = 0.05,
+    headroom: float | str = 0.05,
     memory_watch: bool = True,
     cache: bool = True,
     worker_timeout: float = 600.0,
@@ -73,7 +76,7 @@ def fit(
         micro_batch: Samples on the device at a time: "auto" searches for the fastest that fits; a number skips the
             search and is the most at a time. Micro-batches are of even sizes: at 5, 16 samples are 4 times 4.
         memory_limit: Upper bound on device memory, in bytes or as "512MiB"; None uses what the device has.
-        headroom: Share of the limit that is left alone.
+        headroom: Share of the limit that is left alone, or bytes as "500MiB".
         memory_watch: Warn when memory grows from epoch to epoch, with the likely cause, two epochs after the growth
             has proved to be steady. See :class:`autobatch.MemoryWatch`: a watch among your own ``callbacks`` takes its
             place, and names the cause at once.
@@ -101,7 +104,7 @@ def fit(
     target = arguments.target_batch(target_batch)
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
-    share = arguments.headroom(headroom)
+    share = arguments.headroom(headroom, limit_bytes)
     remembers = arguments.cache(cache)
     timeout_seconds = arguments.worker_timeout(worker_timeout)
     require_model(model)
@@ -185,12 +188,14 @@ def fit(
             return history
         finally:
             release()
+            kept_aside.end()
 
     if not fitting.overrides_fit(model):
         return train({"x": dataset, "y": y, **fit_options}, model.fit)
     return train_through_own_fit(model, dataset, y, target_batch=target, options=fit_options, train=train)
 
 
+@showing_users_line
 def tune(
     model: keras.Model,
     dataset: Any,
@@ -198,7 +203,7 @@ def tune(
     *,
     target_batch: int | None = None,
     memory_limit: int | str | None = None,
-    headroom: float = 0.05,
+    headroom: float | str = 0.05,
     exact: bool = False,
     objective: str = "throughput",
     max_trials: int | None = None,
@@ -225,9 +230,10 @@ def tune(
     """
     target = None if target_batch is None else arguments.target_batch(target_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
-    share = arguments.headroom(headroom)
+    share = arguments.headroom(headroom, limit_bytes)
     remembers = arguments.cache(cache)
     planning.require_objective(objective)
+    arguments.require_keras_3(model)
 
     from autobatch.step import kept_steps
 
@@ -275,6 +281,7 @@ def tune(
     finally:
         trials.close()
         kept_steps.give_back(trials.step)
+        kept_aside.end()
 
 
 def wrap_step(
@@ -285,7 +292,7 @@ def wrap_step(
     target_batch: int,
     micro_batch: int | str = "auto",
     memory_limit: int | str | None = None,
-    headroom: float = 0.05,
+    headroom: float | str = 0.05,
     jit_compile: bool = False,
     cache: bool = True,
 ) -> wrapped_step.WrappedStep:
@@ -309,10 +316,11 @@ def wrap_step(
     target = arguments.target_batch(target_batch)
     chosen = arguments.micro_batch(micro_batch)
     limit_bytes = arguments.memory_limit(memory_limit)
-    share = arguments.headroom(headroom)
+    share = arguments.headroom(headroom, limit_bytes)
     remembers = arguments.cache(cache)
     if not callable(train_step):
         raise TypeError(f"train_step must be a function of one batch. Received: {train_step!r}")
+    arguments.require_keras_3(model)
 
     from autobatch.replicas.devices import require_one_device
     from autobatch.step import supported

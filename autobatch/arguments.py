@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import operator
 import re
+import sys
 from typing import Any
 
 from autobatch.types import Model
-from autobatch.units import parse_bytes
+from autobatch.units import format_bytes, parse_bytes
 
 
 def positive_int(value: Any, name: str, remedy: str = "") -> int:
@@ -48,14 +49,38 @@ def micro_batch(value: Any) -> int | None:
     return positive_int(value, "micro_batch", 'samples in one forward and backward pass, or "auto" to search')
 
 
-def headroom(value: Any) -> float:
-    """Check ``headroom``, the share of the limit that is left alone: in [0, 1)."""
-    message = f"headroom must be a number from 0 up to but not including 1, such as 0.05 for 5 %. Received: {value!r}"
+def headroom(value: Any, limit_bytes: int | None = None) -> float:
+    """Check ``headroom``, what is left alone of the limit: a share in [0, 1), or bytes as text; return those as an int.
+
+    :func:`autobatch.units.less_headroom` tells the two apart by their types.
+    """
+    message = (
+        'headroom must be a number from 0 up to but not including 1, or bytes as "500MiB"; a share is a number such as '
+        f"0.05 for 5 %. Received: {value!r}"
+    )
+    if isinstance(value, str):
+        if not value.strip()[-1:].isalpha():  # a number without a unit might be meant as percent
+            raise TypeError(message)
+        try:
+            size = parse_bytes(value, name="headroom")
+        except ValueError:
+            raise ValueError(message) from None
+        require_left(size, limit_bytes, "memory_limit")
+        return size
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message)
     if not 0 <= value < 1:
         raise ValueError(message)
     return float(value)
+
+
+def require_left(headroom_bytes: int, limit_bytes: int | None, source: str) -> None:
+    """Refuse a headroom that leaves nothing of a limit."""
+    if limit_bytes is not None and headroom_bytes >= limit_bytes:
+        raise ValueError(
+            f"headroom must leave something of the limit, which is {format_bytes(limit_bytes)} ({source}). "
+            f"Received: {format_bytes(headroom_bytes)}"
+        )
 
 
 def worker_timeout(value: Any) -> float:
@@ -123,6 +148,37 @@ def backup_every(value: Any) -> tuple[float, int | None]:
     if operator.index(value) < 1:
         raise ValueError(message)
     return float("inf"), operator.index(value)
+
+
+_OLDER_KERAS = ("tf_keras", "tensorflow.python.keras", "keras.engine", "keras.src.engine")
+
+
+def require_keras_3(model: Any) -> None:
+    """Refuse a model of an older Keras, or of Keras on another backend, before anything is imported that fails there.
+
+    Raises:
+        TypeError: it is a model of Keras 2, as ``tf.keras`` makes with ``TF_USE_LEGACY_KERAS=1``.
+        ValueError: Keras runs on another backend than TensorFlow.
+    """
+    modules = [f"{base.__module__}." for base in type(model).__mro__]
+    if any(module.startswith(f"{older}.") for module in modules for older in _OLDER_KERAS):
+        raise TypeError(
+            "autobatch works with models of Keras 3, and this one is of Keras 2 (tf_keras, which tf.keras is with "
+            "TF_USE_LEGACY_KERAS=1): unset TF_USE_LEGACY_KERAS and make the model with keras. "
+            f"Received: {type(model).__module__}.{type(model).__qualname__}"
+        )
+    backend = getattr(getattr(sys.modules.get("keras"), "backend", None), "backend", None)
+    if backend is not None:
+        require_backend(backend())
+
+
+def require_backend(backend: str) -> None:
+    """Refuse Keras on another backend than TensorFlow."""
+    if backend != "tensorflow":
+        raise ValueError(
+            "autobatch works with Keras on the TensorFlow backend alone: set KERAS_BACKEND=tensorflow before keras is "
+            f"imported. Received: the backend {backend!r}"
+        )
 
 
 def require_fit_options(model: Model, options: dict[str, Any]) -> None:

@@ -12,8 +12,12 @@ from typing import Any
 show_search: Callable[[Any, Callable[..., Any]], Any] | None = None
 """Function that shows a search on a live model while it runs; None shows nothing.
 
-A front end, such as a notebook, sets it. It is given the trials and the search to run, and returns the search's report.
+A front end sets it: the package one for a terminal, a notebook its own. It is given the trials and the search to run,
+and returns the search's report.
 """
+
+search_heading = ""
+"""Name of the variant of the model that is searched, where there are several."""
 
 report_format: Callable[[str], Any]
 """Function that finds the module for reports in the named format; the package sets it before it has any record."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from autobatch import arguments
 from autobatch.errors import warn
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def open_trials(
 
 
 def require_model(model: Any) -> None:
-    """Refuse anything but a Keras model."""
+    """Refuse anything but a Keras 3 model on the TensorFlow backend."""
+    arguments.require_keras_3(model)
     if not hasattr(model, "train_step") or not hasattr(model, "fit"):
         raise TypeError(f"model must be a Keras model. Received: {model!r} (of type {type(model).__name__})")
 

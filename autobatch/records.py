@@ -200,7 +200,10 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Surroundings of the trials. ``budget_bytes`` is ``limit_bytes`` less the headroom; None is "no limit known"."""
+    """Surroundings of the trials. ``budget_bytes`` is ``limit_bytes`` less the headroom; None is "no limit known".
+
+    ``headroom`` is a share of the limit. ``headroom_bytes`` is None unless it was given in bytes.
+    """
 
     device: str
     limit_bytes: int | None
@@ -211,6 +214,7 @@ class Environment:
     jit_compile: bool
     versions: tuple[tuple[str, str], ...] = ()
     held_by_others_bytes: int = field(default=0, metadata={"left_out_at_default": True})  # before the first trial
+    headroom_bytes: int | None = field(default=None, metadata={"left_out_at_default": True})
 
 
 @dataclass(frozen=True, slots=True)

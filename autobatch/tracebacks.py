@@ -1,12 +1,22 @@
-"""Tracebacks cut down to the user's own frames: worker processes and notebooks show no frame of autobatch's."""
+"""Tracebacks cut down to the user's own frames: between the call of ``fit`` and the fault stands nothing else."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import linecache
 import os
+import re
+import sys
 import sysconfig
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _OWN_CODE = os.path.realpath(Path(__file__).parent) + os.sep
 _LIBRARIES = tuple(
@@ -14,6 +24,72 @@ _LIBRARIES = tuple(
 )
 _OF_INSTALLED = frozenset(("site-packages", "dist-packages"))
 """Folders that packages are installed in, wherever they are: the user's own, or those of the system beside a venv."""
+
+
+_NODE = "Detected at node"
+_PLACE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>[^\n]+)')
+
+
+def showing_users_line(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return ``function`` with the traceback of what it raises cut, as Keras cuts its own.
+
+    Frames of autobatch and of TensorFlow's tracing go, up to the first line of the user's that was called from them.
+    An error that autobatch itself raises stays as it is, and so does every one after
+    ``keras.config.disable_traceback_filtering()``. Where an operation failed in a graph, a note names the user's line
+    that had made it.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **options: _P.kwargs) -> _R:
+        try:
+            return function(*args, **options)
+        except Exception as error:
+            # TensorFlow cuts its own frames off, so that the last one may be ours.
+            of_tensorflow = type(error).__module__.startswith("tensorflow.")
+            if (of_tensorflow or not raised_here(error)) and _are_cut():
+                _note_place(error)
+                here = error.__traceback__
+                if here is not None:
+                    here.tb_next = _without_own(here.tb_next)
+            raise
+
+    return wrapper
+
+
+def _are_cut() -> bool:
+    config = getattr(sys.modules.get("keras"), "config", None)
+    is_enabled = getattr(config, "is_traceback_filtering_enabled", None)
+    return is_enabled is None or bool(is_enabled())
+
+
+def _without_own(first: TracebackType | None) -> TracebackType | None:
+    """Return the links from ``first`` on without autobatch's, and without what they have called of libraries."""
+    links = []
+    link = first
+    while link is not None:
+        links.append(link)
+        link = link.tb_next
+    files = [link.tb_frame.f_code.co_filename for link in links]
+    behind = max((i + 1 for i, file in enumerate(files) if is_own(file)), default=0)
+    own = [i for i, file in enumerate(files) if not is_own(file) and not is_library(file)]
+    start = next((i for i in own if i >= behind), behind)
+    kept = [links[i] for i in range(len(links)) if i >= start or i in own]
+    for link, after in itertools.pairwise(kept):
+        link.tb_next = after
+    return kept[0] if kept else None
+
+
+def _note_place(error: Exception) -> None:
+    """Add the user's line to an error of a graph, which tells of every frame that has led to the operation."""
+    text = str(error)
+    if _NODE not in text or not hasattr(error, "add_note"):  # Python 3.10 has no notes
+        return
+    places = [found for found in _PLACE.finditer(text) if not is_own(found["file"]) and not is_library(found["file"])]
+    if not places:
+        return
+    place = places[-1]
+    source = linecache.getline(place["file"], int(place["line"])).strip()
+    error.add_note(f"The operation is made by your code: {place[0]}{source and f': {source}'}")
 
 
 def raised_here(error: BaseException) -> bool:

@@ -30,6 +30,17 @@ class TrainingHistory(keras.callbacks.History):  # type: ignore[misc]  # Keras s
     recoveries: tuple[Recovery, ...]
     """Times that training ran out of memory and went on, in turn; empty where it never did."""
 
+    def __repr__(self) -> str:
+        """Name the plan, and how the training went."""
+        plan = getattr(self, "plan", None)
+        if plan is None:
+            return super().__repr__()  # type: ignore[no-any-return]
+        epochs, recoveries = len(self.epoch), len(self.recoveries)
+        return (
+            f"<TrainingHistory micro-batch {plan.micro_batches[0]} x {plan.accumulation_steps} for "
+            f"{plan.effective_batch}, {epochs} {'epoch' if epochs == 1 else 'epochs'}, {recoveries} recovered>"
+        )
+
     @classmethod
     def of(
         cls, history: keras.callbacks.History, *, plan: Plan, report: Report, recoveries: tuple[Recovery, ...]

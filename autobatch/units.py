@@ -49,6 +49,20 @@ def parse_bytes(value: int | str, *, name: str = "memory_limit") -> int:
     return size
 
 
+def less_headroom(limit_bytes: int, headroom: float) -> int:
+    """Return what of a limit may be used beside the ``headroom``: a share as a ``float``, bytes as an ``int``."""
+    if isinstance(headroom, int):
+        return max(0, limit_bytes - headroom)
+    return int(limit_bytes * (1 - headroom))
+
+
+def headroom_share(limit_bytes: int | None, headroom: float) -> float:
+    """Return ``headroom`` as a share of the limit; 0 if it is bytes and no limit is known."""
+    if not isinstance(headroom, int):
+        return headroom
+    return min(1.0, headroom / limit_bytes) if limit_bytes else 0.0
+
+
 def format_bytes(size: float) -> str:
     """Write bytes as people read them: ``format_bytes(536870912) == "512 MiB"``."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "autobatch"
-GROUND = {"records", "allocation_trace", "errors", "units", "version", "display"}
+GROUND = {"records", "allocation_trace", "errors", "units", "version", "display", "terminal"}
 # What each room may import from, from the ground up. Lazy imports and modules named in strings count as well.
 ROOMS: dict[str, set[str]] = {
     "version": set(),
@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "tracebacks": set(),
     "errors": {"tracebacks"},
     "arguments": {"units"},
+    "terminal": {"errors"},
     "records": {"display", "allocation_trace"},
     "training_history": {"records"},
     "seams": set(),
@@ -43,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "watch": {*GROUND, "memory", "seams"},
     "recovery": {*GROUND, "memory", "metrics", "step", "tensors"},
     "backup": {*GROUND, "arguments", "data", "recovery", "seams", "tensors"},
-    "trial": {*GROUND, "differences", "graphs", "memory", "recovery", "seams", "step", "tensors"},
+    "trial": {*GROUND, "arguments", "differences", "graphs", "memory", "recovery", "seams", "step", "tensors"},
     "sizing": {*GROUND, "cache", "differences", "memory", "search", "trial"},
     "replicas": {*GROUND, "memory", "metrics", "recovery", "seams", "step", "tensors", "trial"},
     "train": {
@@ -55,11 +56,12 @@ ROOMS: dict[str, set[str]] = {
         "seams",
         "step",
         "tensors",
+        "tracebacks",
         "training_history",
         "watch",
     },
-    "opening": {*GROUND, "data", "replicas", "seams", "step", "trial"},
-    "worker": {*GROUND, "memory", "opening", "record_codec", "seams", "tracebacks", "trial"},
+    "opening": {*GROUND, "arguments", "data", "replicas", "seams", "step", "trial"},
+    "worker": {*GROUND, "arguments", "memory", "opening", "record_codec", "seams", "tracebacks", "trial"},
     "remedies": {*GROUND, "memory", "seams", "trial", "worker"},
     "api": {
         *GROUND,
@@ -76,7 +78,7 @@ ROOMS: dict[str, set[str]] = {
             "step",
             "train",
         ),
-        *("training_history", "trial"),
+        *("tracebacks", "training_history", "trial"),
     },
     "cli": {*GROUND, "api", "arguments", "cache", "memory", "remedies", "report", "trial", "worker"},
     "notebook": {*GROUND, "api", "cli", "report", "tracebacks"},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
 from models import arrays, classifier
 
 import autobatch
+from autobatch.units import headroom_share, less_headroom
 
 NOT_WHOLE = [2.5, True, "256", None, [1]]
 
@@ -47,6 +50,14 @@ def untouched():
         ({"target_batch": 8, "headroom": -0.1}, ValueError, "headroom.*Received: -0.1"),
         ({"target_batch": 8, "headroom": float("nan")}, ValueError, "headroom.*Received: nan"),
         ({"target_batch": 8, "headroom": "5%"}, TypeError, "headroom.*Received: '5%'"),
+        ({"target_batch": 8, "headroom": "500"}, TypeError, "headroom.*\"500MiB\".*Received: '500'"),
+        ({"target_batch": 8, "headroom": "5 apples"}, ValueError, "headroom.*\"500MiB\".*Received: '5 apples'"),
+        ({"target_batch": 8, "headroom": "0 MiB"}, ValueError, "headroom.*Received: '0 MiB'"),
+        (
+            {"target_batch": 8, "headroom": "2GiB", "memory_limit": "1GiB", "cache": False},
+            ValueError,
+            "headroom must leave something of the limit, which is 1 GiB .*Received: 2 GiB",
+        ),
         ({"target_batch": 8, "cache": "/tmp"}, TypeError, "cache must be True or False.*AUTOBATCH_CACHE_DIR.*'/tmp'"),
     ],
     ids=str,
@@ -54,6 +65,26 @@ def untouched():
 def test_numbers(untouched, function, arguments, error, message):
     with pytest.raises(error, match=message):
         function(untouched, *arrays(), **arguments)
+
+
+def test_headroom_in_bytes():
+    assert (less_headroom(1000, 0.25), less_headroom(1000, 250), less_headroom(1000, 2000)) == (750, 750, 0)
+    assert (headroom_share(1000, 0.25), headroom_share(1000, 250), headroom_share(None, 250)) == (0.25, 0.25, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", autobatch.AutobatchWarning)  # this CPU's allocator keeps no figures
+        limits = {"memory_limit": "1GiB", "headroom": "64 MiB"}
+        report = autobatch.tune(classifier(), *arrays(), target_batch=8, cache=False, **limits)
+        history = autobatch.fit(
+            classifier(), *arrays(), target_batch=8, micro_batch=4, cache=False, verbose=0, **limits
+        )
+    for environment in (report.environment, history.report.environment):
+        assert environment.budget_bytes == 2**30 - 2**26
+        assert (environment.headroom, environment.headroom_bytes) == (0.0625, 2**26)
+    assert "960 MiB, the limit less 64 MiB (6.25 % headroom)" in str(report)
+    assert autobatch.Report.from_json(report.to_json()) == report
+    assert autobatch.tune(classifier(), *arrays(), target_batch=8, cache=False).environment.headroom_bytes is None
+    with pytest.raises(ValueError, match="headroom must leave something of the limit.*Received: 4096 TiB"):
+        autobatch.tune(classifier(), *arrays(), target_batch=8, headroom="4096TiB", cache=False)
 
 
 def test_target_batch_none(untouched):

@@ -37,6 +37,11 @@ def test_every_attribute_is_declared_and_is_what_it_is_declared_as(history):
     assert history.recoveries == ()
 
 
+def test_it_says_what_it_is(history):
+    assert repr(history) == "<TrainingHistory micro-batch 4 x 4 for 16, 2 epochs, 0 recovered>"
+    assert "TrainingHistory object" in repr(autobatch.TrainingHistory())
+
+
 def test_it_has_what_kerass_own_has(history):
     plain = classifier().fit(*arrays(), epochs=2, batch_size=16, verbose=0)
     assert set(vars(history)) - set(vars(plain)) == {"plan", "report", "recoveries"}

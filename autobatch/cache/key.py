@@ -60,7 +60,7 @@ def make_key(
         "device": environment.device,
         "precision": environment.precision,
         "jit_compile": environment.jit_compile,
-        "headroom": environment.headroom,
+        "headroom": environment.headroom if environment.headroom_bytes is None else f"{environment.headroom_bytes} B",
         "versions": {name: versions.get(name) for name in _VERSIONS},
         "target_batch": target_batch,
         "largest_useful": largest_useful,

@@ -53,7 +53,7 @@ def seconds(text: str) -> float:
 
 @_option
 def headroom(text: str) -> float:
-    """Read a share of the limit, at least 0 and below 1."""
+    """Read a share of the limit, at least 0 and below 1, or bytes: ``"500MiB"``."""
     return arguments.headroom(_number(text))
 
 

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_format: str | None
         "--format",
         choices=list(RENDERERS),
         default=default_format,
-        help=f"text to read, json for programs and for autobatch show, html for a browser (default: {told})",
+        help=f"text to read, json for programs and for autobatch show, html for a browser, markdown for issues and "
+        f"pull requests (default: {told})",
     )
     group.add_argument("--output", metavar="FILE", help="write the report to FILE, not to standard output")
     return group

@@ -19,6 +19,7 @@ _EXAMPLES = """\
 examples:
   autobatch report train.py:build --target-batch 256 --memory-limit 512MiB
   autobatch report keras:ResNet50 --format html --output report.html
+  autobatch report model.keras --target-batch 64 --format markdown
 """
 _PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64")
 
@@ -44,9 +45,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     keras_targets.add_argument(
         "--input",
         type=arguments.input_shape,
-        default=(224, 224, 3),
         metavar="H,W,C",
-        help="input shape of a keras: target (default: 224,224,3)",
+        help="input shape of a keras: target (default: 224,224,3), or of a Keras file whose model leaves it open",
     )
     keras_targets.add_argument(
         "--classes",
@@ -80,7 +80,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.headroom,
         default=0.05,
         metavar="SHARE",
-        help="share of the limit to keep free (default: %(default)s)",
+        help='share of the limit to keep free, or a size as "500MiB" (default: %(default)s)',
     )
     group.add_argument("--exact", action="store_true", help="prove the largest size: run the next one up as well")
     group.add_argument(
@@ -134,6 +134,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     target.check(options.target)
+    target.check_backend(options.target)
     output.check(options.output)
     if options.fail_under and options.target_batch and options.fail_under > options.target_batch:
         raise UsageError(

@@ -10,13 +10,18 @@ import difflib
 import os
 import re
 
+from autobatch.arguments import require_backend
 from autobatch.errors import TargetError
 
-FORMS = "file.py:function, package.module:function or keras:ResNet50"
+FORMS = "file.py:function, package.module:function, keras:ResNet50 or model.keras"
+KERAS_FILES = (".keras", ".h5")
 
 
 def check(target: str) -> None:
     """Raise ``TargetError`` if ``target`` cannot be right."""
+    if target.endswith(KERAS_FILES):
+        _require_file(target)
+        return
     place, colon, name = target.rpartition(":")
     if not colon or not place:
         raise TargetError(f"TARGET is written as {FORMS}. Received: {target!r}")
@@ -30,10 +35,23 @@ def check(target: str) -> None:
         raise TargetError(f"{place!r} is neither a Python file nor a module. TARGET is written as {FORMS}.")
 
 
-def _check_file(path: str, name: str) -> None:
+def check_backend(target: str) -> None:
+    """Refuse a backend of Keras that the worker would import in vain; a function may choose another one itself."""
+    if target.endswith(KERAS_FILES) or target.startswith("keras:"):
+        try:
+            require_backend(os.environ.get("KERAS_BACKEND") or "tensorflow")
+        except ValueError as error:
+            raise TargetError(str(error)) from None
+
+
+def _require_file(path: str, kind: str = "Keras") -> None:
     if not os.path.isfile(path):
-        what = "is a folder, not a Python file" if os.path.isdir(path) else "does not exist"
+        what = f"is a folder, not a {kind} file" if os.path.isdir(path) else "does not exist"
         raise TargetError(f"The file {path!r} {what}.")
+
+
+def _check_file(path: str, name: str) -> None:
+    _require_file(path, "Python")
     if not path.endswith(".py"):
         raise TargetError(f"The file {path!r} is no Python file: its name does not end in .py.")
     try:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from autobatch import api
+from autobatch import api, display
 from autobatch.cli import output
 from autobatch.cli import report as report_command
 from autobatch.cli.exit_codes import UsageError as CommandUsageError
-from autobatch.notebook import failures, formats, magic_line, progress
+from autobatch.notebook import failures, formats, magic_line
 from autobatch.notebook.front_end import has_kernel
 from autobatch.records import Report
 from autobatch.types import Dataset, Model
@@ -67,7 +67,7 @@ def _magic(shell: Any) -> Callable[..., Report | None]:
             quiet=options.quiet,
             target_batch=options.target_batch,
             memory_limit=limit_bytes,
-            headroom=options.headroom,
+            headroom=f"{options.headroom}B" if isinstance(options.headroom, int) else options.headroom,
             exact=options.exact,
             objective=options.objective,
             max_trials=options.max_trials,
@@ -144,15 +144,16 @@ def _value(shell: Any, part: str, names: Mapping[str, Any]) -> Any:
 
 
 def _tune(shell: Any, model: Model, dataset: Dataset, y: Any, *, quiet: bool, **settings: Any) -> Report:
-    shown = progress.shown
-    progress.shown = shown and not quiet
+    show_search = display.show_search
+    if quiet:
+        display.show_search = None
     try:
         return api.tune(model, dataset, y, **settings)
     except BaseException as error:
         failures.prepare(error, shell)
         raise
     finally:
-        progress.shown = shown
+        display.show_search = show_search
 
 
 def _show(shell: Any, report: Report, options: argparse.Namespace) -> None:

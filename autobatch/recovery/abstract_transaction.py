@@ -26,11 +26,9 @@ from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.step import kept_steps
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.batch_structure import Structure, UnevenSpec, rows_of
+from autobatch.terminal import kept_aside, notices
 from autobatch.types import Batch, ElementSpec, Variable
-from autobatch.units import format_bytes
-
-logger = logging.getLogger("autobatch")
-
+from autobatch.units import format_bytes, less_headroom
 
 StepT = TypeVar("StepT", bound=CompiledStep)
 
@@ -102,6 +100,11 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._updates = 0
         self._policy_of_whole_elements = MicroBatchPolicy(1)
         self._is_outdated = False
+
+    @property
+    def micro_batch(self) -> int:
+        """Size of micro-batches now, in samples."""
+        return self.policy.micro_batch * self._step.structure.samples_in_portion
 
     def release(self) -> None:
         """Let go of the memory that the steps hold between updates; their traces may be kept for the next training."""
@@ -179,19 +182,29 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
             NoFeasibleBatchError: not even one sample fits; the model holds the last completed update.
             UpdateInterruptedError: memory ran out in the middle of an update whose weights were not kept.
         """
-        if self._is_outdated:
+        if self._is_outdated or self._step.summaries.wants_another_writer():
             self._renew_now()
         samples = self._step.structure.portions_in(data)
         if samples is None:
             return self._train_apart(data)
-        logs = self._run(data, samples, self._train_once, self.policy, "train", self._step.structure)
+        with self._step.summaries.opened():
+            logs = self._run(data, samples, self._train_once, self.policy, "train", self._step.structure)
         self._updates += 1
         self._good_updates += 1
         before = self.policy.micro_batch
         self.policy.succeeded(self._samples_here(samples))
         if self.policy.micro_batch > before:
             self._good_updates = 0  # no update was made yet beside a micro-batch of this size
+            self._tell_of_growth(before, samples)
         return logs
+
+    def _tell_of_growth(self, before: int, samples: int) -> None:
+        each, after = self._step.structure.samples_in_portion, self.policy.micro_batch
+        steps = -(-self._samples_here(samples) // after)
+        notices.tell(
+            f"larger again from update {self._updates} on: micro-batch {before * each} -> {after * each} x {steps}",
+            level=logging.INFO,
+        )
 
     def evaluate(self, data: Batch, element_spec: ElementSpec) -> Logs:
         """Run ``test_step`` over one validation batch, of any size.
@@ -207,7 +220,8 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         def once(data: Batch, samples: int) -> Logs:
             return self._evaluate_once(step, data, samples)
 
-        logs = self._run(data, samples, once, policy, "validation", step.structure)
+        with step.summaries.opened():
+            logs = self._run(data, samples, once, policy, "validation", step.structure)
         policy.succeeded(self._samples_here(samples))
         return logs
 
@@ -239,11 +253,24 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         phase: str,
         structure: Structure,
     ) -> Logs:
-        try:
-            return once(data, samples)
-        except RolledBackError as first:
-            failure: RolledBackError = first
+        with kept_aside.window() as window:
+            try:
+                return once(data, samples)
+            except RolledBackError as first:
+                failure: RolledBackError = first
+            window.failure_dealt_with()
+            return self._run_smaller(failure, data, samples, once, policy, phase, structure)
 
+    def _run_smaller(
+        self,
+        failure: RolledBackError,
+        data: Batch,
+        samples: int,
+        once: Callable[[Any, int], Logs],
+        policy: MicroBatchPolicy,
+        phase: str,
+        structure: Structure,
+    ) -> Logs:
         def shrink(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome is not None else None
             if isinstance(error, RolledBackError):
@@ -303,14 +330,15 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         before, after = before * each, after * each
         self.recoveries.append(Recovery(self._updates, phase, before, after, failure.diagnosis.detail))
         change = f"micro-batch {before} -> {after} ({steps} accumulation steps)"
+        in_short = f"micro-batch {before} -> {after} x {steps}"
         if failure.beside_copies:
             change = f"micro-batch {before} as before, without a copy of the weights on the device"
-        logger.warning(
-            "Out of memory in update %d, %s (%s): rolled back; %s; the same samples run again.",
-            self._updates,
-            phase,
-            failure.diagnosis.detail,
-            change,
+            in_short = f"micro-batch {before} x {steps}, without a copy of the weights"
+        notices.tell(
+            f"out of memory in update {self._updates}{'' if phase == 'train' else f', {phase}'}: {in_short}",
+            log=f"Out of memory in update {self._updates}, {phase} ({failure.diagnosis.detail}): rolled back; "
+            f"{change}; the same samples run again.",
+            level=logging.WARNING,
         )
 
     def _smaller(self, policy: MicroBatchPolicy, failure: RolledBackError) -> int | None:
@@ -337,7 +365,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         limit = limits.find_limit(self._device, self._user_limit_bytes).limit_bytes
         if model is None or limit is None or model.per_sample_bytes <= 0:
             return None
-        samples = int((limit * (1 - self._headroom) - model.fixed_bytes) // model.per_sample_bytes)
+        samples = int((less_headroom(limit, self._headroom) - model.fixed_bytes) // model.per_sample_bytes)
         return samples // self._step.structure.samples_in_portion
 
 

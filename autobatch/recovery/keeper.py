@@ -30,6 +30,7 @@ from autobatch.memory import limits
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.tensors.snapshots import InGraphSnapshot, Snapshot, SnapshotTaker
 from autobatch.tensors.variables import bytes_of
+from autobatch.units import less_headroom
 
 PROVEN_UPDATES = 4
 """Successful updates in a row that prove that the optimizer's update fits beside everything else that is held."""
@@ -140,7 +141,7 @@ class Keeper:
         # A whole effective batch's gradients have no accumulators.
         gradients_bytes = bytes_of(self._step.model.trainable_variables)
         needed = bytes_of(self._step.updated_variables) + gradients_bytes + self._step.update_room_bytes
-        return in_use + needed <= limit.limit_bytes * (1 - self._headroom)
+        return in_use + needed <= less_headroom(limit.limit_bytes, self._headroom)
 
     def _host_has_room(self) -> bool:
         # An arena's limit on the CPU is enforced by TensorFlow's allocator, and the copies are not TensorFlow's.

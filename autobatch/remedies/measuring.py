@@ -207,10 +207,31 @@ def _try(candidate: Candidate, base: Report, run: Run) -> Remedy:
     except NoFeasibleBatchError as error:
         return dataclasses.replace(plain, smallest_failure=1, stopped_because=_first_line(error))
     except UserCodeError as error:
-        return dataclasses.replace(plain, why_not=f"{NO}: the model fails with it: {_first_line(error)}")
+        why = _in_words(candidate.variant, error)
+        return dataclasses.replace(plain, why_not=f"{NO}: the model fails with it: {why}")
     except AutobatchError as error:
         return dataclasses.replace(plain, why_not=f"{NO}: {_first_line(error)}")
     return _figures(plain, measured, base, candidate.variant)
+
+
+_SAY_NOTHING = ("TypeError", "AttributeError", "KeyError", "IndexError", "AssertionError", "RecursionError")
+"""Errors whose words are for whoever wrote the code that failed: Keras's, since the model runs without the remedy."""
+
+
+def _in_words(variant: Variant, error: UserCodeError) -> str:
+    """Return why a model fails with a remedy, in words for its user, who has written no line of what has failed."""
+    said = _first_line(error)
+    if said.partition(":")[0] not in _SAY_NOTHING:
+        return said
+    if variant.rematerialise is not None:
+        why = "Keras cannot rematerialise the layers of this model in a compiled step"
+    elif variant.precision is not None:
+        why = f"a part of it does not compute in {variant.precision}"
+    elif variant.jit_compile is not None:
+        why = f"it does not run with XLA {'on' if variant.jit_compile else 'off'}"
+    else:
+        why = "it does not run with another optimizer"
+    return f"{why} (the error is {said})"
 
 
 def _figures(plain: Remedy, measured: Measured, base: Report, variant: Variant) -> Remedy:

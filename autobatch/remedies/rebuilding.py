@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from autobatch import display
 from autobatch.errors import AutobatchError, NotApplicableError, UserCodeError
 from autobatch.memory import arena, limits, nvml
 from autobatch.records import Environment, Report, Variant
@@ -84,7 +85,16 @@ def report_with_remedies(
                 text = f"the model cannot be rebuilt in a worker: {error}; {INSTEAD}"
             return measuring.without_remedies(search(trials), text)
         base = in_workers.with_own(base, model_name=trials.model_name, host_uses=trials.host_uses)
-        return in_workers.with_remedies(base, open_worker, search, host_total_bytes=limits.host_total_bytes())
+        try:
+            return in_workers.with_remedies(
+                base, open_worker, search, host_total_bytes=limits.host_total_bytes(), on_start=_name_search
+            )
+        finally:
+            _name_search("")
+
+
+def _name_search(heading: str) -> None:
+    display.search_heading = heading
 
 
 def build(folder: str) -> tuple[Any, Any]:

@@ -139,6 +139,7 @@ def open_training(
     plan = report.plan
     assert plan is not None
     each = trials.samples_in_portion
+    bytes_kept = report.environment.headroom_bytes
     return devices.open_transaction(
         trials.step,
         plan.micro_batch // each,
@@ -149,5 +150,5 @@ def open_training(
         lengths=trials.length_rule(report),
         keeper=trials.keeper,
         user_limit_bytes=user_limit_bytes,
-        headroom=report.environment.headroom,
+        headroom=report.environment.headroom if bytes_kept is None else bytes_kept,
     )

@@ -7,6 +7,7 @@ from autobatch.recovery.keeper import Keeper, SnapshotPlace
 from autobatch.replicas.agreement import SingleProcess
 from autobatch.replicas.step import ReplicatedStep
 from autobatch.tensors.variables import bytes_of
+from autobatch.units import less_headroom
 
 
 class ReplicatedKeeper(Keeper):
@@ -35,6 +36,6 @@ class ReplicatedKeeper(Keeper):
         for device in self._devices:
             limit = limits.find_limit(device, self._user_limit_bytes).limit_bytes
             in_use = limits.bytes_in_use(device)
-            if limit is not None and in_use is not None and in_use + each > limit * (1 - self._headroom):
+            if limit is not None and in_use is not None and in_use + each > less_headroom(limit, self._headroom):
                 return False
         return True

@@ -24,7 +24,7 @@ from autobatch.trial.live_trials import LiveTrials
 from autobatch.trial.timing import ENOUGH_SECONDS
 from autobatch.trial.worst_case import Data
 from autobatch.types import ElementSpec, Model
-from autobatch.units import format_bytes, format_seconds
+from autobatch.units import format_bytes, format_seconds, headroom_share, less_headroom
 
 
 class _OutOfMemoryError(Exception):
@@ -129,7 +129,8 @@ class ReplicatedTrials(LiveTrials):
             device=f"{device}, the smallest of {self.replicas} replicas",
             limit_bytes=limit_bytes,
             limit_source=source,
-            budget_bytes=None if limit_bytes is None else int(limit_bytes * (1 - self._headroom)),
+            budget_bytes=None if limit_bytes is None else less_headroom(limit_bytes, self._headroom),
+            headroom=headroom_share(limit_bytes, self._headroom),
         )
 
     def run(self, request: TrialRequest) -> TrialResult:

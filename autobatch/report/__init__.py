@@ -24,7 +24,7 @@ class Renderer(Protocol):
 class _Renderers(Mapping[str, Renderer]):
     """The renderers by the name of their format; looking one up imports its module."""
 
-    _formats = ("text", "json", "html")
+    _formats = ("text", "json", "html", "markdown")
 
     def __getitem__(self, name: str) -> Renderer:
         if name not in self._formats:
@@ -48,6 +48,7 @@ def render(report: Report, format: str = "text") -> str:
         report: What :func:`autobatch.tune` returns, or ``history.report`` of :func:`autobatch.fit`.
         format: "text" is for people, and plain: without colours. "json" is for programs, and
             :meth:`autobatch.Report.from_json` reads it back. "html" is a page that needs no other file.
+            "markdown" is for an issue or a pull request.
 
     Raises:
         TypeError: ``report`` is no report.

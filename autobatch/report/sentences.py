@@ -86,7 +86,7 @@ def environment_lines(environment: Environment) -> list[tuple[str, str]]:
     lines = [("Device", printable(environment.device)), ("Limit", _limit(environment))]
     if environment.budget_bytes is not None:
         budget = format_bytes(environment.budget_bytes)
-        lines.append(("Budget", f"{budget}, the limit less {100 * environment.headroom:.3g} % headroom"))
+        lines.append(("Budget", f"{budget}, the limit less {headroom(environment)}"))
     if environment.held_by_others_bytes:
         held = format_bytes(environment.held_by_others_bytes)
         lines.append(("Held before", f"{held}, by other tensors of the process"))
@@ -95,6 +95,14 @@ def environment_lines(environment: Environment) -> list[tuple[str, str]]:
     if environment.versions:
         lines.append(("Versions", ", ".join(f"{printable(name)} {printable(v)}" for name, v in environment.versions)))
     return lines
+
+
+def headroom(environment: Environment) -> str:
+    """Describe the headroom in bytes, and as a share of the limit."""
+    share = f"{100 * environment.headroom:.3g} % headroom"
+    if environment.limit_bytes is None or environment.budget_bytes is None:
+        return share
+    return f"{format_bytes(environment.limit_bytes - environment.budget_bytes)} ({share})"
 
 
 def _limit(environment: Environment) -> str:
@@ -130,6 +138,42 @@ def plan_alone(made: Plan) -> str:
     product = f"{made.accumulation_steps:,} {TIMES} micro-batch {largest:,}"
     text = f"effective batch {made.effective_batch:,} = {product}"
     return f"{text} ({'; '.join(notes)})" if notes else text
+
+
+def in_a_line(report: Report, *, spent: str) -> str:
+    """Say in one line what was found, and what it has cost by ``spent``.
+
+    For example ``"micro-batch 64 x 4 for 256 on GPU:0 (2 trials, 14 s; peak 9.8 of 11.0 GiB)"``.
+    """
+    made, where = report.plan, printable(report.environment.device)
+    if made is None:
+        what = f"{samples(report.largest_fit or 0)} at a time on {where}"
+    elif made.replicas == 1:
+        what = f"micro-batch {made.micro_batches[0]} x {made.accumulation_steps} for {made.effective_batch} on {where}"
+    else:
+        each = f"micro-batch {made.micro_batches[0]} x {made.accumulation_steps} on each of {made.replicas} replicas"
+        what = f"{each} for {made.effective_batch}"
+    peak = _peak_of_limit(report)
+    return f"{what} ({spent}{peak and f'; {peak}'})"
+
+
+def _peak_of_limit(report: Report) -> str:
+    trial, limit_bytes = decisive_trial(report), report.environment.limit_bytes
+    if trial is None or not trial.peak_bytes:  # an allocator may keep no figures
+        return ""
+    peak = format_bytes(trial.peak_bytes)
+    if not limit_bytes:
+        return f"peak {peak}"
+    limit = format_bytes(limit_bytes)
+    (size, _, unit), (_, _, unit_of_limit) = peak.partition(" "), limit.partition(" ")
+    return f"peak {size if unit == unit_of_limit else peak} of {limit}"
+
+
+def rough_seconds(seconds: float) -> str:
+    """Write a time that people wait for: ``rough_seconds(14.2) == "14 s"``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def update_seconds_sentence(report: Report) -> float | None:

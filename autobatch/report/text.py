@@ -19,7 +19,7 @@ _FIGURES = {"Peak": "peak", "Of limit": "share", "Step": "step", "Samples/s": "s
 # Below these widths a column is left out, so that no figure is cut.
 _COLUMN_NEEDS_WIDTH = {"Of limit": 76, "Step": 66}
 
-_OUTCOME_STYLES = {Outcome.FITS: "green", Outcome.OUT_OF_MEMORY: "red", Outcome.TIMED_OUT: "yellow"}
+OUTCOME_STYLES = {Outcome.FITS: "green", Outcome.OUT_OF_MEMORY: "red", Outcome.TIMED_OUT: "yellow"}
 
 _BETTER_STYLES = {True: "green", False: "red", None: ""}
 
@@ -150,7 +150,7 @@ def _trials(report: Report, *, rich_boxes: bool, width: int) -> Table:
         cells = sentences.trial_cells(trial, report.environment)
         table.add_row(
             Text(cells.micro_batch),
-            Text(cells.outcome, style=_OUTCOME_STYLES[trial.outcome]),
+            Text(cells.outcome, style=OUTCOME_STYLES[trial.outcome]),
             *(Text(getattr(cells, _FIGURES[heading])) for heading in figures),
             Text(sentences.decisive_label(report) if trial is chosen else ""),
             style="bold" if trial is chosen else "",

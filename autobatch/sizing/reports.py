@@ -21,7 +21,7 @@ def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Repo
     """Make the report, in samples, of a search's ``result``, and of the ``plan`` if there is a target."""
     environment = trials.environment
     if result.headroom_given_up:
-        environment = replace(environment, headroom=0.0, budget_bytes=environment.limit_bytes)
+        environment = replace(environment, headroom=0.0, headroom_bytes=None, budget_bytes=environment.limit_bytes)
     each = samples_in_portion(trials)
     result = result_in_samples(result, each)
     plan = None if plan is None else plan_in_samples(plan, each)

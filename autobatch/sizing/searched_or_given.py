@@ -10,10 +10,14 @@ from autobatch import display
 from autobatch.records import Report, TrialResult
 from autobatch.sizing.reports import plan_of, say_what_differs, trace_planned, unsearched
 from autobatch.sizing.search_trials import search_with
+from autobatch.terminal import kept_aside
 
 if TYPE_CHECKING:
     from autobatch.trial.live_trials import LiveTrials
     from autobatch.trial.protocol import Trials
+
+
+_GIVEN = "no search: micro_batch was given"
 
 
 def searched_or_given(
@@ -23,7 +27,7 @@ def searched_or_given(
     target_batch: int,
     cache: bool,
     listed_in: str,
-    why: str = "no search: micro_batch was given",
+    why: str = _GIVEN,
     quiet: bool = False,
     found: Report | None = None,
 ) -> Report:
@@ -48,6 +52,8 @@ def searched_or_given(
             trials.close()
     else:
         report = unsearched(trials, min(micro_batch, -(-target_batch // trials.replicas)), target_batch, why)
+        if why != _GIVEN and not quiet and display.show_search is not None:  # a size that the user gave is no news
+            report = display.show_search(trials, lambda trials, on_trial=None: report)
     if report.plan is not None and trials.samples_in_portion == 1:
         size = trials.size_in_training(report.plan.micro_batch)
         if size != report.plan.micro_batch:
@@ -63,7 +69,10 @@ def shown_search(trials: Trials, *, quiet: bool = False, known: Report | None = 
     """
 
     def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
-        return known or search_with(trials, on_trial=on_trial, **settings)
+        if known is not None:
+            return known
+        with kept_aside.window(expected=True):
+            return search_with(trials, on_trial=on_trial, **settings)
 
     if quiet or display.show_search is None:
         return search_now(trials)

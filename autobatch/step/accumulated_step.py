@@ -68,7 +68,9 @@ class AccumulatedStep(CompiledStep):
         # A trial runs two full micro-batches; rounding can add one sample to the target.
         self._most_samples = None if effective_batch is None else effective_batch + 1
         self._sums = self._no_sums()
-        self._whole = WholeBatchStep(model, self.structure, self._touched, self.update_room, self.note_update)
+        self._whole = WholeBatchStep(
+            model, self.structure, self._touched, self.update_room, self.note_update, self.summaries
+        )
         self._ran_whole = False
         self._accumulate: Callable[..., Logs] | None = None
         self._apply: Callable[[], Any] | None = None

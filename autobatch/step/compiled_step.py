@@ -16,6 +16,8 @@ from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs import row_numbers
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.metrics.merged_logs import Logs
+from autobatch.seams import models
+from autobatch.seams.summaries import SummaryTurn
 from autobatch.seams.trainable import TrainableState
 from autobatch.step.accumulators import Update
 from autobatch.step.micro_step import MicroStep
@@ -42,6 +44,7 @@ class CompiledStep(abc.ABC):
         self.model = model
         self.structure = Structure(element_spec)
         self.update_room = UpdateReserve()
+        self.summaries = SummaryTurn(lambda: bool(model.jit_compile))
         self.on_traced: Callable[[], None] = lambda: None
         """Callback for a change of :attr:`traced`."""
         self.on_optimizer_found: Callable[[], None] = lambda: None
@@ -229,7 +232,7 @@ class CompiledStep(abc.ABC):
         return MicroStep(
             self.model,
             self.structure,
-            self.model.train_step,
+            self.summaries.once(models.untraced(self.model.train_step)),
             self._touched,
             sink=sink,
             findings=self._findings,
@@ -242,7 +245,7 @@ class CompiledStep(abc.ABC):
         return MicroStep(
             self.model,
             self.structure,
-            self.model.test_step,
+            self.summaries.once(models.untraced(self.model.test_step)),
             self._touched,
             sink=None,
             most_samples=most_samples,

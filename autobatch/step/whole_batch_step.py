@@ -17,6 +17,7 @@ from autobatch.metrics.merged_logs import Logs
 from autobatch.seams import models
 from autobatch.seams.functions import functions_inlined
 from autobatch.seams.optimizers import apply_of, capture_apply
+from autobatch.seams.summaries import SummaryTurn
 from autobatch.step import fixed_size
 from autobatch.step.update_room import UpdateReserve
 from autobatch.tensors.batch_structure import Structure
@@ -43,12 +44,14 @@ class WholeBatchStep:
         touched: TouchedVariables,
         reserve: UpdateReserve,
         note_update: Callable[[Any, list[Any], list[Any]], None],
+        summaries: SummaryTurn,
     ) -> None:
         self._model = model
         self._structure = structure
         self._touched = touched
         self._reserve = reserve
         self._note_update = note_update
+        self._summaries = summaries
         self._compiled: Callable[..., Logs] | None = None
         self._samples: int | None = None
         self.copies: InGraphSnapshot | None = None
@@ -104,7 +107,7 @@ class WholeBatchStep:
                 with contextlib.nullcontext() if self._model.jit_compile else self._reserve.update_of(variables):
                     apply_of(optimizer)(held, variables)
 
-        train_step = models.untraced(self._model.train_step)
+        train_step = self._summaries.once(models.untraced(self._model.train_step))
 
         def step(leaves: list[Tensor]) -> Logs:
             self.updates = 0

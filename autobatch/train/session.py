@@ -16,7 +16,9 @@ from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.replicas.devices import Devices
-from autobatch.seams import models
+from autobatch.seams import models, progress_bars
+from autobatch.terminal import notices
+from autobatch.train import in_tensorboard
 from autobatch.training_history import TrainingHistory
 from autobatch.types import Model
 from autobatch.watch.memory_watch import ONCE_STEADY, MemoryWatch
@@ -46,6 +48,8 @@ def train(
     callbacks = _callback_list(model, batches, options)
     for callback in devices.callbacks(given, plan, transaction):
         _add(callback, callbacks, model)
+    for callback in in_tensorboard.beside(callbacks.callbacks, report, transaction):
+        _add(callback, callbacks, model)
     if memory_watch and not any(isinstance(callback, MemoryWatch) for callback in callbacks.callbacks):
         # Nobody asked for a walk over all that is alive before memory is seen to grow.
         _add(MemoryWatch(look_for_cause=ONCE_STEADY), callbacks, model)
@@ -59,6 +63,7 @@ def train(
         _functions_replaced(model, transaction, (lambda once: once()) if backup is None else backup.run),
         _quiet_about_length(batches, options),
         devices.during_fit(model, transaction),
+        notices.training(lambda: progress_bars.is_open(callbacks.callbacks), quiet=options.get("verbose") == 0),
     ):
         try:
             history = keras_fit(batches, callbacks=callbacks, shuffle=False, **options)

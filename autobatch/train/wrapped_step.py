@@ -16,6 +16,7 @@ from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.step.loop_model import LoopModel
 from autobatch.tensors.batch_structure import UnevenSpec
+from autobatch.tracebacks import showing_users_line
 from autobatch.types import Batch, ElementSpec
 
 
@@ -133,6 +134,7 @@ class WrappedStep:
         """Recoveries in turn: the times that a batch ran out of memory and the loop went on."""
         return () if self._transaction is None else tuple(self._transaction.recoveries)
 
+    @showing_users_line
     def __call__(self, batch: Batch) -> Any:
         """Make one update with an effective batch; return what ``train_step`` returned, for the whole of it."""
         if self._transaction is None:

@@ -8,11 +8,12 @@ import platform
 import keras
 import tensorflow as tf
 
+from autobatch.arguments import require_left
 from autobatch.errors import warn
 from autobatch.memory import limits
 from autobatch.records import Environment, Limit
 from autobatch.types import Model
-from autobatch.units import format_bytes
+from autobatch.units import format_bytes, headroom_share, less_headroom
 from autobatch.version import __version__
 
 _LEAST_HELD, _MUCH_HELD = 0.02, 0.25
@@ -25,16 +26,23 @@ def environment_of(model: Model, device: str, limit: Limit, *, headroom: float, 
     Args:
         own_bytes: what the model and its optimizer hold.
         limit: what ``device`` may hold.
-        headroom: share of the limit that is left alone.
+        headroom: what is left alone of the limit: a share as a float, bytes as an int.
+
+    Raises:
+        ValueError: the headroom leaves nothing of the limit.
     """
-    budget = None if limit.limit_bytes is None else int(limit.limit_bytes * (1 - headroom))
+    in_bytes = headroom if isinstance(headroom, int) else None
+    if in_bytes is not None:
+        require_left(in_bytes, limit.limit_bytes, limit.source)
+    budget = None if limit.limit_bytes is None else less_headroom(limit.limit_bytes, headroom)
     versions = (("autobatch", __version__), ("tensorflow", tf.__version__), ("keras", keras.__version__))
     return Environment(
         device=device,
         limit_bytes=limit.limit_bytes,
         limit_source=limit.source,
         budget_bytes=budget,
-        headroom=headroom,
+        headroom=headroom_share(limit.limit_bytes, headroom),
+        headroom_bytes=in_bytes,
         precision=str(model.dtype_policy.name),
         jit_compile=bool(model.jit_compile),
         versions=(*versions, ("python", platform.python_version())),

@@ -19,9 +19,10 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from autobatch.arguments import require_backend
 from autobatch.errors import (
     AutobatchError,
     AutobatchWarning,
@@ -139,7 +140,8 @@ def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
     """
     target = options["target"]
     notes: list[str] = []
-    build = load_target(options)
+    with _backend_named(target):
+        build = load_target(options, notes)
     _limit_devices(target, options["memory_limit_bytes"])
     variant = decode_record(Variant, options["variant"], "variant")
     precision = variant.precision or options["precision"]
@@ -150,7 +152,8 @@ def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
             import tensorflow as tf
 
             stack.enter_context(tf.distribute.MirroredStrategy().scope())
-        model, dataset, y, rematerialised = _build(options, variant, build)
+        with _backend_named(target):
+            model, dataset, y, rematerialised = _build(options, variant, build)
     module, _, function = options["opener"].partition(":")
     open_trials = getattr(importlib.import_module(module), function)
     with warnings.catch_warnings(record=True) as caught:
@@ -170,6 +173,20 @@ def _open(options: Message) -> tuple[Trials, str, list[str], list[str]]:
     elif precision not in (None, trials.environment.precision):
         notes.append(f"Precision {precision} was asked for, but {target} sets {trials.environment.precision} itself.")
     return trials, _fingerprint(model), rematerialised, notes
+
+
+@contextlib.contextmanager
+def _backend_named(target: str) -> Iterator[None]:
+    """Say which backend was asked of Keras, where what that imports is missing."""
+    try:
+        yield
+    except ImportError as error:
+        backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
+        try:
+            require_backend(backend)
+        except ValueError as refused:
+            raise TargetError(f"{target}: {refused}") from error
+        raise
 
 
 def _build(options: Message, variant: Variant, build: Callable[[], object]) -> tuple[Any, object, object, list[str]]:

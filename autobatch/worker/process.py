@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 
 from autobatch.errors import WorkerError
+from autobatch.terminal.start_up_noise import without_start_up_noise
 from autobatch.worker.messages import Message, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -107,12 +108,13 @@ class WorkerProcess:
                     raise WorkerDied(self._reap())
 
     def log_tail(self) -> str:
-        """Return the end of what the worker and the user's code printed."""
+        """Return the end of what the worker and the user's code printed, without TensorFlow's words at its start."""
         # pread: seeking would move the offset that the worker writes at, too.
         size = os.fstat(self._log.fileno()).st_size
         start = max(0, size - _LOG_TAIL_BYTES)
         tail = os.pread(self._log.fileno(), _LOG_TAIL_BYTES, start).decode("utf-8", "replace")
-        return tail.partition("\n")[2] if start and "\n" in tail else tail
+        tail = tail.partition("\n")[2] if start and "\n" in tail else tail
+        return without_start_up_noise(tail)
 
     def stack_and_log(self) -> str:
         """Return the log's tail, after asking a worker that hangs to print where it is."""

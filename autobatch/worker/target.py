@@ -15,18 +15,24 @@ from types import ModuleType
 from typing import Any
 
 from autobatch.errors import TargetError
+from autobatch.worker import keras_file
 from autobatch.worker.messages import Message
 
 # A synthetic data set is as large as anyone's effective batch; it is one sample repeated and takes no memory.
 _SYNTHETIC_SAMPLES = 1 << 16
+_INPUT_SHAPE = (224, 224, 3)
 
 
-def load_target(options: Message) -> Callable[[], object]:
-    """Return the function that the target names."""
+def load_target(options: Message, notes: list[str]) -> Callable[[], object]:
+    """Return the function that the target names; what it finds out for the report it adds to ``notes``."""
     target: str = options["target"]
     place, _, name = target.rpartition(":")
+    shape = None if options["input_shape"] is None else tuple(options["input_shape"])
+    count = max(_SYNTHETIC_SAMPLES, options["target_batch"] or 0)
+    if target.endswith(keras_file.ENDINGS):
+        return lambda: keras_file.model_and_data(target, shape, count, notes)
     if place == "keras":
-        return _keras_application(name, tuple(options["input_shape"]), options["classes"], options["target_batch"])
+        return _keras_application(name, shape or _INPUT_SHAPE, options["classes"], count)
     sys.argv = [place]  # a file that reads its arguments must not meet ours
     module = _import_file(Path(place)) if place.endswith(".py") or os.sep in place else _import_module(place, target)
     try:
@@ -83,9 +89,7 @@ def _import_module(name: str, target: str) -> ModuleType:
         raise
 
 
-def _keras_application(
-    name: str, input_shape: tuple[int, ...], classes: int, target_batch: int | None
-) -> Callable[[], object]:
+def _keras_application(name: str, input_shape: tuple[int, ...], classes: int, count: int) -> Callable[[], object]:
     """Return a function that builds a model of keras.applications with random weights, and synthetic data for it."""
     keras = needed_keras()
     known = {n: f for n, f in vars(keras.applications).items() if n[:1].isupper() and callable(f)}
@@ -103,7 +107,6 @@ def _keras_application(
             raise TargetError(f"keras:{name} with --input {shape} --classes {classes}: {error}") from error
         model.compile(optimizer="adam", loss="sparse_categorical_crossentropy")
         sample = (numpy.zeros(input_shape, "float32"), numpy.int32(0))
-        count = max(_SYNTHETIC_SAMPLES, target_batch or 0)
         return model, tensorflow.data.Dataset.from_tensors(sample).repeat(count)
 
     return build

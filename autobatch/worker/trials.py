@@ -45,7 +45,7 @@ class WorkerTrials:
         target: ``file.py:function``, ``package.module:function`` or ``keras:Name``.
         target_batch: the effective batch to plan for, None to look for the largest micro-batch.
         memory_limit: what the worker's device may use, in bytes or as text; None for what there is.
-        headroom: share of the limit to be kept free.
+        headroom: share of the limit to be kept free, or bytes as an int.
         trial_timeout_seconds: seconds that building the model, and one trial, may take; None for ever.
         device: "CPU", "GPU" or "GPU:1"; None for TensorFlow's own choice.
         precision: a Keras dtype policy set before the target is called; None leaves it alone.
@@ -75,7 +75,7 @@ class WorkerTrials:
         precision: str | None = None,
         jit_compile: bool | None = None,
         variant: Variant = AS_IT_IS,
-        input_shape: tuple[int, ...] = (224, 224, 3),
+        input_shape: tuple[int, ...] | None = None,
         classes: int = 1000,
         strategy: str | None = None,
         opener: str | None = None,
@@ -96,7 +96,7 @@ class WorkerTrials:
             "precision": precision,
             "jit_compile": jit_compile,
             "variant": encode(variant),
-            "input_shape": list(input_shape),
+            "input_shape": None if input_shape is None else list(input_shape),
             "classes": classes,
             "strategy": strategy,
             "cannot_be_cut": "",

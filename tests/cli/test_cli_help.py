@@ -47,15 +47,16 @@ def test_the_help_fits_into_a_terminal_of_80_columns(command, capfd, monkeypatch
 
 def test_the_examples_in_the_help_can_be_run(capfd, tmp_path, monkeypatch):
     lines = re.findall(r"^  (autobatch report .*)$", _help_of(capfd, "report").partition("examples:")[2], re.MULTILINE)
-    assert len(lines) == 2
+    assert len(lines) == 3
     (tmp_path / "train.py").write_text("def build(): ...")
+    (tmp_path / "model.keras").touch()
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr("autobatch.cli.report._search", lambda options: asked.append(options) or sys.exit(0))
     for line in lines:
         with pytest.raises(SystemExit, match="0"):
             main(shlex.split(line)[1:])
-    assert [options.target for options in asked] == ["train.py:build", "keras:ResNet50"]
+    assert [options.target for options in asked] == ["train.py:build", "keras:ResNet50", "model.keras"]
 
 
 def test_what_an_option_is_refused_for_is_what_fit_refuses_it_for(capfd):

@@ -92,6 +92,8 @@ def test_python_m_is_the_command():
         (["report", "x:y", "--headroom", "-0.1"], "argument --headroom"),
         (["report", "x:y", "--headroom", "nan"], "such as 0.05 for 5 %. Received: 'nan'"),
         (["report", "x:y", "--headroom", "5%"], "headroom must be a number from 0 up to"),
+        (["report", "x:y", "--headroom", "500"], """or bytes as "500MiB"; a share is a number such as 0.05 for 5 %."""),
+        (["report", "x:y", "--headroom", "0MiB"], "headroom must be a number from 0 up to"),
         (
             ["report", "x:y", "--timeout", "0"],
             "argument --timeout: SECONDS must be a number of seconds above 0. Received: '0'",

@@ -54,6 +54,9 @@ def test_the_options_reach_the_search(shell, names, capsys):
     assert report.plan is None
     assert len(report.trials) == 1
     assert report.environment.headroom == 0.25
+    report = magic(shell, 'model x y --max-trials=1 --headroom "1 GiB" --memory-limit "8 GiB" --quiet')
+    assert report.environment.headroom_bytes == 2**30
+    assert report.environment.headroom == 0.125
     assert report.environment.limit_bytes == 8 * 2**30
 
 

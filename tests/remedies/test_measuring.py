@@ -153,6 +153,20 @@ def test_why_a_remedy_does_not_apply():
     assert not found["rematerialised layers"].measured
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "words"),
+    [
+        ("rematerialised layers", "remat", "Keras cannot rematerialise the layers of this model in a compiled step"),
+        ("mixed_bfloat16", "mixed_bfloat16", "a part of it does not compute in mixed_bfloat16"),
+        ("XLA on", "xla", "it does not run with XLA on"),
+    ],
+)
+def test_an_error_within_keras_is_put_into_words(name, key, words):
+    said = 'TypeError: can only concatenate list (not "RematMode") to list'
+    _, found, _ = measure(BASE, {key: UserCodeError(said)})
+    assert found[name].why_not == f"does not apply: the model fails with it: {words} (the error is {said})"
+
+
 @pytest.mark.parametrize("policy", PRECISIONS)
 def test_what_the_model_has_already_is_not_run(policy):
     base = report(16, 0.16, precision=policy, jit_compile=True)

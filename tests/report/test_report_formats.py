@@ -11,7 +11,7 @@ from autobatch.report import RENDERERS, text
 
 
 def test_every_format_renders_every_report(report):
-    assert list(RENDERERS) == ["text", "json", "html"]
+    assert list(RENDERERS) == ["text", "json", "html", "markdown"]
     for name in RENDERERS:
         assert RENDERERS[name].render(report)
 
@@ -37,7 +37,7 @@ def test_render_writes_what_the_format_writes(report, name):
 
 @pytest.mark.parametrize("name", ["pdf", "TEXT", "", None, ["text"]])
 def test_render_names_the_formats_there_are(full, name):
-    with pytest.raises(ValueError, match=r'^format must be "text", "json" or "html". Received: ') as raised:
+    with pytest.raises(ValueError, match=r'^format must be "text", "json", "html" or "markdown". Received: ') as raised:
         autobatch.render(full, name)
     assert str(raised.value).endswith(repr(name))
 
