@@ -266,10 +266,12 @@ def _replayed(
     if again is None or trial.peak_bytes is None or abs(again - trial.peak_bytes) > _REPLAYED_ALIKE * trial.peak_bytes:
         logger.info("a replay is not believed: of %d samples it gives %s, and they took %s", *_told(trial, again))
         return None
-    # Blocks whose growth goes unnoticed would let any size fit: a compiler, for one, makes one buffer for all tensors.
+    # Blocks whose growth goes unnoticed would let any size fit. A compiled program's own plan is no guess.
     growth = sum(per_sample for _, per_sample in trace.sizes)
     held = sum(taken for _, taken in trace.held)
-    if estimate is not None:  # good to a factor of two
+    if trace.is_compiled:
+        risen = 1.0
+    elif estimate is not None:  # good to a factor of two
         risen = _LEAST_GROWTH * estimate.sample_bytes
     else:  # the rise of the peak, part of which may be workspaces
         risen = _LEAST_GROWTH * (trial.peak_bytes - held) / trial.micro_batch
