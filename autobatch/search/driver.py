@@ -17,7 +17,7 @@ from autobatch.search import replay
 from autobatch.search.bracket import Bracket
 from autobatch.search.memory_model import fit_memory_model
 from autobatch.search.moves import Run, SearchTerms, Stop
-from autobatch.search.planning import candidate_sizes, require_objective
+from autobatch.search.planning import candidate_sizes, require_objective, worth_one_shape
 from autobatch.search.proposals_by_line import propose, wants_estimate
 from autobatch.units import format_bytes
 
@@ -55,6 +55,7 @@ def search(
     estimate_sample: Callable[[], SampleEstimate | None] | None = None,
     exact: bool = False,
     objective: str = "throughput",
+    one_shape: bool = False,
     max_trials: int | None = None,
     max_seconds: float | None = None,
     clock: Callable[[], float] | None = None,
@@ -114,6 +115,9 @@ def search(
             largest tensor's bytes decide how much room a prediction leaves.
         exact: Prove it: one more than the size returned (with a target: the next candidate) is run and fails.
         objective: "throughput" or "largest".
+        one_shape: Each size is compiled by itself, so that under the objective "throughput" sizes that divide the
+            target are preferred (see :mod:`autobatch.search.planning`). One more of them may be run at the end, in
+            place of what training would compile.
         max_trials: Stop after this number of trials. The best that was run is returned.
         max_seconds: Start no trial later than this after the start, other than the first. Needs ``clock``.
         clock: Returns seconds from any origin, like ``time.monotonic``.
@@ -178,7 +182,8 @@ def search(
         top_name=_top_name(target_batch, max_micro_batch),
         unlimited=target_batch is None and max_micro_batch is None and budget_bytes is None,
     )
-    bracket = Bracket(_candidates(target_batch, max_micro_batch))
+    one_shape = one_shape and objective == "throughput" and not exact
+    bracket = Bracket(_candidates(target_batch, max_micro_batch, one_shape=one_shape))
     if estimate_sample is not None and wants_estimate(bracket, terms):
         terms = replace(terms, estimate=estimate_sample())
     while True:
@@ -213,6 +218,10 @@ def search(
         faster = _maybe_faster(bracket, trials)
         if faster is not None:
             run(faster)
+        if one_shape and bracket.largest_fit is not None and limit_reached() is None:
+            dividing = worth_one_shape(trials, target_batch=target_batch)
+            if dividing is not None:
+                run(dividing)
 
     if headroom_given_up:
         stopped_because += "; the headroom was given up, since nothing fits beside it"
@@ -289,9 +298,9 @@ def _told(trial: TrialResult, again: int | None) -> tuple[int, str, str]:
     return trial.micro_batch, first, second
 
 
-def _candidates(target_batch: int | None, max_micro_batch: int | None) -> Sequence[int]:
+def _candidates(target_batch: int | None, max_micro_batch: int | None, *, one_shape: bool) -> Sequence[int]:
     if target_batch is not None:
-        return candidate_sizes(target_batch, max_micro_batch)
+        return candidate_sizes(target_batch, max_micro_batch, one_shape=one_shape)
     return range(1, (max_micro_batch or FURTHEST) + 1)
 
 

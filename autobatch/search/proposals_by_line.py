@@ -38,7 +38,7 @@ _TELLING_FROM = 0.7
 """Share of the first size down to which a prime is run in its place."""
 
 _TELLING_FROM_COMPILED = 0.4
-"""The same where XLA compiles the step."""
+"""Share of the first size down to which a prime is run in its place where XLA compiles the step."""
 
 _SURE = 2.0
 """Multiple of the largest candidate that must be estimated to fit for that candidate to be run first; more of it where
