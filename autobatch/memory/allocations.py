@@ -18,7 +18,7 @@ import os
 import tempfile
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autobatch.allocation_trace import AllocationTrace
@@ -185,9 +185,11 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
     sizes: list[tuple[float, float]] = []
     freed: list[int] = []
     steps: list[tuple[bool, int]] = []
-    planned = _planned(found.compiled, micro_batch, fixed_shapes)
+    places: list[tuple[int, int]] = []
+    planned = _planned(found.compiled, micro_batch, fixed_shapes, at_most=first.in_use_bytes + first.free_bytes)
     for event in found.events:
         if event.allocated:
+            places.append((event.address, event.chunk_bytes))
             live[event.address] = len(sizes)
             steps.append((True, len(sizes)))
             sizes.append(planned.get(event.requested_bytes) or _sizes(event, micro_batch, fixed_shapes))
@@ -220,11 +222,35 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
     # The block of a compiled program is alone, and holds nearly everything.
     compiled = max((event.requested_bytes for event in found.events if event.allocated), default=0) in planned
     in_parallel = not compiled and _turns(found.events) >= _TURNS
-    return AllocationTrace(micro_batch, tuple(regions), tuple(held), tuple(sizes), tuple(order), in_parallel, compiled)
+    trace = AllocationTrace(micro_batch, tuple(regions), tuple(held), tuple(sizes), tuple(order), in_parallel, compiled)
+    return _settled(trace, places) if compiled else trace
+
+
+def _settled(trace: AllocationTrace, places: Sequence[tuple[int, int]]) -> AllocationTrace:
+    """Return a trace as the next trial will begin: what this one left behind is held, what it gave back is not.
+
+    The first trial makes what stays, such as slots of the optimizer. Where that lies decides where the single block of
+    a compiled program finds room. ``places`` are the addresses and chunks of the trial's own blocks.
+    """
+    known = len(trace.held)
+    alive = set(range(known))
+    for step in trace.order:
+        alive ^= {step if step >= 0 else ~step}
+    stays = {block for block in alive if block < known or not trace.sizes[block - known][1]}
+    held = sorted((trace.held[block] if block < known else places[block - known], block) for block in stays)
+    others = [block for block in range(known, known + len(trace.sizes)) if block not in stays]
+    index = {block: number for number, block in enumerate(others, len(held))}
+    order = ((index.get(step), True) if step >= 0 else (index.get(~step), False) for step in trace.order)
+    return replace(
+        trace,
+        held=tuple(place for place, _ in held),
+        sizes=tuple(trace.sizes[block - known] for block in others),
+        order=tuple(block if allocated else ~block for block, allocated in order if block is not None),
+    )
 
 
 def _planned(
-    blocks: Iterable[Block], micro_batch: int, fixed_shapes: Collection[tuple[int, ...]]
+    blocks: Iterable[Block], micro_batch: int, fixed_shapes: Collection[tuple[int, ...]], *, at_most: int
 ) -> dict[int, tuple[float, float]]:
     """Return the growth of the blocks of compiled programs, by their size in bytes; of equals, the one that grows most.
 
@@ -233,7 +259,7 @@ def _planned(
     """
     found: dict[int, tuple[float, float]] = {}
     for block in blocks:
-        known = growth(block, micro_batch, fixed_shapes)
+        known = growth(block, micro_batch, fixed_shapes, at_most=at_most)
         size = block.size_bytes
         found[size] = max(known, found.get(size, known), key=lambda each: each[1])
     return found
