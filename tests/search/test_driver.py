@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from autobatch.allocation_trace import AllocationTrace
 from autobatch.records import Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
-from autobatch.search import candidate_sizes, search
+from autobatch.search import candidate_sizes, make_plan, search
 from autobatch.search.driver import TIMED_STEPS
 
 from .curves import Device, RecordingDevice
@@ -567,3 +567,32 @@ def test_no_recording_is_asked_for_where_no_budget_is_known() -> None:
     )
     assert asked
     assert not any(request.record_allocations for request in asked)
+
+
+@pytest.mark.parametrize("launch_seconds", [0.0, 0.0005, 0.02])
+@pytest.mark.parametrize("target", [96, 120, 200, 256, 500, 509, 512, 1000, 4096])
+def test_where_each_shape_is_compiled_one_that_divides_the_target_is_planned_unless_it_is_slow(
+    target: int, launch_seconds: float
+) -> None:
+    for most in (11, 37, 50, 90, 130):
+
+        def run_trial(request: TrialRequest, most: int = most) -> TrialResult:
+            fits, samples = request.micro_batch <= most, request.micro_batch
+            seconds = launch_seconds + 0.001 * samples
+            outcome = Outcome.FITS if fits else Outcome.OUT_OF_MEMORY
+            return TrialResult(
+                samples, outcome, peak_bytes=1000 + 100 * samples if fits else None, step_seconds=seconds
+            )
+
+        result = search(run_trial, target_batch=target, budget_bytes=1000 + 100 * most, one_shape=True)
+        plan = make_plan(result.trials, target_batch=target, one_shape=True)
+
+        def update_seconds(size: int) -> float:
+            return -(-target // size) * launch_seconds + 0.001 * target
+
+        fitting = [size for size in candidate_sizes(target) if size <= most]
+        shortest = min(map(update_seconds, fitting))
+        assert update_seconds(plan.micro_batch) <= 1.12 * shortest
+        dividing = [size for size in fitting if target % size == 0 and update_seconds(size) <= 1.03 * shortest]
+        if dividing:
+            assert target % plan.micro_batch == 0, (most, plan)
