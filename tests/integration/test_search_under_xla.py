@@ -1,4 +1,4 @@
-"""The search where every step is compiled: few trials, none out of memory, and nothing compiled without being said."""
+"""The search where every step is compiled: few trials, and nothing compiled twice or without being said."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def told(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_search_takes_few_trials_of_which_none_runs_out_of_memory(told):
+def test_a_search_takes_few_trials_and_ends_near_the_largest(told):
     for searched in told["searches"]:
-        assert len(searched["trials"]) <= 3, searched
-        assert all(fits for _, fits, _, _ in searched["trials"]), searched
+        assert len(searched["trials"]) <= 4, searched
+        assert sum(not fits for _, fits, _, _ in searched["trials"]) <= 1, searched
         assert not searched["more_fits"], searched
 
 
 @pytest.mark.slow
 def test_what_was_asked_for_is_reported_beside_what_the_allocator_gave(told):
     for searched in told["searches"]:
-        assert all(asked <= given for _, _, asked, given in searched["trials"])
+        assert all(asked <= given for _, fits, asked, given in searched["trials"] if fits)
     # A block of more than half of what is free is given all of it.
-    largest = max(told["searches"][1]["trials"])
+    largest = max(trial for trial in told["searches"][1]["trials"] if trial[1])
     assert largest[2] < largest[3]
 
 
