@@ -1,10 +1,11 @@
 """Regions of address space that TensorFlow's BFC allocator has taken from its device, told by recorded events.
 
 The allocator asks its device for regions of 1 MiB, 2 MiB, 4 MiB and so on, each a power of two, and the last takes what
-is left of the limit. A block lies within one region, so that the ends of regions decide if there is room. The events
-do not say where regions end. They do give the addresses of blocks, the bytes in use and free, and the largest free
-piece (by ``fragmentation``, which counts what has been taken so far, whereas "free" counts the whole limit). So several guesses are made, and the one taken in which the largest free piece is nearest
-to what the events say. The model is ``xla/tsl/framework/bfc_allocator.cc``.
+is left of the limit. A block lies within one region, so that the ends of regions decide if there is room. The events do
+not say where regions end. They do give the addresses of blocks, the bytes in use and free, and the largest free piece
+(by ``fragmentation``, which counts what has been taken so far, whereas "free" counts the whole limit). So several
+guesses are made, and the one taken in which the largest free piece is nearest to what the events say. The model is
+``xla/tsl/framework/bfc_allocator.cc``.
 """
 
 from __future__ import annotations
