@@ -140,7 +140,7 @@ def test_two_optimizers_make_one_update_each(options):
 
     def build():
         keras.utils.set_random_seed(1)
-        # The gradient of the critic's bias is zero but for rounding, which XLA does in another order; Adam scales it up.
+        # The gradient of the critic's bias is zero but for rounding, which differs under XLA; Adam scales it up.
         model = Adversaries(biased=not options)
         model.compile(keras.optimizers.Adam(0.01), keras.optimizers.RMSprop(0.02), **options)
         return model
