@@ -3,8 +3,9 @@
 XLA lays out all temporary values of a program in one block. Values that are alive together lie side by side, so that
 they make piles: each value of a pile lies above the one before. A block is as high as its highest pile. With more
 samples the piles with more growing values overtake the others. So the growth of the block is that of the pile that will
-be the highest when the block fills the memory there is. Over eight models one program of 13 samples gave the block of
-100 samples to 1 %.
+be the highest when the block fills the memory there is. Over nine models a program for 13 samples told the block for
+about a hundred on a CPU: to 0.8 % in seven of them, and to 1.5 % and 4 % in two with convolutions of few channels. It
+never told too little.
 """
 
 from __future__ import annotations
