@@ -16,7 +16,7 @@ from autobatch.records import Outcome, SampleEstimate, SearchResult, TrialReques
 from autobatch.search import candidate_sizes, make_plan, search
 from autobatch.search.driver import TIMED_STEPS
 
-from .curves import Device, RecordingDevice
+from .curves import CompiledDevice, Device, RecordingDevice
 
 FAILURES = ("silent", "names_bytes", "measured")
 
@@ -596,3 +596,34 @@ def test_where_each_shape_is_compiled_one_that_divides_the_target_is_planned_unl
         dividing = [size for size in fitting if target % size == 0 and update_seconds(size) <= 1.03 * shortest]
         if dividing:
             assert target % plan.micro_batch == 0, (most, plan)
+
+
+def test_where_a_program_is_compiled_its_plan_leads_however_wrong_the_estimate_is() -> None:
+    trials, ratios, failed = [], [], 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        largest = int(math.exp(rng.uniform(math.log(20), math.log(2000))))
+        device = CompiledDevice(rng, largest=largest)
+        estimate = SampleEstimate(device.per_sample_bytes * math.exp(rng.uniform(-1.2, 1.5)), 0.0, is_compiled=True)
+        result = search(
+            device,
+            target_batch=None,
+            budget_bytes=device.total_bytes,
+            fixed_bytes_hint=device.held_bytes,
+            estimate_sample=lambda estimate=estimate: estimate,
+        )
+        check_invariants(result, range(1, 1 << 20))
+        trials.append(len(result.trials))
+        failed += failures(result)
+        ratios.append(
+            (result.largest_fit or 0) / next(n for n in itertools.count(largest) if not device_fits(device, n + 1))
+        )
+    assert sorted(trials)[30] == 2
+    assert max(trials) <= 4
+    assert failed <= 3
+    assert min(ratios) > 0.95
+    assert sorted(ratios)[6] > 0.97
+
+
+def device_fits(device: CompiledDevice, micro_batch: int) -> bool:
+    return device(TrialRequest(micro_batch)).fits
