@@ -212,7 +212,8 @@ def search(
                 functools.partial(_replayed, traces, trial, terms.budget_bytes, bracket.candidates[-1], terms.estimate)
             )
             if told is not None:
-                terms = replace(terms, replayed=told, in_parallel=traces[-1].in_parallel)
+                last = traces[-1]
+                terms = replace(terms, replayed=told, in_parallel=last.in_parallel, is_compiled=last.is_compiled)
 
     if target_batch is not None and objective == "throughput" and limit_reached() is None:
         faster = _maybe_faster(bracket, trials)

