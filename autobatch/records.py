@@ -103,12 +103,14 @@ class SampleEstimate:
 
     ``sample_bytes`` is roughly what it adds to the peak, good to a factor of two. ``largest_tensor_bytes`` is its share
     of the largest tensor, which an allocator must find room for in one piece. ``workspace_bytes`` are taken whatever
-    the number of samples.
+    the number of samples. ``is_compiled`` is True if XLA compiles the step: what that holds is not what was traced, and
+    ``sample_bytes`` is good to a factor of four.
     """
 
     sample_bytes: float
     largest_tensor_bytes: float
     workspace_bytes: int = 0
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         _require(self.sample_bytes > 0, f"sample_bytes must be above 0. Received: {self.sample_bytes!r}")

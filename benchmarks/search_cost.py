@@ -10,6 +10,11 @@ found by bisection, and its neighbours are run too. In an arena that is nearly f
 free memory is in pieces. So two figures stand beside each other: the largest size that was seen to fit, and the largest
 below the first that was seen to fail.
 
+With ``--xla`` every step is compiled, as it is on a single GPU by default. Each size is then compiled by itself, and
+whoever asks for it is charged that too. Arenas are of 1 GiB at least: the allocator gives a whole free chunk to a block
+of more than half of it, so that in small arenas chunks decide what fits. What a compiled program needs is the same each
+time, so that fewer neighbours of the edge are run.
+
 Results are written after each model; a later run adds its models to the file. ``--resume`` takes the sizes that the
 file has recorded as measured and runs the others; what a trial allocated is not in the file, so that the sizes that
 autobatch asks for are run again.
@@ -23,6 +28,7 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -47,7 +53,11 @@ OURS = ("autobatch", "autobatch exact", "autobatch, headroom 5 %")
 CURVE = (4, 8, 16, 32, 64, 128, 256, 512)
 SWEEP = (1, 2, 3, 0.02, 0.04, 0.08, -1, -2, -0.01, -0.02, -0.04)
 """Where sizes are run beside the edge that bisection ends on: samples, or parts of it."""
+SWEEP_COMPILED = (1, 2, -1)
 MIB = 2**20
+LEAST_MIB_COMPILED = 1024
+COMPILED = "AUTOBATCH_BENCHMARK_XLA"
+"""Environment variable that is set for the processes of trials where steps are compiled."""
 HEADROOM = 0.05
 """What ``fit`` leaves alone unless it is told otherwise."""
 
@@ -82,6 +92,7 @@ def serve(name: str) -> None:
     started = time.perf_counter()
     entry = MODELS[name]
     model = entry.build()
+    model.jit_compile = bool(os.environ.get(COMPILED))
     x, y = entry.data()
     trials = opening.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
     trials.step.prepare()
@@ -127,6 +138,7 @@ class Measurements:
     taken: dict[int, dict[str, Any]] = field(default_factory=dict)
     traces: dict[int, AllocationTrace] = field(default_factory=dict)
     died: int = 0
+    compiled: bool = False
     _process: subprocess.Popen[str] | None = None
 
     def open(self) -> None:
@@ -137,7 +149,12 @@ class Measurements:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "AUTOBATCH_BENCHMARK_LIMITS": limits, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            env={
+                **os.environ,
+                "AUTOBATCH_BENCHMARK_LIMITS": limits,
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                COMPILED: "1" if self.compiled else "",
+            },
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -162,7 +179,10 @@ class Measurements:
         """The same, with what it allocated in ``traces`` if it fits."""
         known = self.taken.get(micro_batch)
         if known is None or (self.fits(micro_batch) and micro_batch not in self.traces):
-            self.taken[micro_batch] = self._run(micro_batch, record=True)
+            again = self._run(micro_batch, record=True)
+            if known is not None and self.compiled:  # it was compiled the first time
+                again["seconds"] = max(known["seconds"], again["seconds"])
+            self.taken[micro_batch] = again
         return self.taken[micro_batch]
 
     def _run(self, micro_batch: int, *, record: bool) -> dict[str, Any]:
@@ -202,7 +222,7 @@ class Measurements:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.fits(middle) else (low, middle)
-        for part in SWEEP:
+        for part in SWEEP_COMPILED if self.compiled else SWEEP:
             near = low + (int(part) if abs(part) >= 1 else round(part * low))
             if 1 <= near <= self.top:
                 self.take(near)
@@ -368,7 +388,7 @@ def measure(measurements: Measurements) -> dict[str, Any]:
         print(f"  {name:20s} {returned}: ran {' '.join(map(str, charged.asked))}", flush=True)
     true = measurements.true_largest()
     for size in CURVE:
-        if size < true:
+        if size < true and not measurements.compiled:
             measurements.take(size)
     start_seconds = measurements.greeting["start_seconds"]
     within = measurements.largest_within(int(measurements.greeting["budget_bytes"] * (1 - HEADROOM)))
@@ -547,6 +567,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         "# What finding the largest micro-batch costs",
         "",
+        "Every step is compiled by XLA, for each size anew." if "--xla" in document["command"] else "",
+        "",
         f"`{document['command']}` on {machine['cores']} cores of {machine['cpu']}, no GPU; {versions}.",
         "",
         f"{len(models)} models, each in a limited TensorFlow arena on the CPU; every searcher has the same trial "
@@ -603,7 +625,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def save(output: Path, name: str, model: dict[str, Any], note: str = "") -> dict[str, Any]:
+def save(output: Path, name: str, model: dict[str, Any], note: str = "", *, compiled: bool = False) -> dict[str, Any]:
     """Add one model to the file, which another run may be writing to at the same time."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(tempfile.gettempdir() + f"/autobatch_{output.name}.lock", "w") as lock:
@@ -615,7 +637,7 @@ def save(output: Path, name: str, model: dict[str, Any], note: str = "") -> dict
         document = {
             "schema_version": SCHEMA_VERSION,
             "benchmark": "search_cost",
-            "command": "python benchmarks/search_cost.py",
+            "command": "python benchmarks/search_cost.py" + (" --xla" if compiled else ""),
             "note": note or document.get("note", ""),
             "machine": _machine(),
             "versions": _versions(),
@@ -642,6 +664,12 @@ def _recorded(name: str, model: dict[str, Any]) -> Measurements:
         )
     }
     return Measurements(name, model["limit_mib"], model["largest_considered"], greeting, taken)
+
+
+def _for_compiled(limit_mib: int, top: int) -> tuple[int, int]:
+    """The limit and the range of a model whose steps are compiled: a larger arena takes more samples."""
+    larger = max(limit_mib, LEAST_MIB_COMPILED)
+    return larger, 2 ** math.ceil(math.log2(top * larger / limit_mib))
 
 
 def _to_run(name: str, limit_mib: int, top: int, output: Path, resume: bool) -> Measurements:
@@ -671,7 +699,8 @@ def _catalogue() -> dict[str, tuple[int, int]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", help="names, separated by commas; all of them by default")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file; a .md stands beside it")
+    parser.add_argument("--output", type=Path, help="the result file; a .md stands beside it")
+    parser.add_argument("--xla", action="store_true", help="compile every step")
     parser.add_argument("--resume", action="store_true", help="run no size again that the file has recorded")
     parser.add_argument("--note", default="", help="a sentence about this run, kept in the results")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -680,18 +709,20 @@ def main() -> int:
         serve(options.serve)
         return 0
     document: dict[str, Any] = {}
+    output = options.output or (RESULTS.with_stem(f"{RESULTS.stem}_xla") if options.xla else RESULTS)
     catalogue = _catalogue()
     names = options.models.split(",") if options.models else list(catalogue)
     if unknown := [name for name in names if name not in catalogue]:
         parser.error(f"--models must be among {', '.join(catalogue)}. Received: {', '.join(unknown)}")
     for name in names:
-        limit_mib, top = catalogue[name]
+        limit_mib, top = _for_compiled(*catalogue[name]) if options.xla else catalogue[name]
         print(f"{name}, {limit_mib} MiB", flush=True)
-        measurements = _to_run(name, limit_mib, top, options.output, options.resume)
+        measurements = _to_run(name, limit_mib, top, output, options.resume)
+        measurements.compiled = options.xla
         try:
             if not measurements.greeting:
                 measurements.open()
-            document = save(options.output, name, measure(measurements), options.note)
+            document = save(output, name, measure(measurements), options.note, compiled=options.xla)
         finally:
             measurements.close()
     print()

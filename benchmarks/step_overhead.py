@@ -1,6 +1,6 @@
 """What a step costs: autobatch against plain Keras and against Keras's own gradient accumulation, time and memory.
 
-``python benchmarks/step_overhead.py [--output results/step_overhead.json] [--repeats 21]``
+``python benchmarks/step_overhead.py [--xla] [--output results/step_overhead.json] [--repeats 21]``
 
 Time is that of a whole epoch of ``fit`` over the same samples, callbacks and data pipeline included, the competitors
 taking turns, now in one order, now in the other, so that a busy machine is busy for all; medians of at least 7 turns.
@@ -13,6 +13,9 @@ added up, no metrics, no update and no ``fit``.
 Memory is the most that one update holds above what is held before it, in bytes asked of TensorFlow's allocator (its
 rounding, which differs from run to run, left out), the accumulators added, less the most that one plain micro-step
 holds; medians of 7.
+
+With ``--xla`` all of them are compiled by XLA, as they are on a single GPU by default; nothing is compiled in an epoch
+that counts.
 """
 
 from __future__ import annotations
@@ -32,7 +35,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 MODELS = ("dense", "cnn", "transformer")
 ACCUMULATION_STEPS = (1, 4, 16)
 OURS, PLAIN, KERAS = "autobatch", "plain Keras at the micro-batch", "Keras's gradient_accumulation_steps"
+COMPILED = "AUTOBATCH_BENCHMARK_XLA"
+"""Environment variable that is set, here and for the processes that measure memory, where XLA compiles the steps."""
 UPDATES_IN_AN_EPOCH = {"dense": 32, "cnn": 16, "transformer": 16}
+
+
+def is_compiled() -> bool:
+    return bool(os.environ.get(COMPILED))
 
 
 def build(name: str, accumulation_steps: int | None = None):
@@ -64,7 +73,8 @@ def build(name: str, accumulation_steps: int | None = None):
         hidden = layers.GlobalAveragePooling1D()(hidden)
     model = keras.Model(inputs, layers.Dense(10)(hidden))
     optimizer = keras.optimizers.Adam(1e-3, gradient_accumulation_steps=accumulation_steps)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=is_compiled())
 
     def samples(count: int):
         x = random.integers(0, 500, (count, *shape)) if name == "transformer" else random.normal(size=(count, *shape))
@@ -114,16 +124,20 @@ def passes_alone(name: str, target_batch: int, micro_batch: int, x, y):
     model, _, _ = build(name)
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(target_batch).prefetch(tf.data.AUTOTUNE)
 
+    @tf.function(autograph=False, jit_compile=is_compiled())
+    def one_pass(x, y):
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
+        gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+        # An element of each is asked for: what nobody asks for is not computed.
+        dense = [part.values if isinstance(part, tf.IndexedSlices) else part for part in gradients]
+        return tf.add_n([tf.reshape(part, [-1])[0] for part in dense])
+
     @tf.function(autograph=False, input_signature=list(dataset.element_spec))
     def passes(x, y):
         def body(start, total):
             part = slice(start, start + micro_batch)
-            with tf.GradientTape() as tape:
-                loss = model.compute_loss(x=x[part], y=y[part], y_pred=model(x[part], training=True))
-            gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
-            # An element of each is asked for: what nobody asks for is not computed.
-            dense = [part.values if isinstance(part, tf.IndexedSlices) else part for part in gradients]
-            return start + micro_batch, total + tf.add_n([tf.reshape(part, [-1])[0] for part in dense])
+            return start + micro_batch, total + one_pass(x[part], y[part])
 
         samples = tf.shape(x)[0]
         return tf.while_loop(lambda start, _: start < samples, body, [0, 0.0], parallel_iterations=1)
@@ -244,12 +258,15 @@ def line_of(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--xla", action="store_true", help="compile the steps of all of them")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--built", type=int, default=7, help="how often each model is built (default 7)")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--steps", default=",".join(map(str, ACCUMULATION_STEPS)), help="micro-batches in an update")
     parser.add_argument("--peaks", nargs=2, metavar=("MODEL", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.xla:
+        os.environ[COMPILED] = "1"  # the processes that measure memory see it as well
     if options.peaks:
         print(json.dumps(peaks_of(options.peaks[0], int(options.peaks[1]))))
         return
@@ -305,7 +322,8 @@ def main() -> None:
         options.output.write_text(
             json.dumps(
                 {
-                    "command": f"python benchmarks/step_overhead.py --models {options.models} --steps {options.steps}",
+                    "command": f"python benchmarks/step_overhead.py {'--xla ' if options.xla else ''}"
+                    f"--models {options.models} --steps {options.steps}",
                     "machine": machine,
                     "versions": versions,
                     "repeats": options.repeats,

@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "search": {"records", "allocation_trace", "errors", "units"},
     "report": {"records", "errors", "units", "record_codec"},
     "cache": {"records", "errors", "units"},
-    "memory": {"records", "allocation_trace", "errors", "units"},
+    "memory": {"records", "allocation_trace", "errors", "seams", "units"},
     "graphs": {"records", "seams", "tensors", "tracebacks"},
     "losses": {"graphs", "seams", "tensors"},
     "averages": {"graphs", "seams", "tensors"},

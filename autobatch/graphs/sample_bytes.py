@@ -29,9 +29,10 @@ _CONVOLUTION_WORKSPACE_BYTES = 30 * 2**20
 ``tensorflow/core/kernels/conv_grad_input_ops.h``."""
 
 
-def of_graph(graph: tf.Graph, *, on_cpu: bool = False) -> SampleEstimate | None:
+def of_graph(graph: tf.Graph, *, on_cpu: bool = False, is_compiled: bool = False) -> SampleEstimate | None:
     """Estimate what one sample needs in the traced step ``graph``.
 
+    ``is_compiled`` says that XLA compiles the step. A CPU's operations then run without workspaces of the allocator's.
     Return None where it has loops, and the iterations of none are known, or where no tensor has a row per sample.
     """
     definition = graph.as_graph_def(add_shapes=True)
@@ -47,9 +48,9 @@ def of_graph(graph: tf.Graph, *, on_cpu: bool = False) -> SampleEstimate | None:
         # The loop of a gradient is given the forward loop's lists, and runs as often.
         for loop, count in zip(loops, counts, strict=True):
             total += (most if count is None else count) * sum(_computed_rows(bodies[loop.get_attr("body").name]))
-    convolves = on_cpu and any(node.op in _CONVOLUTIONS for node in definition.node)
+    convolves = on_cpu and not is_compiled and any(node.op in _CONVOLUTIONS for node in definition.node)
     workspace = _CONVOLUTION_WORKSPACE_BYTES if convolves else 0
-    return SampleEstimate(_ALIVE * total, largest, workspace) if total else None
+    return SampleEstimate(_ALIVE * total, largest, workspace, is_compiled) if total else None
 
 
 def _computed_rows(nodes: Iterable[Any]) -> Iterator[int]:

@@ -18,12 +18,14 @@ import os
 import tempfile
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autobatch.allocation_trace import AllocationTrace
 from autobatch.memory import arena, arena_regions, profile_reader
+from autobatch.memory.compiled_growth import growth
 from autobatch.memory.profile_reader import Event
+from autobatch.seams.compiled_programs import Block
 from autobatch.types import Variable
 
 logger = logging.getLogger(__name__)
@@ -48,10 +50,14 @@ _ROUND_BYTES = 256
 
 @dataclass(slots=True)
 class Recording:
-    """Events that :func:`recording` saw, in order. ``held`` gives bytes by address for the variables before it."""
+    """Events that :func:`recording` saw, in order. ``held`` gives bytes by address for the variables before it.
+
+    ``compiled`` are the blocks that programs compiled by XLA ask for, by their own plans.
+    """
 
     held: dict[int, int] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    compiled: list[Block] = field(default_factory=list)
 
     def most_bytes(self, *, leaving_out: str | None = None) -> int:
         """Return the most bytes that were held at one time beyond what was held before the recording.
@@ -105,6 +111,8 @@ def recording(device: str, variables: Iterable[Variable]) -> Iterator[Recording]
         if started:
             with _as_a_hint("read"):
                 found.events = profile_reader.read(Path(folder), device)
+            with _as_a_hint("read as compiled"):
+                found.compiled = profile_reader.read_compiled(Path(folder))
 
 
 @contextlib.contextmanager
@@ -142,7 +150,8 @@ def trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple[
     """Return what was recorded while ``micro_batch`` samples ran, as a trace that can be replayed for other sizes.
 
     A block grows with the micro-batch if the first dimension of its tensor is a multiple of it. Any dimension counts if
-    the micro-batch is a prime of at least 11. ``fixed_shapes`` are the shapes of the weights, which never grow.
+    the micro-batch is a prime of at least 11. ``fixed_shapes`` are the shapes of the weights, which never grow. The
+    growth of a block of a compiled program, which holds many values, comes from the program's own plan.
     The result is None where nothing was recorded, or what was recorded cannot be true.
     """
     with _as_a_hint("believed"):
@@ -176,11 +185,14 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
     sizes: list[tuple[float, float]] = []
     freed: list[int] = []
     steps: list[tuple[bool, int]] = []
+    places: list[tuple[int, int]] = []
+    planned = _planned(found.compiled, micro_batch, fixed_shapes, at_most=first.in_use_bytes + first.free_bytes)
     for event in found.events:
         if event.allocated:
+            places.append((event.address, event.chunk_bytes))
             live[event.address] = len(sizes)
             steps.append((True, len(sizes)))
-            sizes.append(_sizes(event, micro_batch, fixed_shapes))
+            sizes.append(planned.get(event.requested_bytes) or _sizes(event, micro_batch, fixed_shapes))
         elif event.address in live:
             steps.append((False, live.pop(event.address)))
         else:
@@ -207,8 +219,50 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
             order.append(known + number if allocated else ~(known + number))
         else:
             order.append(~index[freed[-1 - number]])
-    in_parallel = _turns(found.events) >= _TURNS
-    return AllocationTrace(micro_batch, tuple(regions), tuple(held), tuple(sizes), tuple(order), in_parallel)
+    # The block of a compiled program is alone, and holds nearly everything.
+    compiled = max((event.requested_bytes for event in found.events if event.allocated), default=0) in planned
+    in_parallel = not compiled and _turns(found.events) >= _TURNS
+    trace = AllocationTrace(micro_batch, tuple(regions), tuple(held), tuple(sizes), tuple(order), in_parallel, compiled)
+    return _settled(trace, places) if compiled else trace
+
+
+def _settled(trace: AllocationTrace, places: Sequence[tuple[int, int]]) -> AllocationTrace:
+    """Return a trace as the next trial will begin: what this one left behind is held, what it gave back is not.
+
+    The first trial makes what stays, such as slots of the optimizer. Where that lies decides where the single block of
+    a compiled program finds room. ``places`` are the addresses and chunks of the trial's own blocks.
+    """
+    known = len(trace.held)
+    alive = set(range(known))
+    for step in trace.order:
+        alive ^= {step if step >= 0 else ~step}
+    stays = {block for block in alive if block < known or not trace.sizes[block - known][1]}
+    held = sorted((trace.held[block] if block < known else places[block - known], block) for block in stays)
+    others = [block for block in range(known, known + len(trace.sizes)) if block not in stays]
+    index = {block: number for number, block in enumerate(others, len(held))}
+    order = ((index.get(step), True) if step >= 0 else (index.get(~step), False) for step in trace.order)
+    return replace(
+        trace,
+        held=tuple(place for place, _ in held),
+        sizes=tuple(trace.sizes[block - known] for block in others),
+        order=tuple(block if allocated else ~block for block, allocated in order if block is not None),
+    )
+
+
+def _planned(
+    blocks: Iterable[Block], micro_batch: int, fixed_shapes: Collection[tuple[int, ...]], *, at_most: int
+) -> dict[int, tuple[float, float]]:
+    """Return the growth of the blocks of compiled programs, by their size in bytes; of equals, the one that grows most.
+
+    Programs of other sizes may be among them, which were compiled earlier. Their blocks have other sizes, unless they
+    do not grow.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for block in blocks:
+        known = growth(block, micro_batch, fixed_shapes, at_most=at_most)
+        size = block.size_bytes
+        found[size] = max(known, found.get(size, known), key=lambda each: each[1])
+    return found
 
 
 def _turns(events: Sequence[Event]) -> int:

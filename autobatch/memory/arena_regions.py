@@ -1,15 +1,18 @@
 """Regions of address space that TensorFlow's BFC allocator has taken from its device, told by recorded events.
 
 The allocator asks its device for regions of 1 MiB, 2 MiB, 4 MiB and so on, each a power of two, and the last takes what
-is left of the limit. A block lies within one region, so that the ends of regions decide if there is room. The events
-do not say where regions end. They do give the addresses of blocks, the bytes in use and free, and the largest free
-piece (by ``fragmentation``). So several guesses are made, and the one taken in which the largest free piece is nearest
-to what the events say. The model is ``xla/tsl/framework/bfc_allocator.cc``.
+is left of the limit. A block lies within one region, so that the ends of regions decide if there is room. The events do
+not say where regions end. They do give the addresses of blocks, the bytes in use and free, and the largest free piece
+(by ``fragmentation``, which counts what has been taken so far, whereas "free" counts the whole limit). So several
+guesses are made, and the one taken in which the largest free piece is nearest to what the events say. The model is
+``xla/tsl/framework/bfc_allocator.cc``.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +28,12 @@ _ROUND_BYTES = 256
 
 _MOMENTS = 40
 """Number of events after which the largest free piece is compared."""
+
+_LEAST_CHANGE = 2e-5
+"""Least change of ``fragmentation``, of which six digits are told, that tells the bytes taken to a tenth of a MiB."""
+
+_AGREE = 0.5
+"""Share of the changes that must tell the same bytes taken; others are those of the largest free piece."""
 
 _MOST_SEAMS = 8
 """Number of seams, and of wide gaps, that are looked at; each costs some milliseconds for each region."""
@@ -46,7 +55,10 @@ class _Moment:
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """Facts that the events tell: the limit, the bytes in use before, all blocks, those that moved, some moments."""
+    """Facts that the events tell: the bytes taken from the device, those in use before, blocks, and some moments.
+
+    ``touched`` are the addresses of the blocks that moved.
+    """
 
     total: int
     in_use_before: int
@@ -62,7 +74,9 @@ def find_regions(events: Sequence[Event], held: dict[int, int]) -> list[Region]:
     ``held`` gives bytes by address of blocks that lay there before. Memory that is neither held nor in these regions is
     added as a region of its own, above the others: the allocator has not taken it yet, or has not used it.
     """
-    told = _told_by(events, held)
+    limit = events[0].in_use_bytes + events[0].free_bytes
+    taken = _taken(events, limit)
+    told = _told_by(events, held, taken)
     pages = _seams(told)
     gaps = [address for address in _behind_gaps(told) if address not in pages]
     seams = gaps + pages  # what is less likely is tried without first
@@ -75,11 +89,33 @@ def find_regions(events: Sequence[Event], held: dict[int, int]) -> list[Region]:
         adds_up = sum(size for _, size in regions) == told.total
         if missed_without < missed or (missed_without == missed and not adds_up):
             seams, regions, missed = fewer, without, missed_without
+    if limit - taken >= _MIB:
+        regions.append((max(start + size for start, size in regions) + _PAGE, limit - taken))
     return regions
 
 
-def _told_by(events: Sequence[Event], held: dict[int, int]) -> _Told:
+def _taken(events: Sequence[Event], limit: int) -> int:
+    """Return the bytes that the allocator has taken from its device by the end of the events, of at most ``limit``.
+
+    Between two events that leave the largest free piece as it is, ``fragmentation`` changes by what is in use alone. So
+    the two tell the bytes taken. Regions are whole MiB, as the limit is, or the limit itself is returned.
+    """
+    found: list[int] = []
+    for one, other in itertools.pairwise(events[len(events) // 2 :]):
+        before, after = 1 - one.fragmentation, 1 - other.fragmentation
+        if abs(before - after) >= _LEAST_CHANGE:
+            taken = (one.in_use_bytes * before - other.in_use_bytes * after) / (before - after)
+            found.append(round(taken / _MIB) * _MIB)
+    if not found:
+        return limit
+    taken, times = Counter(found).most_common(1)[0]
+    most_in_use = max(event.in_use_bytes for event in events)
+    return taken if times >= max(3, _AGREE * len(found)) and most_in_use <= taken < limit else limit
+
+
+def _told_by(events: Sequence[Event], held: dict[int, int], taken: int) -> _Told:
     first = events[0]
+    missing = first.in_use_bytes + first.free_bytes - taken
     touched = {event.address: event.chunk_bytes for event in events}
     live = dict(held)
     every = max(1, len(events) // _MOMENTS)
@@ -89,10 +125,12 @@ def _told_by(events: Sequence[Event], held: dict[int, int]) -> _Told:
             live[event.address] = event.chunk_bytes
         else:
             live.pop(event.address, None)
-        if number % every == 0:
-            moments.append(_Moment(sorted(live.items()), int(event.free_bytes * (1 - event.fragmentation))))
+        # Where some memory is not taken yet, less of it may have been taken at first.
+        if number % every == 0 and (not missing or number >= len(events) // 2):
+            free_bytes = event.free_bytes - missing
+            moments.append(_Moment(sorted(live.items()), int(free_bytes * (1 - event.fragmentation))))
     return _Told(
-        total=first.in_use_bytes + first.free_bytes,
+        total=taken,
         in_use_before=first.in_use_bytes - (first.chunk_bytes if first.allocated else -first.chunk_bytes),
         held=sorted(held.items()),
         blocks=sorted({**held, **touched}.items()),

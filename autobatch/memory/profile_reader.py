@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autobatch.seams.compiled_programs import Block, blocks_in
+
 _READERS = ("tensorflow.tsl.profiler.protobuf.xplane_pb2", "tensorflow.core.profiler.protobuf.xplane_pb2")
 _ALLOCATED, _FREED = "MemoryAllocation", "MemoryDeallocation"
 
@@ -46,14 +48,8 @@ def read(folder: Path, device: str) -> list[Event]:
 
     The list is empty if there is no file, if the file is too large, or if this TensorFlow has no reader for it.
     """
-    reader = _reader()
-    files = sorted(folder.rglob("*.xplane.pb"))
-    if reader is None or not files or files[0].stat().st_size > _MOST_BYTES:
-        return []
-    space = reader.XSpace()
-    space.ParseFromString(files[0].read_bytes())
     timed: list[tuple[int, Event]] = []
-    for plane in space.planes:
+    for plane in _planes(folder):
         kinds = {number: named.name for number, named in plane.event_metadata.items()}
         names = {number: named.name for number, named in plane.stat_metadata.items()}
         for line in plane.lines:
@@ -66,6 +62,22 @@ def read(folder: Path, device: str) -> list[Event]:
                     timed.append((line.timestamp_ns * 1000 + event.offset_ps, found))
     timed.sort(key=lambda each: each[0])
     return [event for _, event in timed]
+
+
+def read_compiled(folder: Path) -> list[Block]:
+    """Return the blocks of the programs in a profile's folder that XLA has compiled; empty where nothing is read."""
+    return blocks_in(_planes(folder))
+
+
+def _planes(folder: Path) -> Iterable[Any]:
+    reader = _reader()
+    files = sorted(folder.rglob("*.xplane.pb"))
+    if reader is None or not files or files[0].stat().st_size > _MOST_BYTES:
+        return ()
+    space = reader.XSpace()
+    space.ParseFromString(files[0].read_bytes())
+    planes: Iterable[Any] = space.planes
+    return planes
 
 
 def _event(kind: str, stats: Iterable[Any], names: dict[int, str], device: str, thread: int) -> Event | None:

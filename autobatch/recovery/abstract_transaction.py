@@ -86,8 +86,9 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         headroom: float = 0.0,
     ) -> None:
         self.recoveries: list[Recovery] = []
-        self.policy = MicroBatchPolicy(micro_batch, begin_at=begin_at)
-        self._validation_policy = MicroBatchPolicy(micro_batch, begin_at=begin_at)
+        one_shape = bool(step.model.jit_compile) and not step.model.run_eagerly
+        self.policy = MicroBatchPolicy(micro_batch, begin_at=begin_at, one_shape=one_shape)
+        self._validation_policy = MicroBatchPolicy(micro_batch, begin_at=begin_at, one_shape=one_shape)
         self._step = step
         self._keeper = keeper or Keeper(step, device, user_limit_bytes=user_limit_bytes, headroom=headroom)
         self._good_updates = 0

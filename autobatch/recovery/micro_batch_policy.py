@@ -16,6 +16,8 @@ or the user chose:
   times as many good steps since the last failure. The cause of the failure may have given its memory back meanwhile.
 * Each failure but the first doubles the patience, :data:`MOST_DOUBLINGS` times at most, until the ceiling is reached.
 * A size that failed twice is not tried again, nor is any larger one.
+* Where each size is compiled by itself, new sizes are those that divide the largest effective batch, if one of them is
+  more than half of what may be tried: a size that leaves a remainder has to be compiled twice.
 """
 
 from __future__ import annotations
@@ -43,16 +45,23 @@ def evened(micro_batch: int, samples: int) -> int:
     return -(-samples // steps)
 
 
+def dividing(at_most: int, samples: int) -> int:
+    """Return the largest size up to ``at_most`` that cuts ``samples`` into equal parts."""
+    return next(size for size in range(min(at_most, samples), 0, -1) if samples % size == 0)
+
+
 class MicroBatchPolicy:
     """Choice of the micro-batch by this module's rules; :attr:`micro_batch` is the size that the next step uses.
 
     ``begin_at`` is the first size, if a training before this one had to go below the ``ceiling``; None begins there.
+    ``one_shape`` says that each size is compiled by itself.
     """
 
-    def __init__(self, ceiling: int, *, begin_at: int | None = None) -> None:
+    def __init__(self, ceiling: int, *, begin_at: int | None = None, one_shape: bool = False) -> None:
         if ceiling < 1:
             raise ValueError(f"ceiling must be at least 1. Received: {ceiling!r}")
         self.ceiling = ceiling
+        self._one_shape = one_shape
         self.micro_batch = ceiling if begin_at is None else max(1, min(begin_at, ceiling))
         self._samples = 1  # of the largest effective batch so far
         self._good_steps = 0  # at this size
@@ -123,10 +132,17 @@ class MicroBatchPolicy:
 
     def _not_failed(self, at_most: int) -> int:
         """Return the largest evened size up to ``at_most`` that has not failed yet; 1 if all have."""
-        size = evened(at_most, self._samples)
+        size = self._new_size(at_most)
         while size > 1 and size in self._failures:
-            size = evened(size - 1, self._samples)
+            size = self._new_size(size - 1)
         return size
+
+    def _new_size(self, at_most: int) -> int:
+        if self._one_shape:
+            size = dividing(at_most, self._samples)
+            if 2 * size > at_most:
+                return size
+        return evened(at_most, self._samples)
 
     @property
     def _patience(self) -> int:
@@ -147,5 +163,6 @@ class MicroBatchPolicy:
             return evened(top, self._samples)
         if next_larger < failed:
             middle = min((self.micro_batch + failed) // 2, 2 * self.micro_batch)
-            return max(next_larger, evened(middle, self._samples))
+            new = self._new_size(middle)
+            return new if new > self.micro_batch else max(next_larger, evened(middle, self._samples))
         return next_larger if self._calm_steps >= CALM * self._patience else None

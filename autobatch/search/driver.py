@@ -17,7 +17,7 @@ from autobatch.search import replay
 from autobatch.search.bracket import Bracket
 from autobatch.search.memory_model import fit_memory_model
 from autobatch.search.moves import Run, SearchTerms, Stop
-from autobatch.search.planning import candidate_sizes, require_objective
+from autobatch.search.planning import candidate_sizes, require_objective, worth_one_shape
 from autobatch.search.proposals_by_line import propose, wants_estimate
 from autobatch.units import format_bytes
 
@@ -55,6 +55,7 @@ def search(
     estimate_sample: Callable[[], SampleEstimate | None] | None = None,
     exact: bool = False,
     objective: str = "throughput",
+    one_shape: bool = False,
     max_trials: int | None = None,
     max_seconds: float | None = None,
     clock: Callable[[], float] | None = None,
@@ -114,6 +115,9 @@ def search(
             largest tensor's bytes decide how much room a prediction leaves.
         exact: Prove it: one more than the size returned (with a target: the next candidate) is run and fails.
         objective: "throughput" or "largest".
+        one_shape: Each size is compiled by itself, so that under the objective "throughput" sizes that divide the
+            target are preferred (see :mod:`autobatch.search.planning`). One more of them may be run at the end, in
+            place of what training would compile.
         max_trials: Stop after this number of trials. The best that was run is returned.
         max_seconds: Start no trial later than this after the start, other than the first. Needs ``clock``.
         clock: Returns seconds from any origin, like ``time.monotonic``.
@@ -178,7 +182,8 @@ def search(
         top_name=_top_name(target_batch, max_micro_batch),
         unlimited=target_batch is None and max_micro_batch is None and budget_bytes is None,
     )
-    bracket = Bracket(_candidates(target_batch, max_micro_batch))
+    one_shape = one_shape and objective == "throughput" and not exact
+    bracket = Bracket(_candidates(target_batch, max_micro_batch, one_shape=one_shape))
     if estimate_sample is not None and wants_estimate(bracket, terms):
         terms = replace(terms, estimate=estimate_sample())
     while True:
@@ -207,12 +212,17 @@ def search(
                 functools.partial(_replayed, traces, trial, terms.budget_bytes, bracket.candidates[-1], terms.estimate)
             )
             if told is not None:
-                terms = replace(terms, replayed=told, in_parallel=traces[-1].in_parallel)
+                last = traces[-1]
+                terms = replace(terms, replayed=told, in_parallel=last.in_parallel, is_compiled=last.is_compiled)
 
     if target_batch is not None and objective == "throughput" and limit_reached() is None:
         faster = _maybe_faster(bracket, trials)
         if faster is not None:
             run(faster)
+        if one_shape and bracket.largest_fit is not None and limit_reached() is None:
+            dividing = worth_one_shape(trials, target_batch=target_batch)
+            if dividing is not None:
+                run(dividing)
 
     if headroom_given_up:
         stopped_because += "; the headroom was given up, since nothing fits beside it"
@@ -266,10 +276,12 @@ def _replayed(
     if again is None or trial.peak_bytes is None or abs(again - trial.peak_bytes) > _REPLAYED_ALIKE * trial.peak_bytes:
         logger.info("a replay is not believed: of %d samples it gives %s, and they took %s", *_told(trial, again))
         return None
-    # Blocks whose growth goes unnoticed would let any size fit: a compiler, for one, makes one buffer for all tensors.
+    # Blocks whose growth goes unnoticed would let any size fit. A compiled program's own plan is no guess.
     growth = sum(per_sample for _, per_sample in trace.sizes)
     held = sum(taken for _, taken in trace.held)
-    if estimate is not None:  # good to a factor of two
+    if trace.is_compiled:
+        risen = 1.0
+    elif estimate is not None:  # good to a factor of two
         risen = _LEAST_GROWTH * estimate.sample_bytes
     else:  # the rise of the peak, part of which may be workspaces
         risen = _LEAST_GROWTH * (trial.peak_bytes - held) / trial.micro_batch
@@ -287,9 +299,9 @@ def _told(trial: TrialResult, again: int | None) -> tuple[int, str, str]:
     return trial.micro_batch, first, second
 
 
-def _candidates(target_batch: int | None, max_micro_batch: int | None) -> Sequence[int]:
+def _candidates(target_batch: int | None, max_micro_batch: int | None, *, one_shape: bool) -> Sequence[int]:
     if target_batch is not None:
-        return candidate_sizes(target_batch, max_micro_batch)
+        return candidate_sizes(target_batch, max_micro_batch, one_shape=one_shape)
     return range(1, (max_micro_batch or FURTHEST) + 1)
 
 

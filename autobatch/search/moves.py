@@ -42,7 +42,8 @@ class SearchTerms:
     """The terms of a search. ``top_name`` names the largest candidate in the reason for stopping.
 
     ``replayed`` is the largest size that fits in a replay of the last trial that recorded its allocations; None if
-    there is none that is believed. ``in_parallel`` is True if operations ran side by side in that trial.
+    there is none that is believed. ``in_parallel`` is True if operations ran side by side in that trial, and
+    ``is_compiled`` if nearly all that it asked for was one block of a compiled program.
     """
 
     budget_bytes: int | None
@@ -54,6 +55,7 @@ class SearchTerms:
     headroom_bytes: int = 0
     replayed: int | None = None
     in_parallel: bool = False
+    is_compiled: bool = False
 
 
 def size_between(bracket: Bracket, low: int, high: int) -> int:

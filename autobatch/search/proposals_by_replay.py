@@ -23,6 +23,11 @@ _CLOSE_TO_UNSURE = (0.9, 0.8)
 """Share of the smallest failure that must fit, after one failure and after more, for the search to stop where
 operations run side by side, unless it is exact: nearer sizes would fit at one time and fail at another."""
 
+_BELOW_COMPILED = 0.9
+"""Share as :data:`_BELOW_REPLAY` for a compiled program, at which the search also stops unless it is exact. The need of
+its one block is known. If it fails, the largest free piece is smaller than was told, mostly by several per cent: sizes
+just below fail too."""
+
 _ROOM_LEFT = 0.85
 """Share of the budget below which a peak leaves much of it: a size beyond the replay's edge is then worth a trial."""
 
@@ -56,6 +61,8 @@ def by_replay(
         enough = _CLOSE_TO_UNSURE[min(failures, len(_CLOSE_TO_UNSURE)) - 1] * high
         if low >= enough:
             return Stop(f"{low} fits and {high} does not; between them it depends on what runs side by side")
+    if high is not None and terms.is_compiled and not terms.exact and low >= _BELOW_COMPILED * (high - 1):
+        return Stop(f"{low} fits and {high} does not; between them it depends on where free memory lies")
     if high is not None and edge >= high:
         last = next(trial for trial in trials if trial.micro_batch == high)
         far_over = (last.peak_bytes or 0) > _NEARLY_WITHIN * (terms.budget_bytes or 0)
@@ -63,6 +70,8 @@ def by_replay(
             return None
         if terms.exact and low >= _REPLAY_NEAR * high:
             return Run(size_between(bracket, low, high))
+        if terms.is_compiled and not terms.exact:
+            return Run(bracket.floor(math.ceil(_BELOW_COMPILED * (high - 1))))
         if not terms.in_parallel:
             return Run(bracket.floor(math.ceil(_BELOW_REPLAY * (high - 1))))
         return Run(bracket.floor(math.ceil(_BELOW_UNSURE_REPLAY[min(failures, 2) - 1] * (high - 1))))

@@ -70,7 +70,12 @@ class RememberedResult:
                 return None
         plan = None
         if self._target_batch is not None:
-            plan = planning.make_plan(tried, target_batch=self._target_batch, objective=self._objective)
+            plan = planning.make_plan(
+                tried,
+                target_batch=self._target_batch,
+                objective=self._objective,
+                one_shape=self._trials.environment.jit_compile,
+            )
         result = SearchResult(
             largest_fit=max(sizes),
             smallest_failure=found.smallest_failure if self._exact else None,

@@ -84,6 +84,7 @@ def search_with(
             estimate_sample=trials.estimate_sample,
             exact=exact,
             objective=objective,
+            one_shape=trials.environment.jit_compile,
             max_trials=max_trials,
             max_seconds=max_seconds,
             clock=time.monotonic,
@@ -102,7 +103,12 @@ def search_with(
         raise no_size_fits(trials, result)
     plan = None
     if target_batch is not None and target_per_replica is not None:
-        on_one = planning.make_plan(result.trials, target_batch=target_per_replica, objective=objective)
+        on_one = planning.make_plan(
+            result.trials,
+            target_batch=target_per_replica,
+            objective=objective,
+            one_shape=trials.environment.jit_compile,
+        )
         plan = plan_of(on_one.micro_batch, target_batch, trials.replicas)
     if memory is not None and not cut_short and not result.headroom_given_up:
         memory.keep(result, plan)

@@ -22,6 +22,7 @@ from autobatch.errors import FixedBatchSizeError
 from autobatch.metrics.merged_logs import Logs
 from autobatch.step import fixed_size
 from autobatch.step.accumulators import Accumulators, Update
+from autobatch.step.compilations import Compilations
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.step.division import Divider, Division
 from autobatch.step.loop_model import LoopModel
@@ -77,6 +78,7 @@ class AccumulatedStep(CompiledStep):
         self._evaluate: Callable[..., Logs] | None = None
         self._parted: PartedStep | None = None
         self._logs: Logs = {}
+        self._compilations = Compilations(model)
         self.train_divider, self.test_divider = Divider(model, effective_batch), Divider(model)
 
     def _no_sums(self) -> Accumulators:
@@ -107,7 +109,10 @@ class AccumulatedStep(CompiledStep):
         if whole:
             with self._traced_as():
                 every = self._every_batch
-                return self._whole.prepare(every or samples, every=every is not None)
+                is_new = self._whole.prepare(every or samples, every=every is not None)
+            if is_new:
+                self._compilations.forget("whole update")
+            return is_new
         each = self._size_wanted(samples, micro_batch)
         if self._apply is None or each != self._each:
             wants_size = False
@@ -143,6 +148,7 @@ class AccumulatedStep(CompiledStep):
         try:
             with self._traced_as():
                 self._sums.expect_rows()
+                self._compilations.forget("micro-batch")
                 self._micro = micro = self._training_micro_step(self._sums, self._most_samples, each)
                 if not self.model.run_eagerly:
                     micro.trace()
@@ -238,6 +244,7 @@ class AccumulatedStep(CompiledStep):
         return micro_batch if self._evaluates is None else self._evaluates
 
     def _trace_evaluation(self, each: int | None) -> None:
+        self._compilations.forget("validation")
         with self._traced_as():
             micro = self._evaluating_micro_step(self._most_samples, each)
             if not self.model.run_eagerly:
@@ -305,8 +312,10 @@ class AccumulatedStep(CompiledStep):
     def plain(self, data: Batch) -> Logs:
         """Run Keras's own step on the whole effective batch; the update begins when every gradient is there."""
         self._ran_whole = True
-        self.prepare(whole=True, samples=self.structure.count(data))
-        return self._whole.run(self.structure.leaves(data))
+        samples, leaves = self.structure.count(data), self.structure.leaves(data)
+        self.prepare(whole=True, samples=samples)
+        self._compilations.announce("whole update", leaves, [samples])
+        return self._whole.run(leaves)
 
     def accumulate(self, data: Batch, micro_batch: int) -> Logs:
         self._ran_whole = False
@@ -318,8 +327,9 @@ class AccumulatedStep(CompiledStep):
         self.prepare(samples=samples, micro_batch=micro_batch)
         micro_batch = self.fitting_size(samples, micro_batch)
         assert self._accumulate is not None
-        division = self.train_divider.tensor(samples, micro_batch)
-        self._logs = self._accumulate(self.structure.leaves(data), division)
+        division, leaves = self.train_divider.tensor(samples, micro_batch), self.structure.leaves(data)
+        self._compilations.announce("micro-batch", leaves, self.train_divider.sizes(samples, micro_batch))
+        self._logs = self._accumulate(leaves, division)
         return self._logs
 
     def apply(self) -> Logs:
@@ -345,8 +355,10 @@ class AccumulatedStep(CompiledStep):
         samples = self.structure.count(data)
         self.prepare_evaluation(samples, micro_batch)
         assert self._evaluate is not None
-        division = self.test_divider.tensor(samples, self.evaluation_size(samples, micro_batch))
-        self._logs = self._evaluate(self.structure.leaves(data), division)
+        size, leaves = self.evaluation_size(samples, micro_batch), self.structure.leaves(data)
+        division = self.test_divider.tensor(samples, size)
+        self._compilations.announce("validation", leaves, self.test_divider.sizes(samples, size))
+        self._logs = self._evaluate(leaves, division)
         return self._logs
 
     def evaluation_logs(self) -> Logs:

@@ -81,6 +81,11 @@ class Divider:
             return evenly(samples, micro_batch)
         return with_few_shapes(samples, micro_batch, whole=self._whole or self._most_samples)
 
+    def sizes(self, samples: int, micro_batch: int) -> tuple[int, ...]:
+        """Return the distinct sizes of a batch's micro-batches, in turn."""
+        larger, smaller, of_larger = self.division(samples, micro_batch)
+        return (larger,) if of_larger >= samples or larger == smaller else (larger, smaller)
+
     def tensor(self, samples: int, micro_batch: int) -> Any:
         """Return the division of a batch as a vector on the host, for a compiled loop.
 

@@ -233,7 +233,10 @@ class LiveTrials:
         except SizeWantedError:
             return None  # the first trial has a size
         self._require_cuttable()
-        return None if graph is None else sample_bytes.of_graph(graph, on_cpu=self.device.startswith("CPU"))
+        if graph is None:
+            return None
+        on_cpu = self.device.startswith("CPU")
+        return sample_bytes.of_graph(graph, on_cpu=on_cpu, is_compiled=bool(self._model.jit_compile))
 
     def _fixed_bytes(self) -> int:
         """Return a lower bound on every peak.

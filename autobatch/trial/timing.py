@@ -105,6 +105,8 @@ class Timing:
         if not self._has_accumulated or first >= ENOUGH_SECONDS:
             # A graph's first run spends seconds on optimising it, so it is repeated once. Slow steps need no more.
             repeats = 1 if repeats or not self._has_accumulated else 0
+        if self._step.model.jit_compile:
+            repeats = max(1, repeats)  # the first steps were compiled as well, which is no time of a step
         self._has_accumulated = True
         one = self._batch_of(micro_batch)
         steps, applies = [], []

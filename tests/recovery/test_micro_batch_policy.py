@@ -153,3 +153,29 @@ def test_an_epochs_last_and_smaller_batch_proves_nothing():
 def test_a_ceiling_must_be_at_least_1():
     with pytest.raises(ValueError, match="ceiling must be at least 1. Received: 0"):
         MicroBatchPolicy(0)
+
+
+@pytest.mark.parametrize("samples", [96, 256, 480, 512, 1000])
+def test_where_each_size_is_compiled_sizes_after_a_failure_cut_the_batch_into_equal_parts(samples):
+    for ceiling in (16, 37, 47, 90):
+        for fitting_now in (None, 35, 13):
+            policy = MicroBatchPolicy(ceiling, one_shape=True)
+            tried = policy.micro_batch
+            after = policy.failed(tried, samples=samples, fitting_now=fitting_now)
+            most = fitting_now if fitting_now is not None and fitting_now < tried else tried * 3 // 4
+            assert after is not None
+            divisors = [size for size in range(most // 2 + 1, most + 1) if samples % size == 0]
+            assert after == (max(divisors) if divisors else evened(most, samples))
+
+
+def test_where_each_size_is_compiled_a_lasting_limit_is_found_too():
+    for most in range(20, 250, 11):
+        policy = MicroBatchPolicy(250, one_shape=True)
+        failures = []
+        for _ in range(2000):
+            while policy.micro_batch > most:
+                failures.append(policy.micro_batch)
+                policy.failed(policy.micro_batch, samples=1000, fitting_now=None)
+            policy.succeeded(1000)
+        assert len(failures) <= 8, (most, failures)
+        assert policy.micro_batch >= most / 2

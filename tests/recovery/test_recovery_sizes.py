@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from itertools import accumulate
 
 import keras
@@ -231,6 +232,21 @@ def test_compiled_by_xla():
         step.accumulate(batch, after)
         step.apply()
     assert_same_bits(everything(model), everything(reference))
+
+
+def test_compiled_by_xla_the_next_size_cuts_the_batch_into_equal_parts(caplog):
+    data = cut(3 * 40, (40,))
+    model = stateful(CompiledHog(20), jit_compile=True)
+    transaction = Transaction(AccumulatedStep(model, open_spec(data)), 20, device="CPU:0", effective_batch=40)
+    with caplog.at_level(logging.INFO, logger="autobatch.step.compilations"):
+        for batch in data:
+            transaction.train(batch)
+    # Three quarters of 20 are 15: 14, 13 and 13 would be two sizes to compile.
+    assert [(each.micro_batch_before, each.micro_batch_after) for each in transaction.recoveries] == [(20, 10)]
+    said = [record.getMessage() for record in caplog.records if "compiling" in record.getMessage()]
+    assert said == ["compiling for 20 samples (micro-batch)", "compiling for 10 samples (micro-batch)"]
+    reference = stateful(CompiledHog(0), jit_compile=True)
+    assert_same_bits(everything(model), replayed(reference, data, [10, 10, 10]))
 
 
 def loop_of_ones_own(hog=None, optimizer=None, micro_batch=MICRO):

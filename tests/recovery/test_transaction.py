@@ -111,8 +111,14 @@ def test_keras_global_seed_is_put_back_as_well():
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=["graph", "eager"])
-@pytest.mark.parametrize("micro_batch", [MICRO, TARGET])
+@pytest.mark.parametrize(
+    ("micro_batch", "options"),
+    [
+        *((size, options) for size in (MICRO, TARGET) for options in ({}, {"run_eagerly": True})),
+        (MICRO, {"jit_compile": True}),  # of a whole batch XLA compiles the update too, without the code that fails
+    ],
+    ids=str,
+)
 def test_in_the_middle_of_the_optimizers_update_in_fit(micro_batch, options):
     x, y = arrays(samples=UPDATES * TARGET)
     common = {"shuffle": False, "verbose": 0, "epochs": 2}

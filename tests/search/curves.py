@@ -194,3 +194,37 @@ class RecordingDevice:
             held_bytes=self.held_bytes,
             allocations=recorded if self._records and request.record_allocations else None,
         )
+
+
+class CompiledDevice:
+    """An allocator in which a compiled program runs: one block of ``fixed_bytes`` and ``per_sample_bytes`` a sample.
+
+    ``told_at`` samples and more tell its growth; fewer tell a little too much, as where fixed values hide others.
+    """
+
+    def __init__(self, rng: random.Random, *, largest: int) -> None:
+        self.total_bytes = 1 << 28
+        self.held = ((0, 256 * rng.randint(1000, 40_000)), (3 << 26, 256 * rng.randint(1, 1000)))
+        room = self.held[1][0] - self.held[0][1]
+        self.fixed_bytes = int(rng.uniform(0, 0.3) * room)
+        self.per_sample_bytes = (room - self.fixed_bytes) // largest
+        self.told_at = rng.randint(1, 40)
+        self.held_bytes = sum(taken for _, taken in self.held)
+
+    def __call__(self, request: TrialRequest) -> TrialResult:
+        samples = request.micro_batch
+        slope = self.per_sample_bytes * (1.0 if samples >= self.told_at else 1.03)
+        fixed = self.fixed_bytes + self.per_sample_bytes * samples - slope * samples
+        trace = AllocationTrace(
+            samples,
+            regions=((0, self.total_bytes),),
+            held=self.held,
+            sizes=((fixed, slope),),
+            order=(2, ~2),
+            is_compiled=True,
+        )
+        peak = replay.replayed_peak_bytes(trace, samples)
+        if peak is None:
+            return TrialResult(samples, Outcome.OUT_OF_MEMORY)
+        recorded = trace if request.record_allocations else None
+        return TrialResult(samples, Outcome.FITS, peak_bytes=peak, step_seconds=0.001, allocations=recorded)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from autobatch.allocation_trace import AllocationTrace
 from autobatch.records import Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
-from autobatch.search import candidate_sizes, search
+from autobatch.search import candidate_sizes, make_plan, search
 from autobatch.search.driver import TIMED_STEPS
 
-from .curves import Device, RecordingDevice
+from .curves import CompiledDevice, Device, RecordingDevice
 
 FAILURES = ("silent", "names_bytes", "measured")
 
@@ -567,3 +567,63 @@ def test_no_recording_is_asked_for_where_no_budget_is_known() -> None:
     )
     assert asked
     assert not any(request.record_allocations for request in asked)
+
+
+@pytest.mark.parametrize("launch_seconds", [0.0, 0.0005, 0.02])
+@pytest.mark.parametrize("target", [96, 120, 200, 256, 500, 509, 512, 1000, 4096])
+def test_where_each_shape_is_compiled_one_that_divides_the_target_is_planned_unless_it_is_slow(
+    target: int, launch_seconds: float
+) -> None:
+    for most in (11, 37, 50, 90, 130):
+
+        def run_trial(request: TrialRequest, most: int = most) -> TrialResult:
+            fits, samples = request.micro_batch <= most, request.micro_batch
+            seconds = launch_seconds + 0.001 * samples
+            outcome = Outcome.FITS if fits else Outcome.OUT_OF_MEMORY
+            return TrialResult(
+                samples, outcome, peak_bytes=1000 + 100 * samples if fits else None, step_seconds=seconds
+            )
+
+        result = search(run_trial, target_batch=target, budget_bytes=1000 + 100 * most, one_shape=True)
+        plan = make_plan(result.trials, target_batch=target, one_shape=True)
+
+        def update_seconds(size: int) -> float:
+            return -(-target // size) * launch_seconds + 0.001 * target
+
+        fitting = [size for size in candidate_sizes(target) if size <= most]
+        shortest = min(map(update_seconds, fitting))
+        assert update_seconds(plan.micro_batch) <= 1.12 * shortest
+        dividing = [size for size in fitting if target % size == 0 and update_seconds(size) <= 1.03 * shortest]
+        if dividing:
+            assert target % plan.micro_batch == 0, (most, plan)
+
+
+def test_where_a_program_is_compiled_its_plan_leads_however_wrong_the_estimate_is() -> None:
+    trials, ratios, failed = [], [], 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        largest = int(math.exp(rng.uniform(math.log(20), math.log(2000))))
+        device = CompiledDevice(rng, largest=largest)
+        estimate = SampleEstimate(device.per_sample_bytes * math.exp(rng.uniform(-1.2, 1.5)), 0.0, is_compiled=True)
+        result = search(
+            device,
+            target_batch=None,
+            budget_bytes=device.total_bytes,
+            fixed_bytes_hint=device.held_bytes,
+            estimate_sample=lambda estimate=estimate: estimate,
+        )
+        check_invariants(result, range(1, 1 << 20))
+        trials.append(len(result.trials))
+        failed += failures(result)
+        ratios.append(
+            (result.largest_fit or 0) / next(n for n in itertools.count(largest) if not device_fits(device, n + 1))
+        )
+    assert sorted(trials)[30] == 2
+    assert max(trials) <= 4
+    assert failed <= 3
+    assert min(ratios) > 0.95
+    assert sorted(ratios)[6] > 0.97
+
+
+def device_fits(device: CompiledDevice, micro_batch: int) -> bool:
+    return device(TrialRequest(micro_batch)).fits

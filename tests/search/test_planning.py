@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autobatch.records import Outcome, Plan, TrialResult
 from autobatch.search import candidate_sizes, make_plan
-from autobatch.search.planning import update_seconds
+from autobatch.search.planning import update_seconds, worth_one_shape
 
 
 def timed(micro_batch: int, step_seconds: float | None, apply_seconds: float | None = 0.0) -> TrialResult:
@@ -94,3 +94,35 @@ def test_a_plan_is_within_two_percent_of_the_best(rows: list[tuple[int, float, b
     times = [(update_seconds(trial, target) or 0.0, trial.micro_batch) for trial in usable]
     best = min(times)[0]
     assert min(seconds for seconds, size in times if size == plan.micro_batch) <= 1.02 * best
+
+
+def test_where_each_shape_is_compiled_a_size_that_divides_the_target_may_take_5_percent_longer() -> None:
+    trials = [timed(86, 0.0850), timed(64, 0.0660), timed(32, 0.0400)]  # 64 takes 4 % longer, 32 takes 26 %
+    assert make_plan(trials, target_batch=256, one_shape=True) == Plan(64, 4, 256)
+    slower = [timed(86, 0.0850), timed(64, 0.0670)]  # 5.9 %
+    assert make_plan(slower, target_batch=256, one_shape=True) == Plan(86, 3, 256)
+    assert make_plan(trials, target_batch=256, objective="largest", one_shape=True) == Plan(86, 3, 256)
+
+
+def test_where_each_shape_is_compiled_sizes_just_above_one_that_divides_the_target_are_no_candidates() -> None:
+    for target in range(1, 400):
+        every = candidate_sizes(target)
+        kept = candidate_sizes(target, one_shape=True)
+        dividing = [size for size in every if target % size == 0]
+        assert set(dividing) <= set(kept) <= set(every)
+        for left_out in set(every) - set(kept):
+            below = max(size for size in dividing if size < left_out)
+            # The steps that it saves are at most a tenth, of which at most half is no work on samples.
+            assert -(-target // below) <= 1.1 * target / left_out + 1e-9
+    assert candidate_sizes(480, 52)[-3:] == (40, 44, 48)
+    assert candidate_sizes(480, 52, one_shape=True)[-2:] == (40, 48)
+
+
+def test_a_size_that_divides_the_target_is_worth_a_trial_if_it_is_likely_to_be_planned() -> None:
+    # By the line through both, 32 samples take 0.0335 s: 2 % longer for each than 47.
+    line = [timed(13, 0.0145), timed(47, 0.0485)]
+    assert worth_one_shape(line, target_batch=512) == 32
+    assert worth_one_shape([*line, timed(32, 0.05)], target_batch=512) is None  # it has been run
+    assert worth_one_shape([timed(13, 0.0300), timed(47, 0.0500)], target_batch=512) is None  # 21 % longer
+    assert worth_one_shape([timed(13, 0.0145), timed(64, 0.0655)], target_batch=512) is None  # divides it already
+    assert worth_one_shape([timed(47, None)], target_batch=512) is None

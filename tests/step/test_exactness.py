@@ -54,16 +54,28 @@ def compare(build, x, y=None, *, micro_batch=UNEVEN, epochs=2, target_batch=SAMP
 REDUCTIONS = ["sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none"]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_every_reduction_with_and_without_sample_weights(reduction, weighted):
+XLA = {"jit_compile": True}
+
+
+COMPILED_REDUCTIONS = ["sum_over_batch_size", "mean_with_sample_weight", "none"]
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weighted", "options"),
+    [
+        *((reduction, weighted, {}) for reduction in REDUCTIONS for weighted in (False, True)),
+        *((reduction, True, XLA) for reduction in COMPILED_REDUCTIONS),
+    ],
+    ids=str,
+)
+def test_every_reduction_with_and_without_sample_weights(reduction, weighted, options):
     x, y = arrays()
     weight = np.random.default_rng(3).uniform(0, 2, SAMPLES).astype("float32") if weighted else None
     rate = 1e-3 if reduction in ("sum", "none") else 0.3
 
     def build():
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
-        return classifier(keras.optimizers.SGD(rate), loss)
+        return classifier(keras.optimizers.SGD(rate), loss, **options)
 
     compare(build, x, y, sample_weight=weight)
 
@@ -347,10 +359,12 @@ def test_a_schedule_advances_once_an_update():
     assert history.plan == autobatch.Plan(micro_batch=10, accumulation_steps=4, effective_batch=32)
 
 
-@pytest.mark.parametrize("samples", [33, 34, 47, 63, 64, 65])
-def test_ragged_tails(samples):
+@pytest.mark.parametrize(
+    ("samples", "options"), [*((samples, {}) for samples in (33, 34, 47, 63, 64, 65)), (47, XLA), (65, XLA)], ids=str
+)
+def test_ragged_tails(samples, options):
     x, y = arrays(samples=samples)
-    compare(classifier, x, y, target_batch=32, micro_batch=7)
+    compare(lambda: classifier(**options), x, y, target_batch=32, micro_batch=7)
 
 
 def test_the_classifier(precision):
