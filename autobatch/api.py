@@ -188,7 +188,7 @@ def fit(
             return history
         finally:
             release()
-            kept_aside.end()
+            kept_aside.end_soon()
 
     if not fitting.overrides_fit(model):
         return train({"x": dataset, "y": y, **fit_options}, model.fit)
@@ -281,7 +281,7 @@ def tune(
     finally:
         trials.close()
         kept_steps.give_back(trials.step)
-        kept_aside.end()
+        kept_aside.end_soon()
 
 
 def wrap_step(

@@ -33,11 +33,13 @@ logger = logging.getLogger("autobatch")
 
 _PATIENCE_SECONDS = 5.0
 _END_SECONDS = 0.1
+_IDLE_SECONDS = 10.0
 _STDOUT, _STDERR = 1, 2
 _lock = threading.RLock()
 _relay: _RelayProcess | None = None
 _windows: list[Window] = []
 _failed_to_start = False
+_timer: threading.Timer | None = None
 _left_alone: list[subprocess.Popen[bytes]] = []
 """Processes that go on for the sake of a process that the user's code has started: its standard error is their pipe."""
 
@@ -153,6 +155,19 @@ def end() -> None:
         if _relay is not None and not _windows:
             _relay.close()
             _relay = None
+
+
+def end_soon() -> None:
+    """End the process when nothing has used it for a while: the next of many short trainings needs it at once."""
+    global _timer
+    with _lock:
+        if _timer is not None:
+            _timer.cancel()
+            _timer = None
+        if _relay is not None:
+            _timer = threading.Timer(_IDLE_SECONDS, end)
+            _timer.daemon = True
+            _timer.start()
 
 
 def _enter(here: Window, *, sieves: bool, stdout_too: bool) -> bool:
@@ -342,8 +357,9 @@ def _flush(descriptor: int) -> None:
 
 def _start_anew_in_child() -> None:
     """Forget all: the process belongs to the parent, and passes on what this child writes until that is closed."""
-    global _relay, _lock
+    global _relay, _lock, _timer
     _lock = threading.RLock()
+    _timer = None
     _windows.clear()
     _left_alone.clear()
     if _relay is not None:

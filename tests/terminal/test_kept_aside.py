@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from autobatch.terminal import kept_aside
+
 HERE = Path(__file__).parent
 DUMP = HERE / "allocator_dump.txt"
 
@@ -96,8 +98,6 @@ def test_whoever_asks_for_all_gets_all(environment):
 
 def test_a_window_without_output_costs_next_to_nothing(monkeypatch):
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
-    from autobatch.terminal import kept_aside
-
     seconds = []
     for _ in range(300):
         started = time.perf_counter()
@@ -107,6 +107,23 @@ def test_a_window_without_output_costs_next_to_nothing(monkeypatch):
     kept_aside.end()
     # 12 microseconds on a quiet machine; a step takes a millisecond or more.
     assert sorted(seconds)[30] < 2e-4
+
+
+def test_the_process_serves_several_trainings_and_ends_when_nobody_needs_it(monkeypatch):
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    with kept_aside.window():
+        first = kept_aside._relay
+    kept_aside.end_soon()
+    with kept_aside.window():
+        assert kept_aside._relay is first
+        monkeypatch.setattr(kept_aside, "_IDLE_SECONDS", 0.0)
+        kept_aside.end_soon()
+        kept_aside._timer.join()
+        assert kept_aside._relay is first, "a window is open"
+    kept_aside.end_soon()
+    kept_aside._timer.join()
+    assert kept_aside._relay is None
+    assert first._process.wait(10) == 0
 
 
 def test_start_up_noise_is_left_out_of_a_workers_last_words():
