@@ -25,3 +25,10 @@ def keras_hub():
     if os.environ.get("AUTOBATCH_EXPECT_KERAS_HUB"):
         return importlib.import_module("keras_hub")
     return pytest.importorskip("keras_hub")
+
+
+def keras_tuner():
+    """KerasTuner; without it the test is skipped, unless the environment says that it is to be there."""
+    if os.environ.get("AUTOBATCH_EXPECT_KERAS_TUNER"):
+        return importlib.import_module("keras_tuner")
+    return pytest.importorskip("keras_tuner")

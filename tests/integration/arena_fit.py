@@ -47,7 +47,7 @@ def main():
     import numpy as np
 
     model, x, y = build()
-    options = {"epochs": 2, "shuffle": False, "verbose": 0, "validation_data": (x[:100], y[:100])}
+    options = {"epochs": 1, "shuffle": False, "verbose": 0, "validation_data": (x[:100], y[:100])}
     told = {}
     if mode == "plain":
         history = model.fit(x, y, batch_size=TARGET, **options)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optional
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -40,3 +41,21 @@ def test_survives_kill_prints_equal_digests():
     assert len(digests) == 2
     assert digests[0] == digests[1]
     assert digests[0].startswith("58 updates, digest ")
+
+
+def test_keras_tuner_finds_a_plan_for_each_size_and_remembers_it(own_cache):
+    optional.keras_tuner()
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "keras_tuner_search.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *searches, best = done.stdout.splitlines()
+    found = [re.fullmatch(r"(\{.*\}): micro-batch (\d+), trials: (\d+)", line) for line in searches]
+    assert len(found) == 3, done.stdout
+    (first, again, other) = ((match[1], int(match[2]), int(match[3])) for match in found)
+    assert "'filters': 16" in first[0]
+    assert "'filters': 16" in again[0]
+    assert "'filters': 32" in other[0]
+    assert again[1] == first[1] < 256
+    assert again[2] == 1 < first[2]
+    assert best.startswith("best: {'filters': ")

@@ -41,7 +41,7 @@ def both(tmp_path_factory):
 def test_the_weights_are_those_of_plain_fit(both):
     folder, plain, limited, _ = both
     assert relative_error(weights(folder / "limited.npz"), weights(folder / "plain.npz")) < 1e-9
-    assert limited["iterations"] == plain["iterations"] == 6
+    assert limited["iterations"] == plain["iterations"] == 3
     for name, values in plain["history"].items():
         np.testing.assert_allclose(limited["history"][name], values, rtol=1e-6, err_msg=name)
 
