@@ -40,6 +40,7 @@ _relay: _RelayProcess | None = None
 _windows: list[Window] = []
 _failed_to_start = False
 _timer: threading.Timer | None = None
+_last_used = 0.0
 _left_alone: list[subprocess.Popen[bytes]] = []
 """Processes that go on for the sake of a process that the user's code has started: its standard error is their pipe."""
 
@@ -159,23 +160,36 @@ def end() -> None:
 
 def end_soon() -> None:
     """End the process when nothing has used it for a while: the next of many short trainings needs it at once."""
+    global _last_used
+    with _lock:
+        _last_used = time.monotonic()
+        _look_later()
+
+
+def _look_later() -> None:
+    global _timer
+    if _relay is not None and _timer is None:
+        _timer = threading.Timer(_IDLE_SECONDS, _end_if_idle)
+        _timer.daemon = True
+        _timer.start()
+
+
+def _end_if_idle() -> None:
     global _timer
     with _lock:
-        if _timer is not None:
-            _timer.cancel()
-            _timer = None
-        if _relay is not None:
-            _timer = threading.Timer(_IDLE_SECONDS, end)
-            _timer.daemon = True
-            _timer.start()
+        _timer = None
+        if time.monotonic() - _last_used >= _IDLE_SECONDS:
+            end()
+        _look_later()
 
 
 def _enter(here: Window, *, sieves: bool, stdout_too: bool) -> bool:
     """Open a window; return False if there is nothing to keep aside, or no means to."""
-    global _relay, _failed_to_start
+    global _relay, _failed_to_start, _last_used
     if not (sieves or stdout_too) or os.name != "posix":
         return False
     with _lock:
+        _last_used = time.monotonic()
         if _windows:  # one that is open already, in this thread or in another, does for both
             _windows.append(here)
             return True

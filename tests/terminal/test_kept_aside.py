@@ -111,18 +111,23 @@ def test_a_window_without_output_costs_next_to_nothing(monkeypatch):
 
 def test_the_process_serves_several_trainings_and_ends_when_nobody_needs_it(monkeypatch):
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    kept_aside.end()
     with kept_aside.window():
         first = kept_aside._relay
     kept_aside.end_soon()
+    kept_aside._timer.cancel()
     with kept_aside.window():
-        assert kept_aside._relay is first
+        kept_aside._end_if_idle()
+        assert kept_aside._relay is first, "it was used just now"
         monkeypatch.setattr(kept_aside, "_IDLE_SECONDS", 0.0)
-        kept_aside.end_soon()
-        kept_aside._timer.join()
+        kept_aside._timer.cancel()
+        kept_aside._end_if_idle()
         assert kept_aside._relay is first, "a window is open"
-    kept_aside.end_soon()
+        kept_aside._timer.cancel()
     kept_aside._timer.join()
+    kept_aside._end_if_idle()
     assert kept_aside._relay is None
+    assert kept_aside._timer is None
     assert first._process.wait(10) == 0
 
 
