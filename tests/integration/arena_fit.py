@@ -61,7 +61,7 @@ def main():
         }
         # Begin far too large: training itself must run out of memory, for real, and go on.
         again, _, _ = build()
-        second = autobatch.fit(again, x, y, target_batch=TARGET, micro_batch=TARGET, **options)
+        second = autobatch.fit(again, x, y, target_batch=TARGET, micro_batch=TARGET, **{**options, "verbose": 2})
         told["forced"] = [[r.micro_batch_before, r.micro_batch_after, r.detail] for r in second.recoveries]
         np.savez(path.replace(".npz", "-forced.npz"), *again.get_weights())
     told["history"] = {name: [float(value) for value in values] for name, values in history.history.items()}
