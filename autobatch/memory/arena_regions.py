@@ -23,6 +23,9 @@ _MIB = 2**20
 _PAGE = 4096
 """Bytes between two regions that the C library took from the system one after the other."""
 
+_SHIFT = 256
+"""Bytes by which regions differ in how far they begin behind a page's start: 64 and 320 were seen."""
+
 _ROUND_BYTES = 256
 """Unit to which the allocator rounds a block up."""
 
@@ -172,7 +175,8 @@ def _seams(told: _Told) -> list[int]:
     end = told.blocks[0][0]
     for address, taken in told.blocks:
         # The last region takes what the others, whole MiB each, have left.
-        if end <= address - _PAGE and any(_may_be(address - start - _PAGE, told.total) for start in starts):
+        behind = end <= address - _PAGE + _SHIFT
+        if behind and any(_may_be(address - start - _PAGE, told.total) for start in starts):
             seams.append(address)
         if address in seams or address - end >= _MIB:
             starts.append(address)
@@ -181,8 +185,9 @@ def _seams(told: _Told) -> list[int]:
 
 
 def _may_be(size: int, total: int) -> bool:
-    """Return True if the allocator may have taken a region of ``size`` bytes."""
-    return _MIB <= size < total and (size == _power_of_two(size) or (total - size) % _MIB == 0)
+    """Return True if the allocator may have taken a region of ``size`` bytes, give or take the shift of its start."""
+    is_power = abs(size - _power_of_two(size - _SHIFT)) <= _SHIFT
+    return _MIB - _SHIFT <= size < total and (is_power or (total - size + _SHIFT) % _MIB <= 2 * _SHIFT)
 
 
 def _behind_gaps(told: _Told) -> list[int]:

@@ -90,6 +90,14 @@ def test_the_last_region_has_what_the_others_left():
     assert arena_regions.find_regions(events, {}) == list(regions)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_neighbours_that_begin_differently_behind_their_pages_start_are_told_apart(seed):
+    far = START + 400 * MIB
+    regions = ((START, 58 * MIB), (far + 320, 4 * MIB), (far + 4 * MIB + PAGE + 64, 2 * MIB))
+    events = events_of(regions, (), seed=seed, sizes=(300, 5000, 40_000, 70_000, 700_000))
+    assert arena_regions.find_regions(events, {}) == list(regions)
+
+
 def test_what_nobody_names_at_the_end_of_a_region_shortens_it():
     # 10 MiB at the end of the only region are held, and no event names them: the largest free piece tells.
     (region,) = regions = beside(64)
