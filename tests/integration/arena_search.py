@@ -58,8 +58,12 @@ def waiting():
     }
 
 
-def searches():
-    """What the trace and trials of three sizes tell, and what searches then find."""
+def measures():
+    """What the trace and trials of three sizes tell.
+
+    One operation at a time: side by side, whether two convolutions' workspaces are held at once is chance.
+    """
+    tf.config.threading.set_inter_op_parallelism_threads(1)
     model, x, y = build(), *samples()
     trials = opening.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
     estimate = trials.estimate_sample()
@@ -69,11 +73,14 @@ def searches():
         result = trials.run(TrialRequest(size, timed_steps=0))
         measured[size] = {name: getattr(result, name) for name in fields}
     trials.close()
-    trials.step.release_accumulators()
+    return {"estimate": asdict(estimate), "measured": measured}
+
+
+def searches():
+    """What searches find."""
+    model, x, y = build(), *samples()
     reports = [autobatch.tune(model, x, y, headroom=0.0, cache=False) for _ in range(SEARCHES)]
     return {
-        "estimate": asdict(estimate),
-        "measured": measured,
         "found": [report.largest_fit for report in reports],
         "trials": [[[trial.micro_batch, trial.fits] for trial in report.trials] for report in reports],
     }
@@ -81,4 +88,6 @@ def searches():
 
 if __name__ == "__main__":
     autobatch.limit_memory(LIMIT)
-    print(json.dumps({"waiting": waiting, "searches": searches}[sys.argv[1]]()))
+    import tensorflow as tf
+
+    print(json.dumps({"waiting": waiting, "measures": measures, "searches": searches}[sys.argv[1]]()))

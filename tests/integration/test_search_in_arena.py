@@ -22,24 +22,24 @@ def _run(what: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def told():
-    return _run("searches")
+def measures():
+    return _run("measures")
 
 
 @pytest.mark.slow
-def test_the_estimate_is_within_a_factor_of_two_of_what_a_sample_adds(told):
-    small, large = told["measured"]["64"], told["measured"]["128"]
+def test_the_estimate_is_within_a_factor_of_two_of_what_a_sample_adds(measures):
+    small, large = measures["measured"]["64"], measures["measured"]["128"]
     added = (large["sample_peak_bytes"] - small["sample_peak_bytes"]) / 64
-    assert added / 2 < told["estimate"]["sample_bytes"] < 2 * added
-    assert told["estimate"]["largest_tensor_bytes"] == 24 * 24 * 16 * 4
+    assert added / 2 < measures["estimate"]["sample_bytes"] < 2 * added
+    assert measures["estimate"]["largest_tensor_bytes"] == 24 * 24 * 16 * 4
 
 
 @pytest.mark.slow
-def test_a_trial_tells_what_was_held_and_what_the_samples_needed(told):
-    for result in told["measured"].values():
+def test_a_trial_tells_what_was_held_and_what_the_samples_needed(measures):
+    for result in measures["measured"].values():
         assert 0 < result["held_bytes"] < result["sample_peak_bytes"] <= result["peak_bytes"]
     # What is held before the first sample does not depend on how many will come.
-    held = [result["held_bytes"] for result in told["measured"].values()]
+    held = [result["held_bytes"] for result in measures["measured"].values()]
     assert max(held) - min(held) < 1 << 20
 
 
@@ -52,7 +52,8 @@ def test_the_batches_that_will_wait_in_the_arena_are_held_beside_the_trials():
 
 
 @pytest.mark.slow
-def test_what_is_found_was_run_and_is_not_reached_one_by_one(told):
+def test_what_is_found_was_run_and_is_not_reached_one_by_one():
+    told = _run("searches")
     for found, trials in zip(told["found"], told["trials"], strict=True):
         assert found == max(micro_batch for micro_batch, fits in trials if fits) > 128
     # Operations run in parallel here, so that what is held at once is not the same each time: in the mean of searches.
