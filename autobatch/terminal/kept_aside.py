@@ -218,6 +218,7 @@ def _leave(here: Window, *, by_error: bool) -> None:
         assert _relay is not None
         _windows.remove(here)
         if not _windows:
+            _relay.pass_all_on()  # first, so that what another thread prints in this moment overtakes nothing
             _relay.put_back()
         elif not (by_error or here.explained):
             return  # what there is may be of another thread's step, which has yet to deal with it
@@ -294,7 +295,7 @@ class _RelayProcess:
 
     def take_kept(self) -> bytes:
         """Wait until all is passed on; return what was kept aside, and forget it."""
-        self._wait_until_passed_on()
+        self.pass_all_on()
         size = os.fstat(self._kept).st_size
         if not size:
             return b""
@@ -302,7 +303,8 @@ class _RelayProcess:
         os.ftruncate(self._kept, 0)
         return kept
 
-    def _wait_until_passed_on(self) -> None:
+    def pass_all_on(self) -> None:
+        """Wait until all that was written has been passed on."""
         patience = time.monotonic() + _PATIENCE_SECONDS
         # In this order: it says that it is busy before it reads.
         while _unread_bytes(self._source) or _unread_bytes(self._control) or self._busy[0]:
@@ -332,7 +334,7 @@ class _RelayProcess:
 
     def close(self) -> None:
         """Close this side's ends; the process ends when nobody has the pipe open any more."""
-        self._wait_until_passed_on()
+        self.pass_all_on()
         self._close_descriptors()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
