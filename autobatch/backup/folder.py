@@ -118,9 +118,8 @@ class BackupFolder:
             self._remove([final])  # a broken one that was passed over, or the same update once more
             aside.rename(final)
             _flush_folder(self.path)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # it is there if something failed alone
         # One of a later update could not be read, or training would have gone on behind it.
         self._remove(backup for backup in self.backups() if backup.name > final.name)
         self._remove(self.backups()[KEPT:])

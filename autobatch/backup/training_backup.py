@@ -153,10 +153,8 @@ class TrainingBackup:
                 self._termination.handled(),
             ):
                 yield
-        except BaseException:
+        finally:
             self._writer.wait()
-            raise
-        self._writer.wait()
         if not self._settings.keep:
             self._folder.remove()
         elif self._held is not None:

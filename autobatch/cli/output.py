@@ -97,10 +97,9 @@ def _write_aside(path: Path, text: str) -> None:
         if path.exists():
             shutil.copymode(path, aside)
         os.replace(aside, path)
-    except BaseException:  # an interrupt, too, must leave no half a file behind
+    finally:
         with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
+            aside.unlink(missing_ok=True)  # an interrupt, too, must leave no half a file behind
 
 
 def _is_special(path: str) -> bool:

@@ -11,6 +11,7 @@ are lost. ``tensorflow.core.protobuf.config_pb2`` and ``tensorflow.python.util._
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -52,11 +53,10 @@ def limit_memory(limit: int | str) -> None:
     before = {name: os.environ.get(name) for name in arena}
     # First the environment, then the import: TensorFlow reads oneDNN's switch while it is imported.
     os.environ.update(arena)
-    try:
+    with contextlib.ExitStack() as after_an_error:
+        after_an_error.callback(_restore, before)
         gpus = _import_tensorflow().config.get_visible_devices("GPU")
-    except BaseException:
-        _restore(before)
-        raise
+        after_an_error.pop_all()
     if gpus:
         _restore(before)
         _limit_gpus(limit_bytes)

@@ -260,32 +260,24 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
             except RolledBackError as first:
                 failure: RolledBackError = first
             window.failure_dealt_with()
-            return self._run_smaller(failure, data, samples, once, policy, phase, structure)
+            self._shrink(policy, phase, failure, structure)
+            return self._retrying(policy, phase, structure)(once, data, samples)
 
-    def _run_smaller(
-        self,
-        failure: RolledBackError,
-        data: Batch,
-        samples: int,
-        once: Callable[[Any, int], Logs],
-        policy: MicroBatchPolicy,
-        phase: str,
-        structure: Structure,
-    ) -> Logs:
+    def _retrying(self, policy: MicroBatchPolicy, phase: str, structure: Structure) -> tenacity.Retrying:
+        """Return what runs a step again, smaller each time, until it fits."""
+
         def shrink(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome is not None else None
             if isinstance(error, RolledBackError):
                 self._shrink(policy, phase, error, structure)
 
-        self._shrink(policy, phase, failure, structure)
-        again = tenacity.Retrying(
+        return tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(RolledBackError),
             stop=tenacity.stop_never,  # _shrink ends it: sizes fall at every try, down to 1
             wait=tenacity.wait_none(),  # the allocator has waited already
             before_sleep=shrink,
             reraise=True,
         )
-        return again(once, data, samples)
 
     @abc.abstractmethod
     def _train_once(self, data: Batch, samples: int) -> Logs:
