@@ -32,6 +32,10 @@ class BackupSettings:
         """
         seconds, updates = arguments.backup_every(backup_every)
         keep = arguments.true_or_false(keep_backup, "keep_backup")
+        if backup is None and keep:
+            raise ValueError(
+                'keep_backup=True keeps a backup, and none is made: pass backup="runs/a" as well, or leave it out.'
+            )
         if backup is None:
             return None
         if not isinstance(backup, (str, os.PathLike)) or not os.fspath(backup):

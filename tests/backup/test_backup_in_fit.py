@@ -241,6 +241,8 @@ def test_the_folder_is_checked(tmp_path):
         fit(3)
     with pytest.raises(TypeError, match="keep_backup must be True or False"):
         fit(tmp_path / "a", keep_backup="yes")
+    with pytest.raises(ValueError, match="keeps a backup, and none is made"):
+        fit(None, keep_backup=True)
 
 
 def test_generators_are_refused_with_what_to_use(tmp_path):
