@@ -1,6 +1,6 @@
 """Let KerasTuner choose hyperparameters at one effective batch, whatever each model needs.
 
-A search by KerasTuner makes models of different sizes. Here each is trained at an effective batch of 256 in 96 MiB.
+A search by KerasTuner makes models of different sizes. Here each is trained at an effective batch of 256 in 80 MiB.
 ``HyperModel.fit`` returns what ``autobatch.fit`` returns. The second model is as large as the first, so that its plan
 is remembered: one trial confirms it.
 
@@ -14,7 +14,7 @@ import tempfile
 
 import autobatch
 
-autobatch.limit_memory("96MiB")  # before TensorFlow starts
+autobatch.limit_memory("80MiB")  # before TensorFlow starts
 
 import keras  # noqa: E402
 import keras_tuner  # noqa: E402
@@ -40,7 +40,7 @@ class Digits(keras_tuner.HyperModel):
 
     def fit(self, hp, model, *data, **options):
         history = autobatch.fit(model, *data, target_batch=256, **options)
-        print(f"{hp.values}: micro-batch {history.plan.micro_batch}, trials: {len(history.report.trials)}")
+        print(f"{hp.values}: micro-batch {history.plan.micro_batch} ({history.report.stopped_because})")
         return history
 
 

@@ -95,7 +95,8 @@ def with_remedies(
     def again(micro_batch: int) -> TrialResult:
         tell("The model as it is once more")
         with open_worker(Variant()) as trials:
-            return trials.run(TrialRequest(micro_batch))
+            limited = trials.environment.budget_bytes is not None
+            return trials.run(TrialRequest(micro_batch, record_allocations=limited))  # as the first time
 
     try:
         report, found = measuring.measure(

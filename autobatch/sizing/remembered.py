@@ -63,8 +63,11 @@ class RememberedResult:
         if found is None:
             return None
         sizes = {found.micro_batch, found.largest_fit} if self._exact else {found.micro_batch}
+        limited = self._trials.environment.budget_bytes is not None
         for micro_batch in sorted(sizes):
-            trial = run(TrialRequest(micro_batch))
+            # Recorded, as the search's own trials are: without the record a chunk that is larger than what was asked
+            # for counts in full, and what fits looks as if it did not.
+            trial = run(TrialRequest(micro_batch, record_allocations=limited))
             tried.append(trial)
             if not trial.fits or (micro_batch == found.micro_batch and _needs_less(trial, found)):
                 return None

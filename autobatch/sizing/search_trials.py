@@ -131,7 +131,8 @@ def _whole_alone(
         NoFeasibleBatchError: It does not fit.
     """
     known = [trial for trial in tried if trial.micro_batch == whole]
-    trial = known[0] if known else run(TrialRequest(whole))
+    limited = trials.environment.budget_bytes is not None
+    trial = known[0] if known else run(TrialRequest(whole, record_allocations=limited))
     if not trial.fits:
         raise NoFeasibleBatchError(
             f"{whole} samples at a time do not fit, and the model's code cannot take fewer. {error}",

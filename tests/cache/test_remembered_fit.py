@@ -16,6 +16,7 @@ from models import SAMPLES, MemoryHog, arrays, classifier
 import autobatch
 from autobatch.cache.folder import cache_folder
 from autobatch.cache.store import ResultStore
+from autobatch.trial.live_trials import LiveTrials
 
 # Not held to without an arena, but the same in each run: what is free on the host is not.
 LIMIT = "512MiB"
@@ -64,6 +65,18 @@ def test_a_second_fit_runs_one_trial():
     assert is_remembered(again.report)
     assert "confirmed with one trial" in again.report.stopped_because
     assert len(entries()) == 1
+
+
+def test_the_trial_that_confirms_is_measured_as_the_search_was(monkeypatch):
+    # By what was asked for: the chunks that were given may be larger, and what fits would look as if it did not.
+    recorded = []
+    run = LiveTrials.run
+    monkeypatch.setattr(
+        LiveTrials, "run", lambda self, request: recorded.append(request.record_allocations) or run(self, request)
+    )
+    searched = len(tune(model()).trials)
+    assert is_remembered(tune(model()))
+    assert recorded == [True] * (searched + 1)
 
 
 def test_a_confirmed_fit_trains_as_a_searched_one():

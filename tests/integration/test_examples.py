@@ -50,12 +50,14 @@ def test_keras_tuner_finds_a_plan_for_each_size_and_remembers_it(own_cache):
     )
     assert done.returncode == 0, done.stderr
     *searches, best = done.stdout.splitlines()
-    found = [re.fullmatch(r"(\{.*\}): micro-batch (\d+), trials: (\d+)", line) for line in searches]
+    found = [re.fullmatch(r"(\{.*\}): micro-batch (\d+) \((.*)\)", line) for line in searches]
     assert len(found) == 3, done.stdout
-    (first, again, other) = ((match[1], int(match[2]), int(match[3])) for match in found)
+    first, again, other = ((match[1], int(match[2]), match[3]) for match in found)
     assert "'filters': 16" in first[0]
     assert "'filters': 16" in again[0]
     assert "'filters': 32" in other[0]
     assert again[1] == first[1] < 256
-    assert again[2] == 1 < first[2]
+    assert again[2].startswith("remembered from ")
+    assert not first[2].startswith("remembered from ")
+    assert not other[2].startswith("remembered from ")
     assert best.startswith("best: {'filters': ")
