@@ -1,0 +1,115 @@
+"""Judgement of a death: whether memory was its cause, and what the next process should do otherwise.
+
+* SIGKILL: if the kernel counts a kill for memory, or nearly no memory was left shortly before.
+* SIGABRT, SIGSEGV, SIGBUS and other crashes: if its last words say so, as the table in :mod:`autobatch.memory.oom`
+  knows them. Or if a step or a trial of ``fit`` was under way in a limited arena, whose kernels crash without a word.
+  Or if nearly no memory was left. SIGBUS also if ``/dev/shm`` is full.
+* Exit code 1: if ``fit`` has noted a poisoned device.
+* Anything else: never.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from autobatch.handover.causes import Death
+from autobatch.handover.status import Doing, Status
+from autobatch.memory.oom import FailureKind, diagnose_exit
+from autobatch.restart.memory_signs import MemorySigns
+
+CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_SAID = {Doing.TRIAL: "trial", Doing.UPDATE: "update", Doing.VALIDATION: "validation"}
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Finding about the end of a process.
+
+    ``death`` is None if memory was not its cause, or nothing shows it. ``seen`` is what was seen, as the beginning of a
+    sentence; "" if there is nothing to say. ``changes`` is what the next process does otherwise. ``of_host`` is True
+    for host memory.
+    """
+
+    death: Death | None
+    seen: str
+    changes: str = ""
+    of_host: bool = False
+
+
+def judge(exit_code: int, status: Status | None, last_words: str, signs: MemorySigns) -> Judgement:
+    """Decide what the end of a process means.
+
+    ``exit_code`` is negative for a signal. ``status`` is what its ``fit`` has noted last, ``last_words`` what it has
+    written to standard error, as far as that can be read.
+    """
+    status = status or Status()
+    if exit_code >= 0:
+        return _of_exit(exit_code, status, signs)
+    name = _name(-exit_code)
+    if -exit_code == signal.SIGKILL:
+        counted = signs.kernels_kill()
+        if counted:
+            return _for_host(f"killed by the kernel for host memory ({counted})", status)
+        gone = signs.nearly_gone()
+        if gone:
+            return _for_host(f"killed by SIGKILL with the host's memory gone ({gone})", status)
+        return Judgement(None, f"killed by SIGKILL, and not for memory: {signs.as_words()}")
+    if -exit_code not in CRASHES:
+        return Judgement(None, "")
+    in_step = status.doing is not Doing.ELSE
+    diagnosis = diagnose_exit(exit_code, last_words, arena=status.in_arena and in_step)
+    detail = diagnosis.detail.removeprefix(f"{name}: ")
+    if diagnosis.kind is FailureKind.POISONED:
+        return _for_device(f"device lost ({detail})", status)
+    if diagnosis.kind is FailureKind.HOST:
+        return _for_host(f"ended by {name} for want of host memory ({detail})", status)
+    if diagnosis.is_memory:
+        return _for_device(f"ended by {name} for want of device memory ({detail})", status)
+    gone = signs.nearly_gone() or (signs.shared_memory_is_full() if -exit_code == signal.SIGBUS else "")
+    if gone:
+        return _for_host(f"ended by {name} for want of host memory ({gone})", status)
+    return Judgement(None, f"ended by {name}, and nothing tells of memory: {signs.as_words()}")
+
+
+def _of_exit(exit_code: int, status: Status, signs: MemorySigns) -> Judgement:
+    if exit_code == 1 and status.poison:
+        return _for_device(f"device lost ({status.poison})", status)
+    counted = signs.kernels_kill() if exit_code else ""
+    if counted:
+        return Judgement(
+            None, f"the kernel has killed a process for host memory ({counted}), and the script ended with {exit_code}"
+        )
+    return Judgement(None, "")
+
+
+def _for_host(seen: str, status: Status) -> Judgement:
+    """Make the finding for host memory; on a CPU that is what a micro-batch takes, too."""
+    on_device = status.device_is_host and status.doing is not Doing.ELSE
+    changes = "with shorter queues" if status.training else ""
+    if on_device:
+        changes += f" and {_smaller(status)}"
+    return Judgement(_death(seen, status, of_size=on_device), seen, changes, of_host=True)
+
+
+def _for_device(seen: str, status: Status) -> Judgement:
+    of_size = status.doing is not Doing.ELSE
+    return Judgement(_death(seen, status, of_size=of_size), seen, _smaller(status) if of_size else "")
+
+
+def _smaller(status: Status) -> str:
+    if status.doing is Doing.TRIAL:
+        return f"with trials below micro-batch {status.micro_batch}"
+    return f"at micro-batch {status.smaller}" if status.smaller else f"below micro-batch {status.micro_batch}"
+
+
+def _death(seen: str, status: Status, *, of_size: bool) -> Death:
+    size = status.micro_batch if of_size and status.micro_batch else None
+    return Death(seen, status.training, _SAID.get(status.doing, ""), size)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,69 @@
+"""What a dead script leaves running: its workers, which hold memory that the next process needs.
+
+A process whose parent dies is given to the nearest one that has asked for such orphans. The one that starts scripts
+asks, so that every orphan is a child of its own, and is found as such. What has a session of its own, as a server that
+was started to stay has, is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_PATIENCE_SECONDS = 2.0
+
+
+def adopt() -> bool:
+    """Let orphans of this process's descendants become its children; return False where the system cannot."""
+    try:
+        import ctypes
+
+        return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+    except (ImportError, OSError, AttributeError):
+        return False
+
+
+def end_orphans() -> int:
+    """End the children of this process that are in its session, by SIGTERM and then by SIGKILL; return their number.
+
+    Call it when no child runs that is to stay.
+    """
+    ended: set[int] = set()
+    begun = time.monotonic()
+    while True:
+        _collect_dead()
+        children = _children()
+        if not children:
+            return len(ended)
+        is_late = time.monotonic() - begun > _PATIENCE_SECONDS
+        for pid in children:
+            if is_late or pid not in ended:  # children of the ended come to light as new ones
+                ended.add(pid)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL if is_late else signal.SIGTERM)
+        if time.monotonic() - begun > 2 * _PATIENCE_SECONDS:
+            return len(ended)  # one that hangs in the kernel
+        time.sleep(0.02)
+
+
+def _collect_dead() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _children() -> list[int]:
+    """Return the living children of this process that are in its session."""
+    own, session, found = os.getpid(), os.getsid(0), []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                with open(f"/proc/{entry}/stat", encoding="ascii", errors="replace") as file:
+                    # The name, in parentheses, may hold anything.
+                    state, parent, _, of_session = file.read().rpartition(")")[2].split()[:4]
+                if int(parent) == own and state != "Z" and int(of_session) == session:
+                    found.append(int(entry))
+    return found
