@@ -139,9 +139,9 @@ def note_device(*, is_host: bool, in_arena: bool) -> None:
 
 
 def note_doing(doing: Doing, micro_batch: int = 0, smaller: int = 0) -> None:
-    """Note what begins now, and at which size."""
+    """Note what begins now, and at which size; behind a poison nothing does."""
     page = _own_page()
-    if page is not None:
+    if page is not None and not page.status.poison:
         page.note(doing=doing, micro_batch=micro_batch, smaller=smaller)
 
 

@@ -259,8 +259,9 @@ class _Relay:
 
 def main(arguments: list[str]) -> None:
     *descriptors, parent, sieves = (int(argument) for argument in arguments)
-    source, target, kept, state, control, *last_words = descriptors
-    _Relay(source, target, kept, state, control, *(last_words or [-1]), parent).run(sieves=bool(sieves))
+    source, target, kept, state, control, *rest = descriptors
+    last_words = rest[0] if rest else -1
+    _Relay(source, target, kept, state, control, last_words, parent).run(sieves=bool(sieves))
     os._exit(0)
 
 

@@ -1,0 +1,73 @@
+"""Training in a process that ``autobatch run`` has started: it says how far it is, and begins as it was told.
+
+What was told is read here and nowhere else. A process of several that train together begins as it did before: sizes and
+data have to be alike in all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autobatch.data import economy
+from autobatch.handover.causes import Causes, told_causes
+from autobatch.handover.status import Doing, begin_training, note_device, note_doing
+from autobatch.memory import arena
+from autobatch.recovery.abstract_transaction import AnyTransaction
+from autobatch.recovery.out_of_memory import look_for_poison
+from autobatch.seams import strategies
+from autobatch.terminal import notices
+from autobatch.trial.live_trials import LiveTrials
+from autobatch.types import Model
+
+
+@dataclass(frozen=True, slots=True)
+class StartedAgain:
+    """What a training was told, ``causes``, and its number in this process."""
+
+    causes: Causes
+    number: int
+
+    def lower_trials(self, trials: LiveTrials) -> None:
+        """Note where the training computes; let no trial run a size that an earlier process died of."""
+        on_cpu = trials.device.startswith("CPU")
+        note_device(is_host=on_cpu, in_arena=on_cpu and arena.arena_limit_bytes(trials.device) is not None)
+        deaths = self.causes.sizes(self.number, in_trials=True)
+        if deaths:
+            trials.died_at = min(deaths, key=lambda death: death.micro_batch or 0)
+
+    def begin_smaller(self, transaction: AnyTransaction) -> None:
+        """Let the training begin below each size that an earlier process died at, and say in a line what is changed."""
+        deaths = self.causes.deaths
+        if not deaths:
+            return
+        before = transaction.micro_batch
+        sizes = self.causes.sizes(self.number, in_trials=False)
+        for death in sizes:
+            transaction.begin_below(death.micro_batch or 1, death.doing, death.words)
+        if not sizes:
+            transaction.note_restart(deaths[-1].words)
+        changed = [f"micro-batch {before} -> {transaction.micro_batch}"] if transaction.micro_batch != before else []
+        if self.causes.host_deaths:
+            changed.append("short queues, few workers, no copy of arrays")
+        line = f"started again ({deaths[-1].words}): {', '.join(changed) or 'nothing is changed'}"
+        notices.tell(line, level=logging.WARNING)
+
+
+@contextlib.contextmanager
+def training(model: Model) -> Iterator[StartedAgain]:
+    """Enclose one training of ``model``: it is economical if it was told so, and what poisons a device is noted."""
+    number, causes = begin_training(), told_causes()
+    strategy = strategies.strategy_of(model)
+    if not number or (strategy is not None and strategies.worker_of(strategy)[1] > 1):
+        causes = Causes()
+    with economy.economising(causes.host_deaths):
+        try:
+            yield StartedAgain(causes, number)
+        except Exception as error:
+            look_for_poison(error)
+            raise
+        finally:
+            note_doing(Doing.ELSE)
