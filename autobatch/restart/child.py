@@ -64,6 +64,8 @@ class Signals:
         if number in ENDING and self.asked_to_end is None:
             self.asked_to_end = number
         from_terminal = came.si_code > 0  # the kernel's own: it has gone to the whole foreground group
+        if number == signal.SIGHUP and os.getsid(0) == os.getpid():
+            from_terminal = False  # but that a terminal is gone is told to the leader of its session alone
         if number in PASSED_ON and child is not None and not from_terminal and came.si_pid != child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)

@@ -27,14 +27,18 @@ class Judgement:
     """Finding about the end of a process.
 
     ``death`` is None if memory was not its cause, or nothing shows it. ``seen`` is what was seen, as the beginning of a
-    sentence; "" if there is nothing to say. ``changes`` is what the next process does otherwise. ``of_host`` is True
-    for host memory.
+    sentence; "" if there is nothing to say. ``evidence`` says by what. ``changes`` is what the next process does
+    otherwise. ``of_host`` is True for host memory.
     """
 
     death: Death | None
     seen: str
+    evidence: str = ""
     changes: str = ""
     of_host: bool = False
+
+
+_OF_ITS_OWN = Judgement(None, "")
 
 
 def judge(exit_code: int, status: Status | None, last_words: str, signs: MemorySigns) -> Judgement:
@@ -46,70 +50,69 @@ def judge(exit_code: int, status: Status | None, last_words: str, signs: MemoryS
     status = status or Status()
     if exit_code >= 0:
         return _of_exit(exit_code, status, signs)
-    name = _name(-exit_code)
     if -exit_code == signal.SIGKILL:
-        counted = signs.kernels_kill()
-        if counted:
-            return _for_host(f"killed by the kernel for host memory ({counted})", status)
-        gone = signs.nearly_gone()
-        if gone:
-            return _for_host(f"killed by SIGKILL with the host's memory gone ({gone})", status)
-        return Judgement(None, f"killed by SIGKILL, and not for memory: {signs.as_words()}")
-    if -exit_code not in CRASHES:
-        return Judgement(None, "")
-    in_step = status.doing is not Doing.ELSE
-    diagnosis = diagnose_exit(exit_code, last_words, arena=status.in_arena and in_step)
-    detail = diagnosis.detail.removeprefix(f"{name}: ")
-    if diagnosis.kind is FailureKind.POISONED:
-        return _for_device(f"device lost ({detail})", status)
-    if diagnosis.kind is FailureKind.HOST:
-        return _for_host(f"ended by {name} for want of host memory ({detail})", status)
-    if diagnosis.is_memory:
-        return _for_device(f"ended by {name} for want of device memory ({detail})", status)
-    gone = signs.nearly_gone() or (signs.shared_memory_is_full() if -exit_code == signal.SIGBUS else "")
-    if gone:
-        return _for_host(f"ended by {name} for want of host memory ({gone})", status)
-    return Judgement(None, f"ended by {name}, and nothing tells of memory: {signs.as_words()}")
+        return _of_kill(status, signs)
+    if -exit_code in CRASHES:
+        return _of_crash(signal.Signals(-exit_code), status, last_words, signs)
+    return _OF_ITS_OWN
 
 
 def _of_exit(exit_code: int, status: Status, signs: MemorySigns) -> Judgement:
     if exit_code == 1 and status.poison:
-        return _for_device(f"device lost ({status.poison})", status)
+        return _for_device("device lost", status.poison, status)
     counted = signs.kernels_kill() if exit_code else ""
     if counted:
-        return Judgement(
-            None, f"the kernel has killed a process for host memory ({counted}), and the script ended with {exit_code}"
-        )
-    return Judgement(None, "")
+        seen = f"the kernel has killed a process for host memory, and the script ended by itself with {exit_code}"
+        return Judgement(None, seen, counted)
+    return _OF_ITS_OWN
 
 
-def _for_host(seen: str, status: Status) -> Judgement:
+def _of_kill(status: Status, signs: MemorySigns) -> Judgement:
+    counted = signs.kernels_kill()
+    if counted:
+        return _for_host("killed by the kernel for host memory", counted, status)
+    gone = signs.nearly_gone()
+    if gone:
+        return _for_host("killed with the host's memory nearly gone", gone, status)
+    return Judgement(None, "killed by SIGKILL, and nothing tells of memory", signs.as_words())
+
+
+def _of_crash(by: signal.Signals, status: Status, last_words: str, signs: MemorySigns) -> Judgement:
+    in_step = status.doing is not Doing.ELSE
+    diagnosis = diagnose_exit(-by, last_words, arena=status.in_arena and in_step)
+    detail = diagnosis.detail.removeprefix(f"{by.name}: ")
+    if diagnosis.kind is FailureKind.POISONED:
+        return _for_device("device lost", detail, status)
+    if diagnosis.kind is FailureKind.HOST:
+        return _for_host(f"ended by {by.name} for want of host memory", detail, status)
+    if diagnosis.is_memory:
+        return _for_device(f"ended by {by.name} for want of device memory", detail, status)
+    gone = signs.nearly_gone() or (signs.shared_memory_is_full() if by is signal.SIGBUS else "")
+    if gone:
+        return _for_host(f"ended by {by.name} for want of host memory", gone, status)
+    return Judgement(None, f"ended by {by.name}, and nothing tells of memory", signs.as_words())
+
+
+def _for_host(seen: str, evidence: str, status: Status) -> Judgement:
     """Make the finding for host memory; on a CPU that is what a micro-batch takes, too."""
-    on_device = status.device_is_host and status.doing is not Doing.ELSE
-    changes = "with shorter queues" if status.training else ""
-    if on_device:
-        changes += f" and {_smaller(status)}"
-    return Judgement(_death(seen, status, of_size=on_device), seen, changes, of_host=True)
+    of_size = status.device_is_host and status.doing is not Doing.ELSE
+    changes = ["with shorter queues"] if status.training else []
+    if of_size:
+        changes.append(_smaller(status))
+    return Judgement(_death(seen, status, of_size=of_size), seen, evidence, " and ".join(changes), of_host=True)
 
 
-def _for_device(seen: str, status: Status) -> Judgement:
+def _for_device(seen: str, evidence: str, status: Status) -> Judgement:
     of_size = status.doing is not Doing.ELSE
-    return Judgement(_death(seen, status, of_size=of_size), seen, _smaller(status) if of_size else "")
+    return Judgement(_death(seen, status, of_size=of_size), seen, evidence, _smaller(status) if of_size else "")
 
 
 def _smaller(status: Status) -> str:
     if status.doing is Doing.TRIAL:
         return f"with trials below micro-batch {status.micro_batch}"
-    return f"at micro-batch {status.smaller}" if status.smaller else f"below micro-batch {status.micro_batch}"
+    return f"at micro-batch {status.smaller}"
 
 
 def _death(seen: str, status: Status, *, of_size: bool) -> Death:
     size = status.micro_batch if of_size and status.micro_batch else None
     return Death(seen, status.training, _SAID.get(status.doing, ""), size)
-
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -68,10 +68,11 @@ class _Run:
                 self._modes.restore()
             if found.death is None or self._signals.asked_to_end is not None:
                 if found.seen and self._signals.asked_to_end is None:
-                    self._say(f"{found.seen}. It is not started again.")
+                    self._say(f"{found.seen} ({found.evidence}): it is not started again")
                 return exit_code
             if not self._may_start_again(found, status):
                 return exit_code
+            self._modes.restore()
             self._prepare_restart(found, status)
             if self._signals.asked_to_end is not None:
                 return -self._signals.asked_to_end
@@ -95,19 +96,20 @@ class _Run:
         self._deaths.append(found.death)
         self._host_deaths += int(found.of_host)
         if self._restarts is not None and self._all_deaths > self._restarts:
-            self._say(f"{found.seen}. It is not started again: {_times(self._restarts)} was allowed.")
+            self._say(f"{found.seen} ({found.evidence}): it is not started again, as --restarts is {self._restarts}")
             return False
         if self._without_backup >= DEATHS_WITHOUT_A_BACKUP:
             lines = "".join(f"\n{number}. {_in_one_line(each)}" for number, each in enumerate(self._deaths, 1))
             self._say(
-                f"{found.seen}. It is not started again: these were {DEATHS_WITHOUT_A_BACKUP} deaths without a new "
-                f"backup between them.{lines}\n{_remedy(status)}"
+                f"{found.seen} ({found.evidence}): it is not started again after {DEATHS_WITHOUT_A_BACKUP} deaths "
+                f"without a new backup between them{lines}\n{_remedy(status)}"
             )
             return False
         return True
 
     def _prepare_restart(self, found: Judgement, status: Status | None) -> None:
-        self._say(f"{found.seen}: {' '.join(filter(None, ['starting again', found.changes]))}{_from_where(status)}")
+        changes = " ".join(filter(None, ["starting again", found.changes]))
+        self._say(f"{found.seen}: {changes}{_from_where(status)} ({found.evidence})")
         write_causes(self._folder, Causes(tuple(self._deaths), self._host_deaths))
         ended = orphans.end_orphans()
         if ended:
@@ -119,14 +121,10 @@ class _Run:
                 os.lseek(0, self._input, os.SEEK_SET)
 
 
-def _times(restarts: int) -> str:
-    return "no restart" if restarts == 0 else f"{restarts} {'restart' if restarts == 1 else 'restarts'}"
-
-
 def _from_where(status: Status | None) -> str:
     if status is not None and status.kept_update >= 0:
         return f", behind update {status.kept_update}"
-    return ", from its beginning" + (": fit has no backup yet" if status is not None and status.training else "")
+    return ", from its beginning" + (", as fit has no backup yet" if status is not None and status.training else "")
 
 
 def _in_one_line(death: Death) -> str:
