@@ -121,7 +121,7 @@ def fit(
     def train_as_told(given: dict[str, Any], keras_fit: Callable[..., Any]) -> training_history.TrainingHistory:
         from autobatch.train import started_again
 
-        with started_again.training(model) as again:
+        with started_again.as_told(model) as again:
             return train(given, keras_fit, again)
 
     def train(

@@ -70,7 +70,7 @@ def is_mapped(array: Any) -> bool:
 
 def is_read_by_rows(array: Any) -> bool:
     """Return True for an array whose rows are read as they are needed: from a file, or to spare a copy in memory."""
-    return is_mapped(array) or economy.is_read_by_rows(array)
+    return is_mapped(array) or economy.spares_copy_of(array)
 
 
 def any_read_by_rows(*parts: Any) -> bool:

@@ -62,7 +62,7 @@ def with_short_queues(dataset: Dataset) -> Any:
     return dataset.with_options(options)
 
 
-def is_read_by_rows(array: Any) -> bool:
+def spares_copy_of(array: Any) -> bool:
     """Return True for an array in memory that is not to be copied as a whole."""
     return (
         _level.get() > 0

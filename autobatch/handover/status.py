@@ -22,7 +22,7 @@ _LONGEST = 300
 
 
 class Doing(enum.IntEnum):
-    """What a process is doing."""
+    """Kinds of work that memory may run out in."""
 
     ELSE = 0
     TRIAL = 1

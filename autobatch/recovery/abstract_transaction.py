@@ -288,8 +288,9 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         """Note what begins, for who starts this process again should it die."""
         if not is_watched():
             return
-        if self._below[0] != policy.micro_batch:
-            self._below = policy.micro_batch, policy.below(policy.micro_batch)
+        size = policy.micro_batch
+        if self._below[0] != size:
+            self._below = size, policy.below(size, samples=self._effective_batch or size)
         doing = Doing.UPDATE if phase == "train" else Doing.VALIDATION
         note_doing(doing, *(size * structure.samples_in_portion for size in self._below))
 

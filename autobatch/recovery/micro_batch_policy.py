@@ -123,11 +123,11 @@ class MicroBatchPolicy:
         after = self.failed(died_at, samples=samples, fitting_now=None) or 1
         return self._go_to(min(before, after))
 
-    def below(self, micro_batch: int) -> int:
-        """Return the size that :meth:`begin_below` would give for ``micro_batch``, and change nothing."""
+    def below(self, died_at: int, *, samples: int) -> int:
+        """Return the size that :meth:`begin_below` would give, and change nothing."""
         trial = MicroBatchPolicy(self.ceiling, one_shape=self._one_shape)
         trial.continue_from(self.as_plain())
-        return trial.begin_below(micro_batch, samples=self._samples)
+        return trial.begin_below(died_at, samples=samples)
 
     def shrink(self, micro_batch: int | None = None) -> int | None:
         """Go to a size below ``micro_batch``, by default below the present one; return it, or None if there is none."""

@@ -109,7 +109,7 @@ def _for_device(seen: str, evidence: str, status: Status) -> Judgement:
 
 def _smaller(status: Status) -> str:
     if status.doing is Doing.TRIAL:
-        return f"with trials below micro-batch {status.micro_batch}"
+        return f"with trials of at most {status.micro_batch // 2}"
     return f"at micro-batch {status.smaller}"
 
 

@@ -1,4 +1,4 @@
-"""What a dead script leaves running: its workers, which hold memory that the next process needs.
+"""Orphans of a dead script: its workers, which run on and hold memory that the next process needs.
 
 A process whose parent dies is given to the nearest one that has asked for such orphans. The one that starts scripts
 asks, so that every orphan is a child of its own, and is found as such. What has a session of its own, as a server that

@@ -25,7 +25,7 @@ from autobatch.types import Model
 
 @dataclass(frozen=True, slots=True)
 class StartedAgain:
-    """What a training was told, ``causes``, and its number in this process."""
+    """Causes that a training was told, and its number in this process."""
 
     causes: Causes
     number: int
@@ -40,24 +40,24 @@ class StartedAgain:
 
     def begin_smaller(self, transaction: AnyTransaction) -> None:
         """Let the training begin below each size that an earlier process died at, and say in a line what is changed."""
-        deaths = self.causes.deaths
-        if not deaths:
+        deaths, economical = self.causes.deaths, bool(self.causes.host_deaths)
+        sizes = self.causes.sizes(self.number, in_trials=False)
+        if not deaths or not (sizes or economical):
             return
         before = transaction.micro_batch
-        sizes = self.causes.sizes(self.number, in_trials=False)
         for death in sizes:
             transaction.begin_below(death.micro_batch or 1, death.doing, death.words)
         if not sizes:
             transaction.note_restart(deaths[-1].words)
         changed = [f"micro-batch {before} -> {transaction.micro_batch}"] if transaction.micro_batch != before else []
-        if self.causes.host_deaths:
+        if economical:
             changed.append("short queues, few workers, no copy of arrays")
-        line = f"started again ({deaths[-1].words}): {', '.join(changed) or 'nothing is changed'}"
-        notices.tell(line, level=logging.WARNING)
+        if changed and (sizes or self.number == 1):  # what holds for all trainings is said before the first
+            notices.tell(f"started again ({deaths[-1].words}): {', '.join(changed)}", level=logging.WARNING)
 
 
 @contextlib.contextmanager
-def training(model: Model) -> Iterator[StartedAgain]:
+def as_told(model: Model) -> Iterator[StartedAgain]:
     """Enclose one training of ``model``: it is economical if it was told so, and what poisons a device is noted."""
     number, causes = begin_training(), told_causes()
     strategy = strategies.strategy_of(model)

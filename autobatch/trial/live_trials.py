@@ -64,7 +64,7 @@ class LiveTrials:
     notes: tuple[str, ...] = ()  # they are warned of at once
     step: CompiledStep
     died_at: Death | None = None
-    """Death of an earlier process in a trial: sizes from that of its ``micro_batch`` on count as out of memory."""
+    """Death of an earlier process in a trial: sizes above half of its ``micro_batch`` count as out of memory."""
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ class LiveTrials:
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size for real; an error that the user's own code raises is passed on."""
         size, died_at = request.micro_batch * self.samples_in_portion, self.died_at
-        if died_at is not None and size >= (died_at.micro_batch or size):
+        if died_at is not None and size > (died_at.micro_batch or size) // 2:  # none, if it died at one sample
             detail = f"not run: an earlier process died in a trial of {died_at.micro_batch} ({died_at.words})"
             return TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY, detail=detail)
         note_doing(Doing.TRIAL, size)

@@ -1,47 +1,10 @@
 """A script that the kernel kills for memory, in a real control group with a limit."""
 
-import contextlib
 import os
 import signal
 import subprocess
-import time
-from pathlib import Path
 
-import pytest
-from running import command, environment, run, script, starts
-
-LIMIT_BYTES = 120 * 2**20
-ROOTS = {
-    Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes",
-    Path("/sys/fs/cgroup"): "memory.max",
-    Path("/sys/fs/cgroup/unified"): "memory.max",
-}
-
-
-@pytest.fixture
-def group():
-    """A control group of this test's own, with a limit of memory."""
-    for root, limit in ROOTS.items():
-        directory = root / f"autobatch-test-{os.getpid()}"
-        with contextlib.suppress(OSError):
-            directory.mkdir()
-            if (directory / limit).exists():
-                (directory / limit).write_text(str(LIMIT_BYTES))
-                break
-            directory.rmdir()
-    else:
-        pytest.skip("no control group that limits memory can be made here")
-    yield directory
-    for _ in range(100):
-        with contextlib.suppress(OSError):
-            directory.rmdir()
-            return
-        time.sleep(0.05)
-
-
-def join(group):
-    (group / "cgroup.procs").write_text(str(os.getpid()))
-
+from running import command, environment, join, run, script, starts
 
 EATS = """
 def eat():

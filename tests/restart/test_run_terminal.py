@@ -1,4 +1,4 @@
-"""``autobatch run`` on a terminal: the script's terminal is a terminal, Ctrl-C and Ctrl-Z do what they do without us."""
+"""``autobatch run`` on a terminal: the script has the terminal, Ctrl-C and Ctrl-Z do what they do without us."""
 
 import contextlib
 import os
