@@ -1,4 +1,4 @@
-"""Status of a training, in a file that outlives its process: what it does, at which micro-batch, what it has kept.
+"""ProcessStatus of a training, in a file that outlives its process: what it does, at which micro-batch, what it has kept.
 
 The file is mapped into memory, so that a note of a step costs microseconds and no system call, and is there after a
 SIGKILL.
@@ -31,7 +31,7 @@ class Doing(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class ProcessStatus:
     """State of a process, as it has noted it last.
 
     ``training`` counts the calls of ``fit`` in it, from 1 on; 0 before the first. ``micro_batch`` is that of the trial
@@ -59,7 +59,7 @@ class Status:
         )
 
     @classmethod
-    def unpacked(cls, data: bytes) -> Status | None:
+    def unpacked(cls, data: bytes) -> ProcessStatus | None:
         """Return the status; None if these bytes are none, as those of a file that was not written yet."""
         if len(data) < _LAYOUT.size or not data.startswith(_MAGIC):
             return None
@@ -68,10 +68,10 @@ class Status:
         return cls(training, Doing(doing), size, smaller, backups, kept, is_host, in_arena, text)
 
 
-def read_status(folder: Path, pid: int) -> Status | None:
+def read_status(folder: Path, pid: int) -> ProcessStatus | None:
     """Return the last status of a process; None if it has noted none: no ``fit`` was called in it."""
     try:
-        return Status.unpacked(status_file(folder, pid).read_bytes())
+        return ProcessStatus.unpacked(status_file(folder, pid).read_bytes())
     except OSError:
         return None
 
@@ -80,7 +80,7 @@ class _Page:
     """The file of this process, and what stands in it."""
 
     def __init__(self, path: Path) -> None:
-        self.status = Status()
+        self.status = ProcessStatus()
         with path.open("w+b") as file:
             file.truncate(_LAYOUT.size)
             self._map = mmap.mmap(file.fileno(), _LAYOUT.size)
@@ -121,7 +121,7 @@ def is_watched() -> bool:
     return _own_page() is not None
 
 
-def begin_training() -> int:
+def note_training() -> int:
     """Note that a ``fit`` begins; return its number in this process. It is 0 if nobody reads notes."""
     page = _own_page()
     if page is None:

@@ -14,7 +14,7 @@ import signal
 from dataclasses import dataclass
 
 from autobatch.handover.causes import Death
-from autobatch.handover.status import Doing, Status
+from autobatch.handover.status import Doing, ProcessStatus
 from autobatch.memory.oom import FailureKind, diagnose_exit
 from autobatch.restart.memory_signs import MemorySigns
 
@@ -41,13 +41,13 @@ class Judgement:
 _OF_ITS_OWN = Judgement(None, "")
 
 
-def judge(exit_code: int, status: Status | None, last_words: str, signs: MemorySigns) -> Judgement:
+def judge(exit_code: int, status: ProcessStatus | None, last_words: str, signs: MemorySigns) -> Judgement:
     """Decide what the end of a process means.
 
     ``exit_code`` is negative for a signal. ``status`` is what its ``fit`` has noted last, ``last_words`` what it has
     written to standard error, as far as that can be read.
     """
-    status = status or Status()
+    status = status or ProcessStatus()
     if exit_code >= 0:
         return _of_exit(exit_code, status, signs)
     if -exit_code == signal.SIGKILL:
@@ -57,7 +57,7 @@ def judge(exit_code: int, status: Status | None, last_words: str, signs: MemoryS
     return _OF_ITS_OWN
 
 
-def _of_exit(exit_code: int, status: Status, signs: MemorySigns) -> Judgement:
+def _of_exit(exit_code: int, status: ProcessStatus, signs: MemorySigns) -> Judgement:
     if exit_code == 1 and status.poison:
         return _for_device("device lost", status.poison, status)
     counted = signs.kernels_kill() if exit_code else ""
@@ -67,7 +67,7 @@ def _of_exit(exit_code: int, status: Status, signs: MemorySigns) -> Judgement:
     return _OF_ITS_OWN
 
 
-def _of_kill(status: Status, signs: MemorySigns) -> Judgement:
+def _of_kill(status: ProcessStatus, signs: MemorySigns) -> Judgement:
     counted = signs.kernels_kill()
     if counted:
         return _for_host("killed by the kernel for host memory", counted, status)
@@ -77,7 +77,7 @@ def _of_kill(status: Status, signs: MemorySigns) -> Judgement:
     return Judgement(None, "killed by SIGKILL, and nothing tells of memory", signs.as_words())
 
 
-def _of_crash(by: signal.Signals, status: Status, last_words: str, signs: MemorySigns) -> Judgement:
+def _of_crash(by: signal.Signals, status: ProcessStatus, last_words: str, signs: MemorySigns) -> Judgement:
     in_step = status.doing is not Doing.ELSE
     diagnosis = diagnose_exit(-by, last_words, arena=status.in_arena and in_step)
     detail = diagnosis.detail.removeprefix(f"{by.name}: ")
@@ -93,7 +93,7 @@ def _of_crash(by: signal.Signals, status: Status, last_words: str, signs: Memory
     return Judgement(None, f"ended by {by.name}, and nothing tells of memory", signs.as_words())
 
 
-def _for_host(seen: str, evidence: str, status: Status) -> Judgement:
+def _for_host(seen: str, evidence: str, status: ProcessStatus) -> Judgement:
     """Make the finding for host memory; on a CPU that is what a micro-batch takes, too."""
     of_size = status.device_is_host and status.doing is not Doing.ELSE
     changes = ["with shorter queues"] if status.training else []
@@ -102,17 +102,17 @@ def _for_host(seen: str, evidence: str, status: Status) -> Judgement:
     return Judgement(_death(seen, status, of_size=of_size), seen, evidence, " and ".join(changes), of_host=True)
 
 
-def _for_device(seen: str, evidence: str, status: Status) -> Judgement:
+def _for_device(seen: str, evidence: str, status: ProcessStatus) -> Judgement:
     of_size = status.doing is not Doing.ELSE
     return Judgement(_death(seen, status, of_size=of_size), seen, evidence, _smaller(status) if of_size else "")
 
 
-def _smaller(status: Status) -> str:
+def _smaller(status: ProcessStatus) -> str:
     if status.doing is Doing.TRIAL:
         return f"with trials of at most {status.micro_batch // 2}"
     return f"at micro-batch {status.smaller}"
 
 
-def _death(seen: str, status: Status, *, of_size: bool) -> Death:
+def _death(seen: str, status: ProcessStatus, *, of_size: bool) -> Death:
     size = status.micro_batch if of_size and status.micro_batch else None
     return Death(seen, status.training, _SAID.get(status.doing, ""), size)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autobatch.handover import folder as run_folders
 from autobatch.handover.causes import Causes, Death, write_causes
-from autobatch.handover.status import Status, read_status
+from autobatch.handover.status import ProcessStatus, read_status
 from autobatch.restart import orphans
 from autobatch.restart.child import Child, Signals
 from autobatch.restart.judgement import Judgement, judge
@@ -77,7 +77,7 @@ class _Run:
             if self._signals.asked_to_end is not None:
                 return -self._signals.asked_to_end
 
-    def _one_process(self) -> tuple[int, Status | None, Judgement]:
+    def _one_process(self) -> tuple[int, ProcessStatus | None, Judgement]:
         words = LastWords(self._folder)
         child = Child(self._command, {**os.environ, run_folders.VARIABLE: str(self._folder)}, self._signals)
         self._signs.begin(child.pid)
@@ -86,7 +86,7 @@ class _Run:
         said = words.of(child.pid) if exit_code < 0 else ""
         return exit_code, status, judge(exit_code, status, said, self._signs)
 
-    def _may_start_again(self, found: Judgement, status: Status | None) -> bool:
+    def _may_start_again(self, found: Judgement, status: ProcessStatus | None) -> bool:
         assert found.death is not None
         self._all_deaths += 1
         if status is not None and status.backups:
@@ -107,7 +107,7 @@ class _Run:
             return False
         return True
 
-    def _prepare_restart(self, found: Judgement, status: Status | None) -> None:
+    def _prepare_restart(self, found: Judgement, status: ProcessStatus | None) -> None:
         changes = " ".join(filter(None, ["starting again", found.changes]))
         self._say(f"{found.seen}: {changes}{_from_where(status)} ({found.evidence})")
         write_causes(self._folder, Causes(tuple(self._deaths), self._host_deaths))
@@ -121,7 +121,7 @@ class _Run:
                 os.lseek(0, self._input, os.SEEK_SET)
 
 
-def _from_where(status: Status | None) -> str:
+def _from_where(status: ProcessStatus | None) -> str:
     if status is not None and status.kept_update >= 0:
         return f", behind update {status.kept_update}"
     return ", from its beginning" + (", as fit has no backup yet" if status is not None and status.training else "")
@@ -133,7 +133,7 @@ def _in_one_line(death: Death) -> str:
     return f"{death.words}{where}{size}"
 
 
-def _remedy(status: Status | None) -> str:
+def _remedy(status: ProcessStatus | None) -> str:
     if status is None or not status.training:
         return "The script has not come to autobatch.fit, where something could be changed. Give it more memory."
     if status.kept_update < 0:

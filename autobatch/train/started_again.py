@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from autobatch.data import economy
 from autobatch.handover.causes import Causes, told_causes
-from autobatch.handover.status import Doing, begin_training, note_device, note_doing
+from autobatch.handover.status import Doing, note_training, note_device, note_doing
 from autobatch.memory import arena
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.out_of_memory import look_for_poison
@@ -59,7 +59,7 @@ class StartedAgain:
 @contextlib.contextmanager
 def as_told(model: Model) -> Iterator[StartedAgain]:
     """Enclose one training of ``model``: it is economical if it was told so, and what poisons a device is noted."""
-    number, causes = begin_training(), told_causes()
+    number, causes = note_training(), told_causes()
     strategy = strategies.strategy_of(model)
     if not number or (strategy is not None and strategies.worker_of(strategy)[1] > 1):
         causes = Causes()

@@ -10,7 +10,7 @@ import tensorflow as tf
 import autobatch
 from autobatch.handover import causes, folder, status
 from autobatch.handover.causes import Causes, Death
-from autobatch.handover.status import Doing, Status
+from autobatch.handover.status import Doing, ProcessStatus
 
 
 @pytest.fixture
@@ -23,35 +23,35 @@ def run_folder(tmp_path, monkeypatch):
 
 
 def test_a_status_comes_back_as_it_was():
-    told = Status(3, Doing.VALIDATION, 2**40, 7, 5, -1, True, False, "ä" * 400)
-    read = Status.unpacked(told.packed())
+    told = ProcessStatus(3, Doing.VALIDATION, 2**40, 7, 5, -1, True, False, "ä" * 400)
+    read = ProcessStatus.unpacked(told.packed())
     assert read.poison == "ä" * 150, "as much of it as there is room for"
-    assert read == Status(3, Doing.VALIDATION, 2**40, 7, 5, -1, True, False, read.poison)
-    assert Status.unpacked(b"") is None
-    assert Status.unpacked(bytes(1000)) is None
+    assert read == ProcessStatus(3, Doing.VALIDATION, 2**40, 7, 5, -1, True, False, read.poison)
+    assert ProcessStatus.unpacked(b"") is None
+    assert ProcessStatus.unpacked(bytes(1000)) is None
 
 
 def test_nothing_is_noted_where_nobody_reads(tmp_path, monkeypatch):
     monkeypatch.setenv(folder.VARIABLE, str(tmp_path / "gone"))
     status._forget()
-    assert status.begin_training() == 0
+    assert status.note_training() == 0
     assert not status.is_watched()
     assert causes.told_causes() == Causes()
 
 
 def test_notes(run_folder):
     assert status.read_status(run_folder, os.getpid()) is None
-    assert [status.begin_training(), status.begin_training()] == [1, 2]
+    assert [status.note_training(), status.note_training()] == [1, 2]
     status.note_doing(Doing.UPDATE, 64, 48)
     status.note_backup(3)
     status.note_backup(5)
     read = status.read_status(run_folder, os.getpid())
-    assert read == Status(2, Doing.UPDATE, 64, 48, backups=2, kept_update=5)
+    assert read == ProcessStatus(2, Doing.UPDATE, 64, 48, backups=2, kept_update=5)
     status.note_poison("lost")
     status.note_doing(Doing.ELSE)
     assert status.read_status(run_folder, os.getpid()).micro_batch == 64, "where it was lost is still known"
-    status.begin_training()
-    assert status.read_status(run_folder, os.getpid()) == Status(3, backups=2)
+    status.note_training()
+    assert status.read_status(run_folder, os.getpid()) == ProcessStatus(3, backups=2)
 
 
 def test_causes_come_back_as_they_were(run_folder):

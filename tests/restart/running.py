@@ -53,7 +53,7 @@ def die_of_host_memory():
 def note(**changes):
     from autobatch.handover import status
 
-    status.begin_training()
+    status.note_training()
     status._own_page().note(**changes)
 """
 

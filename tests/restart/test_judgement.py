@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from autobatch.handover.status import Doing, Status
+from autobatch.handover.status import Doing, ProcessStatus
 from autobatch.restart.judgement import judge
 
 
@@ -28,11 +28,11 @@ class Signs:
 
 
 NOTHING = Signs()
-UPDATE = Status(training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48)
-ON_CPU = Status(training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48, device_is_host=True)
-BETWEEN = Status(training=2, device_is_host=True)
-TRIAL = Status(training=1, doing=Doing.TRIAL, micro_batch=64)
-ARENA = Status(training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48, device_is_host=True, in_arena=True)
+UPDATE = ProcessStatus(training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48)
+ON_CPU = ProcessStatus(training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48, device_is_host=True)
+BETWEEN = ProcessStatus(training=2, device_is_host=True)
+TRIAL = ProcessStatus(training=1, doing=Doing.TRIAL, micro_batch=64)
+ARENA = ProcessStatus(training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48, device_is_host=True, in_arena=True)
 BAD_ALLOC = "terminate called after throwing an instance of 'std::bad_alloc'"
 EIGEN = "F tensorflow/core: EigenAllocator for GPU ran out of memory"
 POISON = "F tensorflow: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
@@ -81,7 +81,7 @@ def test_deaths_for_want_of_memory(by, status, words, signs, seen, changes, size
         ("SIGKILL", ARENA, BAD_ALLOC, NOTHING),
         ("SIGSEGV", UPDATE, "", NOTHING),
         ("SIGSEGV", UPDATE, "", Signs(full="full")),
-        ("SIGSEGV", Status(training=1, in_arena=True), "", NOTHING),
+        ("SIGSEGV", ProcessStatus(training=1, in_arena=True), "", NOTHING),
         ("SIGABRT", ARENA, "assertion failed", NOTHING),
         ("SIGABRT", UPDATE, "", Signs(counted="0 -> 1")),
     ],
@@ -100,7 +100,9 @@ def test_an_end_of_its_own_is_passed_on_without_a_word(exit_code):
 
 
 def test_a_poison_counts_where_the_script_ended_by_an_error():
-    poisoned = Status(training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48, poison="CUDA_ERROR_LAUNCH_FAILED")
+    poisoned = ProcessStatus(
+        training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48, poison="CUDA_ERROR_LAUNCH_FAILED"
+    )
     found = judge(1, poisoned, "", NOTHING)
     assert (found.seen, found.changes, found.evidence) == ("device lost", "at micro-batch 48", poisoned.poison)
     for exit_code in (0, 2, -signal.SIGTERM):

@@ -210,8 +210,9 @@ def test_what_a_dead_script_has_left_running_is_ended(tmp_path):
             if not daemon:
                 os.setsid()
                 os.closerange(0, 3)
+                Path(__file__).with_suffix(".daemon").touch()
                 time.sleep(600)
-            time.sleep(0.2)
+            while not Path(__file__).with_suffix(".daemon").exists(): time.sleep(0.01)
             print(*pids, daemon, flush=True)
             die_of_host_memory()
         """,
