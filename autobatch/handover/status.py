@@ -1,4 +1,4 @@
-"""ProcessStatus of a training, in a file that outlives its process: what it does, at which micro-batch, what it has kept.
+"""Status of a process, in a file that outlives it: what it does, at which micro-batch, what it has kept.
 
 The file is mapped into memory, so that a note of a step costs microseconds and no system call, and is there after a
 SIGKILL.

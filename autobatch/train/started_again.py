@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from autobatch.data import economy
 from autobatch.handover.causes import Causes, told_causes
-from autobatch.handover.status import Doing, note_training, note_device, note_doing
+from autobatch.handover.status import Doing, note_device, note_doing, note_training
 from autobatch.memory import arena
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.out_of_memory import look_for_poison

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from running import command, environment, run, script, starts
+from running import BAD_ALLOC, command, environment, run, script, starts
 
 AGAIN = "ended by SIGABRT for want of host memory: starting again"
 
@@ -316,3 +316,22 @@ def test_the_parent_imports_no_tensorflow_and_no_rich(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, path], env=environment(), text=True, capture_output=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_last_words_of_a_step_are_read_where_standard_error_is_no_file(tmp_path, inside):
+    path = script(
+        tmp_path,
+        f"""
+        from autobatch.terminal import kept_aside
+        if start == 1:
+            with kept_aside.window():
+                os.write(2, b"{BAD_ALLOC}\\n")
+                if {inside}: os.abort()
+            os.abort()  # what was written in a step that went well is no last word
+        """,
+    )
+    done = run(path, env={"TF_CPP_MIN_LOG_LEVEL": "2"})
+    assert starts(path) == (2 if inside else 1)
+    assert done.returncode == (0 if inside else -signal.SIGABRT)
+    assert done.stderr.startswith(f"{BAD_ALLOC}\nautobatch: ended by SIGABRT")
