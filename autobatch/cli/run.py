@@ -18,8 +18,8 @@ from autobatch.report.sentences import printable
 
 _EXAMPLES = """\
 examples:
-  autobatch run train.py --epochs 100
-  autobatch run --restarts 5 -m package.train --lr 0.1
+  autobatch run train.py config.yaml
+  autobatch run --restarts 5 -m package.train config.yaml
 """
 _DESCRIPTION = """\
 Start a script, and start it again when memory has killed it: a SIGKILL of the
