@@ -83,7 +83,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("autobatch run needs Linux, whose kernel counts what it kills for memory.")
     from autobatch.restart.supervisor import run_and_restart
 
-    exit_code = run_and_restart(command, options.restarts, _say)
+    try:
+        exit_code = run_and_restart(command, options.restarts, _say)
+    except OSError as error:
+        raise UsageError(f"The script cannot be started: {error.strerror or error}.") from error
     return exit_code if exit_code >= 0 else _end_by(-exit_code)
 
 

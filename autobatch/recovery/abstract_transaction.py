@@ -159,18 +159,16 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._lengths.most = plain["longest_factor"]
         self.recoveries[:] = [Recovery(*values) for values in plain["recoveries"]]
 
-    def begin_below(self, died_at: int, phase: str, why: str) -> None:
-        """Begin below a size, in samples, at which the process died in this phase; grow back as after any failure."""
+    def begin_below(self, died_at: int, phase: str, why: str, *, samples: int) -> None:
+        """Begin below a size at which the process died in this phase; grow back as after any failure.
+
+        ``samples`` is the size of an effective batch.
+        """
         each = self._step.structure.samples_in_portion
         policy = self.policy if phase == "update" else self._validation_policy
         before = policy.micro_batch
-        after = policy.begin_below(max(1, died_at // each), samples=self._effective_batch or before)
+        after = policy.begin_below(max(1, died_at // each), samples=max(1, samples // each))
         self.recoveries.append(Recovery(self._updates, "restart", before * each, after * each, why))
-
-    def note_restart(self, why: str) -> None:
-        """Note a restart that has changed no micro-batch."""
-        size = self.micro_batch
-        self.recoveries.append(Recovery(self._updates, "restart", size, size, why))
 
     @property
     def updates(self) -> int:
@@ -270,7 +268,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         structure: Structure,
     ) -> Logs:
         with kept_aside.window() as window:
-            self._note(policy, phase, structure)
+            self._note(policy, phase, structure, samples)
             try:
                 logs = once(data, samples)
             except RolledBackError as first:
@@ -284,13 +282,13 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
             note_doing(Doing.ELSE)
             return logs
 
-    def _note(self, policy: MicroBatchPolicy, phase: str, structure: Structure) -> None:
+    def _note(self, policy: MicroBatchPolicy, phase: str, structure: Structure, samples: int) -> None:
         """Note what begins, for who starts this process again should it die."""
         if not is_watched():
             return
         size = policy.micro_batch
         if self._below[0] != size:
-            self._below = size, policy.below(size, samples=self._effective_batch or size)
+            self._below = size, policy.below(size, samples=max(self._effective_batch or 1, samples))
         doing = Doing.UPDATE if phase == "train" else Doing.VALIDATION
         note_doing(doing, *(size * structure.samples_in_portion for size in self._below))
 
@@ -353,7 +351,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         each = structure.samples_in_portion
         before, after = before * each, after * each
         self.recoveries.append(Recovery(self._updates, phase, before, after, failure.diagnosis.detail))
-        self._note(policy, phase, structure)
+        self._note(policy, phase, structure, failure.samples)
         change = f"micro-batch {before} -> {after} ({steps} accumulation steps)"
         in_short = f"micro-batch {before} -> {after} x {steps}"
         if failure.beside_copies:

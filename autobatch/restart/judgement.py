@@ -77,6 +77,11 @@ def _of_kill(status: ProcessStatus, signs: MemorySigns) -> Judgement:
     return Judgement(None, "killed by SIGKILL, and nothing tells of memory", signs.as_words())
 
 
+def _size_counts(status: ProcessStatus) -> bool:
+    """Return True if a training was in a step or a trial, and can be told to begin smaller."""
+    return status.training > 0 and status.doing is not Doing.ELSE
+
+
 def _of_crash(by: signal.Signals, status: ProcessStatus, last_words: str, signs: MemorySigns) -> Judgement:
     in_step = status.doing is not Doing.ELSE
     diagnosis = diagnose_exit(-by, last_words, arena=status.in_arena and in_step)
@@ -95,7 +100,7 @@ def _of_crash(by: signal.Signals, status: ProcessStatus, last_words: str, signs:
 
 def _for_host(seen: str, evidence: str, status: ProcessStatus) -> Judgement:
     """Make the finding for host memory; on a CPU that is what a micro-batch takes, too."""
-    of_size = status.device_is_host and status.doing is not Doing.ELSE
+    of_size = status.device_is_host and _size_counts(status)
     changes = ["with shorter queues"] if status.training else []
     if of_size:
         changes.append(_smaller(status))
@@ -103,7 +108,7 @@ def _for_host(seen: str, evidence: str, status: ProcessStatus) -> Judgement:
 
 
 def _for_device(seen: str, evidence: str, status: ProcessStatus) -> Judgement:
-    of_size = status.doing is not Doing.ELSE
+    of_size = _size_counts(status)
     return Judgement(_death(seen, status, of_size=of_size), seen, evidence, _smaller(status) if of_size else "")
 
 

@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from autobatch.handover import folder as run_folders
@@ -39,8 +39,22 @@ def run_and_restart(command: Sequence[str], restarts: int | None, say: Callable[
     with (
         tempfile.TemporaryDirectory(prefix="autobatch-run-", ignore_cleanup_errors=True) as named,
         Signals() as signals,
+        _held(named),
     ):
         return _Run(command, restarts, say, Path(named), signals).until_the_end()
+
+
+@contextlib.contextmanager
+def _held(folder: str) -> Iterator[None]:
+    """Hold a lock on the folder, which those who tidy up temporary files respect: a training may take weeks."""
+    import fcntl  # not at the top: Windows has none
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class _Run:
@@ -78,6 +92,8 @@ class _Run:
                 return -self._signals.asked_to_end
 
     def _one_process(self) -> tuple[int, ProcessStatus | None, Judgement]:
+        for old in self._folder.glob("status-*"):
+            old.unlink(missing_ok=True)  # a process may get the number of a dead one
         words = LastWords(self._folder)
         child = Child(self._command, {**os.environ, run_folders.VARIABLE: str(self._folder)}, self._signals)
         self._signs.begin(child.pid)
@@ -110,7 +126,11 @@ class _Run:
     def _prepare_restart(self, found: Judgement, status: ProcessStatus | None) -> None:
         changes = " ".join(filter(None, ["starting again", found.changes]))
         self._say(f"{found.seen}: {changes}{_from_where(status)} ({found.evidence})")
-        write_causes(self._folder, Causes(tuple(self._deaths), self._host_deaths))
+        try:
+            self._folder.mkdir(exist_ok=True)  # somebody may have tidied up
+            write_causes(self._folder, Causes(tuple(self._deaths), self._host_deaths))
+        except OSError as error:
+            self._say(f"the script begins as before: the cause cannot be left for it ({error})")
         ended = orphans.end_orphans()
         if ended:
             self._say(f"ended what it had left running ({ended} {'process' if ended == 1 else 'processes'})")

@@ -69,7 +69,7 @@ def train(
         notices.training(lambda: progress_bars.is_open(callbacks.callbacks), quiet=options.get("verbose") == 0),
     ):
         if again is not None:
-            again.begin_smaller(transaction)
+            again.begin_smaller(transaction, effective_batch=plan.effective_batch // plan.replicas)
         try:
             history = keras_fit(batches, callbacks=callbacks, shuffle=False, **options)
         except NoFeasibleBatchError:

@@ -15,6 +15,7 @@ from autobatch.data import economy
 from autobatch.handover.causes import Causes, told_causes
 from autobatch.handover.status import Doing, note_device, note_doing, note_training
 from autobatch.memory import arena
+from autobatch.records import Recovery
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.out_of_memory import look_for_poison
 from autobatch.seams import strategies
@@ -38,17 +39,20 @@ class StartedAgain:
         if deaths:
             trials.died_at = min(deaths, key=lambda death: death.micro_batch or 0)
 
-    def begin_smaller(self, transaction: AnyTransaction) -> None:
-        """Let the training begin below each size that an earlier process died at, and say in a line what is changed."""
+    def begin_smaller(self, transaction: AnyTransaction, *, effective_batch: int) -> None:
+        """Let the training begin below each size that an earlier process died at, and say in a line what is changed.
+
+        ``effective_batch`` is in samples of one replica.
+        """
         deaths, economical = self.causes.deaths, bool(self.causes.host_deaths)
         sizes = self.causes.sizes(self.number, in_trials=False)
         if not deaths or not (sizes or economical):
             return
         before = transaction.micro_batch
         for death in sizes:
-            transaction.begin_below(death.micro_batch or 1, death.doing, death.words)
+            transaction.begin_below(death.micro_batch or 1, death.doing, death.words, samples=effective_batch)
         if not sizes:
-            transaction.note_restart(deaths[-1].words)
+            transaction.recoveries.append(Recovery(transaction.updates, "restart", before, before, deaths[-1].words))
         changed = [f"micro-batch {before} -> {transaction.micro_batch}"] if transaction.micro_batch != before else []
         if economical:
             changed.append("short queues, few workers, no copy of arrays")
@@ -56,16 +60,21 @@ class StartedAgain:
             notices.tell(f"started again ({deaths[-1].words}): {', '.join(changed)}", level=logging.WARNING)
 
 
+def told_to(model: Model) -> StartedAgain:
+    """Begin another training of this process: return what it is told."""
+    number, causes = note_training(), told_causes()
+    strategy = strategies.strategy_of(model)
+    is_one_of_several = strategy is not None and strategies.worker_of(strategy)[1] > 1
+    return StartedAgain(Causes() if is_one_of_several or not number else causes, number)
+
+
 @contextlib.contextmanager
 def as_told(model: Model) -> Iterator[StartedAgain]:
     """Enclose one training of ``model``: it is economical if it was told so, and what poisons a device is noted."""
-    number, causes = note_training(), told_causes()
-    strategy = strategies.strategy_of(model)
-    if not number or (strategy is not None and strategies.worker_of(strategy)[1] > 1):
-        causes = Causes()
-    with economy.economising(causes.host_deaths):
+    again = told_to(model)
+    with economy.economising(again.causes.host_deaths):
         try:
-            yield StartedAgain(causes, number)
+            yield again
         except Exception as error:
             look_for_poison(error)
             raise

@@ -149,3 +149,21 @@ def test_no_trial_of_a_size_that_an_earlier_process_died_of(run_folder, model):
 def test_the_file_of_causes_is_json(run_folder):
     causes.write_causes(run_folder, Causes((Death("killed"),), 2))
     assert json.loads(folder.causes_file(run_folder).read_text())["host_deaths"] == 2
+
+
+def test_a_loop_of_ones_own_begins_smaller_too(run_folder, model):
+    causes.write_causes(run_folder, Causes((Death("killed", 1, "update", 8),), 0))
+
+    def train_step(batch):
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(y=batch[1], y_pred=model(batch[0], training=True))
+        model.optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    steps = autobatch.wrap_step(train_step, model=model, optimizer=model.optimizer, target_batch=16, micro_batch=8)
+    steps((tf.ones([16, 4]), tf.ones([16, 1])))
+    assert [(each.phase, each.micro_batch_before, each.micro_batch_after) for each in steps.recoveries] == [
+        ("restart", 8, 6)
+    ]
+    read = status.read_status(run_folder, os.getpid())
+    assert (read.training, read.doing) == (1, Doing.ELSE)

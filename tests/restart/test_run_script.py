@@ -335,3 +335,19 @@ def test_the_last_words_of_a_step_are_read_where_standard_error_is_no_file(tmp_p
     assert starts(path) == (2 if inside else 1)
     assert done.returncode == (0 if inside else -signal.SIGABRT)
     assert done.stderr.startswith(f"{BAD_ALLOC}\nautobatch: ended by SIGABRT")
+
+
+def test_a_folder_that_somebody_has_tidied_up_is_made_anew(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        import shutil
+        folder = os.environ["AUTOBATCH_RUN_FOLDER"]
+        print(os.listdir(folder), flush=True)
+        shutil.rmtree(folder)
+        if start == 1: die_of_host_memory()
+        """,
+    )
+    done, log = logged(tmp_path, path)
+    assert (done.returncode, done.stdout) == (0, "[]\n['causes.json']\n")
+    assert "Traceback" not in log
