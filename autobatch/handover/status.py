@@ -11,6 +11,7 @@ import enum
 import mmap
 import os
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,8 @@ class ProcessStatus:
 
     ``training`` counts the calls of ``fit`` in it, from 1 on; 0 before the first. ``micro_batch`` is that of the trial
     or the step under way, and ``smaller`` the one that would follow it; both are 0 if unknown. ``backups`` counts what
-    it has written, ``kept_update`` is the update that a restart goes on behind: -1 if there is none.
+    this training has written, and is 0 once they are removed. ``kept_update`` is the update that a restart goes on
+    behind: -1 if there is none.
     ``device_is_host`` says that it computes on the CPU, ``in_arena`` that its memory there is a limited arena.
     ``poison`` is the error that no step can follow, as text.
     """
@@ -81,13 +83,15 @@ class _Page:
 
     def __init__(self, path: Path) -> None:
         self.status = ProcessStatus()
+        self.lock = threading.RLock()  # backups are written on a thread; a signal may come in the midst of a note
         with path.open("w+b") as file:
             file.truncate(_LAYOUT.size)
             self._map = mmap.mmap(file.fileno(), _LAYOUT.size)
 
     def note(self, **changes: object) -> None:
-        self.status = dataclasses.replace(self.status, **changes)  # type: ignore[arg-type]
-        self._map[:] = self.status.packed()
+        with self.lock:
+            self.status = dataclasses.replace(self.status, **changes)  # type: ignore[arg-type]
+            self._map[:] = self.status.packed()
 
 
 _page: _Page | None = None
@@ -127,7 +131,7 @@ def note_training() -> int:
     if page is None:
         return 0
     training = page.status.training + 1
-    page.note(training=training, doing=Doing.ELSE, micro_batch=0, smaller=0, kept_update=-1, poison="")
+    page.note(training=training, doing=Doing.ELSE, micro_batch=0, smaller=0, backups=0, kept_update=-1, poison="")
     return training
 
 
@@ -149,7 +153,15 @@ def note_backup(update: int, *, written: bool = True) -> None:
     """Note that a restart goes on behind this update; ``written`` if the backup is a new one."""
     page = _own_page()
     if page is not None:
-        page.note(kept_update=update, backups=page.status.backups + int(written))
+        with page.lock:
+            page.note(kept_update=update, backups=page.status.backups + int(written))
+
+
+def note_backups_removed() -> None:
+    """Note that the training is through and its backups are removed: a restart would begin with it anew."""
+    page = _own_page()
+    if page is not None:
+        page.note(kept_update=-1, backups=0)
 
 
 def note_poison(detail: str) -> None:

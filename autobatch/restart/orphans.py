@@ -16,37 +16,38 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _PATIENCE_SECONDS = 2.0
 
 
-def adopt() -> bool:
-    """Let orphans of this process's descendants become its children; return False where the system cannot."""
-    try:
-        import ctypes
+class Orphans:
+    """Orphans of the scripts that this process starts: they become its children, from now on.
 
-        return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
-    except (ImportError, OSError, AttributeError):
-        return False
-
-
-def end_orphans() -> int:
-    """End the children of this process that are in its session, by SIGTERM and then by SIGKILL; return their number.
-
-    Call it when no child runs that is to stay.
+    Children that it has already are somebody else's: of a shell that has become this process.
     """
-    ended: set[int] = set()
-    begun = time.monotonic()
-    while True:
-        _collect_dead()
-        children = _children()
-        if not children:
-            return len(ended)
-        is_late = time.monotonic() - begun > _PATIENCE_SECONDS
-        for pid in children:
-            if is_late or pid not in ended:  # children of the ended come to light as new ones
+
+    def __init__(self) -> None:
+        self._strangers = set(_children())
+        with contextlib.suppress(ImportError, OSError, AttributeError):  # without it they go to another process
+            import ctypes
+
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def end(self) -> int:
+        """End those in the session of this process, by SIGTERM and then by SIGKILL; return their number.
+
+        Call it when no child runs that is to stay.
+        """
+        ended: set[int] = set()
+        begun = time.monotonic()
+        while True:
+            _collect_dead()
+            children = set(_children()) - self._strangers
+            passed = time.monotonic() - begun
+            if not children or passed > 2 * _PATIENCE_SECONDS:  # one may hang in the kernel
+                return len(ended)
+            is_late = passed > _PATIENCE_SECONDS
+            for pid in children if is_late else children - ended:  # those of the ended come to light as new ones
                 ended.add(pid)
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL if is_late else signal.SIGTERM)
-        if time.monotonic() - begun > 2 * _PATIENCE_SECONDS:
-            return len(ended)  # one that hangs in the kernel
-        time.sleep(0.02)
+            time.sleep(0.02)
 
 
 def _collect_dead() -> None:

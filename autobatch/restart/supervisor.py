@@ -13,11 +13,11 @@ from pathlib import Path
 from autobatch.handover import folder as run_folders
 from autobatch.handover.causes import Causes, Death, write_causes
 from autobatch.handover.status import ProcessStatus, read_status
-from autobatch.restart import orphans
 from autobatch.restart.child import Child, Signals
 from autobatch.restart.judgement import Judgement, judge
 from autobatch.restart.last_words import LastWords
 from autobatch.restart.memory_signs import MemorySigns
+from autobatch.restart.orphans import Orphans
 from autobatch.restart.terminal_modes import TerminalModes
 
 DEATHS_WITHOUT_A_BACKUP = 3
@@ -68,6 +68,7 @@ class _Run:
         self._signals = signals
         self._signs = MemorySigns()
         self._modes = TerminalModes()
+        self._orphans = Orphans()
         self._input = _place_in_input()
         self._deaths: list[Death] = []
         self._all_deaths = 0
@@ -75,7 +76,6 @@ class _Run:
         self._host_deaths = 0
 
     def until_the_end(self) -> int:
-        orphans.adopt()
         while True:
             exit_code, status, found = self._one_process()
             if exit_code < 0:
@@ -131,7 +131,7 @@ class _Run:
             write_causes(self._folder, Causes(tuple(self._deaths), self._host_deaths))
         except OSError as error:
             self._say(f"the script begins as before: the cause cannot be left for it ({error})")
-        ended = orphans.end_orphans()
+        ended = self._orphans.end()
         if ended:
             self._say(f"ended what it had left running ({ended} {'process' if ended == 1 else 'processes'})")
         while self._signals.wait(PAUSE_SECONDS) and self._signals.asked_to_end is None:

@@ -48,12 +48,15 @@ class StartedAgain:
         sizes = self.causes.sizes(self.number, in_trials=False)
         if not deaths or not (sizes or economical):
             return
-        before = transaction.micro_batch
+        before, known = transaction.micro_batch, len(transaction.recoveries)
         for death in sizes:
             transaction.begin_below(death.micro_batch or 1, death.doing, death.words, samples=effective_batch)
         if not sizes:
             transaction.recoveries.append(Recovery(transaction.updates, "restart", before, before, deaths[-1].words))
-        changed = [f"micro-batch {before} -> {transaction.micro_batch}"] if transaction.micro_batch != before else []
+        first, last = transaction.recoveries[known], transaction.recoveries[-1]
+        changed = []
+        if first.micro_batch_before != last.micro_batch_after:
+            changed.append(f"micro-batch {first.micro_batch_before} -> {last.micro_batch_after}")
         if economical:
             changed.append("short queues, few workers, no copy of arrays")
         if changed and (sizes or self.number == 1):  # what holds for all trainings is said before the first

@@ -351,3 +351,28 @@ def test_a_folder_that_somebody_has_tidied_up_is_made_anew(tmp_path):
     done, log = logged(tmp_path, path)
     assert (done.returncode, done.stdout) == (0, "[]\n['causes.json']\n")
     assert "Traceback" not in log
+
+
+def test_children_that_are_not_the_scripts_are_left_alone(tmp_path):
+    path = script(tmp_path, "if start == 1: die_of_host_memory()")
+    with open(tmp_path / "log", "w") as log:
+        shell = ["sh", "-c", 'sleep 60 >/dev/null & echo $!; exec "$@"', "sh", *command(path)]
+        done = subprocess.run(shell, env=environment(), stdout=subprocess.PIPE, stderr=log, text=True, timeout=60)
+    assert (done.returncode, starts(path)) == (0, 2)
+    os.kill(int(done.stdout), signal.SIGKILL)  # or this would raise
+
+
+def test_a_death_behind_a_training_whose_backups_are_removed_is_no_progress(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        note()
+        status.note_backup(10)
+        status.note_backups_removed()
+        die_of_host_memory()
+        """,
+    )
+    path.write_text(path.read_text().replace("def note(", "from autobatch.handover import status\n\n\ndef note("))
+    done, log = logged(tmp_path, path)
+    assert starts(path) == 3
+    assert "from its beginning" in log
