@@ -1,7 +1,11 @@
-"""Economy with host memory in reading data, for a process that was started again because it had run out.
+"""Economy with host memory in reading data.
 
-It changes how much is held at a time, and no sample, nor their order. Queues are shorter, a PyDataset has fewer
-workers, and arrays are read row by row, as mapped files are, where Keras would copy them into a tensor.
+It changes how much is held at a time, and no sample, nor their order. There are two occasions:
+
+- A process was started again because it had run out of host memory. Queues are shorter, a PyDataset has fewer workers,
+  and arrays are read row by row, as mapped files are, where Keras would copy them into a tensor.
+- A limited CPU arena holds the data beside what the steps need. There what is made ahead, and the copy of an array, are
+  given up where they would take more than a tenth of the limit each. Micro-batches have that room then.
 """
 
 from __future__ import annotations
@@ -15,11 +19,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from autobatch.memory import limits
+from autobatch.data import cardinality
+from autobatch.memory import arena, limits
+from autobatch.seams import tf_data
 from autobatch.types import Dataset
 
 _SHARE_OF_QUEUES = 20
 """Part of the free host memory that tf.data may fill with what it makes ahead: one twentieth, less at higher levels."""
+
+AHEAD = 2
+"""Effective batches that are made ahead of the one in use, where memory is not short."""
+
+_SHARE_OF_ARENA = 10
+"""Part of a CPU arena's limit that batches made ahead may take, and the copy of an array: one tenth. What they take
+costs a micro-batch as much of its size. Without them a step waits for its data, or for the rows of an array."""
 
 _SMALL_BYTES = 2**20
 """Size below which copying an array costs nothing that matters."""
@@ -40,23 +53,59 @@ def economising(level: int) -> Iterator[None]:
             _undo.reset(tokens[1])
 
 
-def prefetched(dataset: Dataset) -> Any:
-    """Return the dataset with effective batches made ahead: as many as tf.data likes, one, or none.
+def batches_ahead(batch_bytes: int | None) -> int:
+    """Return the number of effective batches to be made ahead; ``batch_bytes`` are those of one, None if they vary."""
+    most = max(0, AHEAD - _level.get())
+    room = _room_in_arena()
+    if room is None:
+        return most
+    return min(most, 1 if batch_bytes is None else room // max(1, batch_bytes))
+
+
+def _room_in_arena() -> int | None:
+    limit = arena.arena_limit_bytes("CPU:0")
+    return None if limit is None else limit // _SHARE_OF_ARENA
+
+
+def under_way(ahead: int, what: str) -> str:
+    """Return what to call the effective batches of ``what`` that exist at a time, ``ahead`` of them made ahead."""
+    short = "" if ahead >= AHEAD else ", since memory is short" if ahead else ", none made ahead, since memory is short"
+    return f"{1 + ahead} effective batch{'es' if ahead else ''} of {what}{short}"
+
+
+def prefetched(dataset: Dataset, ahead: int | None = None) -> Any:
+    """Return the dataset with ``ahead`` elements made ahead; without that, as many as if little was known of them.
 
     There is a prefetch in any case: the saved state of an iterator names the datasets that it runs through.
     """
-    return with_short_queues(dataset.prefetch({0: tf.data.AUTOTUNE, 1: 1}.get(_level.get(), 0)))
+    return with_short_queues(dataset.prefetch(batches_ahead(None) if ahead is None else ahead))
+
+
+def slices_ahead(dataset: Dataset, ahead: int) -> tuple[Any, int]:
+    """Return a dataset over arrays with ``ahead`` batches made ahead, and that number: at least one by Keras.
+
+    Keras lets tf.data choose how many slices are cut at once, and each of them waits in a queue before the prefetch: on
+    16 cores up to 16. Here one is cut at a time. The tuner could only choose that number; on a few cores it takes more
+    time than the slices do: 90 ms of an epoch of 640 ms.
+    """
+    slices = cardinality.behind(dataset, ("Prefetch",))
+    least = 1 if tf_data.kind_of(cardinality.behind(slices, ("Options",))) == "ParallelMap" else 0
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = 1
+    ahead = max(least, ahead)
+    return slices.with_options(options).prefetch(ahead - least), ahead
 
 
 def with_short_queues(dataset: Dataset) -> Any:
     """Return the dataset with a bound on what the queues hold whose length tf.data chooses, the user's among them."""
-    level = _level.get()
-    if not level:
+    level, room = _level.get(), _room_in_arena()
+    if not level and room is None:
         return dataset
     options = tf.data.Options()
-    free = limits.find_limit("CPU:0").limit_bytes
-    if free is not None:
-        options.autotune.ram_budget = max(1, free // (_SHARE_OF_QUEUES * level))
+    free = limits.find_limit("CPU:0").limit_bytes if level else None
+    shares = [room, None if free is None else free // (_SHARE_OF_QUEUES * level)]
+    options.autotune.ram_budget = max(1, min((share for share in shares if share is not None), default=0))
     if level > 1:
         options.threading.private_threadpool_size = 1
     return dataset.with_options(options)
@@ -64,13 +113,10 @@ def with_short_queues(dataset: Dataset) -> Any:
 
 def spares_copy_of(array: Any) -> bool:
     """Return True for an array in memory that is not to be copied as a whole."""
-    return (
-        _level.get() > 0
-        and isinstance(array, np.ndarray)
-        and array.ndim > 0
-        and array.dtype.kind in "biuf"
-        and array.nbytes >= _SMALL_BYTES
-    )
+    if not isinstance(array, np.ndarray) or array.ndim == 0 or array.dtype.kind not in "biuf":
+        return False
+    room = _room_in_arena()
+    return array.nbytes >= _SMALL_BYTES and (_level.get() > 0 or (room is not None and array.nbytes > room))
 
 
 def lessen_loader(loader: Any) -> None:

@@ -15,7 +15,6 @@ epoch begins with it.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ import tensorflow as tf
 
 from autobatch.data import arrays, cardinality, economy, host_memory, layouts, rebatching
 from autobatch.data.continuation import ContinuableAdapter, EpochCalls
-from autobatch.data.effective_iterator import EffectiveIterator
+from autobatch.data.effective_iterator import EffectiveIterator, handed_over
 from autobatch.data.first_look import FirstLook, Seen
 from autobatch.data.indexed_batches import IndexedBatches
 from autobatch.data.passes import Passes
@@ -33,8 +32,6 @@ from autobatch.records import HostUse
 from autobatch.seams import data_adapters, strategies
 from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
 from autobatch.types import Dataset
-
-_BATCHES_UNDER_WAY = 1 + host_memory.AUTOTUNED_PREFETCH
 
 EMPTY = "dataset is empty, so that there is nothing to train on. Give at least one sample. Received: "
 
@@ -169,13 +166,18 @@ class EffectiveBatches(ContinuableAdapter):
         """Make the dataset that is iterated, and what cuts its elements where tf.data does not."""
         self._recut = None
         self._cutter: PortionCutter | None = None
-        self._dataset = rebatching.untuned(dataset) if self._arrays else dataset
-        self.element_spec = dataset.element_spec
+        self._dataset, self.element_spec = dataset, dataset.element_spec
+        sizes = [host_memory.fixed_bytes(spec) for spec in Structure(dataset.element_spec).specs]
+        self._ahead = economy.batches_ahead(
+            None if None in sizes else self.target_batch * sum(size or 0 for size in sizes)
+        )
+        if self._arrays:
+            self._dataset, self._ahead = economy.slices_ahead(dataset, self._ahead)
         if self._layout is not None:
             self.element_spec = self._layout.spec(dataset.element_spec)
-            self._dataset = economy.prefetched(dataset)
+            self._dataset = economy.prefetched(dataset, self._ahead)
         elif not self._arrays:
-            self._recut = self._cut_again(dataset, self.target_batch)
+            self._recut = self._cut_again(dataset, self.target_batch, ahead=self._ahead)
             self._dataset, self.element_spec = economy.with_short_queues(self._recut.dataset), self._recut.element_spec
         self._takes_target = self._recut is not None and not self._cut_again.keywords["as_they_come"]
         padding = [] if self._recut is None else self._recut.padding
@@ -250,7 +252,7 @@ class EffectiveBatches(ContinuableAdapter):
         source = self._first_look.copy(self.target_batch)
         if source is None:
             return self._first()
-        recut = self._cut_again(source, self.target_batch)
+        recut = self._cut_again(source, self.target_batch, ahead=0)
         first = next(rebatching.explained(iter(recut.dataset)))
         return first[0] if recut.pads else first
 
@@ -266,7 +268,7 @@ class EffectiveBatches(ContinuableAdapter):
         if seen is None or seen.of_copy:
             return self._start()
         assert self._cutter is not None
-        return self._noting_padding.batches(self._cutter.batches(itertools.chain(seen.elements, seen.rest)))
+        return self._noting_padding.batches(self._cutter.batches(handed_over(seen.elements, seen.rest)))
 
     # -- what the host will hold --------------------------------------------------------------------------------------
 
@@ -282,15 +284,15 @@ class EffectiveBatches(ContinuableAdapter):
         if self._pending is not None or (self._seen is not None and not self._seen.of_copy):
             return 0
         most = self.target_batch if self.sample_limit is None else min(self.target_batch, self.sample_limit)
-        batches = min(_BATCHES_UNDER_WAY, self.num_batches or _BATCHES_UNDER_WAY)
+        batches = min(1 + self._ahead, self.num_batches or 1 + self._ahead)
         return (batches * most - min(samples, most)) * self._sample_bytes()
 
     def _pipeline_uses(self, validation_data: Any) -> tuple[HostUse, ...]:
         sample_bytes = self._sample_bytes()
         what = f"{self.target_batch * self.structure.samples_in_portion} samples"
         what = "one element" if self.structure.takes_elements_whole else what
-        name = f"{_BATCHES_UNDER_WAY} effective batches of {what}"
-        uses: tuple[HostUse, ...] = (HostUse(name, _BATCHES_UNDER_WAY * self.target_batch * sample_bytes),)
+        name = economy.under_way(self._ahead, what)
+        uses: tuple[HostUse, ...] = (HostUse(name, (1 + self._ahead) * self.target_batch * sample_bytes),)
         if data_adapters.is_dataset_adapter(self._inner):
             uses += host_memory.uses_of_dataset(self._source, sample_bytes=sample_bytes)
         if data_adapters.py_dataset_of(self._inner) is not None:
@@ -300,10 +302,8 @@ class EffectiveBatches(ContinuableAdapter):
         return uses + host_memory.uses_of_validation(validation_data, sample_bytes=sample_bytes)
 
     def _sample_bytes(self) -> int:
-        known = [host_memory.fixed_bytes(spec) for spec in self.structure.specs]
-        if None not in known:
-            return sum(size for size in known if size is not None)
-        return host_memory.mean_bytes(self.structure.leaves(self.look()))
+        known = host_memory.fixed_sample_bytes(self.element_spec)
+        return host_memory.mean_bytes(self.structure.leaves(self.look())) if known is None else known
 
     # -- iterating ----------------------------------------------------------------------------------------------------
 
@@ -313,9 +313,9 @@ class EffectiveBatches(ContinuableAdapter):
             kept, self._kept = self._kept, None
             return EffectiveIterator(lambda _: self._continued(kept), behind=kept["taken"])
         if self._pending is not None:
-            first, rest = self._pending
+            iterator = handed_over([self._pending[0]], self._pending[1])
             self._pending = None
-            return EffectiveIterator(lambda _: itertools.chain([first], rest))
+            return EffectiveIterator(lambda _: iterator)
         if not self._arrays:  # begin now: other readers of data or random numbers then find what they find with Keras
             iterator = self._start_where_looked()
             return EffectiveIterator(lambda _: iterator)
@@ -354,7 +354,7 @@ class EffectiveBatches(ContinuableAdapter):
                 return self._start()
             if isinstance(self._inner, arrays.MappedArrays):
                 dataset = self._passes.remade(functools.partial(self._inner.get_tf_dataset, taken))
-                return self._passes.begin(rebatching.untuned(dataset))
+                return self._passes.begin(economy.slices_ahead(dataset, self._ahead)[0])
             iterator = self._start()
         for _ in range(0 if kept["iterator"] is not None else taken):
             next(iterator, None)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from autobatch.seams.data_adapters import DataAdapter
+
+
+def handed_over(first: list[Any], rest: Iterable[Any] = ()) -> Iterator[Any]:
+    """Yield the elements of ``first``, which is emptied, then those of ``rest``: none is held once it has been given.
+
+    ``itertools.chain`` holds its first part until the second has ended.
+    """
+    while first:
+        yield first.pop(0)
+    yield from rest
 
 
 class EffectiveIterator(Iterator[Any]):

@@ -19,7 +19,7 @@ from autobatch.errors import warn
 from autobatch.memory import limits
 from autobatch.records import HostUse, Limit
 from autobatch.seams import data_adapters, tf_data
-from autobatch.tensors.batch_structure import row_sizes, sample_count
+from autobatch.tensors.batch_structure import Structure, row_sizes, sample_count
 from autobatch.types import Batch, Dataset, ElementSpec, Tensor
 from autobatch.units import format_bytes
 
@@ -143,6 +143,12 @@ def fixed_bytes(spec: Any) -> int | None:
     if not isinstance(spec, tf.TensorSpec) or spec.dtype == tf.string or spec.shape.rank is None:
         return None
     return None if None in spec.shape[1:] else int(np.prod(spec.shape[1:], dtype=np.int64)) * int(spec.dtype.size)
+
+
+def fixed_sample_bytes(element_spec: ElementSpec) -> int | None:
+    """Return the bytes of one sample of all leaves together; None if they vary."""
+    sizes = [fixed_bytes(spec) for spec in Structure(element_spec).specs]
+    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def mean_bytes(leaves: list[Tensor]) -> int:

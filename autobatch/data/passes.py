@@ -8,7 +8,6 @@ at its beginning tell its order. An array's shuffle without any seed gets a seed
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.data import iterator_state
-from autobatch.data.effective_iterator import EffectiveIterator
+from autobatch.data.effective_iterator import EffectiveIterator, handed_over
 from autobatch.data.random_states import RandomStates
 from autobatch.errors import warn
 from autobatch.seams import random_states, tf_data
@@ -98,7 +97,7 @@ class Passes:
             return iter(dataset)
         self._seed.assign(seed)
         iterator = iter(dataset)
-        return itertools.chain([next(iterator)], iterator)  # the order is drawn now, before the seed is another
+        return handed_over([next(iterator)], iterator)  # the order is drawn now, before the seed is another
 
     def save_iterators_of(self, dataset: Dataset) -> None:
         """Keep the state of the iterator itself, if ``dataset`` draws its order without a seed."""

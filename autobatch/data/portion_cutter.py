@@ -43,7 +43,7 @@ class PortionCutter:
                 self.met_others |= portions is None
                 if held:
                     yield self._joined(held)
-                    held, count = [], 0
+                    count = 0
                 yield element, False
                 continue
             if portions == self._target and not held:
@@ -57,7 +57,7 @@ class PortionCutter:
                 start, count = start + taken, count + taken
                 if count == self._target:
                     yield self._joined(held)
-                    held, count = [], 0
+                    count = 0
         if held:
             yield self._joined(held)
 
@@ -70,6 +70,7 @@ class PortionCutter:
             return [cut(leaf, *bounds) for leaf in leaves]
 
     def _joined(self, pieces: list[list[Tensor]]) -> tuple[Batch, bool]:
+        """Return the pieces in one, and True if some were padded. The list is emptied, so that nothing holds them."""
         differ = False
         joined = []
         with tf.device("CPU:0"):
@@ -77,7 +78,8 @@ class PortionCutter:
                 together, padded = _together(list(leaves), value)
                 joined.append(together)
                 differ = differ or padded
-            return self._structure.pack(joined), differ
+        pieces.clear()
+        return self._structure.pack(joined), differ
 
 
 def _together(leaves: list[Tensor], value: Any) -> tuple[Tensor, bool]:

@@ -25,7 +25,7 @@ class Rebatched:
 
     Batches that were padded to different lengths are padded again to the longest of their effective batch. The padding
     values are those of ``padded_batch`` if the dataset shows them, else zeros or empty strings. With ``as_they_come``
-    the batches stay as they are.
+    the batches stay as they are. There are ``ahead`` effective batches made ahead.
 
     Attributes:
         pads: True if batches may need that padding.
@@ -33,7 +33,7 @@ class Rebatched:
             batches of different lengths were padded for it.
     """
 
-    def __init__(self, dataset: Dataset, target_batch: int, *, as_they_come: bool = False) -> None:
+    def __init__(self, dataset: Dataset, target_batch: int, *, as_they_come: bool = False, ahead: int) -> None:
         if as_they_come:
             dataset = _without_optionals(dataset)
         self.element_spec = dataset.element_spec
@@ -49,7 +49,7 @@ class Rebatched:
             self.dataset = self._cut(_without_optionals(dataset), target_batch)
         if is_endless(dataset):
             self.dataset = self.dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-        self.dataset = economy.prefetched(self.dataset)
+        self.dataset = economy.prefetched(self.dataset, ahead)
 
     def _cut(self, dataset: Dataset, target_batch: int) -> Any:
         self.element_spec = dataset.element_spec
@@ -119,6 +119,7 @@ class PaddingNote:
                     "what it pads with is known.",
                 )
             yield batch
+            del batch
 
 
 def explained(batches: Iterator[Any]) -> Iterator[Any]:
@@ -138,6 +139,7 @@ def explained(batches: Iterator[Any]) -> Iterator[Any]:
                 raise
             raise ValueError(f"{found} Received: {error.message}") from error
         yield batch
+        del batch  # nothing holds it while the next one is made
 
 
 _REMEDIES = {
@@ -210,14 +212,3 @@ def padding_values(dataset: Dataset) -> list[Any]:
     values = [tf.get_static_value(value) for value in tf.nest.flatten(padding[1])]
     same = made == dtypes and len(values) == len(zeros)
     return [zero if value is None else value for value, zero in zip(values, zeros, strict=True)] if same else zeros
-
-
-def untuned(dataset: Dataset) -> Any:
-    """Return a dataset over arrays without tf.data's tuner.
-
-    The tuner could only choose how many slices are cut at once. On a few cores it takes more time than the slices do:
-    90 ms of an epoch of 640 ms.
-    """
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return dataset.with_options(options)

@@ -1,0 +1,32 @@
+"""How many effective batches wait in the input queue, measured in a CPU's arena, which holds them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("queues_in_arena.py")
+
+
+def measured(limit):
+    done = subprocess.run([sys.executable, str(SCRIPT), limit], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# An effective batch has 1 MiB. Arrays' own one is given back when its update ends.
+@pytest.mark.parametrize(("limit", "ahead"), [("128MiB", 2), ("19MiB", 1), ("9MiB", 0)])
+def test_never_more_than_two_wait_and_fewer_where_memory_is_short(limit, ahead):
+    found = measured(limit)
+    for kind, row in found.items():
+        least = 1 if kind == "arrays" else 0  # Keras's own pipeline makes one ahead
+        expected = max(ahead, least)
+        more = 0.1 if kind == "arrays" else 3  # the one in use, one in the making, and the parts of that
+        assert row["held"] <= expected + more, (kind, found)
+        assert row["told"] == pytest.approx(1 + expected, rel=0.01)
+        assert row["name"].startswith(f"{1 + expected} effective batch")
+        assert ("memory is short" in row["name"]) == (expected < 2)
