@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from autobatch import training_history
     from autobatch.replicas import resume
-    from autobatch.train import wrapped_step
+    from autobatch.train import started_again, wrapped_step
     from autobatch.trial.live_trials import LiveTrials
     from autobatch.trial.protocol import Trials
 else:
@@ -118,7 +118,15 @@ def fit(
     supported.require_supported(model)
     backups = backup_opening.Backups(model, backup, backup_every, keep_backup, target_batch=target, chosen=chosen)
 
-    def train(given: dict[str, Any], keras_fit: Callable[..., Any]) -> training_history.TrainingHistory:
+    def train_as_told(given: dict[str, Any], keras_fit: Callable[..., Any]) -> training_history.TrainingHistory:
+        from autobatch.train import started_again
+
+        with started_again.as_told(model) as again:
+            return train(given, keras_fit, again)
+
+    def train(
+        given: dict[str, Any], keras_fit: Callable[..., Any], again: started_again.StartedAgain
+    ) -> training_history.TrainingHistory:
         """Train on what Keras's own ``fit`` of the model is given, ``x`` among it."""
         from autobatch.data import fit_data
         from autobatch.replicas import resume
@@ -139,6 +147,7 @@ def fit(
             trials = devices.open_trials(
                 model, batches, target_batch=effective, user_limit_bytes=limit_bytes, headroom=share
             )
+            again.lower_trials(trials)
             with contextlib.ExitStack() as after_an_error:
                 after_an_error.callback(kept_steps.give_back, trials.step)
                 effective *= trials.samples_in_portion
@@ -182,6 +191,7 @@ def fit(
                 memory_watch=memory_watch,
                 keras_fit=keras_fit,
                 backup=saved,
+                again=again,
             )
             if remembers and not transaction.recoveries:
                 trials.keep_report(report)
@@ -191,8 +201,8 @@ def fit(
             kept_aside.end_soon()
 
     if not fitting.overrides_fit(model):
-        return train({"x": dataset, "y": y, **fit_options}, model.fit)
-    return train_through_own_fit(model, dataset, y, target_batch=target, options=fit_options, train=train)
+        return train_as_told({"x": dataset, "y": y, **fit_options}, model.fit)
+    return train_through_own_fit(model, dataset, y, target_batch=target, options=fit_options, train=train_as_told)
 
 
 @showing_users_line

@@ -225,7 +225,8 @@ class Recovery:
 
     ``update`` is the optimizer update that was under way (0-based, counted from the start of this fit), ``phase`` is
     "train" or "validation". ``micro_batch_after`` equals ``micro_batch_before`` if the update ran out of memory beside
-    copies of the weights: it runs again without them.
+    copies of the weights: it runs again without them. Where ``phase`` is "restart", the process before this one died,
+    and ``autobatch run`` has started the script again; ``detail`` says what was seen.
     """
 
     update: int

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "autobatch"
-GROUND = {"records", "allocation_trace", "errors", "units", "version", "display", "terminal"}
+GROUND = {"records", "allocation_trace", "errors", "units", "version", "display", "terminal", "handover"}
 # What each room may import from, from the ground up. Lazy imports and modules named in strings count as well.
 ROOMS: dict[str, set[str]] = {
     "version": set(),
@@ -24,7 +24,8 @@ ROOMS: dict[str, set[str]] = {
     "tracebacks": set(),
     "errors": {"tracebacks"},
     "arguments": {"units"},
-    "terminal": {"errors"},
+    "handover": set(),
+    "terminal": {"errors", "handover"},
     "records": {"display", "allocation_trace"},
     "training_history": {"records"},
     "seams": set(),
@@ -34,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"records", "errors", "units", "record_codec"},
     "cache": {"records", "errors", "units"},
     "memory": {"records", "allocation_trace", "errors", "seams", "units"},
+    "restart": {"handover", "memory", "units"},
     "graphs": {"records", "seams", "tensors", "tracebacks"},
     "losses": {"graphs", "seams", "tensors"},
     "averages": {"graphs", "seams", "tensors"},
@@ -51,6 +53,7 @@ ROOMS: dict[str, set[str]] = {
         *GROUND,
         "backup",
         "data",
+        "memory",
         "recovery",
         "replicas",
         "seams",
@@ -58,6 +61,7 @@ ROOMS: dict[str, set[str]] = {
         "tensors",
         "tracebacks",
         "training_history",
+        "trial",
         "watch",
     },
     "opening": {*GROUND, "arguments", "data", "replicas", "seams", "step", "trial"},
@@ -80,7 +84,7 @@ ROOMS: dict[str, set[str]] = {
         ),
         *("tracebacks", "training_history", "trial"),
     },
-    "cli": {*GROUND, "api", "arguments", "cache", "memory", "remedies", "report", "trial", "worker"},
+    "cli": {*GROUND, "api", "arguments", "cache", "memory", "remedies", "report", "restart", "trial", "worker"},
     "notebook": {*GROUND, "api", "cli", "report", "tracebacks"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -115,7 +115,7 @@ def test_only_public_names_are_imported():
 
 def test_every_option_of_the_command_is_on_its_page():
     page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
-    for command in (["report"], ["show"], ["devices"], ["cache", "list"], ["cache", "clear"]):
+    for command in (["report"], ["run"], ["show"], ["devices"], ["cache", "list"], ["cache", "clear"]):
         run = subprocess.run(
             [sys.executable, "-m", "autobatch", *command, "--help"], capture_output=True, text=True, check=True
         )

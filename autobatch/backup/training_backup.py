@@ -30,6 +30,7 @@ from autobatch.data.effective_batches import EffectiveBatches
 from autobatch.data.effective_iterator import EffectiveIterator
 from autobatch.data.random_states import RandomStates
 from autobatch.errors import warn
+from autobatch.handover.status import note_backup, note_backups_removed
 from autobatch.records import Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.seams import fitting, random_states
@@ -78,6 +79,7 @@ class TrainingBackup:
         self._kept = self._folder.newest()
         if self._kept is not None:
             self._require_same(self._kept)
+            note_backup(self._kept["transaction"]["updates"], written=False)
         self._writer = Writer(self._folder)
         self._termination = Termination(self._before_leaving)
         self._of: _Training | None = None
@@ -157,6 +159,7 @@ class TrainingBackup:
             self._writer.wait()
         if not self._settings.keep:
             self._folder.remove()
+            note_backups_removed()
         elif self._held is not None:
             self._writer.write_now(self._held_update, self._held)
         self._of = self._held = self._kept = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from autobatch.backup.folder import BackupFolder
 from autobatch.errors import warn
+from autobatch.handover.status import note_backup
 
 
 class Writer:
@@ -42,6 +43,7 @@ class Writer:
             self._error = error
         else:
             self.written = update
+            note_backup(update)
 
     def wait(self) -> None:
         """Wait for the backup that is being written."""

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from autobatch.cli import cache, devices, report, show
+from autobatch.cli import cache, devices, report, run, show
 from autobatch.cli.exit_codes import FAILED, INTERRUPTED, OK, USAGE, USER_CODE, UsageError
 from autobatch.errors import NoFeasibleBatchError, TargetError, UserCodeError, WorkerError
 from autobatch.report.sentences import printable
@@ -25,22 +25,24 @@ exit codes:
   3    your own code failed, or a worker process did; what it said is on
        standard error
   130  interrupted with Ctrl-C
+autobatch run ends as its script does
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: this process's) and return its exit code."""
+    given, of_script = run.divide(list(sys.argv[1:] if argv is None else argv))
     try:
         parser = _parser()
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(given, argparse.Namespace(of_script=of_script))
     except SystemExit as exit_of_argparse:  # --help, --version and usage errors, already printed
         return exit_of_argparse.code if isinstance(exit_of_argparse.code, int) else USAGE
-    run: Callable[[argparse.Namespace], int] | None = arguments.run
-    if run is None:  # help, and yet no success: a script that has lost its arguments must not go on
+    command: Callable[[argparse.Namespace], int] | None = arguments.run
+    if command is None:  # help, and yet no success: a script that has lost its arguments must not go on
         parser.print_help(sys.stderr)
         return USAGE
     try:
-        code = run(arguments)
+        code = command(arguments)
         if sys.stdout is not None:  # it is None where it was closed before Python started
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -80,6 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (report, show, devices, cache):
+    for command in (report, run, show, devices, cache):
         command.add_parser(commands)
     return parser

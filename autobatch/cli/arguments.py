@@ -46,6 +46,14 @@ def positive_int(text: str) -> int:
 
 
 @_option
+def restarts(text: str) -> int:
+    """Read a whole number of at least 0."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ValueError("N must be a whole number of at least 0.")
+    return int(text)
+
+
+@_option
 def seconds(text: str) -> float:
     """Read a number of seconds above 0."""
     return arguments.seconds(_number(text), "SECONDS")

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from autobatch.data import economy
 from autobatch.seams import data_adapters
 from autobatch.seams.data_adapters import DataAdapter
 from autobatch.tensors.batch_structure import row_sizes
@@ -67,13 +68,18 @@ def is_mapped(array: Any) -> bool:
     return isinstance(array, mmap.mmap)
 
 
-def any_mapped(*parts: Any) -> bool:
-    """Return True if any array in these parts is mapped from a file."""
-    return any(is_mapped(leaf) for leaf in keras.tree.flatten(parts))
+def is_read_by_rows(array: Any) -> bool:
+    """Return True for an array whose rows are read as they are needed: from a file, or to spare a copy in memory."""
+    return is_mapped(array) or economy.spares_copy_of(array)
+
+
+def any_read_by_rows(*parts: Any) -> bool:
+    """Return True if the rows of any array in these parts are read as they are needed."""
+    return any(is_read_by_rows(leaf) for leaf in keras.tree.flatten(parts))
 
 
 class MappedArrays(DataAdapter):  # type: ignore[misc]
-    """Keras's array adapter for data with arrays mapped from files, whose rows are read with each batch.
+    """Keras's array adapter for data with arrays mapped from files, or not to be copied: rows are read with each batch.
 
     ``options`` are those of ``Model.fit`` that its adapter takes. The order of the samples, shuffled or not, is the
     order that arrays in memory have.
@@ -88,7 +94,7 @@ class MappedArrays(DataAdapter):  # type: ignore[misc]
         self.inner = data_adapters.data_adapter_for(x=x, y=y, sample_weight=sample_weight, **options)
 
     def _number_rows(self, array: Any) -> Any:
-        if not is_mapped(array):
+        if not is_read_by_rows(array):
             return array
         numbers = np.arange(len(array), dtype=np.int64)
         self._numbers.append(numbers)
@@ -130,7 +136,8 @@ class MappedArrays(DataAdapter):  # type: ignore[misc]
 
 def adapter_for(x: Any, y: Any, sample_weight: Any, *, are_arrays: bool, **options: Any) -> Any:
     """Return Keras's adapter for data, or :class:`MappedArrays`; ``options`` are those of ``Model.fit``."""
-    if are_arrays and any_mapped(x, y):
+    economy.lessen_loader(x)
+    if are_arrays and any_read_by_rows(x, y):
         return MappedArrays(x, y, sample_weight, **options)
     with warnings.catch_warnings():
         # shuffle=True may be fit's default rather than the user's choice; Keras would warn that it is ignored.
@@ -157,15 +164,15 @@ def _read_rows(array: Any, numbers: Any) -> Any:
 def split_arrays_for_validation(x: Any, y: Any, sample_weight: Any, validation_split: float) -> tuple[Any, Any]:
     """Split arrays as ``Model.fit(validation_split=...)`` does; mapped arrays become views of their files."""
     parts = (x, y, sample_weight)
-    if not any_mapped(*parts):
+    if not any_read_by_rows(*parts):
         return data_adapters.split_validation(*parts, validation_split)
     flat = keras.tree.flatten(parts)
-    numbered = [np.arange(len(leaf)) if is_mapped(leaf) else leaf for leaf in flat]
+    numbered = [np.arange(len(leaf)) if is_read_by_rows(leaf) else leaf for leaf in flat]
     x, y, sample_weight = keras.tree.pack_sequence_as(parts, numbered)
     sides = data_adapters.split_validation(x, y, sample_weight, validation_split)
     views = [
         [
-            array[int(part[0]) : int(part[-1]) + 1] if is_mapped(array) else part
+            array[int(part[0]) : int(part[-1]) + 1] if is_read_by_rows(array) else part
             for array, part in zip(flat, keras.tree.flatten(side), strict=True)
         ]
         for side in sides

@@ -21,7 +21,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from autobatch.data import arrays, cardinality, host_memory, layouts, rebatching
+from autobatch.data import arrays, cardinality, economy, host_memory, layouts, rebatching
 from autobatch.data.continuation import ContinuableAdapter, EpochCalls
 from autobatch.data.effective_iterator import EffectiveIterator
 from autobatch.data.first_look import FirstLook, Seen
@@ -173,10 +173,10 @@ class EffectiveBatches(ContinuableAdapter):
         self.element_spec = dataset.element_spec
         if self._layout is not None:
             self.element_spec = self._layout.spec(dataset.element_spec)
-            self._dataset = dataset.prefetch(tf.data.AUTOTUNE)
+            self._dataset = economy.prefetched(dataset)
         elif not self._arrays:
             self._recut = self._cut_again(dataset, self.target_batch)
-            self._dataset, self.element_spec = self._recut.dataset, self._recut.element_spec
+            self._dataset, self.element_spec = economy.with_short_queues(self._recut.dataset), self._recut.element_spec
         self._takes_target = self._recut is not None and not self._cut_again.keywords["as_they_come"]
         padding = [] if self._recut is None else self._recut.padding
         self.structure = Structure(self.element_spec)
@@ -201,7 +201,7 @@ class EffectiveBatches(ContinuableAdapter):
 
     def _read_ahead(self, target_batch: int) -> layouts.Layout | None:
         """Read the first elements, of a copy where there is one, and return how elements are cut."""
-        self._dataset = self._source.prefetch(tf.data.AUTOTUNE)  # the one that is read if there is no copy
+        self._dataset = economy.prefetched(self._source)  # the one that is read if there is no copy
         self._seen = seen = self._first_look.elements(target_batch, self._begin)
         if not seen.elements:
             raise ValueError(f"{EMPTY}{self._parts[0]!r}")
@@ -325,7 +325,7 @@ class EffectiveBatches(ContinuableAdapter):
 
     def _start(self) -> Iterator[Any]:
         if self._cutter is not None and self._cutter.met_others:
-            self._recut, self._dataset = None, self._source.prefetch(tf.data.AUTOTUNE)
+            self._recut, self._dataset = None, economy.prefetched(self._source)
         iterator = self._begin()
         if self._recut is not None:
             iterator = rebatching.explained(iterator)

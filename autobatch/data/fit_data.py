@@ -111,6 +111,6 @@ def _validation_data(data: Batch, batch_size: int | None, target_batch: int, inp
     if isinstance(data, (tuple, list)) and len(data) <= 3 and data_adapters.are_arrays(*data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         arrays.require_usable(x, y, sample_weight)
-        if arrays.any_mapped(x, y):
+        if arrays.any_read_by_rows(x, y):
             return arrays.MappedArrays(x, y, sample_weight, batch_size=batch_size, shuffle=False)
     return data

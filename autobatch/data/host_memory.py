@@ -38,7 +38,7 @@ def uses_of_arrays(x: Any, y: Any, sample_weight: Any) -> tuple[HostUse, ...]:
 
 
 def _copied_bytes(leaf: Tensor) -> int:
-    if tf.is_tensor(leaf) or isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)) or arrays.is_mapped(leaf):
+    if tf.is_tensor(leaf) or isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)) or arrays.is_read_by_rows(leaf):
         return 0
     if hasattr(leaf, "tocsr"):
         return int(leaf.nnz) * (8 * 2 + int(leaf.dtype.itemsize))  # two coordinates and a value

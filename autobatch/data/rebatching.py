@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from autobatch.data import economy
 from autobatch.data.cardinality import MAPS, ONE_FOR_ONE, behind, is_endless, samples_in_batch
 from autobatch.errors import warn
 from autobatch.seams import tf_data
@@ -48,7 +49,7 @@ class Rebatched:
             self.dataset = self._cut(_without_optionals(dataset), target_batch)
         if is_endless(dataset):
             self.dataset = self.dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-        self.dataset = self.dataset.prefetch(tf.data.AUTOTUNE)
+        self.dataset = economy.prefetched(self.dataset)
 
     def _cut(self, dataset: Dataset, target_batch: int) -> Any:
         self.element_spec = dataset.element_spec

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from autobatch.memory import arena, nvml
+from autobatch.memory import arena, control_groups, nvml
 from autobatch.records import Limit
 from autobatch.units import format_bytes
 
@@ -19,8 +19,6 @@ CUDA_CONTEXT_BYTES = 400 * 2**20
 """Allowance for a process's CUDA context and libraries, outside TensorFlow's pool; they take about 300 to 500 MiB."""
 
 _CGROUP_TOTALS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
-
-_NO_CGROUP_LIMIT = 2**60  # cgroup v1 writes "no limit" as the largest multiple of a page
 
 
 def default_device() -> str:
@@ -180,41 +178,12 @@ def _cgroup_available_bytes(root: Path = Path("/")) -> tuple[int, str] | None:
 
     The limit's source in words comes second. The result is None if no group on the way has a limit.
     """
-    found: list[tuple[int, str]] = []
-    for directory, files, version in _cgroup_directories(root):
-        limit, use = _read_int(directory / files[0]), _read_int(directory / files[1])
-        if limit is None or limit >= _NO_CGROUP_LIMIT:
-            continue
-        # Page cache counts as use but is given back on demand, so what is inactive of it is free.
-        reclaimable = _read_stat(directory / "memory.stat", files[2])
-        found.append((max(limit - max((use or 0) - reclaimable, 0), 0), f"cgroup {version} limit at {directory}"))
+    found = [
+        (available, f"cgroup {group.version} limit at {group.directory}")
+        for group in control_groups.memory_groups(root)
+        if (available := group.available_bytes()) is not None
+    ]
     return min(found, default=None)
-
-
-def _cgroup_directories(root: Path) -> list[tuple[Path, tuple[str, str, str], str]]:
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    v2 = ("memory.max", "memory.current", "inactive_file")
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            files, version, mounts = v2, "v2", ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
-        elif "memory" in controllers.split(","):
-            files, version, mounts = v1, "v1", ["sys/fs/cgroup/memory"]
-        else:
-            continue
-        for mount in mounts:
-            base = root / mount
-            group = base / path.lstrip("/")
-            # In a container the path is often the host's and absent here; the mount's root is then the group itself.
-            for directory in (group, *group.parents):
-                if directory.is_relative_to(base) and (directory / files[0]).is_file():
-                    found.append((directory, files, version))
-    return found
 
 
 def host_total_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -228,26 +197,6 @@ def host_total_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         if text.isdecimal():  # "max" is no limit
             total = min(total, int(text))
     return total
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None  # "max" means no limit
-
-
-def _read_stat(path: Path, name: str) -> int:
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    for line in lines:
-        key, _, value = line.partition(" ")
-        if key == name and value.isdecimal():
-            return int(value)
-    return 0
 
 
 def _tensorflow() -> Any:

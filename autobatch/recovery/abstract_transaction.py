@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import tenacity
 
 from autobatch.errors import NoFeasibleBatchError
+from autobatch.handover.status import Doing, is_watched, note_doing
 from autobatch.memory import limits, oom
 from autobatch.memory.other_users import explain_pressure
 from autobatch.metrics.merged_logs import Logs
@@ -101,6 +102,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._updates = 0
         self._policy_of_whole_elements = MicroBatchPolicy(1)
         self._is_outdated = False
+        self._below = 0, 0
 
     @property
     def micro_batch(self) -> int:
@@ -156,6 +158,17 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._validation_policy.continue_from(plain["validation"])
         self._lengths.most = plain["longest_factor"]
         self.recoveries[:] = [Recovery(*values) for values in plain["recoveries"]]
+
+    def begin_below(self, died_at: int, phase: str, why: str, *, samples: int) -> None:
+        """Begin below a size at which the process died in this phase; grow back as after any failure.
+
+        ``samples`` is the size of an effective batch.
+        """
+        each = self._step.structure.samples_in_portion
+        policy = self.policy if phase == "update" else self._validation_policy
+        before = policy.micro_batch
+        after = policy.begin_below(max(1, died_at // each), samples=max(1, samples // each))
+        self.recoveries.append(Recovery(self._updates, "restart", before * each, after * each, why))
 
     @property
     def updates(self) -> int:
@@ -255,13 +268,29 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         structure: Structure,
     ) -> Logs:
         with kept_aside.window() as window:
+            self._note(policy, phase, structure, samples)
             try:
-                return once(data, samples)
+                logs = once(data, samples)
             except RolledBackError as first:
                 failure: RolledBackError = first
+            else:
+                note_doing(Doing.ELSE)
+                return logs
             window.failure_dealt_with()
             self._shrink(policy, phase, failure, structure)
-            return self._retrying(policy, phase, structure)(once, data, samples)
+            logs = self._retrying(policy, phase, structure)(once, data, samples)
+            note_doing(Doing.ELSE)
+            return logs
+
+    def _note(self, policy: MicroBatchPolicy, phase: str, structure: Structure, samples: int) -> None:
+        """Note what begins, for who starts this process again should it die."""
+        if not is_watched():
+            return
+        size = policy.micro_batch
+        if self._below[0] != size:
+            self._below = size, policy.below(size, samples=max(self._effective_batch or 1, samples))
+        doing = Doing.UPDATE if phase == "train" else Doing.VALIDATION
+        note_doing(doing, *(size * structure.samples_in_portion for size in self._below))
 
     def _retrying(self, policy: MicroBatchPolicy, phase: str, structure: Structure) -> tenacity.Retrying:
         """Return what runs a step again, smaller each time, until it fits."""
@@ -322,6 +351,7 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         each = structure.samples_in_portion
         before, after = before * each, after * each
         self.recoveries.append(Recovery(self._updates, phase, before, after, failure.diagnosis.detail))
+        self._note(policy, phase, structure, failure.samples)
         change = f"micro-batch {before} -> {after} ({steps} accumulation steps)"
         in_short = f"micro-batch {before} -> {after} x {steps}"
         if failure.beside_copies:

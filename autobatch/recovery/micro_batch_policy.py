@@ -117,6 +117,18 @@ class MicroBatchPolicy:
             return self._go_to(self._not_failed(fitting_now))
         return self.shrink(tried)
 
+    def begin_below(self, died_at: int, *, samples: int) -> int:
+        """Return the size to begin with, where a process before this one died at ``died_at``: a failure like others."""
+        before = self.micro_batch
+        after = self.failed(died_at, samples=samples, fitting_now=None) or 1
+        return self._go_to(min(before, after))
+
+    def below(self, died_at: int, *, samples: int) -> int:
+        """Return the size that :meth:`begin_below` would give, and change nothing."""
+        trial = MicroBatchPolicy(self.ceiling, one_shape=self._one_shape)
+        trial.continue_from(self.as_plain())
+        return trial.begin_below(died_at, samples=samples)
+
     def shrink(self, micro_batch: int | None = None) -> int | None:
         """Go to a size below ``micro_batch``, by default below the present one; return it, or None if there is none."""
         above = self.micro_batch if micro_batch is None else micro_batch

@@ -16,6 +16,7 @@ from typing import Any
 
 import keras
 
+from autobatch.handover.status import note_backup, note_backups_removed
 from autobatch.records import Plan
 from autobatch.recovery.abstract_transaction import AnyTransaction
 
@@ -84,6 +85,11 @@ class PlanBackup(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._write()
+        note_backup(self._transaction.updates)  # Keras's callback stands before this one, and has written its own
+
+    def on_train_end(self, logs: Any = None) -> None:
+        if not self._path.parent.exists():  # Keras's callback has removed what it kept
+            note_backups_removed()
 
     def _write(self) -> None:
         micro_batch = self._transaction.policy.micro_batch * self._plan.samples_in_portion

@@ -133,7 +133,7 @@ class ReplicatedTrials(LiveTrials):
             headroom=headroom_share(limit_bytes, self._headroom),
         )
 
-    def run(self, request: TrialRequest) -> TrialResult:
+    def _run_size(self, request: TrialRequest) -> TrialResult:
         self._trials_run += 1
         try:
             return self._run_on_all(request)

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from autobatch.errors import AutobatchError
+from autobatch.handover.folder import open_last_words
 from autobatch.terminal import relay
 
 logger = logging.getLogger("autobatch")
@@ -247,7 +248,8 @@ class _RelayProcess:
             state = self._own(_unlinked_file())
             os.write(state, bytes(mmap.PAGESIZE))
             self._busy = mmap.mmap(state, mmap.PAGESIZE)
-            passed = (self._source, self._target, self._kept, state, self._control)
+            self._last_words = [self._own(file) for file in open_last_words()]
+            passed = (self._source, self._target, self._kept, state, self._control, *self._last_words)
             arguments = [*map(str, passed), str(os.getpid()), str(int(sieves))]
             self._process = subprocess.Popen(
                 [sys.executable, "-E", "-s", "-S", relay.__file__, *arguments],
@@ -296,6 +298,8 @@ class _RelayProcess:
     def take_kept(self) -> bytes:
         """Wait until all is passed on; return what was kept aside, and forget it."""
         self.pass_all_on()
+        for file in self._last_words:
+            os.ftruncate(file, 0)
         size = os.fstat(self._kept).st_size
         if not size:
             return b""

@@ -3,6 +3,7 @@
 Run as a script by :mod:`autobatch.terminal.kept_aside`, which replaces file descriptor 2 by a pipe that this reads.
 Why a process of its own, and no thread: it outlives a crash of the training. What was kept aside is then printed, and
 so is what the training said in the moment of its death. It imports the standard library alone, to start fast.
+Under ``autobatch run`` a file gets all that comes through, to be read after such a crash.
 
 It also draws the table of a running search, below whatever comes through, so that neither tears the other.
 """
@@ -24,6 +25,7 @@ HOLD_SECONDS = 0.05
 """Time that a piece of a line waits for its rest, if it begins like a line of TensorFlow's."""
 
 _LOOK_SECONDS = 0.25
+_LAST_WORDS_BYTES = 1 << 20
 _READ_BYTES = 1 << 18  # more than a pipe holds: a read empties it
 
 # "2025-11-29 14:56:06.113828: W xla/tsl/framework/bfc_allocator.cc:502] " up to TensorFlow 2.20 or so, then
@@ -170,9 +172,17 @@ class Screen:
                 return  # nobody reads it any more
 
 
+def _append(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.pwrite(descriptor, data, os.fstat(descriptor).st_size) :]
+
+
 class _Relay:
-    def __init__(self, source: int, target: int, kept: int, state: int, control: int, parent: int) -> None:
+    def __init__(
+        self, source: int, target: int, kept: int, state: int, control: int, last_words: int, parent: int
+    ) -> None:
         self._source, self._kept, self._control, self._parent = source, kept, control, parent
+        self._last_words = last_words
         self._busy = mmap.mmap(state, mmap.PAGESIZE)
         self._sieve: Sieve | None = Sieve()
         self._screen = Screen(target)
@@ -210,12 +220,15 @@ class _Relay:
         self._busy[0] = 0
 
     def _take(self, data: bytes) -> None:
+        if self._last_words >= 0:
+            if os.fstat(self._last_words).st_size > _LAST_WORDS_BYTES:
+                os.ftruncate(self._last_words, 0)
+            _append(self._last_words, data)
         if self._sieve is None:
             self._screen.write(data)
             return
         passed, kept = self._sieve.feed(data)
-        while kept:
-            kept = kept[os.pwrite(self._kept, kept, os.fstat(self._kept).st_size) :]
+        _append(self._kept, kept)
         self._screen.write(passed)
 
     def _read_table(self) -> bool:
@@ -246,8 +259,9 @@ class _Relay:
 
 def main(arguments: list[str]) -> None:
     *descriptors, parent, sieves = (int(argument) for argument in arguments)
-    source, target, kept, state, control = descriptors
-    _Relay(source, target, kept, state, control, parent).run(sieves=bool(sieves))
+    source, target, kept, state, control, *rest = descriptors
+    last_words = rest[0] if rest else -1
+    _Relay(source, target, kept, state, control, last_words, parent).run(sieves=bool(sieves))
     os._exit(0)
 
 

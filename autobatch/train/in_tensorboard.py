@@ -95,6 +95,8 @@ class TrainingInTensorBoard(keras.callbacks.Callback):  # type: ignore[misc]  # 
 
 def _in_words(recovery: Recovery) -> str:
     before, after = recovery.micro_batch_before, recovery.micro_batch_after
+    if recovery.phase == "restart":
+        return f"started again in update {recovery.update}: {recovery.detail}; micro-batch {before} to {after}"
     return f"out of memory in update {recovery.update}, {recovery.phase}: micro-batch {before} to {after}"
 
 

@@ -19,6 +19,7 @@ from autobatch.replicas.devices import Devices
 from autobatch.seams import models, progress_bars
 from autobatch.terminal import notices
 from autobatch.train import in_tensorboard
+from autobatch.train.started_again import StartedAgain
 from autobatch.training_history import TrainingHistory
 from autobatch.types import Model
 from autobatch.watch.memory_watch import ONCE_STEADY, MemoryWatch
@@ -35,11 +36,13 @@ def train(
     memory_watch: bool,
     keras_fit: Callable[..., Any],
     backup: TrainingBackup | None = None,
+    again: StartedAgain | None = None,
 ) -> TrainingHistory:
     """Run ``keras_fit`` with each step a ``transaction``; return its History with plan, report and recoveries.
 
     ``report`` has the plan of the transaction. ``keras_fit`` is Keras's own ``fit`` of the model, ``options`` its
-    options. ``backup`` keeps it, and goes on with what it has kept.
+    options. ``backup`` keeps it, and goes on with what it has kept. ``again`` is what a process that was started again
+    was told.
     """
     plan = report.plan
     assert plan is not None
@@ -65,6 +68,8 @@ def train(
         devices.during_fit(model, transaction),
         notices.training(lambda: progress_bars.is_open(callbacks.callbacks), quiet=options.get("verbose") == 0),
     ):
+        if again is not None:
+            again.begin_smaller(transaction, effective_batch=plan.effective_batch // plan.replicas)
         try:
             history = keras_fit(batches, callbacks=callbacks, shuffle=False, **options)
         except NoFeasibleBatchError:

@@ -17,6 +17,7 @@ from autobatch.step.compiled_step import CompiledStep
 from autobatch.step.loop_model import LoopModel
 from autobatch.tensors.batch_structure import UnevenSpec
 from autobatch.tracebacks import showing_users_line
+from autobatch.train.started_again import StartedAgain, told_to
 from autobatch.types import Batch, ElementSpec
 
 
@@ -59,16 +60,21 @@ class StepSession:
 
     def open(self, batch: Batch) -> AnyTransaction:
         """Find the micro-batch with trials on the first batch; return the transaction for batches like it."""
+        again = told_to(self._model)
         try:
-            trials, report = self._search(OneBatch(batch, at_least=self._target_batch))
+            trials, report = self._search(again, OneBatch(batch, at_least=self._target_batch))
         except CannotBeCutError as found:
-            trials, report = self._search(OneBatch(batch, at_least=self._target_batch, cannot_be_cut=found.reason))
+            whole = OneBatch(batch, at_least=self._target_batch, cannot_be_cut=found.reason)
+            trials, report = self._search(again, whole)
         self._trials, self.report = trials, report
-        return self._transaction_over(trials.step, trials.length_rule(report), trials.keeper)
+        transaction = self._transaction_over(trials.step, trials.length_rule(report), trials.keeper)
+        again.begin_smaller(transaction, effective_batch=self._target * trials.samples_in_portion)
+        return transaction
 
-    def _search(self, batches: OneBatch) -> tuple[Any, Report]:
+    def _search(self, again: StartedAgain, batches: OneBatch) -> tuple[Any, Report]:
         self._target = batches.target_batch
         trials = self._devices.open_trials(self._model, batches, target_batch=self._target, **self._limits)
+        again.lower_trials(trials)
         return trials, self._find_report(trials, target_batch=self._target * trials.samples_in_portion)
 
     def widen(self, element_spec: ElementSpec, before: AnyTransaction) -> AnyTransaction:

@@ -20,6 +20,8 @@ import tensorflow as tf
 from autobatch.differences import difference, rules
 from autobatch.errors import CannotBeCutError, warn
 from autobatch.graphs import sample_bytes
+from autobatch.handover.causes import Death
+from autobatch.handover.status import Doing, note_doing
 from autobatch.memory import arena, limits
 from autobatch.records import (
     Environment,
@@ -61,6 +63,8 @@ class LiveTrials:
     replicas = 1
     notes: tuple[str, ...] = ()  # they are warned of at once
     step: CompiledStep
+    died_at: Death | None = None
+    """Death of an earlier process in a trial: sizes above half of its ``micro_batch`` count as out of memory."""
 
     def __init__(
         self,
@@ -258,6 +262,17 @@ class LiveTrials:
 
     def run(self, request: TrialRequest) -> TrialResult:
         """Run one size for real; an error that the user's own code raises is passed on."""
+        size, died_at = request.micro_batch * self.samples_in_portion, self.died_at
+        if died_at is not None and size > (died_at.micro_batch or size) // 2:  # none, if it died at one sample
+            detail = f"not run: an earlier process died in a trial of {died_at.micro_batch} ({died_at.words})"
+            return TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY, detail=detail)
+        note_doing(Doing.TRIAL, size)
+        try:
+            return self._run_size(request)
+        finally:
+            note_doing(Doing.ELSE)
+
+    def _run_size(self, request: TrialRequest) -> TrialResult:
         if self._model.run_eagerly and not models.is_built(self._model):
             raise ValueError(
                 "This model runs eagerly and is not built yet, so that its state before a trial cannot be kept. Build "

@@ -24,6 +24,7 @@ import tensorflow as tf
 from keras import layers
 
 import autobatch
+from autobatch.data import economy
 
 SAMPLES, FEATURES = 44, 6
 NUMBERS = np.arange(SAMPLES)
@@ -147,6 +148,7 @@ DATA = {
     "generated": lambda folder: generated(),
     "PyDataset": lambda folder: Batches(),
     "PyDataset of workers": lambda folder: Batches(workers=2),
+    "PyDataset of four workers": lambda folder: Batches(workers=4),
 }
 
 
@@ -227,8 +229,21 @@ CASES = {
         "epochs": 6,
         "every": 3,
     },
+    # The process that goes on reads in another way than those that were killed.
+    "arrays, then by rows": {"killed": [3], "every": 1, "economy": 1},
+    "generated, then short queues": {"kind": "generated", "killed": [8], "economy": 2},
+    "PyDataset of workers, then of fewer": {"kind": "PyDataset of four workers", "killed": [7], "economy": 2},
     "steps_per_execution": {"killed": [4], "compiled": {"steps_per_execution": 2}, "shuffle": False},
 }
+
+
+WHOLE = {
+    "mapped": "arrays",
+    "arrays, then by rows": "arrays",
+    "generated, then short queues": "generated",
+    "PyDataset of workers, then of fewer": "PyDataset of workers",
+}
+"""Cases whose uninterrupted training is that of another."""
 
 
 def in_fork(task, output):
@@ -254,20 +269,27 @@ def in_fork(task, output):
 def run(name, folder, whole_runs):
     """A case: the uninterrupted training without backups, and the one that was killed and started again.
 
-    Mapped files are trained as arrays in memory are: their uninterrupted training is that of the arrays.
+    Mapped files are trained as arrays in memory are, and it makes no difference how a process that goes on reads.
     """
     case = dict(CASES[name])
     kills = [{"update": kill} if isinstance(kill, int) else kill for kill in case.pop("killed")]
+    level = case.pop("economy", 0)
     whole, parts = folder / "whole", folder / "parts"
     whole.mkdir(parents=True)
     parts.mkdir()
-    if name != "mapped":
+    if name not in WHOLE:
         whole_runs[name] = in_fork(lambda: train(whole, **{**case, "every": None}), folder / "whole.json")
-    result = {"whole": whole_runs["arrays" if name == "mapped" else name], "killed": []}
+    result = {"whole": whole_runs[WHOLE.get(name, name)], "killed": []}
     for kill in kills:
         result["killed"].append(in_fork(lambda kill=kill: train(parts, killed=kill, **case), folder / "killed.json"))
         result["kept"] = sorted(path.name for path in parts.glob("backup/*"))
-    result["resumed"] = in_fork(lambda: train(parts, **case), folder / "resumed.json")
+
+    def resume():
+        economy._SMALL_BYTES = 0  # these arrays are small
+        with economy.economising(level):
+            return train(parts, **case)
+
+    result["resumed"] = in_fork(resume, folder / "resumed.json")
     for each, place in (("whole", whole), ("resumed", parts)):
         log = place / "log.csv"
         result[each]["log"] = log.read_text() if log.exists() else ""

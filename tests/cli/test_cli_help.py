@@ -37,7 +37,7 @@ def test_the_options_of_a_report_stand_in_groups(capfd):
             assert re.search(r"(  |\n {10,})[\w\"(]", entry), f"{name}: no help text for {entry}"
 
 
-@pytest.mark.parametrize("command", [[], ["report"], ["show"], ["devices"], ["cache"], ["cache", "list"]])
+@pytest.mark.parametrize("command", [[], ["report"], ["run"], ["show"], ["devices"], ["cache"], ["cache", "list"]])
 def test_the_help_fits_into_a_terminal_of_80_columns(command, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = _help_of(capfd, *command)
@@ -57,6 +57,21 @@ def test_the_examples_in_the_help_can_be_run(capfd, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="0"):
             main(shlex.split(line)[1:])
     assert [options.target for options in asked] == ["train.py:build", "keras:ResNet50", "model.keras"]
+
+
+def test_the_examples_of_a_run_can_be_run(capfd, tmp_path, monkeypatch):
+    lines = re.findall(r"^  (autobatch run .*)$", _help_of(capfd, "run").partition("examples:")[2], re.MULTILINE)
+    (tmp_path / "package").mkdir()
+    for name in ("train.py", "package/__init__.py", "package/train.py"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        "autobatch.restart.supervisor.run_and_restart",
+        lambda command, restarts, say: asked.append((command[1:], restarts)) or 7,
+    )
+    assert [main(shlex.split(line)[1:]) for line in lines] == [7, 7]
+    assert asked == [(["train.py", "config.yaml"], None), (["-m", "package.train", "config.yaml"], 5)]
 
 
 def test_what_an_option_is_refused_for_is_what_fit_refuses_it_for(capfd):

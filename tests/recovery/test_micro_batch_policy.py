@@ -179,3 +179,17 @@ def test_where_each_size_is_compiled_a_lasting_limit_is_found_too():
             policy.succeeded(1000)
         assert len(failures) <= 8, (most, failures)
         assert policy.micro_batch >= most / 2
+
+
+def test_a_size_that_a_process_died_at_is_a_failure_like_others():
+    died, failed = MicroBatchPolicy(64), MicroBatchPolicy(64)
+    assert died.below(64, samples=256) == 43
+    assert died.as_plain() == MicroBatchPolicy(64).as_plain(), "nothing is changed by asking"
+    assert died.begin_below(64, samples=256) == failed.failed(64, samples=256, fitting_now=None) == 43
+    assert died.as_plain() == failed.as_plain()
+
+
+def test_a_death_never_makes_a_smaller_size_larger():
+    policy = MicroBatchPolicy(64, begin_at=8)
+    assert policy.begin_below(64, samples=256) == 8
+    assert MicroBatchPolicy(64).begin_below(1, samples=256) == 1
