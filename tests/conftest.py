@@ -44,8 +44,8 @@ def pytest_collection_finish():
 def pytest_runtest_teardown(item, nextitem):
     """Behind each file, spare the collector what outlives it as well.
 
-    Keras's own ``fit`` leaves 2500 objects behind for good, each time. After some hundreds of tests one collection takes
-    seconds, and a search collects several times. All fixtures of the file are torn down by now: only garbage is lost.
+    Keras's own ``fit`` leaves 2500 objects behind for good, each time. After some hundreds of tests one collection
+    takes a second, and a search collects several times. All fixtures of the file are torn down by now.
     """
     result = yield
     if nextitem is None or nextitem.path != item.path:
