@@ -95,7 +95,8 @@ def _of_crash(by: signal.Signals, status: ProcessStatus, last_words: str, signs:
     gone = signs.nearly_gone() or (signs.shared_memory_is_full() if by is signal.SIGBUS else "")
     if gone:
         return _for_host(f"ended by {by.name} for want of host memory", gone, status)
-    return Judgement(None, f"ended by {by.name}, and nothing tells of memory", signs.as_words())
+    unheard = "" if last_words.strip() else "; no last words of it were seen"
+    return Judgement(None, f"ended by {by.name}, and nothing tells of memory", signs.as_words() + unheard)
 
 
 def _for_host(seen: str, evidence: str, status: ProcessStatus) -> Judgement:

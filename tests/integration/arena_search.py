@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 from autobatch import opening

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 

@@ -9,11 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-import keras
-import tensorflow as tf
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import lean_imports  # noqa: F401 - for its effect
+
+# isort: split
+
+import keras
+import tensorflow as tf
 from models import arrays, classifier, relative_error
 
 import autobatch

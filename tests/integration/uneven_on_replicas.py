@@ -9,9 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-import tensorflow as tf
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lean_imports  # noqa: F401 - for its effect
+
+# isort: split
+
+import tensorflow as tf
 
 
 def main():

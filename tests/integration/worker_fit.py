@@ -15,13 +15,16 @@ import time
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lean_imports  # noqa: F401 - for its effect
+
+# isort: split
+
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from models import MemoryHog, run_out_if
 
 import autobatch

@@ -9,8 +9,13 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 
 os.environ.update(TF_CPP_MIN_LOG_LEVEL="0", TF_CPP_VMODULE="device_compilation_profiler=1", TF_ENABLE_ONEDNN_OPTS="0")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import keras
@@ -44,7 +45,12 @@ def batches():
 
 
 def reference(sizes):
-    """Train with a given micro-batch for each update, with nothing ever failing."""
+    """Train with a given micro-batch for each update, with nothing ever failing: what that ends in."""
+    return _reference(tuple(sizes))
+
+
+@functools.cache
+def _reference(sizes):
     model = model_with_state()
     data = batches()
     step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
@@ -111,6 +117,18 @@ def test_keras_global_seed_is_put_back_as_well():
         np.testing.assert_array_equal(one, other)
 
 
+DATA = arrays(samples=UPDATES * TARGET)
+TWO_EPOCHS = {"shuffle": False, "verbose": 0, "epochs": 2}
+
+
+@functools.cache
+def plain_weights_and_history():
+    """Keras's own, with nothing ever failing."""
+    plain = classifier(keras.optimizers.Adam(0.01))
+    history = plain.fit(*DATA, batch_size=TARGET, **TWO_EPOCHS)
+    return plain.get_weights(), history.history
+
+
 @pytest.mark.parametrize(
     ("micro_batch", "options"),
     [
@@ -120,15 +138,13 @@ def test_keras_global_seed_is_put_back_as_well():
     ids=str,
 )
 def test_in_the_middle_of_the_optimizers_update_in_fit(micro_batch, options):
-    x, y = arrays(samples=UPDATES * TARGET)
-    common = {"shuffle": False, "verbose": 0, "epochs": 2}
-    model, plain = classifier(HungryAdam(AtCall(1)), **options), classifier(keras.optimizers.Adam(0.01))
-    history = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=micro_batch, **common)
-    expected = plain.fit(x, y, batch_size=TARGET, **common)
+    model = classifier(HungryAdam(AtCall(1)), **options)
+    history = autobatch.fit(model, *DATA, target_batch=TARGET, micro_batch=micro_batch, **TWO_EPOCHS)
+    weights, expected = plain_weights_and_history()
     assert [recovery.update for recovery in history.recoveries] == [1]
     assert int(model.optimizer.iterations.numpy()) == 2 * UPDATES
-    assert relative_error(model.get_weights(), plain.get_weights()) < 1e-4  # Adam divides by small gradients
-    for name, values in expected.history.items():
+    assert relative_error(model.get_weights(), weights) < 1e-4  # Adam divides by small gradients
+    for name, values in expected.items():
         np.testing.assert_allclose(history.history[name], values, rtol=1e-4, err_msg=name)
 
 

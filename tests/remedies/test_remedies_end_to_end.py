@@ -20,7 +20,11 @@ from autobatch.worker.trials import WorkerTrials
 _ROOT = str(Path(autobatch.__file__).parents[1])
 
 # A block holds a dozen tensors of its input's size for the backward pass, unless they are computed again.
+# Keras imports three packages that this model does without: see lean_imports.py. A worker is started for each remedy.
 _MODEL = """
+import sys
+sys.modules.update(dict.fromkeys(("IPython", "pandas", "sklearn")))
+
 import keras
 import numpy as np
 import tensorflow as tf

@@ -28,6 +28,7 @@ class Signs:
 
 
 NOTHING = Signs()
+NO_WORDS = "; no last words of it were seen"
 UPDATE = ProcessStatus(training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48)
 ON_CPU = ProcessStatus(training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48, device_is_host=True)
 BETWEEN = ProcessStatus(training=2, device_is_host=True)
@@ -90,7 +91,7 @@ def test_a_death_without_a_sign_is_explained_and_passed_on(by, status, words, si
     found = judge(-signal.Signals[by], status, words, signs)
     assert found.death is None
     assert f"by {by}, and nothing tells of memory" in found.seen
-    assert found.evidence == "plenty"
+    assert found.evidence == ("plenty" if words else f"plenty{'' if by == 'SIGKILL' else NO_WORDS}")
 
 
 @pytest.mark.parametrize("exit_code", [0, 1, 2, 134, 137, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, -64])

@@ -6,6 +6,11 @@ import gc
 import json
 import sys
 import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 
