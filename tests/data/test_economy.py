@@ -68,6 +68,42 @@ def test_every_level_reads_the_same(kind):
                 np.testing.assert_array_equal(leaf, same)
 
 
+@pytest.mark.parametrize("limit", [2**26, 2**21, 2**14])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_arena_reads_the_same(kind, limit, monkeypatch):
+    plain = read(kind, 0)
+    monkeypatch.setattr(economy.arena, "arena_limit_bytes", lambda device: limit)
+    for one, other in zip(plain, read(kind, 0), strict=True):
+        for leaf, same in zip(one, other, strict=True):
+            assert leaf.dtype == same.dtype
+            np.testing.assert_array_equal(leaf, same)
+
+
+@pytest.mark.parametrize(
+    ("limit", "batch_bytes", "ahead"),
+    [
+        (None, 10**12, 2),
+        (2000, 100, 2),
+        (2000, 101, 1),
+        (2000, 201, 0),
+        (2000, 0, 2),
+        (2000, None, 1),  # how large they are is not known
+    ],
+)
+def test_what_is_made_ahead_takes_a_tenth_of_an_arena_at_most(limit, batch_bytes, ahead, monkeypatch):
+    monkeypatch.setattr(economy.arena, "arena_limit_bytes", lambda device: limit)
+    assert economy.batches_ahead(batch_bytes) == ahead
+    with economy.economising(1):
+        assert economy.batches_ahead(batch_bytes) == min(ahead, 1)
+
+
+def test_an_array_that_would_fill_an_arena_is_not_copied(monkeypatch):
+    for limit, spared in ((10 * X.nbytes, False), (10 * X.nbytes - 10, True), (None, False)):
+        monkeypatch.setattr(economy.arena, "arena_limit_bytes", lambda device, limit=limit: limit)
+        assert economy.spares_copy_of(X) is spared
+        assert (host_memory.uses_of_arrays(X, None, None) == ()) is spared
+
+
 def test_arrays_are_not_copied():
     with economy.economising(1):
         assert host_memory.uses_of_arrays(X, None, None) == ()
