@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,13 @@ from autobatch.data.effective_batches import EffectiveBatches
 from autobatch.data.effective_iterator import EffectiveIterator
 from autobatch.data.random_states import RandomStates
 from autobatch.errors import warn
-from autobatch.records import Report
+from autobatch.records import Environment, Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.seams import fitting, random_states
 from autobatch.types import Model
+
+_ALIKE = 0.1
+"""Share by which the limit may differ from that of an earlier process on such a device: what is free at the start."""
 
 LEAST_SHARE = 99
 """Times that training takes, at least, of the seconds in which it stands still for a backup: one in a hundred."""
@@ -62,17 +65,31 @@ class _Place:
 
 
 class TrainingBackup:
-    """Backup of one training. ``data`` is the fingerprint of its data, ``chosen`` the micro-batch that was given.
+    """Backup of one training.
+
+    ``data`` is the fingerprint of its data, ``chosen`` the micro-batch that was given, and ``limits`` are the limit and
+    the headroom that were given.
 
     Raises:
         ValueError: the folder has a backup of other data, or of another target.
     """
 
     def __init__(
-        self, settings: BackupSettings, *, data: dict[str, str], target_batch: int, chosen: int | None
+        self,
+        settings: BackupSettings,
+        *,
+        data: dict[str, str],
+        target_batch: int,
+        chosen: int | None,
+        limits: Sequence[float | None],
     ) -> None:
         self._settings = settings
-        self._identity: dict[str, Any] = {"data": data, "target_batch": target_batch, "chosen": chosen}
+        self._identity: dict[str, Any] = {
+            "data": data,
+            "target_batch": target_batch,
+            "chosen": chosen,
+            "limits": list(limits),
+        }
         self._folder = BackupFolder(settings.folder)
         self._folder.clean()
         self._kept = self._folder.newest()
@@ -113,12 +130,18 @@ class TrainingBackup:
             f"Received: backup={str(self._settings.folder)!r}"
         )
 
-    @property
-    def report(self) -> Report | None:
-        """Report that the training to go on with had; None if a new one begins, or another micro-batch was given."""
-        if self._kept is None or self._kept["chosen"] != self._identity["chosen"]:
+    def report_for(self, environment: Environment) -> Report | None:
+        """Return the report that the training to go on with had, if it holds in this ``environment`` too.
+
+        None if a new training begins, another micro-batch, limit or headroom was given, or the device is another.
+        """
+        names = ("chosen", "limits")
+        if self._kept is None or any(self._kept.get(name) != self._identity[name] for name in names):
             return None
-        return Report.from_json(self._kept["report"])
+        report = Report.from_json(self._kept["report"])
+        before, now = report.environment.limit_bytes, environment.limit_bytes
+        is_alike = before == now or (before and now and abs(before - now) <= _ALIKE * before)
+        return report if is_alike and report.environment.device == environment.device else None
 
     # -- around Keras's fit -------------------------------------------------------------------------------------------
 
@@ -138,11 +161,19 @@ class TrainingBackup:
         ``options`` are those of ``fit``; ``initial_epoch`` among them is set.
 
         Raises:
-            ValueError: the backup is one of another model; nothing has been changed.
+            ValueError: the backup is one of another model, or of a later epoch than the last one now; nothing has been
+                changed.
         """
         self._of = of = _Training(model, batches, transaction, callbacks, report)
         self._epoch, self._epochs = int(options.get("initial_epoch", 0)), int(options.get("epochs", 1))
         if self._kept is not None:
+            if self._kept["epoch"] >= self._epochs:
+                raise ValueError(
+                    f"The backup is one of epoch {self._kept['epoch'] + 1}, which is not reached with "
+                    f"epochs={self._epochs}: nothing would be trained. Pass more epochs, give another folder, or "
+                    f"remove this one to train from the start. Received: epochs={self._epochs}, "
+                    f"backup={str(self._settings.folder)!r}"
+                )
             self._epoch = options["initial_epoch"] = self._kept["epoch"]
             self._prepare(of, self._kept)
         self._last_time, self._last_update = time.monotonic(), transaction.updates

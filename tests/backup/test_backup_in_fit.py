@@ -1,6 +1,7 @@
 """``backup`` of ``fit``: what is refused, what is passed over, what stays behind."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -281,6 +282,66 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_training(tmp_path, who
     assert same(model, whole[0])
 
 
+def test_backups_that_cannot_be_removed_do_not_end_the_training(tmp_path, whole):
+    folder = tmp_path / "backup"
+
+    class InTheWay(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            (folder / f".old-update-000000000006-{os.getpid()}").write_text("")  # where it would be renamed to
+
+    with pytest.warns(autobatch.errors.AutobatchWarning, match=r"cannot be removed .*Remove the folder yourself"):
+        model, history = fit(folder, callbacks=[InTheWay()])
+    assert same(model, whole[0])
+    assert history.epoch == [0, 1]
+
+
+def test_a_folder_in_use_is_refused_and_its_training_goes_on(tmp_path, whole):
+    folder, refused = tmp_path / "backup", []
+
+    class Second(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            with pytest.raises(ValueError, match="in use by another training, of this process itself") as caught:
+                fit(folder)
+            refused.append(caught.value)
+
+    model, _ = fit(folder, callbacks=[Second()])
+    assert len(refused) == 2
+    assert same(model, whole[0])
+    assert not folder.exists()
+
+
+def test_a_relative_folder_is_the_one_at_the_beginning(tmp_path, monkeypatch):
+    class GoesElsewhere(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            (tmp_path / "elsewhere").mkdir(exist_ok=True)
+            os.chdir(tmp_path / "elsewhere")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InterruptedError):
+        fit("backup", stop=4, callbacks=[GoesElsewhere()])
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["update-000000000003", "update-000000000004"]
+    monkeypatch.chdir(tmp_path)
+    fit("backup", callbacks=[GoesElsewhere()])
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_fewer_epochs_than_were_begun_are_refused_and_nothing_is_lost(kept, whole):
+    with pytest.raises(
+        ValueError, match=r"one of epoch 2, which is not reached with epochs=1: nothing would be trained"
+    ):
+        fit(kept, epochs=1)
+    assert same(fit(kept)[0], whole[0])
+
+
+def test_the_plan_is_searched_anew_where_another_limit_is_given(tmp_path):
+    folder = tmp_path / "backup"
+    interrupted(folder, micro_batch="auto", memory_limit="64MiB")
+    _, history = fit(folder, micro_batch="auto", memory_limit="60MiB", cache=False)
+    assert history.report.environment.limit_bytes == 60 * 2**20
+    interrupted(folder, memory_limit="64MiB")
+    assert fit(folder, headroom=0.3)[1].report.environment.headroom == 0.3
+
+
 def test_the_plan_of_the_search_is_kept(tmp_path):
     folder = tmp_path / "backup"
     interrupted(folder, micro_batch="auto", memory_limit="64MiB")
@@ -324,7 +385,7 @@ def test_the_programs_own_handler_of_the_signal_is_called_and_put_back(tmp_path)
                 signal.raise_signal(signal.SIGTERM)
 
     seen = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(sorted((tmp_path / "b").iterdir())))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(sorted((tmp_path / "b").glob("update-*"))))
     mine = signal.getsignal(signal.SIGTERM)
     try:
         fit(tmp_path / "b", callbacks=[Terminated()], backup_every="1h")
