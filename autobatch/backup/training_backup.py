@@ -105,6 +105,7 @@ class TrainingBackup:
         self._held: dict[str, Any] | None = None
         self._said = False
         self._logs: Any = None
+        self._validation: fitting.ValidationPasses | None = None
         self._logs_to_give: dict[str, Any] | None = None
         self._last_time = time.monotonic()
         self._last_update = 0
@@ -176,9 +177,12 @@ class TrainingBackup:
                 )
             self._epoch = options["initial_epoch"] = self._kept["epoch"]
             self._prepare(of, self._kept)
+        begun, read = (0, 0) if self._kept is None else self._kept.get("validation_passes", (0, 0))
+        self._validation = fitting.ValidationPasses(model, (begun, read))
         self._last_time, self._last_update = time.monotonic(), transaction.updates
         try:
             with (
+                self._validation.counted(),
                 fitting.epochs_enumerated(batches, self._enumerate),
                 fitting.epoch_logs_of(model, self._give_logs),
                 self._termination.handled(),
@@ -333,6 +337,7 @@ class TrainingBackup:
             "position": of.batches.position(place.iterator.taken),
             "random": RandomStates(of.batches.loader).as_plain(),
             "seeds": random_states.eager_seeds(),
+            "validation_passes": (0, 0) if self._validation is None else self._validation.made,
         }
 
 

@@ -6,6 +6,7 @@ import inspect
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from autobatch.seams import data_adapters, fitting
 
@@ -89,3 +90,21 @@ def test_an_epoch_without_steps_ends_with_the_logs_that_are_given():
         history = model.fit(adapter, epochs=1, verbose=0)
     assert history.history == {"mine": [3.0]}
     assert "_get_metrics_result_or_logs" not in vars(model)
+
+
+def test_passes_over_validation_data_are_counted_and_made_up_for():
+    def fit(epochs, made=(0, 0)):
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        x = np.arange(6, dtype="float32")[:, None]
+        given = tf.data.Dataset.from_tensor_slices((x, x**2)).shuffle(6, seed=1).shuffle(2, seed=2).batch(2)
+        passes = fitting.ValidationPasses(model, made)
+        with passes.counted():
+            history = model.fit(x, x, epochs=epochs, validation_data=given, validation_steps=1, verbose=0)
+        model.evaluate(given, verbose=0)
+        return passes.made, history.history["val_loss"]
+
+    made, losses = fit(3)
+    assert made == (3, 3)
+    assert len(set(losses)) > 1
+    assert fit(1, made=(2, 2)) == ((3, 3), losses[2:])
