@@ -147,14 +147,16 @@ class ValidationPasses:
 
 
 @contextlib.contextmanager
-def epoch_logs_of(model: Any, logs: Callable[[], dict[str, Any] | None]) -> Iterator[None]:
+def epoch_logs_of(model: Any, logs: Callable[[], dict[str, Any] | None], at_end: Callable[[], None]) -> Iterator[None]:
     """Let an epoch of ``model`` whose steps gave no logs end with ``logs()``, while the context is open.
 
-    ``logs`` returns None where the epoch has had steps of its own.
+    ``logs`` returns None where the epoch has had steps of its own. ``at_end`` is called at the end of each epoch, when
+    the callbacks have seen the end of its last step, and at the end of each evaluation.
     """
 
     def instead(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def get_metrics_result_or_logs(given: Any) -> Any:
+            at_end()
             return original(given or logs() or given)
 
         return get_metrics_result_or_logs

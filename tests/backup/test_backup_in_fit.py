@@ -282,6 +282,41 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_training(tmp_path, who
     assert same(model, whole[0])
 
 
+class StopsTraining(keras.callbacks.Callback):
+    """Stops a training behind an update, as one that minds a time limit may; or at the end of an epoch."""
+
+    def __init__(self, update=None, epoch=None):
+        super().__init__()
+        self.left, self.epoch = update, epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.left is not None:
+            self.left -= 1
+            self.model.stop_training = self.left < 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == self.epoch:
+            self.model.stop_training = True
+
+
+@pytest.fixture(scope="module")
+def whole_of_four():
+    return fit(None, epochs=4)
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept", "room"),
+    [({"update": 3}, 4, True), ({"update": 5}, 6, False), ({"epoch": 1}, 6, True), ({"epoch": 1}, 6, False)],
+)
+def test_a_training_that_is_stopped_keeps_its_end(tmp_path, monkeypatch, whole_of_four, stop, kept, room):
+    if not room:
+        monkeypatch.setattr("autobatch.backup.training_backup._host_has_room", lambda of: False)
+    folder = tmp_path / "backup"
+    fit(folder, callbacks=[StopsTraining(**stop)], epochs=3, keep_backup=True, backup_every="1h")
+    assert max(path.name for path in folder.iterdir()) == f"update-{kept:012d}"
+    assert same(fit(folder, epochs=4)[0], whole_of_four[0])
+
+
 def test_backups_that_cannot_be_removed_do_not_end_the_training(tmp_path, whole):
     folder = tmp_path / "backup"
 
