@@ -1,5 +1,6 @@
 """``backup`` of ``fit``: what is refused, what is passed over, what stays behind."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import uneven
 
 import autobatch
 from autobatch import arguments
+from autobatch.errors import AutobatchWarning
 
 TARGET = 16
 
@@ -383,6 +385,21 @@ def test_the_plan_of_the_search_is_kept(tmp_path):
     _, history = fit(folder, micro_batch="auto", memory_limit="64MiB", cache=False)
     assert history.report.trials
     assert history.report.stopped_because
+
+
+def test_what_differs_is_said_as_in_the_first_process(tmp_path):
+    def said(**options):
+        with pytest.warns(AutobatchWarning) as caught, contextlib.suppress(InterruptedError):
+            fit(
+                tmp_path / "b",
+                model=models.classifier("adam", extra=[keras.layers.Dropout(0.5, name="drop")]),
+                **options,
+            )
+        return [str(each.message) for each in caught if "not identical" in str(each.message)]
+
+    first = said(stop=2)
+    assert "#random-draws" in first[0]
+    assert said() == first
 
 
 def test_recoveries_and_the_size_that_failed_are_kept(tmp_path):
