@@ -147,7 +147,9 @@ class ValidationPasses:
 
 
 @contextlib.contextmanager
-def epoch_logs_of(model: Any, logs: Callable[[], dict[str, Any] | None], at_end: Callable[[], None]) -> Iterator[None]:
+def epoch_logs_of(
+    model: Any, logs: Callable[[], dict[str, Any] | None], at_end: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Let an epoch of ``model`` whose steps gave no logs end with ``logs()``, while the context is open.
 
     ``logs`` returns None where the epoch has had steps of its own. ``at_end`` is called at the end of each epoch, when
