@@ -14,6 +14,8 @@ import tensorflow as tf
 from tensorflow.core.framework import graph_pb2 as _graph_pb2
 from tensorflow.python.data.ops import dataset_ops as _dataset_ops
 
+from autobatch.seams.variables import in_order_of_creation
+
 _MOST_GRAPH_BYTES = 256 * 2**20
 """Most bytes of tensors in a dataset that is copied by way of its graph, which holds them a second time."""
 
@@ -104,14 +106,14 @@ def _cut_ties(graph: Any, *, keep_order: bool) -> None:
 
 
 def variables_in(dataset: Any) -> list[Any]:
-    """Return the variables that functions in a dataset use, such as the state of a ``tf.random.Generator``."""
+    """Return the variables that functions in a dataset use, such as a ``tf.random.Generator``'s, as they were created."""
     found: dict[int, Any] = {}
     for function in _functions_of(dataset):
         for variable in getattr(getattr(getattr(function, "function", None), "graph", None), "variables", ()):
             found.setdefault(id(variable), variable)
     for source in inputs_of(dataset):
         found.update((id(variable), variable) for variable in variables_in(source))
-    return list(found.values())
+    return in_order_of_creation(found.values())
 
 
 def _functions_of(dataset: Any) -> list[Any]:
