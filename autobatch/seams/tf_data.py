@@ -106,7 +106,7 @@ def _cut_ties(graph: Any, *, keep_order: bool) -> None:
 
 
 def variables_in(dataset: Any) -> list[Any]:
-    """Return the variables that functions in a dataset use, such as a ``tf.random.Generator``'s, as they were created."""
+    """Return the variables that functions in a dataset use, as a ``tf.random.Generator``'s, as they were created."""
     found: dict[int, Any] = {}
     for function in _functions_of(dataset):
         for variable in getattr(getattr(getattr(function, "function", None), "graph", None), "variables", ()):
