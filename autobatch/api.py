@@ -116,7 +116,15 @@ def fit(
     from autobatch.train.through_own_fit import train_through_own_fit
 
     supported.require_supported(model)
-    backups = backup_opening.Backups(model, backup, backup_every, keep_backup, target_batch=target, chosen=chosen)
+    backups = backup_opening.Backups(
+        model,
+        backup,
+        backup_every,
+        keep_backup,
+        target_batch=target,
+        chosen=chosen,
+        limits=(limit_bytes, share),
+    )
 
     def train_as_told(given: dict[str, Any], keras_fit: Callable[..., Any]) -> training_history.TrainingHistory:
         from autobatch.train import started_again
@@ -164,7 +172,7 @@ def fit(
                     cache=remembers,
                     listed_in="history.report.warnings",
                     quiet=given.get("verbose") == 0,
-                    found=None if saved is None else saved.report,
+                    found=None if saved is None else saved.report_for(trials.environment),
                 )
                 after_an_error.pop_all()
             return trials, kept, report
@@ -200,9 +208,10 @@ def fit(
             release()
             kept_aside.end_soon()
 
-    if not fitting.overrides_fit(model):
-        return train_as_told({"x": dataset, "y": y, **fit_options}, model.fit)
-    return train_through_own_fit(model, dataset, y, target_batch=target, options=fit_options, train=train_as_told)
+    with contextlib.closing(backups):
+        if not fitting.overrides_fit(model):
+            return train_as_told({"x": dataset, "y": y, **fit_options}, model.fit)
+        return train_through_own_fit(model, dataset, y, target_batch=target, options=fit_options, train=train_as_told)
 
 
 @showing_users_line

@@ -27,6 +27,9 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _NAMES = ("name", "registered_name", "build_config", "input_layers", "output_layers", "inbound_nodes", "module")
 """Parts of a layer's configuration that hold names, or what its weights show."""
 
+_SEEDS = ("seed",)
+"""Parts, of parts too, that a process may choose by chance. A seed's state is a variable, which a backup holds."""
+
 
 def of_data(x: Any, y: Any, options: dict[str, Any]) -> dict[str, str]:
     """Return what is told of the data of a training: kind, size, some samples, and the options that order them."""
@@ -107,10 +110,28 @@ def _configuration(layer: Any) -> str:
         config = layer.get_config()
     except Exception:  # noqa: BLE001 - a layer of the user's need not have one
         return ""
-    text = json.dumps({key: value for key, value in config.items() if key not in _NAMES}, sort_keys=True, default=str)
+    told = _lasting({key: value for key, value in config.items() if key not in _NAMES})
+    text = json.dumps(told, sort_keys=True, default=_as_text)
     if len(text) > 300 or "__lambda__" in text or "layers" in config:
         return ""  # nested layers are listed themselves; code of a lambda holds its place in the file
     return " " + _ADDRESS.sub("", text)
+
+
+def _lasting(config: Any) -> Any:
+    """Return the parts of a configuration that are the same in every process: without seeds and Keras's numbers."""
+    if isinstance(config, dict):
+        return {
+            str(key): _NUMBER.sub("", value) if key == "name" and isinstance(value, str) else _lasting(value)
+            for key, value in config.items()
+            if key not in _SEEDS
+        }
+    if isinstance(config, (list, tuple)):
+        return [_lasting(value) for value in config]
+    return config
+
+
+def _as_text(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def difference(kept: dict[str, str], found: dict[str, str]) -> str:

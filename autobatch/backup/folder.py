@@ -133,8 +133,14 @@ class BackupFolder:
                     shutil.rmtree(entry, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove all backups, and the folder if nothing else is in it."""
-        self._remove(self.backups())
+        """Remove all backups, and the folder if nothing else is in it; warn if they cannot be removed."""
+        try:
+            self._remove(self.backups())
+        except OSError as error:
+            warn(
+                f"Training has ended, and its backups in {self.path} cannot be removed ({type(error).__name__}: "
+                f"{error}). Remove the folder yourself: the same call would go on behind them."
+            )
         self.clean()
         with contextlib.suppress(OSError):
             self.path.rmdir()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from autobatch.backup import fingerprint
+from autobatch.backup.lock import FolderLock
 from autobatch.backup.settings import BackupSettings
 from autobatch.backup.training_backup import TrainingBackup
 from autobatch.data.fit_data import data_parts
@@ -14,7 +16,9 @@ from autobatch.types import Model
 
 
 class Backups:
-    """Opener of the backup of one call of ``fit``; ``chosen`` is the micro-batch that was given, or None.
+    """Opener of the backup of one call of ``fit``.
+
+    ``chosen`` is the micro-batch that was given, or None; ``limits`` are the limit and the headroom that were given.
 
     Raises:
         TypeError, ValueError: an argument cannot be used.
@@ -29,12 +33,15 @@ class Backups:
         *,
         target_batch: int,
         chosen: int | None,
+        limits: Sequence[float | None],
     ) -> None:
         self._model = model
         self._settings = BackupSettings.of(backup, backup_every, keep_backup)
         self._target_batch = target_batch
         self._chosen = chosen
+        self._limits = limits
         self._opened = 0
+        self._lock: FolderLock | None = None
 
     def open(self, x: Any, y: Any, options: dict[str, Any]) -> TrainingBackup | None:
         """Open the backup of a training on these data; None if none was asked for.
@@ -43,7 +50,8 @@ class Backups:
         would not know that it is through.
 
         Raises:
-            ValueError: the data cannot be gone on with, or the backup is of other data, or another target.
+            ValueError: the data cannot be gone on with, or the backup is of other data, or another target; or another
+                training uses the folder.
         """
         settings = self._settings
         if settings is None:
@@ -59,4 +67,14 @@ class Backups:
         parts = data_parts(x, y, options.get("sample_weight"))
         given = {**options, "sample_weight": parts[2]}
         data = fingerprint.of_data(parts[0], parts[1], given)
-        return TrainingBackup(settings, data=data, target_batch=self._target_batch, chosen=self._chosen)
+        lock = FolderLock(settings.folder)
+        lock.acquire()
+        self._lock = lock
+        return TrainingBackup(
+            settings, data=data, target_batch=self._target_batch, chosen=self._chosen, limits=self._limits
+        )
+
+    def close(self) -> None:
+        """Let other trainings use the folder."""
+        if self._lock is not None:
+            self._lock.release()

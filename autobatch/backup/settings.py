@@ -40,7 +40,7 @@ class BackupSettings:
             return None
         if not isinstance(backup, (str, os.PathLike)) or not os.fspath(backup):
             raise TypeError(f'backup must be the path of a folder, such as "runs/a", or None. Received: {backup!r}')
-        folder = Path(backup)
+        folder = Path(os.path.abspath(backup))  # the program may go to another folder while it trains
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"backup must be the path of a folder, and a file has that name. Received: {backup!r}")
         return cls(folder, seconds, updates, keep)

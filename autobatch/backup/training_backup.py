@@ -13,10 +13,11 @@ beginning of a training nor at that of an epoch counts twice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +32,13 @@ from autobatch.data.effective_iterator import EffectiveIterator
 from autobatch.data.random_states import RandomStates
 from autobatch.errors import warn
 from autobatch.handover.status import note_backup, note_backups_removed
-from autobatch.records import Report
+from autobatch.records import Environment, Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.seams import fitting, random_states
 from autobatch.types import Model
+
+_ALIKE = 0.1
+"""Share by which the limit may differ from that of an earlier process on such a device: what is free at the start."""
 
 LEAST_SHARE = 99
 """Times that training takes, at least, of the seconds in which it stands still for a backup: one in a hundred."""
@@ -63,17 +67,31 @@ class _Place:
 
 
 class TrainingBackup:
-    """Backup of one training. ``data`` is the fingerprint of its data, ``chosen`` the micro-batch that was given.
+    """Backup of one training.
+
+    ``data`` is the fingerprint of its data, ``chosen`` the micro-batch that was given, and ``limits`` are the limit and
+    the headroom that were given.
 
     Raises:
         ValueError: the folder has a backup of other data, or of another target.
     """
 
     def __init__(
-        self, settings: BackupSettings, *, data: dict[str, str], target_batch: int, chosen: int | None
+        self,
+        settings: BackupSettings,
+        *,
+        data: dict[str, str],
+        target_batch: int,
+        chosen: int | None,
+        limits: Sequence[float | None],
     ) -> None:
         self._settings = settings
-        self._identity: dict[str, Any] = {"data": data, "target_batch": target_batch, "chosen": chosen}
+        self._identity: dict[str, Any] = {
+            "data": data,
+            "target_batch": target_batch,
+            "chosen": chosen,
+            "limits": list(limits),
+        }
         self._folder = BackupFolder(settings.folder)
         self._folder.clean()
         self._kept = self._folder.newest()
@@ -86,10 +104,13 @@ class TrainingBackup:
         self._model_identity: dict[str, str] | None = None
         self._epoch = 0
         self._place: _Place | None = None
+        self._place_behind: Callable[[], _Place] | None = None
+        """Returns the place behind the step that is under way."""
         self._between_steps = False
         self._held: dict[str, Any] | None = None
         self._said = False
         self._logs: Any = None
+        self._validation: fitting.ValidationPasses | None = None
         self._logs_to_give: dict[str, Any] | None = None
         self._last_time = time.monotonic()
         self._last_update = 0
@@ -97,7 +118,6 @@ class TrainingBackup:
         self._held_update = 0
         self._held_time = -math.inf
         self._held_for = 0.0
-        self._epochs = 1
 
     def _require_same(self, kept: dict[str, Any]) -> None:
         if kept["target_batch"] != self._identity["target_batch"]:
@@ -115,12 +135,18 @@ class TrainingBackup:
             f"Received: backup={str(self._settings.folder)!r}"
         )
 
-    @property
-    def report(self) -> Report | None:
-        """Report that the training to go on with had; None if a new one begins, or another micro-batch was given."""
-        if self._kept is None or self._kept["chosen"] != self._identity["chosen"]:
+    def report_for(self, environment: Environment) -> Report | None:
+        """Return the report that the training to go on with had, if it holds in this ``environment`` too.
+
+        None if a new training begins, another micro-batch, limit or headroom was given, or the device is another.
+        """
+        names = ("chosen", "limits")
+        if self._kept is None or any(self._kept.get(name) != self._identity[name] for name in names):
             return None
-        return Report.from_json(self._kept["report"])
+        report = Report.from_json(self._kept["report"])
+        before, now = report.environment.limit_bytes, environment.limit_bytes
+        is_alike = before == now or (before and now and abs(before - now) <= _ALIKE * before)
+        return report if is_alike and report.environment.device == environment.device else None
 
     # -- around Keras's fit -------------------------------------------------------------------------------------------
 
@@ -140,29 +166,41 @@ class TrainingBackup:
         ``options`` are those of ``fit``; ``initial_epoch`` among them is set.
 
         Raises:
-            ValueError: the backup is one of another model; nothing has been changed.
+            ValueError: the backup is one of another model, or of a later epoch than the last one now; nothing has been
+                changed.
         """
         self._of = of = _Training(model, batches, transaction, callbacks, report)
-        self._epoch, self._epochs = int(options.get("initial_epoch", 0)), int(options.get("epochs", 1))
+        self._epoch, epochs = int(options.get("initial_epoch", 0)), int(options.get("epochs", 1))
         if self._kept is not None:
+            if self._kept["epoch"] >= epochs:
+                raise ValueError(
+                    f"The backup is one of epoch {self._kept['epoch'] + 1}, which is not reached with "
+                    f"epochs={epochs}: nothing would be trained. Pass more epochs, give another folder, or "
+                    f"remove this one to train from the start. Received: epochs={epochs}, "
+                    f"backup={str(self._settings.folder)!r}"
+                )
             self._epoch = options["initial_epoch"] = self._kept["epoch"]
             self._prepare(of, self._kept)
+        begun, read = (0, 0) if self._kept is None else self._kept.get("validation_passes", (0, 0))
+        self._validation = fitting.ValidationPasses(model, (begun, read))
         self._last_time, self._last_update = time.monotonic(), transaction.updates
         try:
             with (
+                self._validation.counted(),
                 fitting.epochs_enumerated(batches, self._enumerate),
-                fitting.epoch_logs_of(model, self._give_logs),
+                fitting.epoch_logs_of(model, self._give_logs, self._hold_if_stopped),
                 self._termination.handled(),
             ):
                 yield
         finally:
+            self._of = None
             self._writer.wait()
         if not self._settings.keep:
             self._folder.remove()
             note_backups_removed()
         elif self._held is not None:
             self._writer.write_now(self._held_update, self._held)
-        self._of = self._held = self._kept = None
+        self._held = self._kept = None
 
     def _prepare(self, of: _Training, kept: dict[str, Any]) -> None:
         of.transaction.trace()
@@ -180,6 +218,13 @@ class TrainingBackup:
         if missing:
             self._refuse(f"another model: it holds {', '.join(missing)}, which this training does not have")
         variables.assign(_variables_of(of), kept["variables"])
+
+    def _hold_if_stopped(self) -> None:
+        """Hold what is to be left, if a callback has stopped training behind a step: Keras asks for no other then."""
+        of = self._of
+        if self._settings.keep and of is not None and of.model.stop_training and self._place_behind is not None:
+            self._place = self._place_behind()
+            self._end_epoch()
 
     def _give_logs(self) -> dict[str, Any] | None:
         given, self._logs_to_give = self._logs_to_give, None
@@ -201,7 +246,7 @@ class TrainingBackup:
     def _enumerate(self, epoch_iterator: Any, steps: Iterator[Any]) -> Iterator[Any]:
         """Give the steps of an epoch, in the first behind those that were made; take backups between them."""
         epoch, self._epoch = self._epoch, self._epoch + 1
-        self._held, self._place, made = None, None, 0
+        self._held, self._held_update, self._place, made = None, 0, None, 0
         kept, self._kept = self._kept, None
         if kept is not None:
             fitting.know_length(epoch_iterator, kept["length"])
@@ -214,10 +259,10 @@ class TrainingBackup:
         for begin, end, iterator in steps:
             if begin < made:
                 continue
+            self._place_behind = functools.partial(_place_behind, epoch_iterator, epoch, end + 1, iterator)
             yield begin, end, iterator
             self._logs_to_give = None
-            seen, length = fitting.steps_in_pass(epoch_iterator)
-            self._place = _Place(epoch, end + 1, max(0, seen - end - 1), length, iterator)
+            self._place = self._place_behind()
             self._behind_step()
         self._end_epoch()
 
@@ -264,17 +309,22 @@ class TrainingBackup:
         self._stood_still = self._last_time - begun
 
     def _end_epoch(self) -> None:
-        """Hold what is not written yet, should a signal come before the next step: during validation, say."""
-        of, place = self._of, self._place
-        if of is None or place is None or of.transaction.updates == self._last_update or of.model.stop_training:
+        """Hold what is not written yet, should a signal come before the next step: during validation, say.
+
+        If the last backup is to be left, it is held at the end of each epoch: training may be stopped at any.
+        """
+        of, place, keep = self._of, self._place, self._settings.keep
+        if of is None or place is None or of.transaction.updates in (self._last_update, self._held_update):
             return
         begun = time.monotonic()
         is_cheap = begun - self._held_time >= LEAST_SHARE * self._held_for
-        is_last = self._settings.keep and self._epoch >= self._epochs
-        if (is_cheap or is_last) and _host_has_room(of):
+        if _host_has_room(of) and (is_cheap or keep):
             self._held, self._held_update = self._state(copies=True), of.transaction.updates
             self._held_time = time.monotonic()
             self._held_for = self._held_time - begun
+        elif keep:
+            self._last_update = of.transaction.updates
+            self._writer.write_now(self._last_update, self._state(copies=False))
 
     def _before_leaving(self) -> None:
         of = self._of
@@ -305,7 +355,13 @@ class TrainingBackup:
             "position": of.batches.position(place.iterator.taken),
             "random": RandomStates(of.batches.loader).as_plain(),
             "seeds": random_states.eager_seeds(),
+            "validation_passes": (0, 0) if self._validation is None else self._validation.made,
         }
+
+
+def _place_behind(epoch_iterator: Any, epoch: int, steps: int, iterator: EffectiveIterator) -> _Place:
+    seen, length = fitting.steps_in_pass(epoch_iterator)
+    return _Place(epoch, steps, max(0, seen - steps), length, iterator)
 
 
 def _variables_of(of: _Training) -> list[Any]:

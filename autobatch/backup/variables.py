@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from autobatch.backup.fingerprint import numbered
+from autobatch.seams.variables import in_order_of_creation
 from autobatch.tensors.variables import bytes_of as bytes_of
 from autobatch.tensors.variables import distinct
 from autobatch.types import Variable
@@ -16,7 +17,7 @@ from autobatch.types import Variable
 
 def _named(variables: Iterable[Variable]) -> list[tuple[Any, str]]:
     kept = [variable for variable in distinct(variables) if variable.dtype != tf.string]
-    return numbered((variable, variable.name.partition(":")[0]) for variable in kept)
+    return numbered((variable, variable.name.partition(":")[0]) for variable in in_order_of_creation(kept))
 
 
 class LateValue:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import abc
+import collections
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from autobatch.data import arrays, economy
 from autobatch.data.effective_iterator import OpenEndedAdapter
 from autobatch.data.indexed_batches import IndexedBatches
 from autobatch.data.passes import Passes
 from autobatch.data.random_states import RandomStates
 from autobatch.seams import data_adapters
+from autobatch.types import Dataset
 
 
 class EpochCalls:
@@ -87,6 +93,9 @@ class ContinuableAdapter(OpenEndedAdapter):
     _indexed: IndexedBatches | None = None
     _parts: tuple[Any, Any, Any]
     _takes_target: bool
+    _dataset: Dataset
+    _inner: Any
+    _ahead: int
     target_batch: int
 
     @property
@@ -110,8 +119,44 @@ class ContinuableAdapter(OpenEndedAdapter):
         self._kept = position
         self._calls.continue_from(position["epochs"])
 
+    @abc.abstractmethod
+    def _has_begun(self) -> bool:
+        """Return True if the data themselves were looked at, so that the first pass begins with what was seen."""
+
+    @abc.abstractmethod
+    def _forget_look(self) -> None:
+        """Forget what was seen of the data."""
+
+    @abc.abstractmethod
+    def _start(self) -> Iterator[Any]:
+        """Start a pass."""
+
+    def _continued(self, position: dict[str, Any]) -> Iterator[Any]:
+        """Return the rest of the pass that an earlier process was in."""
+        taken, kept = position["taken"], position["pass"]
+        has_begun = self._has_begun()
+        if has_begun and kept["number"] == 1 and kept["iterator"] is None:
+            return _behind(iter(self), taken)
+        if has_begun and self._passes.fills_cache:
+            _behind(iter(self), None)  # the pass that was begun is the first one, which fills the cache
+        self._forget_look()
+        self._passes.continue_with(kept, self._dataset)
+        if self._indexed is not None and kept["index"] is not None:
+            self._indexed.continue_from(kept["index"], kept["random"])
+            return self._start()
+        if isinstance(self._inner, arrays.MappedArrays):
+            dataset = self._passes.remade(functools.partial(self._inner.get_tf_dataset, taken))
+            return self._passes.begin(economy.slices_ahead(dataset, self._ahead)[0])
+        return _behind(self._start(), 0 if kept["iterator"] is not None else taken)
+
     def on_epoch_begin(self) -> None:
         self._calls.begin()
 
     def on_epoch_end(self) -> None:
         self._calls.end()
+
+
+def _behind(iterator: Iterator[Any], taken: int | None) -> Iterator[Any]:
+    """Return an iterator that has gone through so many batches; None goes through all."""
+    collections.deque(itertools.islice(iterator, taken), maxlen=0)
+    return iterator

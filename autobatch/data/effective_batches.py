@@ -125,7 +125,9 @@ class EffectiveBatches(ContinuableAdapter):
             self._said = self._layout.sentence(target_batch) if self._layout.portion is None or not rounds else ""
         self._cut(dataset)
         self.sample_limit = self._count_samples()
-        self._uses = (*copied, *self._pipeline_uses(validation_data))
+        self._copied = copied
+        self._uses_of_validation = functools.partial(host_memory.uses_of_validation, validation_data)
+        self._uses = self._pipeline_uses()
         if not warned:
             host_memory.warn_if_short(self._uses, host)
 
@@ -161,6 +163,7 @@ class EffectiveBatches(ContinuableAdapter):
         self._looked = None
         self._cut(self._source)
         self.sample_limit = self._count_samples()
+        self._uses = self._pipeline_uses()
 
     def _cut(self, dataset: Dataset) -> None:
         """Make the dataset that is iterated, and what cuts its elements where tf.data does not."""
@@ -281,25 +284,30 @@ class EffectiveBatches(ContinuableAdapter):
 
         It is 0 if reading the data has begun, since those batches then exist.
         """
-        if self._pending is not None or (self._seen is not None and not self._seen.of_copy):
+        if self._has_begun():
             return 0
         most = self.target_batch if self.sample_limit is None else min(self.target_batch, self.sample_limit)
         batches = min(1 + self._ahead, self.num_batches or 1 + self._ahead)
         return (batches * most - min(samples, most)) * self._sample_bytes()
 
-    def _pipeline_uses(self, validation_data: Any) -> tuple[HostUse, ...]:
-        sample_bytes = self._sample_bytes()
-        what = f"{self.target_batch * self.structure.samples_in_portion} samples"
-        what = "one element" if self.structure.takes_elements_whole else what
-        name = economy.under_way(self._ahead, what)
-        uses: tuple[HostUse, ...] = (HostUse(name, (1 + self._ahead) * self.target_batch * sample_bytes),)
-        if data_adapters.is_dataset_adapter(self._inner):
-            uses += host_memory.uses_of_dataset(self._source, sample_bytes=sample_bytes)
+    def _pipeline_uses(self) -> tuple[HostUse, ...]:
+        sample_bytes, whole = self._sample_bytes(), self.structure.takes_elements_whole
+        what = "one element" if whole else f"{self.target_batch * self.structure.samples_in_portion} samples"
+        under_way = HostUse(economy.under_way(self._ahead, what), (1 + self._ahead) * self.target_batch * sample_bytes)
+        uses = (*self._copied, under_way)
+        is_dataset = data_adapters.is_dataset_adapter(self._inner)
+        rows = self.structure.samples_in_portion
+        if whole:
+            known = cardinality.samples_in_element(self._source) if is_dataset else self._first_look.rows_in_first
+            rows = known or 1
+        row_bytes = -(-sample_bytes // rows)
+        if is_dataset:
+            uses += host_memory.uses_of_dataset(self._source, sample_bytes=row_bytes)
         if data_adapters.py_dataset_of(self._inner) is not None:
             self.look()  # only a look shows how large its batches are, and the search will look anyway
-        loader, rows = self._first_look.loader, self._first_look.rows_in_first
-        uses += host_memory.uses_of_loader(loader, sample_bytes=sample_bytes, batch_samples=rows)
-        return uses + host_memory.uses_of_validation(validation_data, sample_bytes=sample_bytes)
+        loader, each = self._first_look.loader, self._first_look.rows_in_first
+        uses += host_memory.uses_of_loader(loader, sample_bytes=row_bytes, batch_samples=each)
+        return uses + self._uses_of_validation(sample_bytes=row_bytes)
 
     def _sample_bytes(self) -> int:
         known = host_memory.fixed_sample_bytes(self.element_spec)
@@ -339,26 +347,11 @@ class EffectiveBatches(ContinuableAdapter):
         self._iterated = True
         return self._passes.begin(self._dataset, behind_unread=unread, reads_ahead=self._recut is None)
 
-    # -- going on in another process ----------------------------------------------------------------------------------
+    def _has_begun(self) -> bool:
+        return self._pending is not None or (self._seen is not None and not self._seen.of_copy)
 
-    def _continued(self, position: dict[str, Any]) -> Iterator[Any]:
-        looked = self._pending is not None or (self._seen is not None and not self._seen.of_copy)
-        taken, kept = position["taken"], position["pass"]
-        if looked and kept["number"] == 1:
-            iterator: Iterator[Any] = iter(self)
-        else:
-            self._pending = self._seen = None
-            self._passes.continue_with(kept, self._dataset)
-            if self._indexed is not None and kept["index"] is not None:
-                self._indexed.continue_from(kept["index"], kept["random"])
-                return self._start()
-            if isinstance(self._inner, arrays.MappedArrays):
-                dataset = self._passes.remade(functools.partial(self._inner.get_tf_dataset, taken))
-                return self._passes.begin(economy.slices_ahead(dataset, self._ahead)[0])
-            iterator = self._start()
-        for _ in range(0 if kept["iterator"] is not None else taken):
-            next(iterator, None)
-        return iterator
+    def _forget_look(self) -> None:
+        self._pending = self._seen = None
 
     # -- what Keras asks of a data adapter ----------------------------------------------------------------------------
 

@@ -1,12 +1,15 @@
 """Passes over one data set, counted, with what decides the order of each, so that one can be gone on with later.
 
 A pass begins with ``iter(dataset)``, which draws from the seeds of the dataset's shuffles. What Python's code draws
-while it makes data comes from the global random generators. So the number of a pass and the states of these generators
-at its beginning tell its order. An array's shuffle without any seed gets a seed for each pass from here.
+while it makes data comes from the global random generators, and what a function in a dataset draws may come from
+variables. So the number of a pass, and the states of these generators and variables at its beginning, tell its order.
+An array's shuffle without any seed gets a seed for each pass from here. A ``cache()`` behind random numbers holds those
+of the first pass, which is then made again as well.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import weakref
@@ -42,7 +45,13 @@ class Passes:
         self._before: RandomStates | None = None
         self._after: RandomStates | None = None
         self._number = 0
+        self._read = 0  # passes of which something was read
+        self._read_before = 0  # the last one
         self._last: dict[str, Any] = {}
+        self._first: dict[str, Any] | None = None
+        self._variables: list[Any] = []
+        self.fills_cache = False
+        """True if a cache in memory holds what the first pass has drawn."""
         self.states_at_begin = RandomStates(loader)
         """States of the random generators when the last pass began; those of now before the first."""
         self._next: dict[str, Any] | None = None
@@ -76,7 +85,7 @@ class Passes:
         ``reads_ahead`` if more is read of it than is handed on, so that its state does not tell the place.
         """
         if self._next is not None:
-            RandomStates.from_plain(self._next["random"], self._loader).restore()
+            self._restore(self._next)
         elif self._before is not None and self._after is not None:
             # Use up the random numbers that Keras's own fit would have used, unless somebody set a seed since.
             self._after.replay(self._before, self._loader)
@@ -87,10 +96,21 @@ class Passes:
         kept, self._next = self._next, None
         if not self._keeps_order:
             return iter(dataset)
+        self._read_before = self._read
+        return self._noted(self._begin_kept(dataset, kept, reads_ahead))
+
+    def _noted(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for element in iterator:
+            self._read = self._read_before + 1
+            yield element
+
+    def _begin_kept(self, dataset: Dataset, kept: dict[str, Any] | None, reads_ahead: bool) -> Iterator[Any]:
         seed = None if self._seed is None else _new_seed() if kept is None else kept["seed"]
         self.states_at_begin = RandomStates(self._loader)
         self._saved = None
-        self._last = {"number": self._number, "random": self.states_at_begin.as_plain(), "seed": seed}
+        self._last = {"number": self._number, **self._states_now(), "seed": seed}
+        if self.fills_cache and self._number == 1:
+            self._first = self._states_now()
         if self._unseeded:
             return self._begin_unseeded(dataset, None if kept is None else kept["iterator"], reads_ahead)
         if seed is None:
@@ -100,9 +120,21 @@ class Passes:
         return handed_over([next(iterator)], iterator)  # the order is drawn now, before the seed is another
 
     def save_iterators_of(self, dataset: Dataset) -> None:
-        """Keep the state of the iterator itself, if ``dataset`` draws its order without a seed."""
+        """Keep what decides the order of ``dataset``: the iterator's state too, if it is drawn without a seed."""
         if self._keeps_order:
             self._unseeded = tf_data.draws_without_seed(dataset)
+            self._variables = tf_data.variables_in(dataset)
+            self.fills_cache = tf_data.caches_what_is_drawn(dataset)
+
+    def _states_now(self) -> dict[str, Any]:
+        drawn = [variable.numpy() for variable in self._variables]
+        return {"random": RandomStates(self._loader).as_plain(), "variables": drawn}
+
+    def _restore(self, states: dict[str, Any]) -> None:
+        RandomStates.from_plain(states["random"], self._loader).restore()
+        for variable, value in zip(self._variables, states.get("variables", ()), strict=False):
+            if variable.shape.is_compatible_with(value.shape):
+                variable.assign(value)
 
     def _begin_unseeded(self, dataset: Dataset, state: dict[str, Any] | None, reads_ahead: bool) -> Iterator[Any]:
         iterator: Iterator[Any] = iter(dataset)
@@ -148,7 +180,7 @@ class Passes:
         state = None if self._saved is None else iterator_state.state_of(self._saved)
         if self._saved is not None and state is None:
             self._warn_of_lost_order()
-        return {**self._last, "iterator": state}
+        return {**self._last, "iterator": state, "first": self._first, "read_before": self._read_before}
 
     def _warn_of_lost_order(self) -> None:
         warn(
@@ -160,8 +192,17 @@ class Passes:
 
     def continue_with(self, kept: dict[str, Any], dataset: Dataset) -> None:
         """Let the next pass that begins be the one that ``kept`` tells of, in this process or another."""
+        first = kept.get("first")
+        if self.fills_cache and first is not None and not self._number and kept["number"] > 1:
+            self._restore(first)
+            self._number = self._read = 1
+            collections.deque(iter(dataset), maxlen=0)
+        self._first = self._first or first
         while self._number < kept["number"] - 1:
             self._draw(dataset)
+        while self._read < kept.get("read_before", 0):
+            tf_data.draw_as_if_read(dataset)
+            self._read += 1
         self._next = kept
 
 

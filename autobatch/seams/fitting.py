@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer as _Trainer
+from keras.src.backend.tensorflow.trainer import TFEpochIterator as _TFEpochIterator
 from keras.src.trainers.epoch_iterator import EpochIterator as _EpochIterator
 
+from autobatch.seams import tf_data
 from autobatch.seams.patching import replaced
 
 _WRAPPED = vars(_Trainer)["fit"]
@@ -105,15 +107,58 @@ def count_earlier_steps(epoch: Any, steps: int) -> None:
     epoch._steps_seen += steps
 
 
+class ValidationPasses:
+    """Passes over the validation data that Keras's ``fit`` of ``model`` begins: each draws from the data's seeds.
+
+    ``made`` are those of earlier processes, and of these those that were read. As many are drawn, and none of them is
+    read, before the first one here.
+    """
+
+    def __init__(self, model: Any, made: tuple[int, int] = (0, 0)) -> None:
+        self._model = model
+        self._to_draw = made
+        self.made = made
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count passes while the context is open."""
+
+        def instead(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def get_iterator(epoch: Any) -> Any:
+                data = original(epoch)
+                is_of_validation = epoch is getattr(self._model, "_eval_epoch_iterator", None)
+                if is_of_validation:
+                    self._count(data, is_read=not epoch._steps_seen)
+                return data
+
+            return get_iterator
+
+        with replaced(_TFEpochIterator, "_get_iterator", instead):
+            yield
+
+    def _count(self, data: Any, *, is_read: bool) -> None:
+        (begun, read), self._to_draw = self._to_draw, (0, 0)
+        for place in range(begun):
+            iter(data)
+            if place < read:
+                tf_data.draw_as_if_read(data)
+        begun, read = self.made
+        self.made = begun + 1, read + is_read
+
+
 @contextlib.contextmanager
-def epoch_logs_of(model: Any, logs: Callable[[], dict[str, Any] | None]) -> Iterator[None]:
+def epoch_logs_of(
+    model: Any, logs: Callable[[], dict[str, Any] | None], at_end: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Let an epoch of ``model`` whose steps gave no logs end with ``logs()``, while the context is open.
 
-    ``logs`` returns None where the epoch has had steps of its own.
+    ``logs`` returns None where the epoch has had steps of its own. ``at_end`` is called at the end of each epoch, when
+    the callbacks have seen the end of its last step, and at the end of each evaluation.
     """
 
     def instead(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def get_metrics_result_or_logs(given: Any) -> Any:
+            at_end()
             return original(given or logs() or given)
 
         return get_metrics_result_or_logs

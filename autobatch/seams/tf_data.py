@@ -14,6 +14,8 @@ import tensorflow as tf
 from tensorflow.core.framework import graph_pb2 as _graph_pb2
 from tensorflow.python.data.ops import dataset_ops as _dataset_ops
 
+from autobatch.seams.variables import in_order_of_creation
+
 _MOST_GRAPH_BYTES = 256 * 2**20
 """Most bytes of tensors in a dataset that is copied by way of its graph, which holds them a second time."""
 
@@ -101,6 +103,69 @@ def _cut_ties(graph: Any, *, keep_order: bool) -> None:
             while name.partition(":")[0] in instead:
                 name = instead[name.partition(":")[0]]
             node.input[position] = name
+
+
+def variables_in(dataset: Any) -> list[Any]:
+    """Return the variables that functions in a dataset use, as a ``tf.random.Generator``'s, as they were created."""
+    found: dict[int, Any] = {}
+    for function in _functions_of(dataset):
+        for variable in getattr(getattr(getattr(function, "function", None), "graph", None), "variables", ()):
+            found.setdefault(id(variable), variable)
+    for source in inputs_of(dataset):
+        found.update((id(variable), variable) for variable in variables_in(source))
+    return in_order_of_creation(found.values())
+
+
+def _functions_of(dataset: Any) -> list[Any]:
+    functions = getattr(dataset, "_functions", None)
+    return list(functions()) if callable(functions) else []
+
+
+def caches_what_is_drawn(dataset: Any) -> bool:
+    """Return True if a ``cache()`` in memory holds what random numbers have decided in the first pass."""
+    if kind_of(dataset) == "Cache" and constant_of(dataset, "_filename") in ("", b""):
+        return any(_draws(source) for source in inputs_of(dataset))
+    return any(caches_what_is_drawn(source) for source in inputs_of(dataset))
+
+
+def draw_as_if_read(dataset: Any) -> None:
+    """Draw from the seeds of shuffles what a pass that is read to its end draws beyond what ``iter(dataset)`` does.
+
+    A shuffle begins its source when its first element is asked for, a concatenation its second source at the end of the
+    first, and a repetition its source anew each time. No element is read here. What lies before a cache is drawn once,
+    when the cache is filled.
+    """
+    kind = kind_of(dataset)
+    if kind == "Cache":
+        return
+    first, *others = inputs_of(dataset) or [None]
+    if first is None:
+        return
+    if kind.startswith("Shuffle"):
+        iter(first)
+    draw_as_if_read(first)
+    for source in others:
+        if kind == "Concatenate":
+            iter(source)
+        draw_as_if_read(source)
+    count = constant_of(dataset, "_count") if kind == "Repeat" else None
+    for _ in range(count - 1 if isinstance(count, int) else 0):
+        iter(first)
+        draw_as_if_read(first)
+
+
+def _draws(dataset: Any) -> bool:
+    """Return False if every pass over a dataset is surely the same."""
+    if variables_in(dataset):
+        return True
+    try:
+        serialized = dataset._as_serialized_graph(external_state_policy=tf.data.experimental.ExternalStatePolicy.IGNORE)
+        graph = _graph_pb2.GraphDef.FromString(serialized.numpy())
+    except (AttributeError, TypeError, ValueError, tf.errors.OpError):
+        return True
+    nodes = itertools.chain(graph.node, *(function.node_def for function in graph.library.function))
+    drawing = ("Shuffle", "Random", "Stateful", "PyFunc", "EagerPyFunc")
+    return any(node.op.startswith(drawing) or "seed2" in node.attr for node in nodes)
 
 
 def draws_without_seed(dataset: Any) -> list[str]:

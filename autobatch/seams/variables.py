@@ -6,7 +6,7 @@ Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; see :mod:`autobatch.s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -104,3 +104,17 @@ def update_statistics(layer: Any, shape: list[int | None], mean: Any, variance: 
     with moments_handled(lambda *_: (mean, variance)):
         inputs = tf.zeros([1 if size is None else size for size in [1, *shape[1:]]], mean.dtype)
         keras.layers.BatchNormalization.call(layer, inputs, training=True)
+
+
+def in_order_of_creation(variables: Iterable[Any]) -> list[Any]:
+    """Return TensorFlow's variables as they were created one after the other, which every run of a program repeats.
+
+    A traced function lists its variables in an order that depends on their addresses. Private: ``_unique_id``, which
+    ends in a number that counts up. Without it the order stays as it is.
+    """
+
+    def number(variable: Any) -> int:
+        last = str(getattr(variable, "_unique_id", "")).rpartition("_")[2]
+        return int(last) if last.isdecimal() else 0
+
+    return sorted(variables, key=number)

@@ -35,7 +35,7 @@ def make_report(trials: Trials, result: SearchResult, plan: Plan | None) -> Repo
         environment=environment,
         stopped_because=f"{result.stopped_because}{whole}",
         model_name=trials.model_name,
-        warnings=(*(trials.warnings if plan is None or _accumulates(plan) else ()), *trials.notes),
+        warnings=warnings_of(trials, plan),
         host_uses=trials.host_uses,
     )
 
@@ -57,6 +57,11 @@ def plan_of(micro_batch: int, effective_batch: int, replicas: int) -> Plan:
 
 def _accumulates(plan: Plan) -> bool:
     return plan.accumulation_steps > 1 or plan.replicas > 1
+
+
+def warnings_of(trials: Trials, plan: Plan | None) -> tuple[str, ...]:
+    """Return the warnings of a report: what differs where gradients are accumulated, and what is noted in any case."""
+    return (*(trials.warnings if plan is None or _accumulates(plan) else ()), *trials.notes)
 
 
 def say_what_differs(report: Report, *, listed_in: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import display
 from autobatch.records import Report, TrialResult
-from autobatch.sizing.reports import plan_of, say_what_differs, trace_planned, unsearched
+from autobatch.sizing.reports import plan_of, say_what_differs, trace_planned, unsearched, warnings_of
 from autobatch.sizing.search_trials import search_with
 from autobatch.terminal import kept_aside
 
@@ -40,6 +40,8 @@ def searched_or_given(
         try:
             if found.plan is not None:
                 trace_planned(trials, found.plan, found.plan.micro_batch)
+                # The same sentences, which still know where each is explained.
+                found = dataclasses.replace(found, warnings=warnings_of(trials, found.plan))
         finally:
             trials.close()
         say_what_differs(found, listed_in=listed_in)

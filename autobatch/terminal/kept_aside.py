@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,9 @@ _IDLE_SECONDS = 10.0
 _STDOUT, _STDERR = 1, 2
 _lock = threading.RLock()
 _relay: _RelayProcess | None = None
-_windows: list[Window] = []
+_windows: weakref.WeakSet[Window] = weakref.WeakSet()
+"""Windows that are open. One whose end an interrupt has kept from being noted is gone with its ``with`` block."""
+
 _failed_to_start = False
 _timer: threading.Timer | None = None
 _last_used = 0.0
@@ -74,11 +77,9 @@ def window(*, expected: bool = False) -> Iterator[Window]:
     failure that they tell of was not dealt with, unless failures are ``expected``.
     """
     here = Window(explained=expected)
-    if not _enter(here, sieves=is_wanted(), stdout_too=False):
-        yield here
-        return
     by_error = False
     try:
+        _enter(here, sieves=is_wanted(), stdout_too=False)
         yield here
     except AutobatchError:
         here.explained = True
@@ -97,15 +98,15 @@ def table_below() -> Iterator[Table | None]:
     It is gone when the ``with`` block ends.
     """
     here = Window(explained=True)
-    if not is_terminal() or os.environ.get("TERM") == "dumb" or not _enter(here, sieves=is_wanted(), stdout_too=True):
-        yield None
-        return
-    assert _relay is not None
-    table = Table(_relay)
+    table = None
     try:
+        if is_terminal() and os.environ.get("TERM") != "dumb" and _enter(here, sieves=is_wanted(), stdout_too=True):
+            assert _relay is not None
+            table = Table(_relay)
         yield table
     finally:
-        table.show("")
+        if table is not None:
+            table.show("")
         _leave(here, by_error=False)
 
 
@@ -155,8 +156,8 @@ def end() -> None:
     global _relay
     with _lock:
         if _relay is not None and not _windows:
-            _relay.close()
-            _relay = None
+            relay, _relay = _relay, None
+            relay.close()
 
 
 def end_soon() -> None:
@@ -191,37 +192,45 @@ def _enter(here: Window, *, sieves: bool, stdout_too: bool) -> bool:
         return False
     with _lock:
         _last_used = time.monotonic()
+        if not _windows and _relay is not None:
+            _relay.put_back()  # an interrupt may have ended the last one's end
         if _windows:  # one that is open already, in this thread or in another, does for both
-            _windows.append(here)
+            _windows.add(here)
             return True
         try:
             if _relay is not None and not (_relay.is_alive() and _relay.leads_to_stderr(sieves)):
-                _relay.close()
-                _relay = None
+                old, _relay = _relay, None
+                old.close()
             if _relay is None:
                 if _failed_to_start:
                     return False
                 _relay = _RelayProcess(sieves)
+            _windows.add(here)  # first, so that an interrupt from here on is followed by its end
             _relay.replace(stdout_too=stdout_too)
         except OSError as error:
+            _windows.discard(here)
+            if _relay is not None:
+                _relay.put_back()
             if _relay is None:
                 _failed_to_start = os.path.exists(f"/dev/fd/{_STDERR}")  # a closed standard error may be opened again
             logger.debug("TensorFlow's lines are not kept aside: %r", error)
             return False
-        _windows.append(here)
         return True
 
 
 def _leave(here: Window, *, by_error: bool) -> None:
     with _lock:
         if here not in _windows:
-            return  # in a process that was forked within the window
+            return  # in a process that was forked within the window, or there was nothing to keep aside
         assert _relay is not None
-        _windows.remove(here)
-        if not _windows:
-            _relay.pass_all_on()  # first, so that what another thread prints in this moment overtakes nothing
-            _relay.put_back()
-        elif not (by_error or here.explained):
+        try:
+            _windows.discard(here)
+            if not _windows:
+                _relay.pass_all_on()  # first, so that what another thread prints in this moment overtakes nothing
+        finally:
+            if not _windows:
+                _relay.put_back()  # whatever interrupts this
+        if _windows and not (by_error or here.explained):
             return  # what there is may be of another thread's step, which has yet to deal with it
         kept = _relay.take_kept()
         if kept and (by_error or not here.explained):
@@ -288,12 +297,12 @@ class _RelayProcess:
             os.dup2(self._into, descriptor)
 
     def put_back(self) -> None:
-        """Let each descriptor be what it was."""
-        for descriptor, before in self.replaced.items():
+        """Let each descriptor be what it was; called again if an interrupt has ended it, it goes on."""
+        for descriptor, before in list(self.replaced.items()):
             _flush(descriptor)
             os.dup2(before, descriptor)
+            del self.replaced[descriptor]
             os.close(before)
-        self.replaced = {}
 
     def take_kept(self) -> bytes:
         """Wait until all is passed on; return what was kept aside, and forget it."""
@@ -338,6 +347,7 @@ class _RelayProcess:
 
     def close(self) -> None:
         """Close this side's ends; the process ends when nobody has the pipe open any more."""
+        self.put_back()
         self.pass_all_on()
         self._close_descriptors()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -351,9 +361,8 @@ class _RelayProcess:
         self._close_descriptors()
 
     def _close_descriptors(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
 def _unlinked_file() -> int:

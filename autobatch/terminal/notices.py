@@ -59,7 +59,7 @@ def write_line(line: str) -> None:
     if sys.stderr is None:
         return
     start_line()
-    with contextlib.suppress(OSError, ValueError):  # it may be closed
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed, or a stand-in that cannot flush
         tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
         if tqdm is not None:  # it takes its own bars away meanwhile
             tqdm.write(f"autobatch: {line}", file=sys.stderr)

@@ -39,13 +39,14 @@ class TrainingInTensorBoard(keras.callbacks.Callback):  # type: ignore[misc]  # 
         self._report = report
         self._transaction = transaction
         self._writer: Any = None
-        self._updates = 0
         self._size: int | None = None
-        self._recovered = len(transaction.recoveries)
+        self._recovered = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Write the report, as text and each of its trials."""
         del logs
+        # Those of an earlier process, whose training this one goes on with, are written already.
+        self._recovered = len(self._transaction.recoveries)
         self._writer = tf.summary.create_file_writer(self._folder)
         with self._writer.as_default(), tf.summary.record_if(True):
             _write_text("report", str(display.report_format("markdown").render(self._report)), 0)
@@ -56,30 +57,29 @@ class TrainingInTensorBoard(keras.callbacks.Callback):  # type: ignore[misc]  # 
                     _write_scalar("trials/peak_mib", trial.peak_bytes / 2**20, place)
                 if trial.samples_per_second is not None:
                     _write_scalar("trials/samples_per_second", trial.samples_per_second, place)
-            self._note_size(0)
+            self._note_size()
         self._writer.flush()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Write what has changed in the update."""
         del batch, logs
-        self._updates += 1
         recoveries = self._transaction.recoveries[self._recovered :]
         if not recoveries and self._size == self._transaction.micro_batch:
             return
         with self._writer.as_default(), tf.summary.record_if(True):
             for recovery in recoveries:
-                _write_text("recoveries", _in_words(recovery), self._updates)
+                _write_text("recoveries", _in_words(recovery), self._transaction.updates)
             self._recovered += len(recoveries)
             if recoveries:
-                _write_scalar("recoveries", self._recovered, self._updates)
-            self._note_size(self._updates)
+                _write_scalar("recoveries", self._recovered, self._transaction.updates)
+            self._note_size()
         self._writer.flush()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Write the size once an epoch, so that its line goes on."""
         del epoch, logs
         with self._writer.as_default(), tf.summary.record_if(True):
-            self._note_size(self._updates)
+            self._note_size()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Close the file."""
@@ -88,9 +88,9 @@ class TrainingInTensorBoard(keras.callbacks.Callback):  # type: ignore[misc]  # 
             self._writer.close()
             self._writer = None
 
-    def _note_size(self, step: int) -> None:
+    def _note_size(self) -> None:
         self._size = self._transaction.micro_batch
-        _write_scalar("micro_batch", self._size, step)
+        _write_scalar("micro_batch", self._size, self._transaction.updates)
 
 
 def _in_words(recovery: Recovery) -> str:

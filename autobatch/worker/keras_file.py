@@ -27,7 +27,7 @@ def model_and_data(path: str, input_shape: tuple[int, ...] | None, count: int, n
     import keras
     import tensorflow as tf
 
-    model = _load(path)
+    model = _load(path, notes)
     inputs = _inputs(path, model, input_shape)
     zeros = keras.tree.map_structure(lambda spec: tf.zeros((1, *spec.shape), spec.dtype), inputs)
     try:
@@ -51,13 +51,24 @@ def _without_lists(structure: Any) -> Any:
     return structure
 
 
-def _load(path: str) -> Model:
+def _load(path: str, notes: list[str]) -> Model:
     import keras
 
+    failures = (ValueError, TypeError, KeyError, OSError, AttributeError, ImportError)
     try:
         return keras.saving.load_model(path)
-    except (ValueError, TypeError, KeyError, OSError, AttributeError, ImportError) as error:
-        raise TargetError(f"{path} cannot be loaded: {_first_line(error)} {_INSTEAD}") from error
+    except failures as error:
+        first = error
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except failures:
+        raise TargetError(f"{path} cannot be loaded: {_first_line(first)} {_INSTEAD}") from first
+    model.compile(optimizer="adam", loss="mse")
+    notes.append(
+        f"The compile configuration of {path} cannot be loaded, so that it is sized with Adam and mean squared error: "
+        f"{_first_line(first)} {_INSTEAD}"
+    )
+    return model
 
 
 def _inputs(path: str, model: Model, given: tuple[int, ...] | None) -> Any:
@@ -94,18 +105,29 @@ def _targets(model: Model, outputs: Any) -> Any:
     import keras
     import tensorflow as tf
 
-    losses = [loss for loss in keras.tree.flatten(model.loss) if loss is not None] or [None]
-    leaves = keras.tree.flatten(outputs)
-    if len(losses) != len(leaves):
-        losses = losses[:1] * len(leaves)
-
     def target(output: Any, loss: Any) -> Any:
         name = loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", ""))
         shape = output.shape[1:]
         return tf.zeros(shape[:-1], "int32") if "sparse" in str(name).lower() else tf.zeros(shape, output.dtype)
 
-    made = [target(output, loss) for output, loss in zip(leaves, losses, strict=True)]
+    leaves = keras.tree.flatten(outputs)
+    made = [target(output, loss) for output, loss in zip(leaves, _losses(model, outputs), strict=True)]
     return keras.tree.pack_sequence_as(outputs, made)
+
+
+def _losses(model: Model, outputs: Any) -> list[Any]:
+    """Return the loss of each output, None for one without: Keras finds those in a dict by the outputs' names."""
+    import keras
+
+    loss, count = model.loss, len(keras.tree.flatten(outputs))
+    if isinstance(loss, dict):
+        names = sorted(outputs) if isinstance(outputs, dict) else getattr(model, "output_names", None) or list(loss)
+        listed = [loss.get(name) for name in names]
+    elif isinstance(loss, (list, tuple)):
+        listed = list(loss)
+    else:
+        listed = [loss] * count
+    return listed if len(listed) == count else [next(iter(listed), None)] * count
 
 
 def _shape(shape: tuple[int | None, ...]) -> str:

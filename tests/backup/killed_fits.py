@@ -133,6 +133,18 @@ def generated():
     return tf.data.Dataset.from_generator(samples, output_signature=spec).shuffle(8, seed=3).batch(4)
 
 
+def augmented(cached):
+    """Numbers drawn from variables in the dataset; in a cache they are those of the first pass for ever."""
+    generator, crop = tf.random.Generator.from_seed(7), layers.RandomCrop(FEATURES, 1, seed=3)
+
+    def augment(x, y):
+        wide = tf.concat([x, tf.zeros([2])], 0)[:, None, None]
+        return tf.squeeze(crop(wide, training=True), [1, 2]) + generator.normal([]), y
+
+    made = tf.data.Dataset.from_tensor_slices(data()).shuffle(SAMPLES, seed=2).map(augment)
+    return (made.cache() if cached else made).shuffle(8, seed=4).batch(5)
+
+
 def mapped(folder):
     path = folder / "x.npy"
     if not path.exists():
@@ -146,6 +158,8 @@ DATA = {
     "tf.data": lambda folder: seeded_dataset(),
     "unknown length": lambda folder: of_unknown_length(),
     "generated": lambda folder: generated(),
+    "augmented": lambda folder: augmented(cached=False),
+    "augmented once": lambda folder: augmented(cached=True),
     "PyDataset": lambda folder: Batches(),
     "PyDataset of workers": lambda folder: Batches(workers=2),
     "PyDataset of four workers": lambda folder: Batches(workers=4),
@@ -162,6 +176,7 @@ def train(
     epochs=3,
     callbacks=lambda folder: [],
     compiled=(),
+    validation=None,
     **options,
 ):
     """One process of a training: the digest of its weights, its History, and what it warned of."""
@@ -169,6 +184,8 @@ def train(
         keras.utils.set_random_seed(seed)
     built = model(**dict(compiled))
     kind = DATA[kind](folder)
+    if validation is not None:
+        options["validation_data"] = DATA[validation](folder)
     numbers = Numbers()
     made = [numbers, *callbacks(folder)]
     settings = {"backup": folder / "backup", "backup_every": every} if every else {}
@@ -215,6 +232,8 @@ CASES = {
     "tf.data": {"kind": "tf.data", "killed": [7, TERMINATED], "every": 3},
     "unknown length": {"kind": "unknown length", "killed": [9], "every": 1},
     "generated": {"kind": "generated", "killed": [8]},
+    "augmented": {"kind": "augmented", "killed": [7, 3], "validation": "tf.data", "validation_steps": 2},
+    "augmented once": {"kind": "augmented once", "killed": [6, 3]},
     "PyDataset": {"kind": "PyDataset", "killed": [2, TERMINATED, 3], "every": 1},
     "PyDataset of workers": {"kind": "PyDataset of workers", "killed": [7]},
     "steps_per_epoch": {"kind": "tf.data", "killed": [4], "steps_per_epoch": 2, "epochs": 4},

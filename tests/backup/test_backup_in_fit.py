@@ -1,6 +1,8 @@
 """``backup`` of ``fit``: what is refused, what is passed over, what stays behind."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 
@@ -13,6 +15,7 @@ import uneven
 
 import autobatch
 from autobatch import arguments
+from autobatch.errors import AutobatchWarning
 
 TARGET = 16
 
@@ -281,12 +284,122 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_training(tmp_path, who
     assert same(model, whole[0])
 
 
+class StopsTraining(keras.callbacks.Callback):
+    """Stops a training behind an update, as one that minds a time limit may; or at the end of an epoch."""
+
+    def __init__(self, update=None, epoch=None):
+        super().__init__()
+        self.left, self.epoch = update, epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.left is not None:
+            self.left -= 1
+            self.model.stop_training = self.left < 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == self.epoch:
+            self.model.stop_training = True
+
+
+@pytest.fixture(scope="module")
+def whole_of_four():
+    return fit(None, epochs=4)
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept", "room"),
+    [({"update": 3}, 4, True), ({"update": 5}, 6, False), ({"epoch": 1}, 6, True), ({"epoch": 1}, 6, False)],
+)
+def test_a_training_that_is_stopped_keeps_its_end(tmp_path, monkeypatch, whole_of_four, stop, kept, room):
+    if not room:
+        monkeypatch.setattr("autobatch.backup.training_backup._host_has_room", lambda of: False)
+    folder = tmp_path / "backup"
+    fit(folder, callbacks=[StopsTraining(**stop)], epochs=3, keep_backup=True, backup_every="1h")
+    assert max(path.name for path in folder.iterdir()) == f"update-{kept:012d}"
+    assert same(fit(folder, epochs=4)[0], whole_of_four[0])
+
+
+def test_backups_that_cannot_be_removed_do_not_end_the_training(tmp_path, whole):
+    folder = tmp_path / "backup"
+
+    class InTheWay(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            (folder / f".old-update-000000000006-{os.getpid()}").write_text("")  # where it would be renamed to
+
+    with pytest.warns(autobatch.errors.AutobatchWarning, match=r"cannot be removed .*Remove the folder yourself"):
+        model, history = fit(folder, callbacks=[InTheWay()])
+    assert same(model, whole[0])
+    assert history.epoch == [0, 1]
+
+
+def test_a_folder_in_use_is_refused_and_its_training_goes_on(tmp_path, whole):
+    folder, refused = tmp_path / "backup", []
+
+    class Second(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            with pytest.raises(ValueError, match="in use by another training, of this process itself") as caught:
+                fit(folder)
+            refused.append(caught.value)
+
+    model, _ = fit(folder, callbacks=[Second()])
+    assert len(refused) == 2
+    assert same(model, whole[0])
+    assert not folder.exists()
+
+
+def test_a_relative_folder_is_the_one_at_the_beginning(tmp_path, monkeypatch):
+    class GoesElsewhere(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            (tmp_path / "elsewhere").mkdir(exist_ok=True)
+            os.chdir(tmp_path / "elsewhere")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InterruptedError):
+        fit("backup", stop=4, callbacks=[GoesElsewhere()])
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["update-000000000003", "update-000000000004"]
+    monkeypatch.chdir(tmp_path)
+    fit("backup", callbacks=[GoesElsewhere()])
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_fewer_epochs_than_were_begun_are_refused_and_nothing_is_lost(kept, whole):
+    with pytest.raises(
+        ValueError, match=r"one of epoch 2, which is not reached with epochs=1: nothing would be trained"
+    ):
+        fit(kept, epochs=1)
+    assert same(fit(kept)[0], whole[0])
+
+
+def test_the_plan_is_searched_anew_where_another_limit_is_given(tmp_path):
+    folder = tmp_path / "backup"
+    interrupted(folder, micro_batch="auto", memory_limit="64MiB")
+    _, history = fit(folder, micro_batch="auto", memory_limit="60MiB", cache=False)
+    assert history.report.environment.limit_bytes == 60 * 2**20
+    interrupted(folder, memory_limit="64MiB")
+    assert fit(folder, headroom=0.3)[1].report.environment.headroom == 0.3
+
+
 def test_the_plan_of_the_search_is_kept(tmp_path):
     folder = tmp_path / "backup"
     interrupted(folder, micro_batch="auto", memory_limit="64MiB")
     _, history = fit(folder, micro_batch="auto", memory_limit="64MiB", cache=False)
     assert history.report.trials
     assert history.report.stopped_because
+
+
+def test_what_differs_is_said_as_in_the_first_process(tmp_path):
+    def said(**options):
+        with pytest.warns(AutobatchWarning) as caught, contextlib.suppress(InterruptedError):
+            fit(
+                tmp_path / "b",
+                model=models.classifier("adam", extra=[keras.layers.Dropout(0.5, name="drop")]),
+                **options,
+            )
+        return [str(each.message) for each in caught if "not identical" in str(each.message)]
+
+    first = said(stop=2)
+    assert "#random-draws" in first[0]
+    assert said() == first
 
 
 def test_recoveries_and_the_size_that_failed_are_kept(tmp_path):
@@ -324,7 +437,7 @@ def test_the_programs_own_handler_of_the_signal_is_called_and_put_back(tmp_path)
                 signal.raise_signal(signal.SIGTERM)
 
     seen = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(sorted((tmp_path / "b").iterdir())))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(sorted((tmp_path / "b").glob("update-*"))))
     mine = signal.getsignal(signal.SIGTERM)
     try:
         fit(tmp_path / "b", callbacks=[Terminated()], backup_every="1h")

@@ -1,5 +1,7 @@
 """What a backup is told by: data of every kind, and a model's weights and layers, whatever numbers Keras gives them."""
 
+import random
+
 import keras
 import numpy as np
 import optional
@@ -99,6 +101,34 @@ def test_the_same_model_is_told_as_the_same_with_other_numbers_in_its_names():
     assert again.layers[-1].name != "dense"
     assert fingerprint.difference(found, fingerprint.of_model(again)) == ""
     assert fingerprint.difference(found, fingerprint.of_model(model(function=lambda x: x + 0))) == "", "code moves"
+
+
+class Wraps(layers.Layer):
+    """A layer with a part of Keras's, and with what a process orders and chooses by chance."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.part, self.words, self.seed = layers.Activation("relu"), words, random.random()
+
+    def call(self, inputs):
+        return self.part(inputs)
+
+    def get_config(self):
+        part = {"class_name": "Activation", "config": {"name": self.part.name}}
+        return {"part": part, "words": set(self.words), "seeded": {"seed": self.seed}}
+
+
+def test_what_a_process_chooses_by_chance_does_not_count():
+    def made(*words):
+        model = keras.Sequential([keras.Input((6, 6, 1)), layers.RandomCrop(4, 4), Wraps(words), layers.RandomFlip()])
+        model.compile("sgd", "mse")
+        return model
+
+    one, other = made("a", "b"), made("a", "b")
+    assert one.layers[0].get_config()["seed"] != other.layers[0].get_config()["seed"]
+    assert one.layers[1].part.name != other.layers[1].part.name
+    assert fingerprint.difference(fingerprint.of_model(one), fingerprint.of_model(other)) == ""
+    assert "words" in fingerprint.difference(fingerprint.of_model(one), fingerprint.of_model(made("a", "c")))
 
 
 @pytest.mark.parametrize(

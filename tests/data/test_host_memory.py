@@ -15,6 +15,7 @@ from models import arrays, classifier
 
 import autobatch
 from autobatch.data import fit_data
+from autobatch.data.effective_batches import EffectiveBatches
 from autobatch.memory import limits
 from autobatch.records import HostUse, Limit
 from autobatch.report.text import render
@@ -370,3 +371,22 @@ def test_too_much_is_warned_about_by_name_before_it_is_held(monkeypatch, arrays_
 def test_a_use_is_never_negative():
     with pytest.raises(ValueError, match="Received: -1"):
         HostUse("cache()", -1)
+
+
+def test_elements_that_turn_out_to_be_taken_whole_are_counted_as_such():
+    lengths = tf.data.Dataset.from_tensor_slices([3, 5, 4, 5]).map(lambda length: tf.zeros([8, length, 4]))
+    for dataset, sample in (
+        (tf.data.Dataset.from_tensor_slices(np.zeros((40, 16), "float32")).batch(8), 16 * 4),
+        (lengths, 5 * 4 * 4),
+        (lengths.unbatch().padded_batch(8), 5 * 4 * 4),
+    ):
+        batches = EffectiveBatches(dataset.shuffle(3).prefetch(2), target_batch=16, only_look=True)
+        assert batches.host_uses()[0].name == "3 effective batches of 16 samples"
+        with pytest.warns(autobatch.errors.AutobatchWarning, match="neither cut nor joined"):
+            batches.keep_whole("It cannot be cut")
+        uses = {use.name: use.held_bytes for use in batches.host_uses()}
+        assert uses == {
+            "3 effective batches of one element": 3 * 8 * sample,
+            "prefetch(2)": 2 * 8 * sample,
+            "shuffle(3)": 3 * 8 * sample,
+        }

@@ -6,6 +6,7 @@ import inspect
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from autobatch.seams import data_adapters, fitting
 
@@ -89,3 +90,34 @@ def test_an_epoch_without_steps_ends_with_the_logs_that_are_given():
         history = model.fit(adapter, epochs=1, verbose=0)
     assert history.history == {"mine": [3.0]}
     assert "_get_metrics_result_or_logs" not in vars(model)
+
+
+def test_the_end_of_an_epoch_is_told_behind_a_step_at_which_training_is_stopped():
+    class Stops(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            told.append(batch)
+            self.model.stop_training = batch == 1
+
+    model, told = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), []
+    model.compile("sgd", "mse")
+    with fitting.epoch_logs_of(model, lambda: None, lambda: told.append("end")):
+        model.fit(np.ones((8, 2)), np.ones((8, 1)), batch_size=2, epochs=2, callbacks=[Stops()], verbose=0)
+    assert told == [0, 1, "end"]
+
+
+def test_passes_over_validation_data_are_counted_and_made_up_for():
+    def fit(epochs, made=(0, 0)):
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        x = np.arange(6, dtype="float32")[:, None]
+        given = tf.data.Dataset.from_tensor_slices((x, x**2)).shuffle(6, seed=1).shuffle(2, seed=2).batch(2)
+        passes = fitting.ValidationPasses(model, made)
+        with passes.counted():
+            history = model.fit(x, x, epochs=epochs, validation_data=given, validation_steps=1, verbose=0)
+        model.evaluate(given, verbose=0)
+        return passes.made, history.history["val_loss"]
+
+    made, losses = fit(3)
+    assert made == (3, 3)
+    assert len(set(losses)) > 1
+    assert fit(1, made=(2, 2)) == ((3, 3), losses[2:])

@@ -120,3 +120,66 @@ def test_random_states_are_replayed_only_where_nobody_has_drawn():
     after.replay(before)
     assert random.random() == following[0] != drawn[0]
     np.testing.assert_array_equal(np.random.get_state()[1], seeded)
+
+
+def test_variables_and_what_a_cache_holds_are_found():
+    generator = tf.random.Generator.from_seed(1)
+    numbers = tf.data.Dataset.range(8)
+
+    def drawn(number):
+        return tf.cast(number, tf.float32) + generator.normal([])
+
+    within = numbers.interleave(lambda number: tf.data.Dataset.range(number).map(drawn))
+    for dataset in (numbers.map(drawn).batch(2), within, tf.data.Dataset.zip((numbers, numbers.map(drawn)))):
+        assert tf_data.variables_in(dataset) == [generator.state]
+    assert tf_data.variables_in(numbers.map(lambda number: number + 1)) == []
+    for dataset in (
+        numbers.shuffle(8, seed=1).cache().batch(2),
+        numbers.map(drawn).cache(),
+        numbers.map(lambda number: tf.random.uniform([], seed=1)).cache().shuffle(8),
+        numbers.map(lambda number: tf.numpy_function(lambda given: given, [number], tf.int64)).cache(),
+    ):
+        assert tf_data.caches_what_is_drawn(dataset)
+    for dataset in (numbers.cache().shuffle(8), numbers.map(lambda number: number + 1).cache(), numbers.map(drawn)):
+        assert not tf_data.caches_what_is_drawn(dataset)
+
+
+NUMBERS = tf.data.Dataset.range(30)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NUMBERS.shuffle(30, seed=2).batch(1),
+        lambda: NUMBERS.shuffle(30, seed=2).map(lambda x: x).shuffle(8, seed=4).batch(1).prefetch(2),
+        lambda: NUMBERS.shuffle(30, seed=2).shuffle(8, seed=4).shuffle(8, seed=5),
+        lambda: tf.data.Dataset.zip((NUMBERS.shuffle(9, seed=1).shuffle(9, seed=3), NUMBERS.shuffle(30, seed=2))),
+        lambda: NUMBERS.shuffle(30, seed=1).concatenate(NUMBERS.shuffle(9, seed=2).shuffle(30, seed=2)),
+        lambda: NUMBERS.shuffle(30, seed=1).repeat(3),
+        lambda: NUMBERS.shuffle(5, seed=1).shuffle(30, seed=1).repeat(2).shuffle(4, seed=2),
+        lambda: NUMBERS.shuffle(30, seed=1).batch(3).filter(lambda x: x[0] > 2).unbatch().shuffle(5, seed=7),
+        lambda: NUMBERS.shuffle(30, seed=2).window(3).flat_map(lambda window: window.batch(3)).shuffle(4, seed=3),
+        lambda: (
+            NUMBERS.shuffle(3, seed=1)
+            .interleave(lambda i: NUMBERS.map(lambda x: x + i).shuffle(9, seed=5), cycle_length=2)
+            .shuffle(9, seed=4)
+        ),
+        lambda: tf.data.Dataset.sample_from_datasets(
+            [NUMBERS.shuffle(9, seed=3), NUMBERS.shuffle(9, seed=3).shuffle(30, seed=4)], seed=9
+        ),
+        lambda: NUMBERS.cache().shuffle(30, seed=4).map(lambda x: x, num_parallel_calls=2).shuffle(8, seed=4),
+    ],
+)
+def test_a_pass_that_is_not_read_can_draw_as_one_that_was(make):
+    def third(pass_over):
+        tf.random.set_seed(3)
+        dataset = make()
+        for _ in range(2):
+            pass_over(dataset)
+        return [np.ravel(tf.nest.flatten(each)).tolist() for each in dataset.as_numpy_iterator()]
+
+    def drawn(dataset):
+        iter(dataset)
+        tf_data.draw_as_if_read(dataset)
+
+    assert third(drawn) == third(list)

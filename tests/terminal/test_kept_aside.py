@@ -35,6 +35,10 @@ def test_prints_come_through_in_order_and_the_dumps_do_not():
     assert run("order") == (0, "", "\n".join([*lines, "no failure, no dump", ""]), 0)
 
 
+def test_an_interrupt_leaves_standard_error_as_it_was():
+    assert run("interrupted") == (0, "", "left 0 times for ever, seldom until the next\ninside\noutside\n", 0)
+
+
 def test_lines_of_any_thread_come_through_beside_two_trainings():
     assert run("threads") == (0, "", "".join(f"line {i}\n" for i in range(200)), 0)
 

@@ -41,6 +41,30 @@ def order():
         say("no failure, no dump")
 
 
+def interrupted():
+    """Ctrl-C comes at every place of a window's beginning and end; then standard error is what it was.
+
+    At one place or another it may be so only behind the next window.
+    """
+    before, left, left_for_ever = os.fstat(2).st_ino, 0, 0
+    for i in range(200):
+        timer = threading.Timer(0.0003 + 0.000005 * (i % 100), signal.raise_signal, [signal.SIGINT])
+        with contextlib.suppress(KeyboardInterrupt):
+            timer.start()
+            while True:
+                with kept_aside.window():
+                    pass
+        timer.join()
+        left += os.fstat(2).st_ino != before
+        with kept_aside.window():
+            pass
+        left_for_ever += os.fstat(2).st_ino != before
+    say(f"left {left_for_ever} times for ever, {'seldom' if left < 20 else left} until the next")
+    with kept_aside.window():
+        say("inside")
+    say("outside")
+
+
 def threads():
     """Two trainings at a time, and somebody else who prints."""
 

@@ -181,3 +181,38 @@ def test_without_the_callback_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     autobatch.fit(model(), *data(), **OPTIONS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_goes_on_counts_its_updates_on(tmp_path):
+    fails = {"left": 1}
+
+    def once():
+        fails["left"] -= 1
+        return fails["left"] == -3
+
+    def train(folder, *callbacks):
+        autobatch.fit(
+            model(MemoryHog(lambda samples: once())),
+            *data(),
+            micro_batch=4,
+            epochs=2,
+            callbacks=[Board(folder), *callbacks],
+            backup=tmp_path / "backup",
+            backup_every=1,
+            **OPTIONS,
+        )
+
+    def stop(batch, logs):
+        if fails["left"] < -12:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "a", keras.callbacks.LambdaCallback(on_train_batch_end=stop))
+    before = values(tmp_path / "a")
+    kept = int(max((tmp_path / "backup").iterdir()).name.rpartition("-")[2])
+    fails["left"] = 10**6
+    train(tmp_path / "b")
+    found = values(tmp_path / "b")
+    assert "recoveries" in before
+    assert "recoveries" not in found, "what was written by the process before is not written again"
+    assert [step for step, _ in found["micro_batch"]] == [kept, *(step for step in (4, 8) if step > kept)]

@@ -69,6 +69,33 @@ def test_a_loss_for_each_output(tmp_path):
     assert [value.shape for value in y] == [(3,), (3, 2)]
 
 
+def test_losses_are_found_by_the_names_of_outputs(tmp_path):
+    inputs = keras.Input((5,))
+    listed = [layers.Dense(3, name="b")(inputs), layers.Dense(2, name="a")(inputs)]
+    losses = {"a": "mse", "b": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}
+    _, _, y, _ = loaded(saved(tmp_path, keras.Model(inputs, listed), optimizer="sgd", loss=losses))
+    assert [value.shape for value in y] == [(3,), (3, 2)]
+    named = keras.Model(inputs, {"w": layers.Dense(3)(inputs), "c": layers.Dense(2)(inputs)})
+    losses = {"w": "sparse_categorical_crossentropy", "c": "mse"}
+    _, _, y, _ = loaded(saved(tmp_path, named, optimizer="sgd", loss=losses))
+    assert {name: value.shape for name, value in y.items()} == {"w": (3,), "c": (3, 2)}
+    one = [None, "sparse_categorical_crossentropy"]
+    _, _, y, _ = loaded(saved(tmp_path, keras.Model(inputs, listed), optimizer="sgd", loss=one))
+    assert [value.shape for value in y] == [(3, 3), (3,)]
+
+
+def test_a_model_is_sized_without_a_compile_configuration_that_cannot_be_loaded(tmp_path):
+    @keras.saving.register_keras_serializable("tests")
+    def lost(y, outputs):
+        return keras.losses.mse(y, outputs)
+
+    path = saved(tmp_path, keras.Sequential([keras.Input((5,)), layers.Dense(3)]), optimizer="sgd", loss=lost)
+    del keras.saving.get_custom_objects()["tests>lost"]
+    model, _, _, notes = loaded(path)
+    assert model.loss == "mse"
+    assert "is sized with Adam and mean squared error: " in notes[0]
+
+
 @keras.saving.register_keras_serializable("tests")
 class Own(layers.Layer):
     def call(self, inputs):
