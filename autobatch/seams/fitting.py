@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer as _Trainer
-from keras.src.trainers.epoch_iterator import EpochIterator as _EpochIterator
 
 from autobatch.seams.patching import replaced
+from autobatch.seams.versions import place_of_steps, steps_as_keras_takes_them, steps_as_triples
 
 _WRAPPED = vars(_Trainer)["fit"]
 _INSIDE = inspect.unwrap(_WRAPPED)
@@ -78,11 +78,13 @@ def epochs_enumerated(adapter: Any, enumerate_epoch: Callable[[Any, Iterator[Any
     def instead(original: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
         def enumerate_iterator(self: Any) -> Iterator[Any]:
             steps = original(self)
-            return enumerate_epoch(self, steps) if self.data_adapter is adapter else steps
+            if self.data_adapter is not adapter:
+                return steps
+            return steps_as_keras_takes_them(enumerate_epoch(self, steps_as_triples(self, steps)))
 
         return enumerate_iterator
 
-    with replaced(_EpochIterator, "_enumerate_iterator", instead):
+    with replaced(*place_of_steps(), instead):
         yield
 
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context as _context
 
 from autobatch.seams.patching import replaced
+from autobatch.seams.versions import why_not_on_several_devices
 
 SUPPORTED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 
@@ -43,6 +44,8 @@ def require_supported_strategy(model: Any) -> None:
             "MultiWorkerMirroredStrategy: make it under one of these, or outside of any strategy's scope. "
             f"Received: {type(strategy).__name__}"
         )
+    if reason := why_not_on_several_devices():
+        raise ValueError(reason)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
         require_made_under(strategy, optimizer)

@@ -12,9 +12,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
-from keras.src.backend.common.variables import Variable as _CommonVariable
 
 from autobatch.seams.patching import replaced
+from autobatch.seams.versions import common_variable_class
 
 
 def inner_of(variable: Any) -> Any:
@@ -47,7 +47,7 @@ def assignments_taken(take: Callable[[Any, Any], bool], instead_of: Callable[[An
 
     with (
         replaced(_backend.Variable, "_direct_assign", taken),
-        replaced(_CommonVariable, "value", read_instead),
+        replaced(common_variable_class(), "value", read_instead),
     ):
         yield
 
