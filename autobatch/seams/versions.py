@@ -17,6 +17,7 @@ from keras.src.backend.common import variables as _variables
 from keras.src.backend.tensorflow import trainer as _trainer
 from keras.src.trainers import data_adapters as _data_adapters
 from keras.src.trainers import epoch_iterator as _epoch_iterator
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter as _DataAdapter
 
 from autobatch.seams.patching import replaced
 
@@ -61,7 +62,7 @@ def adapters_admitted() -> Iterator[None]:
 
     def admitting(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_data_adapter(x: Any, *args: Any, **named: Any) -> Any:
-            return x if isinstance(x, _data_adapters.DataAdapter) else original(x, *args, **named)
+            return x if isinstance(x, _DataAdapter) else original(x, *args, **named)
 
         return get_data_adapter
 
