@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras.src.backend.common import variables as _variables
 from keras.src.backend.tensorflow import trainer as _trainer
 from keras.src.trainers import data_adapters as _data_adapters
@@ -115,7 +116,24 @@ def _contents(cells: Any) -> Iterator[Any]:
             yield cell.cell_contents
 
 
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+def divisor_of_valid(valid: Any, dtype: Any) -> Any:
+    """Return the divisor of a mean of ``dtype`` over the ``valid`` elements that a mask lets pass: float64 scalars."""
+    # Ends with Keras 3.13: keras.config.epsilon() was added before.
+    if _KERAS >= (3, 13):
+        return valid
+    return tf.cast(tf.cast(valid, dtype) + tf.cast(keras.config.epsilon(), dtype), tf.float64)
+
+
 # -- several devices --------------------------------------------------------------------------------------------------
+
+
+def scalings_of_losses() -> tuple[str, ...]:
+    """Return the names of the functions that divide losses by the number of replicas, and multiply them again."""
+    # Ends with Keras 3.8: losses were not divided before.
+    return ("scale_loss_for_distribution", "unscale_loss_for_distribution") if _KERAS >= (3, 8) else ()
 
 
 def why_not_on_several_devices() -> str:

@@ -8,12 +8,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras_version import KERAS
 from models import arrays, classifier
 
 import autobatch
 from autobatch.seams import versions
-
-KERAS = tuple(int(number) for number in keras.__version__.split(".")[:2])
 
 NESTS = (
     None,
