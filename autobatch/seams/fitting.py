@@ -2,7 +2,7 @@
 
 A ``fit`` of the user's own may reach Keras's by ``super()``, or by a reference that was taken long before, as a
 decorator's. Keras wraps the function to shorten tracebacks. Every reference leads through the cell of that wrapper's
-closure, so the cell's content is replaced. Seen with Keras 3.14 and 3.15; ``tests/seams/test_fitting.py`` fails loudly
+closure, so the cell's content is replaced. Seen with Keras 3.6 to 3.15; ``tests/seams/test_fitting.py`` fails loudly
 when it moves.
 """
 

@@ -1,6 +1,6 @@
 """Private parts of Keras's models. Nothing outside of this room touches what is private in Keras or TensorFlow.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21. ``tests/seams/test_keras.py`` fails loudly when one of
+Seen with Keras 3.6 to 3.15 on TensorFlow 2.16 to 2.21. ``tests/seams/test_keras.py`` fails loudly when one of
 them moves.
 """
 

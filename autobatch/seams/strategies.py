@@ -1,6 +1,6 @@
 """Private parts of ``tf.distribute``, and of Keras's use of it: the only place that touches them.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; ``tests/seams/test_strategies.py`` fails loudly when a piece
+Seen with Keras 3.10 to 3.15 on TensorFlow 2.16 to 2.21; ``tests/seams/test_strategies.py`` fails loudly when a piece
 moves. What a user sees of strategies (scopes, ``TF_CONFIG``, cluster resolvers, collectives) stays TensorFlow's.
 """
 

@@ -1,6 +1,6 @@
 """Private parts of Keras's variables and of its BatchNormalization.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; see :mod:`autobatch.seams.models`.
+Seen with Keras 3.6 to 3.15 on TensorFlow 2.16 to 2.21; see :mod:`autobatch.seams.models`.
 """
 
 from __future__ import annotations

@@ -116,6 +116,14 @@ def _contents(cells: Any) -> Iterator[Any]:
             yield cell.cell_contents
 
 
+def settle_early_stopping(callback: Any) -> None:
+    """Let an ``EarlyStopping`` choose its direction now, so that it keeps the best value that is given to it."""
+    # Ends with Keras 3.7: it forgot the best value when it chose, at the end of its first epoch.
+    if _KERAS < (3, 7) and isinstance(callback, keras.callbacks.EarlyStopping) and callback.monitor_op is None:
+        with contextlib.suppress(ValueError):  # raised again by Keras, when the epoch ends
+            callback._set_monitor_op()
+
+
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
