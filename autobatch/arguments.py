@@ -150,6 +150,27 @@ def backup_every(value: Any) -> tuple[float, int | None]:
     return float("inf"), operator.index(value)
 
 
+OLDEST_TENSORFLOW = (2, 16)
+OLDEST_KERAS = (3, 6)
+
+
+def require_versions() -> None:
+    """Refuse a TensorFlow or a Keras that is imported and too old. The seams would not find in it what they need.
+
+    Raises:
+        ValueError: names what is too old, and the remedy.
+    """
+    for name, package, oldest in (("TensorFlow", "tensorflow", OLDEST_TENSORFLOW), ("Keras", "keras", OLDEST_KERAS)):
+        version = str(getattr(sys.modules.get(package), "__version__", ""))
+        numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+        if numbers and numbers < oldest:
+            least = ".".join(map(str, oldest))
+            raise ValueError(
+                f'autobatch needs {name} {least} or newer: run pip install "{package}>={least}". '
+                f"Received: {name} {version}"
+            )
+
+
 _OLDER_KERAS = ("tf_keras", "tensorflow.python.keras", "keras.engine", "keras.src.engine")
 
 
@@ -158,7 +179,7 @@ def require_keras_3(model: Any) -> None:
 
     Raises:
         TypeError: it is a model of Keras 2, as ``tf.keras`` makes with ``TF_USE_LEGACY_KERAS=1``.
-        ValueError: Keras runs on another backend than TensorFlow.
+        ValueError: Keras runs on another backend than TensorFlow, or it or TensorFlow is too old.
     """
     modules = [f"{base.__module__}." for base in type(model).__mro__]
     if any(module.startswith(f"{older}.") for module in modules for older in _OLDER_KERAS):
@@ -170,6 +191,7 @@ def require_keras_3(model: Any) -> None:
     backend = getattr(getattr(sys.modules.get("keras"), "backend", None), "backend", None)
     if backend is not None:
         require_backend(backend())
+    require_versions()
 
 
 def require_backend(backend: str) -> None:

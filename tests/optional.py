@@ -1,4 +1,4 @@
-"""Packages that autobatch works with and does without."""
+"""Packages that autobatch works with and does without, and what older versions of Keras cannot do."""
 
 from __future__ import annotations
 
@@ -32,3 +32,11 @@ def keras_tuner():
     if os.environ.get("AUTOBATCH_EXPECT_KERAS_TUNER"):
         return importlib.import_module("keras_tuner")
     return pytest.importorskip("keras_tuner")
+
+
+def several_devices():
+    """Training on several devices; under a Keras that is too old for it, the test is skipped with the reason."""
+    from autobatch.seams.versions import why_not_on_several_devices
+
+    if reason := why_not_on_several_devices():
+        pytest.skip(reason)

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import optional
 import pytest
 
+from autobatch import arguments
 from autobatch.cli import main
 
 ON_TORCH = """
@@ -20,6 +22,12 @@ import numpy as np
 from tensorflow.python.keras.engine.training import Model
 class Mine(Model): pass
 model = Mine()
+"""
+TOO_OLD = """
+import numpy as np, keras, tensorflow as tf
+{package}.__version__ = "{version}"
+model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
 """
 CALLS = """
 import sys, autobatch
@@ -66,6 +74,29 @@ def test_a_model_of_an_older_keras():
     for line in said:
         assert line.startswith("TypeError autobatch works with models of Keras 3, and this one is of Keras 2 (tf_keras")
         assert line.endswith("make the model with keras. Received: __main__.Mine")
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "sentence"),
+    [
+        ("keras", "3.5.0", 'Keras 3.6 or newer: run pip install "keras>=3.6". Received: Keras 3.5.0'),
+        ("tf", "2.15.1", 'TensorFlow 2.16 or newer: run pip install "tensorflow>=2.16". Received: TensorFlow 2.15.1'),
+        (
+            "tf",
+            "2.9.0-rc1",
+            'TensorFlow 2.16 or newer: run pip install "tensorflow>=2.16". Received: TensorFlow 2.9.0-rc1',
+        ),
+    ],
+)
+def test_a_version_that_is_too_old(package, version, sentence):
+    *said, _ = run(TOO_OLD.format(package=package, version=version))
+    assert said == [f"ValueError autobatch needs {sentence}"] * 3
+
+
+def test_the_oldest_versions_are_those_that_the_package_asks_for():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    for package, oldest in (("tensorflow", arguments.OLDEST_TENSORFLOW), ("keras", arguments.OLDEST_KERAS)):
+        assert f'  "{package}>={oldest[0]}.{oldest[1]}",' in project
 
 
 @pytest.mark.parametrize("target", ["keras:ResNet50", "model.keras"])

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from autobatch.errors import warn
+from autobatch.seams.versions import settle_early_stopping
 
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {
     keras.callbacks.History: ("epoch", "history"),
@@ -79,6 +80,8 @@ def prepare_callbacks(callbacks: Iterable[Any], states: list[dict[str, Any]]) ->
 def restore_callbacks(callbacks: Iterable[Any], states: list[dict[str, Any]]) -> None:
     """Put back the states of callbacks, after they were told that the training and its epoch begin."""
     for callback, state in _paired(callbacks, states):
+        if state.get("attributes", {}).get("best") is not None:
+            settle_early_stopping(callback)
         for name, value in state.get("attributes", {}).items():
             setattr(callback, name, value)
         if "own" in state and _has_own(callback):

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from autobatch.data import arrays
 from autobatch.seams import data_adapters, models
+from autobatch.seams.versions import leaves_with_paths
 from autobatch.types import Model
 
 _LOOKED_AT = 16
@@ -57,7 +58,7 @@ def _length(x: Any) -> str:
 def _of_arrays(parts: dict[str, Any]) -> dict[str, str]:
     found = {}
     for name, part in parts.items():
-        for path, leaf in keras.tree.flatten_with_path(part):
+        for path, leaf in leaves_with_paths(part):
             if leaf is not None:
                 place = name + "".join(f"[{key!r}]" for key in path)
                 shape = tuple(int(size) if size is not None else None for size in leaf.shape)

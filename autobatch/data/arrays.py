@@ -18,6 +18,7 @@ import tensorflow as tf
 from autobatch.data import economy
 from autobatch.seams import data_adapters
 from autobatch.seams.data_adapters import DataAdapter
+from autobatch.seams.versions import leaves_with_paths
 from autobatch.tensors.batch_structure import row_sizes
 from autobatch.types import Tensor
 
@@ -35,7 +36,7 @@ def require_usable(x: Any, y: Any, sample_weight: Any) -> None:
     shapes = [
         (name + "".join(f"[{key!r}]" for key in path), tuple(leaf.shape))
         for name, part in zip(_PART_NAMES, (x, y, sample_weight), strict=True)
-        for path, leaf in keras.tree.flatten_with_path(part)
+        for path, leaf in leaves_with_paths(part)
         if leaf is not None and len(getattr(leaf, "shape", ()))
     ]
     received = ", ".join(f"{name} of shape {_written(shape)}" for name, shape in shapes)

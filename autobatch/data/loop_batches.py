@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from autobatch.data import layouts
 from autobatch.errors import warn
 from autobatch.records import HostUse
+from autobatch.seams.versions import leaves_with_paths
 from autobatch.tensors.batch_structure import Structure, is_missing, rows_of
 from autobatch.types import Batch, ElementSpec
 
@@ -72,7 +72,7 @@ def _spec_of(part: Any) -> Any:
 
 def _parts(nest: Any) -> dict[tuple[Any, ...], Any]:
     """Return the parts of a batch, or their type specs, by their paths in it; a missing part is None."""
-    return {tuple(path): None if is_missing(part) else part for path, part in keras.tree.flatten_with_path(nest)}
+    return {path: None if is_missing(part) else part for path, part in leaves_with_paths(nest)}
 
 
 def _written(path: tuple[Any, ...]) -> str:

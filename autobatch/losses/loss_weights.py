@@ -88,6 +88,8 @@ class LossWeights:
         total = self.totals.of(count)
         if self.totals.mode is Mode.COUNT:
             return loss
+        if kind != "mean_with_sample_weight":
+            count, total = (losses.divisor_of_valid(valid, loss.dtype) for valid in (count, total))
         share = tf.math.divide_no_nan(count, total)
         return loss * tf.cast(share / self.fraction, loss.dtype)
 

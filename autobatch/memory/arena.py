@@ -5,7 +5,7 @@ On a GPU the limit is TensorFlow's own logical device. On the CPU it is an arena
 raises the same ``ResourceExhaustedError`` as a full GPU, so running out of memory is tested without a GPU.
 
 Private names of TensorFlow used here: ``context``, ``_context``, ``_initialized`` and ``_config`` of
-``tensorflow.python.eager.context``, seen in 2.19 to 2.21. Where one is missing, only speed and an early error message
+``tensorflow.python.eager.context``, seen in 2.16 to 2.21. Where one is missing, only speed and an early error message
 are lost. ``tensorflow.core.protobuf.config_pb2`` and ``tensorflow.python.util._pywrap_util_port`` are used as well.
 """
 

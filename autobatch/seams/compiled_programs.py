@@ -5,7 +5,7 @@ TensorFlow's profiler puts the ``HloProto`` of every program that runs into its 
 compilation.
 
 Private here: ``tensorflow.compiler.xla.service.hlo_pb2``, the names of its fields, and the profile's plane
-``/host:metadata`` (seen in 2.20 and 2.21 on a CPU). Where they are missing, only a hint is lost: the caller catches
+``/host:metadata`` (seen in 2.16 to 2.21 on a CPU). Where they are missing, only a hint is lost: the caller catches
 what is raised.
 """
 

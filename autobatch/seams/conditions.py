@@ -1,6 +1,6 @@
 """Replacement of the function behind ``tf.cond``, AutoGraph's branches and ``keras.ops.cond``.
 
-Seen with TensorFlow 2.20 and 2.21. Without it a step that applies an optimizer in a branch is refused.
+Seen with TensorFlow 2.16 to 2.21. Without it a step that applies an optimizer in a branch is refused.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A ``fit`` of the user's own may reach Keras's by ``super()``, or by a reference that was taken long before, as a
 decorator's. Keras wraps the function to shorten tracebacks. Every reference leads through the cell of that wrapper's
-closure, so the cell's content is replaced. Seen with Keras 3.14 and 3.15; ``tests/seams/test_fitting.py`` fails loudly
+closure, so the cell's content is replaced. Seen with Keras 3.6 to 3.15; ``tests/seams/test_fitting.py`` fails loudly
 when it moves.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer as _Trainer
 from keras.src.backend.tensorflow.trainer import TFEpochIterator as _TFEpochIterator
-from keras.src.trainers.epoch_iterator import EpochIterator as _EpochIterator
 
 from autobatch.seams import tf_data
 from autobatch.seams.patching import replaced
+from autobatch.seams.versions import place_of_steps, steps_as_keras_takes_them, steps_as_triples
 
 _WRAPPED = vars(_Trainer)["fit"]
 _INSIDE = inspect.unwrap(_WRAPPED)
@@ -80,11 +80,13 @@ def epochs_enumerated(adapter: Any, enumerate_epoch: Callable[[Any, Iterator[Any
     def instead(original: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
         def enumerate_iterator(self: Any) -> Iterator[Any]:
             steps = original(self)
-            return enumerate_epoch(self, steps) if self.data_adapter is adapter else steps
+            if self.data_adapter is not adapter:
+                return steps
+            return steps_as_keras_takes_them(enumerate_epoch(self, steps_as_triples(self, steps)))
 
         return enumerate_iterator
 
-    with replaced(_EpochIterator, "_enumerate_iterator", instead):
+    with replaced(*place_of_steps(), instead):
         yield
 
 

@@ -1,6 +1,6 @@
 """Private parts of TensorFlow's traced functions, and their temporary replacement.
 
-Seen with TensorFlow 2.20 and 2.21.
+Seen with TensorFlow 2.16 to 2.21.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from keras.src.losses import loss as _loss_module
 from keras.src.trainers.compile_utils import CompileLoss as _CompileLoss
 
 from autobatch.seams.patching import replaced
+from autobatch.seams.versions import divisor_of_valid as divisor_of_valid
+from autobatch.seams.versions import scalings_of_losses
 
 ReductionHandler = Callable[..., Any]
 """Handler of one reduction, in place of Keras's own ``reduce_weighted_values``.
@@ -85,10 +87,9 @@ def losses_unscaled() -> Iterator[None]:
 
     Each replica is traced on a thread of its own, so this holds on every thread.
     """
-    with (
-        replaced(_loss_module, "scale_loss_for_distribution", _as_it_is, on_every_thread=True),
-        replaced(_loss_module, "unscale_loss_for_distribution", _as_it_is, on_every_thread=True),
-    ):
+    with contextlib.ExitStack() as stack:
+        for name in scalings_of_losses():
+            stack.enter_context(replaced(_loss_module, name, _as_it_is, on_every_thread=True))
         yield
 
 

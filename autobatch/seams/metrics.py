@@ -1,6 +1,6 @@
 """Replacements in Keras's metrics while a step runs on one micro-batch after another.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; see :mod:`autobatch.seams.models`.
+Seen with Keras 3.6 to 3.15 on TensorFlow 2.16 to 2.21; see :mod:`autobatch.seams.models`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Private parts of Keras's models. Nothing outside of this room touches what is private in Keras or TensorFlow.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21. ``tests/seams/test_keras.py`` fails loudly when one of
+Seen with Keras 3.6 to 3.15 on TensorFlow 2.16 to 2.21. ``tests/seams/test_keras.py`` fails loudly when one of
 them moves.
 """
 
@@ -20,6 +20,7 @@ from keras.src.trainers.trainer import Trainer as _Trainer
 
 from autobatch.seams.functions import converted
 from autobatch.seams.patching import replaced, suspended
+from autobatch.seams.versions import holders_of_traces
 
 
 def untraced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -118,13 +119,8 @@ def kept_with_compilation(model: Any, name: str, make: Callable[[], Any]) -> Any
 
 def is_traced(function: Any) -> bool:
     """Return True if a train function of Keras's holds a trace; False for None."""
-    cells = getattr(function, "__closure__", None) or ()
-    for cell in cells:
-        with contextlib.suppress(ValueError):  # it is empty yet
-            count = getattr(cell.cell_contents, "experimental_get_tracing_count", None)
-            if count is not None and count():
-                return True
-    return False
+    counts = (getattr(holder, "experimental_get_tracing_count", None) for holder in holders_of_traces(function))
+    return any(count is not None and count() for count in counts)
 
 
 def own_function(model: Any, kind: str) -> Callable[[Any], Any]:

@@ -1,6 +1,6 @@
 """Optimizers of a step: those known beforehand, and the capture of their ``apply`` while the step is traced.
 
-Seen with Keras 3.14 and 3.15. ``tests/seams/test_keras.py`` fails loudly when a piece moves.
+Seen with Keras 3.6 to 3.15. ``tests/seams/test_keras.py`` fails loudly when a piece moves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Marks on the random operations of a trace: the layer whose call made them.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21. ``tests/graphs/test_draws.py`` fails when a piece moves.
+Seen with Keras 3.6 to 3.15 on TensorFlow 2.16 to 2.21. ``tests/graphs/test_draws.py`` fails when a piece moves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Private states of TensorFlow's random numbers: where eager operations draw their seeds, and the global generator.
 
-Seen with TensorFlow 2.20 and 2.21; ``tests/seams/test_random_states.py`` fails when a piece moves.
+Seen with TensorFlow 2.16 to 2.21; ``tests/seams/test_random_states.py`` fails when a piece moves.
 """
 
 from __future__ import annotations

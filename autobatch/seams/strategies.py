@@ -1,6 +1,6 @@
 """Private parts of ``tf.distribute``, and of Keras's use of it: the only place that touches them.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; ``tests/seams/test_strategies.py`` fails loudly when a piece
+Seen with Keras 3.10 to 3.15 on TensorFlow 2.16 to 2.21; ``tests/seams/test_strategies.py`` fails loudly when a piece
 moves. What a user sees of strategies (scopes, ``TF_CONFIG``, cluster resolvers, collectives) stays TensorFlow's.
 """
 
@@ -14,6 +14,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context as _context
 
 from autobatch.seams.patching import replaced
+from autobatch.seams.versions import why_not_on_several_devices
 
 SUPPORTED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 
@@ -43,6 +44,8 @@ def require_supported_strategy(model: Any) -> None:
             "MultiWorkerMirroredStrategy: make it under one of these, or outside of any strategy's scope. "
             f"Received: {type(strategy).__name__}"
         )
+    if reason := why_not_on_several_devices():
+        raise ValueError(reason)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
         require_made_under(strategy, optimizer)

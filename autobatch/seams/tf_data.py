@@ -1,6 +1,6 @@
 """Private parts of ``tf.data``: the only place that touches them.
 
-Seen with TensorFlow 2.20 and 2.21. Where a name has moved, the functions here answer "unknown" (None, or an empty list)
+Seen with TensorFlow 2.16 to 2.21. Where a name has moved, the functions here answer "unknown" (None, or an empty list)
 and their callers do without; ``tests/seams/test_tf_data.py`` fails loudly.
 """
 

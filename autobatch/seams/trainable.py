@@ -1,7 +1,7 @@
 """State of a model's ``trainable``: as of now, or as of an earlier trace.
 
 Keras looks at ``trainable`` while it traces a step. A change without ``compile`` has no effect before the next trace.
-Seen with Keras 3.14 and 3.15; ``tests/seams/test_trainable.py`` fails loudly when a piece moves.
+Seen with Keras 3.6 to 3.15; ``tests/seams/test_trainable.py`` fails loudly when a piece moves.
 """
 
 from __future__ import annotations

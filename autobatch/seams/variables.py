@@ -1,6 +1,6 @@
 """Private parts of Keras's variables and of its BatchNormalization.
 
-Seen with Keras 3.14 and 3.15 on TensorFlow 2.20 and 2.21; see :mod:`autobatch.seams.models`.
+Seen with Keras 3.6 to 3.15 on TensorFlow 2.16 to 2.21; see :mod:`autobatch.seams.models`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
-from keras.src.backend.common.variables import Variable as _CommonVariable
 
 from autobatch.seams.patching import replaced
+from autobatch.seams.versions import common_variable_class
 
 
 def inner_of(variable: Any) -> Any:
@@ -47,7 +47,7 @@ def assignments_taken(take: Callable[[Any, Any], bool], instead_of: Callable[[An
 
     with (
         replaced(_backend.Variable, "_direct_assign", taken),
-        replaced(_CommonVariable, "value", read_instead),
+        replaced(common_variable_class(), "value", read_instead),
     ):
         yield
 

@@ -16,7 +16,7 @@ from autobatch.errors import NoFeasibleBatchError
 from autobatch.records import Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.replicas.devices import Devices
-from autobatch.seams import models, progress_bars
+from autobatch.seams import models, progress_bars, versions
 from autobatch.terminal import notices
 from autobatch.train import in_tensorboard
 from autobatch.train.started_again import StartedAgain
@@ -66,6 +66,7 @@ def train(
         _functions_replaced(model, transaction, (lambda once: once()) if backup is None else backup.run),
         _quiet_about_length(batches, options),
         devices.during_fit(model, transaction),
+        versions.adapters_admitted(),
         notices.training(lambda: progress_bars.is_open(callbacks.callbacks), quiet=options.get("verbose") == 0),
     ):
         if again is not None:

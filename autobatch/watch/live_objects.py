@@ -93,7 +93,7 @@ def _kind(exact: type) -> Any:
     bases = exact.__mro__
     for kind in (tf.Tensor, keras.layers.Layer, tf.data.Dataset, list, dict):
         if kind in bases:
-            # Private names, seen in TensorFlow 2.20 and 2.21. In a version without them, these objects are not found.
+            # Private names, seen in TensorFlow 2.16 to 2.21. In a version without them, these objects are not found.
             name = {tf.Tensor: "EagerTensor", tf.data.Dataset: "CacheDataset"}.get(kind, exact.__name__)
             return kind if name == exact.__name__ else None
     return None

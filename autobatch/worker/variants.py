@@ -25,6 +25,8 @@ def rematerialised(call: Callable[[], _Built], what: str) -> tuple[_Built, list[
     """
     import keras
 
+    if not hasattr(keras, "RematScope"):
+        raise NotApplicableError(f"keras.RematScope is new in Keras 3.9, and this is Keras {keras.__version__}")
     covered = _Names()
     if what == "activations":
         scope = keras.RematScope(mode="activations")

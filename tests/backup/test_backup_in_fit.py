@@ -9,6 +9,7 @@ import signal
 import keras
 import models
 import numpy as np
+import optional
 import pytest
 import tensorflow as tf
 import uneven
@@ -262,6 +263,7 @@ def test_two_backups_at_a_time_are_refused(tmp_path):
 
 
 def test_a_strategy_is_refused(tmp_path):
+    optional.several_devices()
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         model = models.classifier("adam")
     with pytest.raises(ValueError, match=r"backup works on one device.*BackupAndRestore.*MirroredStrategy"):

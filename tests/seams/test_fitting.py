@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from autobatch.seams import data_adapters, fitting
+from autobatch.seams.versions import adapters_admitted
 
 _TAKEN_BEFORE = keras.Model.fit
 
@@ -70,11 +71,12 @@ def test_the_steps_of_an_epoch_are_given_by_another():
                 yield begin, end, iterator
                 counted.append((end, fitting.steps_in_pass(epoch)))
 
-    with fitting.epochs_enumerated(adapter, behind_two):
+    with adapters_admitted(), fitting.epochs_enumerated(adapter, behind_two):
         model.fit(adapter, epochs=2, callbacks=[Steps()], verbose=0, validation_data=(np.ones((2, 2)), np.ones((2, 1))))
     assert seen == ["epoch", 2, 3, 4, 5] * 2
     assert counted == [(step, (step + 1, 6)) for step in (2, 3, 4, 5)] * 2
-    model.fit(adapter, callbacks=[Steps()], verbose=0)
+    with adapters_admitted():
+        model.fit(adapter, callbacks=[Steps()], verbose=0)
     assert seen[-7:] == ["epoch", 0, 1, 2, 3, 4, 5]
 
 
@@ -84,6 +86,7 @@ def test_an_epoch_without_steps_ends_with_the_logs_that_are_given():
     adapter = data_adapters.data_adapter_for(x=np.ones((4, 2)), y=np.ones((4, 1)), batch_size=2)
     given = [{"mine": 3.0}]
     with (
+        adapters_admitted(),
         fitting.epochs_enumerated(adapter, lambda epoch, steps: iter(())),
         fitting.epoch_logs_of(model, lambda: given.pop() if given else None),
     ):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import optional
 import pytest
 from models import arrays, classifier
 
@@ -346,6 +347,7 @@ def test_a_fit_traces_trains_and_ends_while_another_is_traced():
 
 
 def test_replicas_are_traced_inside_of_replacements():
+    optional.several_devices()
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keras
+import optional
 import pytest
 import tensorflow as tf
 from keras.src.losses import loss as loss_module
@@ -17,6 +18,7 @@ from autobatch.seams import losses, optimizers, strategies
 
 @pytest.fixture(scope="module")
 def mirrored():
+    optional.several_devices()
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     with strategy.scope():
         return strategy, classifier()
