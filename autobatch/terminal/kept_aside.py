@@ -1,10 +1,9 @@
 """TensorFlow's lines of a failure that was expected are kept aside; nobody else's output is touched.
 
-When memory runs out, TensorFlow's C++ writes a list of all that its allocator holds to file descriptor 2: dozens of
-lines, or hundreds. In a trial, and in a step that will be undone and run again, that is no news. So while a step runs,
+When memory runs out, TensorFlow's C++ writes a list of all that its allocator holds to file descriptor 2: dozens or
+hundreds of lines. In a trial, and in a step that will be undone and run again, that is no news. So while a step runs,
 descriptor 2 is a pipe to a process of ours, :mod:`autobatch.terminal.relay`. That passes everything else on, byte for
-byte and at once. Between steps the descriptor is what it was: what the user's callbacks print passes by nobody, and a
-terminal is a terminal to them.
+byte and at once. Between steps the descriptor is what it was: to the user's callbacks a terminal is a terminal.
 
 What was kept aside goes to the logger "autobatch", at its debug level, once the failure has been dealt with. If an
 error that nobody expected ends the step, or a crash the process, it is printed.
