@@ -34,7 +34,8 @@ def showing_users_line(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Return ``function`` with the traceback of what it raises cut, as Keras cuts its own.
 
     Frames of autobatch and of TensorFlow's tracing go, up to the first line of the user's that was called from them.
-    An error that autobatch itself raises stays as it is, and so does every one after
+    Of an error of :mod:`autobatch.errors` that autobatch itself raises, nothing is left but the call: its message says
+    all. Another error that it raises stays as it is, and so does every one after
     ``keras.config.disable_traceback_filtering()``. Where an operation failed in a graph, a note names the user's line
     that had made it.
     """
@@ -51,9 +52,15 @@ def showing_users_line(function: Callable[_P, _R]) -> Callable[_P, _R]:
                 here = error.__traceback__
                 if here is not None:
                     here.tb_next = _without_own(here.tb_next)
+            elif error.__traceback__ is not None and _says_all(error) and _are_cut():
+                error.__traceback__.tb_next = None
             raise
 
     return wrapper
+
+
+def _says_all(error: Exception) -> bool:
+    return any(kind.__module__ == "autobatch.errors" for kind in type(error).__mro__)
 
 
 def _are_cut() -> bool:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from models import arrays, classifier
+from models import MemoryHog, arrays, classifier
 
 import autobatch
 from autobatch import tracebacks
@@ -143,3 +143,18 @@ def test_what_led_to_an_error_stays_with_it():
     error = failure(Faulty, caused)
     assert type(error.__cause__) is NameError
     assert np.array_equal(error.args, ["mine"])
+
+
+def test_of_an_error_whose_message_says_all_nothing_is_shown_but_the_call():
+    def shown():
+        hog = classifier(extra=[MemoryHog(lambda samples: True)])
+        with pytest.raises(autobatch.NoFeasibleBatchError, match="micro-batch of 1") as caught:
+            autobatch.tune(hog, *arrays(), target_batch=16, cache=False)
+        return [filename for filename, _ in frames(caught.value)]
+
+    assert shown() == [__file__, tracebacks.__file__]
+    keras.config.disable_traceback_filtering()
+    try:
+        assert len(shown()) > 4
+    finally:
+        keras.config.enable_traceback_filtering()
