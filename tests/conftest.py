@@ -19,9 +19,12 @@ os.environ["AUTOBATCH_CACHE_DIR"] = _session_cache.name
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-# A shell's background job, as under nohup, ignores Ctrl-C, and so does all that it starts. Some tests send it.
+# A shell's background job ignores Ctrl-C, one under nohup the end of its terminal, and so does all that it starts. Some
+# tests send these signals.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

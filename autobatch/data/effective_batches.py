@@ -287,7 +287,9 @@ class EffectiveBatches(ContinuableAdapter):
         if self._has_begun():
             return 0
         most = self.target_batch if self.sample_limit is None else min(self.target_batch, self.sample_limit)
-        batches = min(1 + self._ahead, self.num_batches or 1 + self._ahead)
+        # Rows that are read are put together in an array first, and copied from there.
+        under_way = 1 + self._ahead + isinstance(self._inner, arrays.MappedArrays)
+        batches = min(under_way, self.num_batches or under_way)
         return (batches * most - min(samples, most)) * self._sample_bytes()
 
     def _pipeline_uses(self) -> tuple[HostUse, ...]:

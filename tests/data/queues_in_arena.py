@@ -10,6 +10,11 @@ import gc
 import json
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 
@@ -31,8 +36,7 @@ class Held(keras.callbacks.Callback):
         self.before, self.most = limits.bytes_in_use("CPU:0"), 0
 
     def on_train_batch_end(self, batch, logs=None):
-        gc.collect()
-        time.sleep(0.2)  # the queue fills
+        time.sleep(0.1)  # the queue fills
         self.most = max(self.most, limits.bytes_in_use("CPU:0") - self.before)
 
 
@@ -57,7 +61,8 @@ for name, data in KINDS.items():
     model = keras.Sequential([keras.Input((SIZE // 4,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     held = Held()
-    autobatch.fit(model, *data(), target_batch=TARGET, micro_batch=16, epochs=2, verbose=0, callbacks=[held])
+    gc.collect()
+    autobatch.fit(model, *data(), target_batch=TARGET, micro_batch=16, epochs=1, verbose=0, callbacks=[held])
     prepared, _ = fit_data.prepare_data(model, *data(), *[None] * (2 - len(data())), target_batch=TARGET, options={})
     use = next(use for use in prepared.host_uses() if "effective batch" in use.name)
     found[name] = {"held": held.most / (TARGET * SIZE), "name": use.name, "told": use.held_bytes / (TARGET * SIZE)}
