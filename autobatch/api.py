@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autobatch import arguments
+from autobatch import arguments, interrupts
 from autobatch.errors import CannotBeCutError
 from autobatch.opening import effective_batch, open_trials, require_compiled, require_model
 from autobatch.records import Report
@@ -150,6 +150,7 @@ def fit(
             model, x, y, target_batch=target, options=given, keeps_order=saved is not None
         )
 
+        @interrupts.not_lost()
         def open_and_search() -> tuple[LiveTrials, resume.KeptPlan | None, Report]:
             effective = effective_batch(batches)
             trials = devices.open_trials(
@@ -215,6 +216,7 @@ def fit(
 
 
 @showing_users_line
+@interrupts.not_lost()
 def tune(
     model: keras.Model,
     dataset: Any,

@@ -60,7 +60,7 @@ def showing_users_line(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _says_all(error: Exception) -> bool:
-    return any(kind.__module__ == "autobatch.errors" for kind in type(error).__mro__)
+    return any(kind.__name__ == "AutobatchError" for kind in type(error).__mro__)
 
 
 def _are_cut() -> bool:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "autobatch"
-GROUND = {"records", "allocation_trace", "errors", "units", "version", "display", "terminal", "handover"}
+GROUND = {"records", "allocation_trace", "errors", "units", "version", "display", "terminal", "handover", "interrupts"}
 # What each room may import from, from the ground up. Lazy imports and modules named in strings count as well.
 ROOMS: dict[str, set[str]] = {
     "version": set(),
@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "units": set(),
     "record_codec": set(),
     "tracebacks": set(),
+    "interrupts": set(),
     "errors": {"tracebacks"},
     "arguments": {"units"},
     "handover": set(),

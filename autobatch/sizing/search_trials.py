@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from autobatch import search
+from autobatch import interrupts, search
 from autobatch.errors import FixedBatchSizeError, NoFeasibleBatchError
 from autobatch.records import Report, SearchResult, TrialRequest, TrialResult
 from autobatch.search import planning
@@ -59,8 +59,12 @@ def search_with(
             on_trial(trial_in_samples(trial, each))
         shown.append(trial)
 
+    def run_one(request: TrialRequest) -> TrialResult:
+        with interrupts.not_lost():  # one that has come during this trial ends the search before the next
+            return trials.run(request)
+
     def run(request: TrialRequest) -> TrialResult:
-        trial = trials.run(request)
+        trial = run_one(request)
         show(trial)
         return trial
 
@@ -75,7 +79,7 @@ def search_with(
             return make_report(trials, confirmed.result, confirmed.plan)
         started = time.monotonic()
         result = search.search(
-            without_repeats(trials.run, tried),
+            without_repeats(run_one, tried),
             target_batch=target_per_replica,
             budget_bytes=trials.environment.budget_bytes,
             headroom_bytes=(trials.environment.limit_bytes or 0) - (trials.environment.budget_bytes or 0),

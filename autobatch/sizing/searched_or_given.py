@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from autobatch import display
+from autobatch import display, interrupts
 from autobatch.records import Report, TrialResult
 from autobatch.sizing.reports import plan_of, say_what_differs, trace_planned, unsearched, warnings_of
 from autobatch.sizing.search_trials import search_with
@@ -73,7 +73,7 @@ def shown_search(trials: Trials, *, quiet: bool = False, known: Report | None = 
     def search_now(trials: Trials, on_trial: Callable[[TrialResult], None] | None = None) -> Report:
         if known is not None:
             return known
-        with kept_aside.window(expected=True):
+        with interrupts.not_lost(), kept_aside.window(expected=True):
             return search_with(trials, on_trial=on_trial, **settings)
 
     if quiet or display.show_search is None:
