@@ -113,7 +113,7 @@ class ValidationPasses:
     """Passes over the validation data that Keras's ``fit`` of ``model`` begins: each draws from the data's seeds.
 
     ``made`` are those of earlier processes, and of these those that were read. As many are drawn, and none of them is
-    read, before the first one here.
+    read, before the first one here. Keras 3.6 makes its passes elsewhere: there none is counted.
     """
 
     def __init__(self, model: Any, made: tuple[int, int] = (0, 0)) -> None:
