@@ -34,7 +34,7 @@ from autobatch.errors import warn
 from autobatch.handover.status import note_backup, note_backups_removed
 from autobatch.records import Environment, Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
-from autobatch.seams import fitting, random_states
+from autobatch.seams import fitting, random_states, versions
 from autobatch.types import Model
 
 _ALIKE = 0.1
@@ -181,6 +181,8 @@ class TrainingBackup:
                 )
             self._epoch = options["initial_epoch"] = self._kept["epoch"]
             self._prepare(of, self._kept)
+            if options.get("validation_steps") and (why := versions.why_validation_begins_anew()):
+                warn(why)
         begun, read = (0, 0) if self._kept is None else self._kept.get("validation_passes", (0, 0))
         self._validation = fitting.ValidationPasses(model, (begun, read))
         self._last_time, self._last_update = time.monotonic(), transaction.updates

@@ -144,6 +144,18 @@ def scalings_of_losses() -> tuple[str, ...]:
     return ("scale_loss_for_distribution", "unscale_loss_for_distribution") if _KERAS >= (3, 8) else ()
 
 
+def why_validation_begins_anew() -> str:
+    """Return why the place in validation data cannot be kept here, with ``validation_steps``; "" if it can."""
+    # Ends with Keras 3.7: it made its passes over data in another place before, see ValidationPasses.
+    if _KERAS >= (3, 7):
+        return ""
+    return (
+        "Shuffled validation data begin anew behind a restart, since Keras 3.6 does not show its passes over them: the "
+        'training itself goes on as ever. To keep their place, run pip install "keras>=3.7". '
+        f"Received: Keras {keras.__version__}"
+    )
+
+
 def why_not_on_several_devices() -> str:
     """Return why this Keras cannot train on several devices here; "" if it can."""
     # Ends with Keras 3.10. Until 3.9 each update of a metric joined all replicas, which no loop over micro-batches may

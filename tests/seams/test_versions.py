@@ -48,3 +48,9 @@ def test_several_devices_are_refused_in_a_sentence_by_a_keras_that_is_too_old_fo
         return
     with pytest.raises(ValueError, match=rf"needs Keras 3.10 or newer.*Received: Keras {keras.__version__}"):
         autobatch.fit(model, *arrays(), target_batch=24, micro_batch=12, verbose=0)
+
+
+def test_validation_data_that_begin_anew_are_said_by_a_keras_that_hides_its_passes():
+    why = versions.why_validation_begins_anew()
+    assert bool(why) == (KERAS < (3, 7))
+    assert why == "" or why.endswith(f"Received: Keras {keras.__version__}")
