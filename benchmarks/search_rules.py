@@ -30,7 +30,7 @@ from typing import Any
 from unittest import mock
 
 from autobatch.records import Outcome, SampleEstimate, TrialRequest, TrialResult
-from autobatch.search import candidate_sizes, driver, proposals_by_line, search
+from autobatch.search import Goal, Room, candidate_sizes, driver, proposals_by_line, search
 from autobatch.search.bracket import Bracket, Stage
 from autobatch.search.memory_model import fit_memory_model, largest_within
 from autobatch.search.moves import Measure, Run, SearchTerms, Stop, size_between
@@ -154,12 +154,13 @@ def searches(models: dict[str, Any], *, headroom: float, exact: bool, estimated:
             estimate = SampleEstimate(**model["estimate"]) if estimated else None
             result = search(
                 trial,
-                target_batch=target,
-                budget_bytes=budget,
-                headroom_bytes=int(limit) - budget,
-                fixed_bytes_hint=min(model["fixed_bytes_hint"], budget - 1),
+                Goal(target_batch=target, exact=exact),
+                Room(
+                    budget,
+                    headroom_bytes=int(limit) - budget,
+                    fixed_bytes_hint=min(model["fixed_bytes_hint"], budget - 1),
+                ),
                 estimate_sample=lambda estimate=estimate: estimate,
-                exact=exact,
             )
             candidates = candidate_sizes(target) if target else range(1, 4096)
             true = max(size for size in candidates if curve.peak(size) <= min(budget, usable * limit))

@@ -137,3 +137,14 @@ def test_the_plan_has_every_room_and_no_other():
     assert [name for name in sorted(named) if not (PACKAGE / name).exists()] == []
     rooms = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
     assert rooms <= named
+
+
+def test_bounds_of_the_search_name_tests_that_there_are():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "search.md").read_text(encoding="utf-8")))
+    found = {
+        name
+        for path in (ROOT / "tests" / "search").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(named) >= 6
+    assert named <= found, named - found

@@ -15,9 +15,10 @@ from autobatch.allocation_trace import AllocationTrace
 from autobatch.records import Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
 from autobatch.search import replay
 from autobatch.search.bracket import Bracket
+from autobatch.search.goal import NO_LIMITS, Goal, Limits, Room
 from autobatch.search.memory_model import fit_memory_model
 from autobatch.search.moves import Run, SearchTerms, Stop
-from autobatch.search.planning import candidate_sizes, require_objective, worth_one_shape
+from autobatch.search.planning import candidate_sizes, worth_one_shape
 from autobatch.search.proposals_by_line import propose, wants_estimate
 from autobatch.units import format_bytes
 
@@ -46,81 +47,25 @@ _FALLING = 1.05
 
 def search(
     run_trial: Callable[[TrialRequest], TrialResult],
+    goal: Goal,
+    room: Room,
     *,
-    target_batch: int | None,
-    budget_bytes: int | None,
-    headroom_bytes: int = 0,
-    max_micro_batch: int | None = None,
-    fixed_bytes_hint: int | None = None,
+    limits: Limits = NO_LIMITS,
     estimate_sample: Callable[[], SampleEstimate | None] | None = None,
-    exact: bool = False,
-    objective: str = "throughput",
-    one_shape: bool = False,
-    max_trials: int | None = None,
-    max_seconds: float | None = None,
-    clock: Callable[[], float] | None = None,
     on_trial: Callable[[TrialResult], None] | None = None,
 ) -> SearchResult:
     """Find the largest micro-batch that fits, by running a few sizes.
 
-    First trial: the largest candidate, if that is at most 32 and the weights take at most half of the budget. It mostly
-    fits, and is then the only trial. Where the weights alone fill the budget, it is the smallest candidate. Otherwise
-    ``estimate_sample`` gives a rough figure of what a sample needs. The first trial is then 0.4 of what fits by that
-    estimate, or a prime a little below. It is the largest candidate if twice that candidate fits by the estimate.
-    Without an estimate it is a probe of 8.
-
-    Next trials: where a trial recorded its allocations, its blocks are replayed at other sizes
-    (:mod:`autobatch.search.replay`). The largest size that finds room for them, less a margin, comes next. Otherwise
-    the bytes held before the first sample and the probe's peak make a line. The search runs the size that the line
-    predicts to fit, and refines until a size fits that is within 3 % of the prediction.
-
-    A prediction leaves room for half of the estimate's largest tensor, in the headroom if there is one: the free memory
-    of a nearly full allocator is in pieces. No such room is left where it would cost a whole candidate of a target. A
-    far prediction goes through a trial half-way; see :mod:`autobatch.search.proposals_by_line`.
-
-    Number of trials, where the budget and the peaks are known:
-
-    - A straight line whose fixed part is the hint, with an estimate that is wrong by less than a factor of 0.6 to 2.5:
-      3 at the most, mostly 2. There is no failure if the allocator loses up to half of the largest tensor.
-    - A straight line whose fixed part is the hint, without an estimate: 4 at the most, mostly 2 or 3. There is no
-      failure unless the first trial fails (less than 8 fit, or a target up to 32 does not).
-    - Any memory curve, however it bends: 8 led by the line, and up to 11 of bisection after those if some failed.
-    - ``exact``, a straight line whose fixed part is the hint: 6 at the most, with 2 failures (3 where no more than one
-      sample fits). With an estimate and above 200 samples there are one or two more.
-    - ``exact``, any curve: 10 + 2 log2(n) for n candidates.
-
-    Few models reach a budget that is all that the allocator has. Free memory is then in pieces, and sizes fail below
-    the line's prediction: on a CPU from 0.86 of it on, where convolutions ask for large workspaces. After each such
-    failure a smaller size is run.
-
-    Without a budget, or where the allocator keeps no peak, the size doubles from the first trial on until it fails. It
-    is then bisected, to 3 % or, if ``exact``, to the end: 2 log2(n) + 2 trials.
-
-    Where not even one sample fits beside the headroom, but ran within ``budget_bytes + headroom_bytes``, the search
-    goes on without headroom. The trials that ran so far then count by what they needed.
-
-    With a target, only the distinct ``ceil(target_batch / k)`` are run. The search then also stops where the next of
-    them is predicted not to fit. Under the objective "throughput" one more, smaller candidate is run where a smaller
-    size was faster than the largest fit, and fewer than 4 trials were run.
+    docs/search.md says how each size is chosen, how many trials that takes, and which test holds it.
 
     Args:
         run_trial: Runs one size and returns its outcome. Its exceptions are passed on.
-        target_batch: The effective batch, None if there is none.
-        budget_bytes: Upper bound on a peak, None if unknown.
-        headroom_bytes: Memory that the allocator has beside the budget; what it loses in pieces may be lost there.
-        max_micro_batch: The largest size worth trying.
-        fixed_bytes_hint: A lower bound on every peak: weights, accumulators and optimizer slots.
+        goal: The size that is looked for.
+        room: The memory that a trial may take.
+        limits: The point at which the search ends early. The best that was run is returned.
         estimate_sample: Called at most once, before the first trial. The bytes that a sample adds to the peak choose
             the first trial; later they are a lower bound on the slope of a line (0.4 of them) or of a replay. The
             largest tensor's bytes decide how much room a prediction leaves.
-        exact: Prove it: one more than the size returned (with a target: the next candidate) is run and fails.
-        objective: "throughput" or "largest".
-        one_shape: Each size is compiled by itself, so that under the objective "throughput" sizes that divide the
-            target are preferred (see :mod:`autobatch.search.planning`). One more of them may be run at the end, in
-            place of what training would compile.
-        max_trials: Stop after this number of trials. The best that was run is returned.
-        max_seconds: Start no trial later than this after the start, other than the first. Needs ``clock``.
-        clock: Returns seconds from any origin, like ``time.monotonic``.
         on_trial: Called with each result as it comes.
 
     Returns:
@@ -128,39 +73,17 @@ def search(
         ``smallest_failure`` is 1, unless a limit stopped the search before.
 
     Raises:
-        ValueError: an argument is out of range, or ``run_trial`` returned another size than it was asked for.
+        ValueError: ``run_trial`` returned another size than it was asked for.
     """
-    require_objective(objective)
-    _require_positive(
-        target_batch=target_batch,
-        budget_bytes=budget_bytes,
-        max_micro_batch=max_micro_batch,
-        max_trials=max_trials,
-        max_seconds=max_seconds,
-    )
-    if headroom_bytes < 0:
-        raise ValueError(f"headroom_bytes must not be negative. Received: {headroom_bytes!r}")
-    if fixed_bytes_hint is not None and fixed_bytes_hint < 0:
-        raise ValueError(f"fixed_bytes_hint must not be negative. Received: {fixed_bytes_hint!r}")
-    if max_seconds is not None and clock is None:
-        raise ValueError(f"max_seconds needs a clock, such as time.monotonic. Received: {max_seconds=}, {clock=}")
-
-    started = clock() if clock is not None else 0.0
+    limit_reached = limits.begun()
     # Where no sizes compete for speed, nothing is timed beyond the steps that show that a size fits.
-    timed_steps = 0 if target_batch is None or objective == "largest" else TIMED_STEPS
+    timed_steps = TIMED_STEPS if goal.by_speed else 0
     trials: list[TrialResult] = []
     traces: list[AllocationTrace] = []
     headroom_given_up = False
 
-    def limit_reached() -> str | None:
-        if max_trials is not None and len(trials) >= max_trials:
-            return f"limit of {max_trials} trial{'s' if max_trials > 1 else ''} reached"
-        if max_seconds is not None and clock is not None and trials and clock() - started >= max_seconds:
-            return f"limit of {max_seconds:g} s reached"
-        return None
-
     def run(micro_batch: int) -> TrialResult:
-        request = TrialRequest(micro_batch, timed_steps=timed_steps, record_allocations=budget_bytes is not None)
+        request = TrialRequest(micro_batch, timed_steps=timed_steps, record_allocations=room.budget_bytes is not None)
         trial = run_trial(request)
         if trial.micro_batch != micro_batch:
             raise ValueError(f"run_trial was asked for {micro_batch}. Received: {trial!r}")
@@ -175,32 +98,31 @@ def search(
         return trial
 
     terms = SearchTerms(
-        budget_bytes=budget_bytes,
-        fixed_bytes_hint=fixed_bytes_hint or 0,
-        headroom_bytes=headroom_bytes,
-        exact=exact,
-        top_name=_top_name(target_batch, max_micro_batch),
-        unlimited=target_batch is None and max_micro_batch is None and budget_bytes is None,
+        budget_bytes=room.budget_bytes,
+        fixed_bytes_hint=room.fixed_bytes_hint or 0,
+        headroom_bytes=room.headroom_bytes,
+        exact=goal.exact,
+        top_name=_top_name(goal),
+        unlimited=goal.target_batch is None and goal.max_micro_batch is None and room.budget_bytes is None,
     )
-    one_shape = one_shape and objective == "throughput" and not exact
-    bracket = Bracket(_candidates(target_batch, max_micro_batch, one_shape=one_shape))
+    bracket = Bracket(_candidates(goal))
     if estimate_sample is not None and wants_estimate(bracket, terms):
         terms = replace(terms, estimate=estimate_sample())
     while True:
         proposal = propose(bracket, trials, terms)
         if isinstance(proposal, Stop) and bracket.largest_fit is None and not headroom_given_up:
             # That one sample is over the budget proves nothing about the limit itself.
-            whole_limit = None if budget_bytes is None else budget_bytes + headroom_bytes
-            trials[:] = [_judged_by(trial, whole_limit) for trial in trials]
+            whole = room.without_headroom()
+            trials[:] = [_judged_by(trial, whole.budget_bytes) for trial in trials]
             if any(trial.fits for trial in trials):
                 headroom_given_up = True
-                terms = replace(terms, budget_bytes=whole_limit, headroom_bytes=0)
+                terms = replace(terms, budget_bytes=whole.budget_bytes, headroom_bytes=whole.headroom_bytes)
                 bracket = _observed(bracket.candidates, trials)
                 continue
         if isinstance(proposal, Stop):
             stopped_because = proposal.reason
             break
-        if (reached := limit_reached()) is not None:
+        if (reached := limit_reached(len(trials))) is not None:
             stopped_because = reached
             break
         known = len(traces)
@@ -215,18 +137,18 @@ def search(
                 last = traces[-1]
                 terms = replace(terms, replayed=told, in_parallel=last.in_parallel, is_compiled=last.is_compiled)
 
-    if target_batch is not None and objective == "throughput" and limit_reached() is None:
+    if goal.target_batch is not None and goal.by_speed and limit_reached(len(trials)) is None:
         faster = _maybe_faster(bracket, trials)
         if faster is not None:
             run(faster)
-        if one_shape and bracket.largest_fit is not None and limit_reached() is None:
-            dividing = worth_one_shape(trials, target_batch=target_batch)
+        if goal.prefers_divisors and bracket.largest_fit is not None and limit_reached(len(trials)) is None:
+            dividing = worth_one_shape(trials, target_batch=goal.target_batch)
             if dividing is not None:
                 run(dividing)
 
     if headroom_given_up:
         stopped_because += "; the headroom was given up, since nothing fits beside it"
-    fit = fit_memory_model(trials, budget_bytes=terms.budget_bytes, fixed_bytes_hint=fixed_bytes_hint)
+    fit = fit_memory_model(trials, budget_bytes=terms.budget_bytes, fixed_bytes_hint=room.fixed_bytes_hint)
     return SearchResult(
         largest_fit=bracket.largest_fit,
         smallest_failure=bracket.smallest_failure,
@@ -299,16 +221,17 @@ def _told(trial: TrialResult, again: int | None) -> tuple[int, str, str]:
     return trial.micro_batch, first, second
 
 
-def _candidates(target_batch: int | None, max_micro_batch: int | None, *, one_shape: bool) -> Sequence[int]:
-    if target_batch is not None:
-        return candidate_sizes(target_batch, max_micro_batch, one_shape=one_shape)
-    return range(1, (max_micro_batch or FURTHEST) + 1)
+def _candidates(goal: Goal) -> Sequence[int]:
+    if goal.target_batch is not None:
+        return candidate_sizes(goal.target_batch, goal.max_micro_batch, one_shape=goal.prefers_divisors)
+    return range(1, (goal.max_micro_batch or FURTHEST) + 1)
 
 
-def _top_name(target_batch: int | None, max_micro_batch: int | None) -> str:
-    if target_batch is not None and (max_micro_batch is None or max_micro_batch >= target_batch):
+def _top_name(goal: Goal) -> str:
+    target, most = goal.target_batch, goal.max_micro_batch
+    if target is not None and (most is None or most >= target):
         return "the target itself"
-    if max_micro_batch is not None:
+    if most is not None:
         return "the largest size allowed"
     return f"{FURTHEST}, the largest size that is ever tried,"
 
@@ -329,10 +252,3 @@ def _maybe_faster(bracket: Bracket, trials: Sequence[TrialResult]) -> int | None
     untried = [size for size in between if all(size != trial.micro_batch for trial in trials)]
     middle = math.sqrt(fastest * largest.micro_batch)
     return min(untried, key=lambda size: abs(size - middle), default=None)
-
-
-def _require_positive(**arguments: float | None) -> None:
-    for name, value in arguments.items():
-        # No upper bound, and 0 is no way to say "none": None is.
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0, or None. Received: {value!r}")

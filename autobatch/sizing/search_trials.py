@@ -80,18 +80,20 @@ def search_with(
         started = time.monotonic()
         result = search.search(
             without_repeats(run_one, tried),
-            target_batch=target_per_replica,
-            budget_bytes=trials.environment.budget_bytes,
-            headroom_bytes=(trials.environment.limit_bytes or 0) - (trials.environment.budget_bytes or 0),
-            max_micro_batch=trials.largest_useful,
-            fixed_bytes_hint=trials.fixed_bytes_hint,
+            search.Goal(
+                target_batch=target_per_replica,
+                max_micro_batch=trials.largest_useful,
+                objective=objective,
+                exact=exact,
+                one_shape=trials.environment.jit_compile,
+            ),
+            search.Room(
+                trials.environment.budget_bytes,
+                headroom_bytes=(trials.environment.limit_bytes or 0) - (trials.environment.budget_bytes or 0),
+                fixed_bytes_hint=trials.fixed_bytes_hint,
+            ),
+            limits=search.Limits(max_trials, max_seconds, time.monotonic),
             estimate_sample=trials.estimate_sample,
-            exact=exact,
-            objective=objective,
-            one_shape=trials.environment.jit_compile,
-            max_trials=max_trials,
-            max_seconds=max_seconds,
-            clock=time.monotonic,
             on_trial=show,
         )
     except FixedBatchSizeError as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autobatch.records import SampleEstimate
-from autobatch.search import candidate_sizes, search
+from autobatch.search import Goal, Room, candidate_sizes, search
 
 from .curves import SHAPES, make_device
 
@@ -51,11 +51,9 @@ def simulate(
             estimate = SampleEstimate(per_sample * rng.uniform(0.6, 1.7), 0.0) if estimated else None
             result = search(
                 device,
-                target_batch=target,
-                budget_bytes=device.budget_bytes,
-                fixed_bytes_hint=held if hinted else None,
+                Goal(target_batch=target, exact=exact),
+                Room(device.budget_bytes, fixed_bytes_hint=held if hinted else None),
                 estimate_sample=lambda estimate=estimate: estimate,
-                exact=exact,
             )
             true = device.largest(candidate_sizes(target) if target else range(1, 1 << 20))
             found = result.largest_fit

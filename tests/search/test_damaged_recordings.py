@@ -9,8 +9,7 @@ import pytest
 from autobatch.memory.allocations import Recording, trace_of
 from autobatch.memory.profile_reader import Event
 from autobatch.records import Outcome, TrialResult
-from autobatch.search import replay
-from autobatch.search.driver import search
+from autobatch.search import Goal, Room, replay, search
 from search.damaged import damaged, whole
 
 MIB = 2**20
@@ -39,7 +38,7 @@ def test_ten_thousand_damaged_recordings_end_no_search(part):
                 allocations=told if fits else None,
             )
 
-        found = search(run_trial, target_batch=512, budget_bytes=10 * MIB + largest * MIB, objective="largest")
+        found = search(run_trial, Goal(target_batch=512, objective="largest"), Room(10 * MIB + largest * MIB))
         assert found.largest_fit in run
         assert found.largest_fit <= largest
     assert 0 < believed < 900, "some faults leave a recording that may be true; most do not"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from autobatch.allocation_trace import AllocationTrace
 from autobatch.records import Outcome, SampleEstimate, SearchResult, TrialRequest, TrialResult
-from autobatch.search import candidate_sizes, make_plan, search
+from autobatch.search import Goal, Limits, Room, candidate_sizes, make_plan, search
 from autobatch.search.driver import TIMED_STEPS
 
 from .curves import CompiledDevice, Device, RecordingDevice
@@ -65,12 +67,7 @@ def test_every_small_monotone_curve_at_every_limit(exact: bool) -> None:
             for hint, failure in ((None, "silent"), (10_000, "silent"), (5_000, "measured")):
                 device = Device(device_curve, budget, failure)
                 result = search(
-                    device,
-                    target_batch=None,
-                    max_micro_batch=len(rises),
-                    budget_bytes=budget,
-                    fixed_bytes_hint=hint,
-                    exact=exact,
+                    device, Goal(max_micro_batch=len(rises), exact=exact), Room(budget, fixed_bytes_hint=hint)
                 )
                 check_invariants(result, candidates)
                 true = device.largest(candidates)
@@ -98,7 +95,7 @@ def test_every_set_of_sizes_that_fit_monotone_or_not(exact: bool, keeps_peaks: b
                 return device(request)
 
             result = search(
-                run, target_batch=target, max_micro_batch=None if target else 7, budget_bytes=200, exact=exact
+                run, Goal(target_batch=target, max_micro_batch=None if target else 7, exact=exact), Room(200)
             )
             check_invariants(result, candidates)
             if exact:
@@ -117,11 +114,8 @@ def test_straight_lines_stay_within_the_stated_counts(exact: bool, target: int |
             device = Device(lambda b, f=fixed, s=slope: 1000 * (f + s * b), 1000 * budget, failure)
             result = search(
                 device,
-                target_batch=target,
-                max_micro_batch=4000 if target is None else None,
-                budget_bytes=device.budget_bytes,
-                fixed_bytes_hint=1000 * fixed,
-                exact=exact,
+                Goal(target_batch=target, max_micro_batch=4000 if target is None else None, exact=exact),
+                Room(device.budget_bytes, fixed_bytes_hint=1000 * fixed),
             )
             check_invariants(result, candidates)
             true = device.largest(candidates)
@@ -171,13 +165,14 @@ def test_any_curve_ends_within_the_stated_bound_on_a_size_that_fits(
     candidates = range(1, len(peaks) + 1) if target is None else candidate_sizes(target)
     result = search(
         device,
-        target_batch=target,
-        max_micro_batch=len(peaks) if target is None else None,
-        budget_bytes=budget if knows_budget else None,
-        fixed_bytes_hint=hint,
+        Goal(
+            target_batch=target,
+            max_micro_batch=len(peaks) if target is None else None,
+            objective=objective,
+            exact=exact,
+        ),
+        Room(budget if knows_budget else None, fixed_bytes_hint=hint),
         estimate_sample=lambda: estimate,
-        exact=exact,
-        objective=objective,
     )
     check_invariants(result, candidates)
     if exact:
@@ -217,12 +212,9 @@ def test_an_estimate_that_is_wrong_by_a_factor_leads_there_in_two_or_three(exact
 
         result = search(
             run,
-            target_batch=None,
-            max_micro_batch=1024,
-            budget_bytes=line.budget_bytes,
-            fixed_bytes_hint=fixed,
+            Goal(max_micro_batch=1024, exact=exact),
+            Room(line.budget_bytes, fixed_bytes_hint=fixed),
             estimate_sample=lambda wrong=wrong, slope=slope, piece=piece: SampleEstimate(wrong * slope, piece * slope),
-            exact=exact,
         )
         check_invariants(result, range(1, 1025))
         true = frayed.largest(range(1, 1025))
@@ -241,11 +233,11 @@ def test_an_estimate_that_is_wrong_by_a_factor_leads_there_in_two_or_three(exact
 
 def test_an_estimate_chooses_the_first_trial() -> None:
     device = Device(lambda b: 100 + 10 * b, 1100)
-    arguments = {"budget_bytes": 1100, "fixed_bytes_hint": 100}
-    right = search(device, target_batch=None, estimate_sample=lambda: SampleEstimate(10.0, 0.0), **arguments)
+    room = Room(1100, fixed_bytes_hint=100)
+    right = search(device, Goal(), room, estimate_sample=lambda: SampleEstimate(10.0, 0.0))
     assert ran(right) == [37, 100]  # a prime below 0.4 of what is estimated to fit
     # Half of what is estimated to fit is the whole target: no probe is needed.
-    sure = search(device, target_batch=50, estimate_sample=lambda: SampleEstimate(10.0, 0.0), **arguments)
+    sure = search(device, Goal(target_batch=50), room, estimate_sample=lambda: SampleEstimate(10.0, 0.0))
     assert ran(sure) == [50]
 
 
@@ -254,9 +246,9 @@ def test_an_estimate_is_asked_for_only_where_it_helps() -> None:
         raise AssertionError("asked for")
 
     device = Device(lambda b: b, 10**6)
-    assert ran(search(device, target_batch=32, budget_bytes=10**6, estimate_sample=never)) == [32]
-    assert ran(search(device, target_batch=100, budget_bytes=None, estimate_sample=never))[0] == 8
-    assert ran(search(device, target_batch=100, budget_bytes=10, fixed_bytes_hint=20, estimate_sample=never))[0] == 1
+    assert ran(search(device, Goal(target_batch=32), Room(10**6), estimate_sample=never)) == [32]
+    assert ran(search(device, Goal(target_batch=100), Room(None), estimate_sample=never))[0] == 8
+    assert ran(search(device, Goal(target_batch=100), Room(10, fixed_bytes_hint=20), estimate_sample=never))[0] == 1
 
 
 def test_room_for_the_largest_tensor_costs_no_whole_candidate() -> None:
@@ -264,9 +256,8 @@ def test_room_for_the_largest_tensor_costs_no_whole_candidate() -> None:
     device = Device(lambda b: 100 + 7 * b, 1000)
     result = search(
         device,
-        target_batch=256,
-        budget_bytes=1000,
-        fixed_bytes_hint=100,
+        Goal(target_batch=256),
+        Room(1000, fixed_bytes_hint=100),
         estimate_sample=lambda: SampleEstimate(7.0, 1.0),
     )
     assert result.largest_fit == 128
@@ -275,10 +266,10 @@ def test_room_for_the_largest_tensor_costs_no_whole_candidate() -> None:
 
 def test_the_room_for_the_largest_tensor_may_lie_in_the_headroom() -> None:
     device = Device(lambda b: 100 + 10 * b, 950)
-    arguments = {"target_batch": None, "budget_bytes": 950, "fixed_bytes_hint": 100}
+    room = Room(950, fixed_bytes_hint=100)
     estimate = SampleEstimate(10.0, 2.0)
-    tight = search(device, estimate_sample=lambda: estimate, **arguments)  # type: ignore[arg-type]
-    roomy = search(device, estimate_sample=lambda: estimate, headroom_bytes=85, **arguments)  # type: ignore[arg-type]
+    tight = search(device, Goal(), room, estimate_sample=lambda: estimate)
+    roomy = search(device, Goal(), replace(room, headroom_bytes=85), estimate_sample=lambda: estimate)
     assert (tight.largest_fit, roomy.largest_fit) == (77, 85)
 
 
@@ -289,25 +280,25 @@ def test_only_where_speed_counts_are_steps_timed() -> None:
         asked.append(request.timed_steps)
         return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=request.micro_batch)
 
-    search(run, target_batch=64, budget_bytes=1000)
+    search(run, Goal(target_batch=64), Room(1000))
     assert set(asked) == {TIMED_STEPS}
     asked.clear()
-    search(run, target_batch=64, budget_bytes=1000, objective="largest")
-    search(run, target_batch=None, budget_bytes=1000)
+    search(run, Goal(target_batch=64, objective="largest"), Room(1000))
+    search(run, Goal(), Room(1000))
     assert set(asked) == {0}
 
 
 @pytest.mark.parametrize("target", [1, 8, 32, 256])
 def test_a_target_that_fits_takes_one_trial_if_small_and_two_if_not(target: int) -> None:
     device = Device(lambda b: 100 + b, 1000)
-    result = search(device, target_batch=target, budget_bytes=1000, fixed_bytes_hint=100)
+    result = search(device, Goal(target_batch=target), Room(1000, fixed_bytes_hint=100))
     assert ran(result) == ([target] if target <= 32 else [8, target])
     assert result.stopped_because == "the target itself fits"
 
 
 def test_heavy_weights_make_even_a_small_target_start_with_a_probe() -> None:
     device = Device(lambda b: 600 + 20 * b, 1000)
-    result = search(device, target_batch=32, budget_bytes=1000, fixed_bytes_hint=600)
+    result = search(device, Goal(target_batch=32), Room(1000, fixed_bytes_hint=600))
     assert ran(result)[0] == 8
     assert result.largest_fit == 16
     assert failures(result) == 0
@@ -315,7 +306,7 @@ def test_heavy_weights_make_even_a_small_target_start_with_a_probe() -> None:
 
 def test_weights_alone_above_the_budget_are_found_out_by_one_sample() -> None:
     device = Device(lambda b: 2000 + b, 1000)
-    result = search(device, target_batch=256, budget_bytes=1000, fixed_bytes_hint=2000)
+    result = search(device, Goal(target_batch=256), Room(1000, fixed_bytes_hint=2000))
     assert ran(result) == [1]
     assert result.largest_fit is None
     assert result.stopped_because == "not even a micro-batch of 1 fits"
@@ -323,14 +314,14 @@ def test_weights_alone_above_the_budget_are_found_out_by_one_sample() -> None:
 
 def test_default_mode_says_what_the_next_useful_size_would_need() -> None:
     device = Device(lambda b: (100 + 10 * b) << 20, 1000 << 20)
-    result = search(device, target_batch=256, budget_bytes=1000 << 20, fixed_bytes_hint=100 << 20)
+    result = search(device, Goal(target_batch=256), Room(1000 << 20, fixed_bytes_hint=100 << 20))
     assert ran(result) == [8, 86]
     assert result.stopped_because == "the next useful size, 128, is predicted to need 1.3 GiB of 1000 MiB"
 
 
 def test_exact_mode_says_what_is_proven() -> None:
     device = Device(lambda b: 100 + 10 * b, 1060)
-    result = search(device, target_batch=None, budget_bytes=1060, fixed_bytes_hint=100, exact=True)
+    result = search(device, Goal(exact=True), Room(1060, fixed_bytes_hint=100))
     assert (result.largest_fit, result.smallest_failure) == (96, 97)
     assert result.stopped_because == "proven: 96 fits, 97 does not"
 
@@ -338,7 +329,7 @@ def test_exact_mode_says_what_is_proven() -> None:
 def test_a_far_prediction_goes_through_a_trial_half_way() -> None:
     # Twice as steep from 1000 samples on: eight of them predict 10 000, which would fail.
     device = Device(lambda b: 1000 + b + max(0, b - 1000), 11_000)
-    result = search(device, target_batch=None, budget_bytes=11_000, fixed_bytes_hint=1000)
+    result = search(device, Goal(), Room(11_000, fixed_bytes_hint=1000))
     assert ran(result)[1] < 5000
     assert failures(result) <= 1
     assert result.largest_fit is not None
@@ -348,7 +339,7 @@ def test_a_far_prediction_goes_through_a_trial_half_way() -> None:
 def test_a_flat_start_does_not_mislead() -> None:
     # The optimizer's update rules the peak up to 60 samples.
     device = Device(lambda b: max(700, 400 + 5 * b), 1000)
-    result = search(device, target_batch=None, budget_bytes=1000, fixed_bytes_hint=300)
+    result = search(device, Goal(), Room(1000, fixed_bytes_hint=300))
     assert failures(result) <= 1
     assert result.largest_fit is not None
     assert 0.97 * 120 <= result.largest_fit <= 120
@@ -361,7 +352,7 @@ def test_the_bytes_that_a_failure_names_shorten_the_way_down() -> None:
             return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=needed)
         return TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY, requested_bytes=needed - 100)
 
-    result = search(run, target_batch=32, budget_bytes=1000, fixed_bytes_hint=100)
+    result = search(run, Goal(target_batch=32), Room(1000, fixed_bytes_hint=100))
     # One allocation of 9600 bytes for 32 samples allows 3 at the most.
     assert ran(result)[:2] == [32, 1]
     assert failures(result) == 1
@@ -369,11 +360,11 @@ def test_the_bytes_that_a_failure_names_shorten_the_way_down() -> None:
 
 def test_without_peaks_it_doubles_and_bisects() -> None:
     device = Device(lambda b: b, 100, keeps_peaks=False)
-    result = search(device, target_batch=None, budget_bytes=100, exact=True)
+    result = search(device, Goal(exact=True), Room(100))
     assert ran(result)[:5] == [8, 16, 32, 64, 128]
     assert (result.largest_fit, result.smallest_failure) == (100, 101)
     assert result.memory_model is None
-    rough = search(device, target_batch=None, budget_bytes=100)
+    rough = search(device, Goal(), Room(100))
     assert rough.largest_fit is not None
     assert 97 <= rough.largest_fit <= 100
     assert len(rough.trials) < len(result.trials)
@@ -381,7 +372,7 @@ def test_without_peaks_it_doubles_and_bisects() -> None:
 
 def test_without_a_budget_it_doubles_up_to_the_target() -> None:
     device = Device(lambda b: b, 10**9)
-    result = search(device, target_batch=100, budget_bytes=None)
+    result = search(device, Goal(target_batch=100), Room(None))
     assert ran(result) == [8, 15, 25, 50, 100]
     assert result.stopped_because == "the target itself fits"
     assert result.memory_model is not None
@@ -391,7 +382,7 @@ def test_without_any_limit_it_stops_where_size_makes_no_more_speed() -> None:
     def run(request: TrialRequest) -> TrialResult:
         return TrialResult(request.micro_batch, Outcome.FITS, step_seconds=max(32, request.micro_batch) / 1000)
 
-    result = search(run, target_batch=None, budget_bytes=None)
+    result = search(run, Goal(), Room(None))
     assert ran(result) == [8, 16, 32, 64, 128]
     assert "less than 5 % faster" in result.stopped_because
 
@@ -402,10 +393,10 @@ def test_a_trial_that_times_out_does_not_fit() -> None:
             return TrialResult(request.micro_batch, Outcome.TIMED_OUT)
         return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=10 * request.micro_batch)
 
-    result = search(run, target_batch=None, max_micro_batch=200, budget_bytes=10**6, exact=True)
+    result = search(run, Goal(max_micro_batch=200, exact=True), Room(10**6))
     assert (result.largest_fit, result.smallest_failure) == (40, 41)
     never = search(
-        lambda request: TrialResult(request.micro_batch, Outcome.TIMED_OUT), target_batch=8, budget_bytes=None
+        lambda request: TrialResult(request.micro_batch, Outcome.TIMED_OUT), Goal(target_batch=8), Room(None)
     )
     assert never.largest_fit is None
     assert never.stopped_because == "not even a micro-batch of 1 ended in time"
@@ -414,7 +405,7 @@ def test_a_trial_that_times_out_does_not_fit() -> None:
 def test_the_limit_on_trials_returns_the_best_so_far() -> None:
     device = Device(lambda b: 100 + b, 1000, keeps_peaks=False)
     for most in range(1, 12):
-        result = search(device, target_batch=None, budget_bytes=1000, max_trials=most)
+        result = search(device, Goal(), Room(1000), limits=Limits(max_trials=most))
         assert len(result.trials) <= most
         assert result.largest_fit == max(trial.micro_batch for trial in result.trials if trial.fits)
         if len(result.trials) == most:
@@ -429,16 +420,15 @@ def test_the_limit_on_seconds_lets_the_first_trial_run() -> None:
         now[0] += 25.0
         return device(request)
 
-    arguments = {"target_batch": None, "budget_bytes": 10**9, "clock": lambda: now[0]}
-    result = search(run, max_seconds=60.0, **arguments)  # type: ignore[arg-type]
+    result = search(run, Goal(), Room(10**9), limits=Limits(max_seconds=60.0, clock=lambda: now[0]))
     assert ran(result) == [8, 16, 32]
     assert result.stopped_because == "limit of 60 s reached"
-    assert ran(search(run, max_seconds=1.0, **arguments)) == [8]  # type: ignore[arg-type]
+    assert ran(search(run, Goal(), Room(10**9), limits=Limits(max_seconds=1.0, clock=lambda: now[0]))) == [8]
 
 
 def test_every_trial_is_told_as_it_comes() -> None:
     seen: list[TrialResult] = []
-    result = search(Device(lambda b: b, 100), target_batch=None, budget_bytes=100, on_trial=seen.append)
+    result = search(Device(lambda b: b, 100), Goal(), Room(100), on_trial=seen.append)
     assert tuple(seen) == result.trials
 
 
@@ -448,11 +438,11 @@ def falling(request: TrialRequest) -> TrialResult:
 
 
 def test_falling_throughput_is_met_with_one_smaller_candidate() -> None:
-    result = search(falling, target_batch=256, budget_bytes=10**6)
+    result = search(falling, Goal(target_batch=256), Room(10**6))
     assert ran(result) == [8, 256, 43]
     assert result.largest_fit == 256
-    assert ran(search(falling, target_batch=256, budget_bytes=10**6, objective="largest")) == [8, 256]
-    assert ran(search(falling, target_batch=256, budget_bytes=10**6, max_trials=2)) == [8, 256]
+    assert ran(search(falling, Goal(target_batch=256, objective="largest"), Room(10**6))) == [8, 256]
+    assert ran(search(falling, Goal(target_batch=256), Room(10**6), limits=Limits(max_trials=2))) == [8, 256]
 
 
 def test_what_the_trial_raises_is_passed_on() -> None:
@@ -460,43 +450,40 @@ def test_what_the_trial_raises_is_passed_on() -> None:
         raise LookupError("the user's own")
 
     with pytest.raises(LookupError, match="the user's own"):
-        search(run, target_batch=8, budget_bytes=100)
+        search(run, Goal(target_batch=8), Room(100))
 
 
 def test_another_size_than_asked_for_is_refused() -> None:
     with pytest.raises(ValueError, match="asked for 8"):
-        search(lambda request: TrialResult(9, Outcome.FITS), target_batch=8, budget_bytes=100)
+        search(lambda request: TrialResult(9, Outcome.FITS), Goal(target_batch=8), Room(100))
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "part",
     [
-        {"target_batch": 0},
-        {"budget_bytes": 0},
-        {"max_micro_batch": -1},
-        {"fixed_bytes_hint": -1},
-        {"headroom_bytes": -1},
-        {"max_trials": 0},
-        {"max_seconds": 0.0, "clock": lambda: 0.0},
-        {"max_seconds": 1.0},
-        {"objective": "smallest"},
+        lambda: Goal(target_batch=0),
+        lambda: Goal(max_micro_batch=-1),
+        lambda: Goal(objective="smallest"),
+        lambda: Room(0),
+        lambda: Room(100, fixed_bytes_hint=-1),
+        lambda: Room(100, headroom_bytes=-1),
+        lambda: Limits(max_trials=0),
+        lambda: Limits(max_seconds=0.0, clock=lambda: 0.0),
+        lambda: Limits(max_seconds=1.0),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments: dict[str, object]) -> None:
-    given_arguments: dict[str, object] = {"target_batch": 8, "budget_bytes": 100, **arguments}
+def test_arguments_out_of_range_are_refused(part: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="Received:"):
-        search(Device(lambda b: b, 100), **given_arguments)  # type: ignore[arg-type]
+        part()
 
 
-def search_recording(device: RecordingDevice, rng: random.Random, **arguments) -> SearchResult:
+def search_recording(device: RecordingDevice, rng: random.Random, goal: Goal) -> SearchResult:
     estimate = SampleEstimate(device.per_sample_bytes * rng.uniform(0.6, 1.7), 0.0)
     return search(
         device,
-        target_batch=None,
-        budget_bytes=device.total_bytes,
-        fixed_bytes_hint=device.held_bytes,
+        goal,
+        Room(device.total_bytes, fixed_bytes_hint=device.held_bytes),
         estimate_sample=lambda: estimate,
-        **arguments,
     )
 
 
@@ -510,23 +497,31 @@ def recorded_searches(*, exact: bool, error: float) -> list[tuple[RecordingDevic
     for seed in range(40):
         rng = random.Random(seed)
         device = RecordingDevice(rng, largest=rng.uniform(40, 400), error=error)
-        result = search_recording(device, rng, exact=exact)
+        result = search_recording(device, rng, Goal(exact=exact))
         check_invariants(result, range(1, 1 << 20))
         assert all(trial.allocations is None for trial in result.trials), "what was recorded is not kept"
         found.append((device, result))
     return found
 
 
-@pytest.mark.parametrize("error", [0.0, 0.01])
-def test_where_allocations_are_recorded_two_trials_are_all(error: float) -> None:
+@pytest.mark.parametrize(
+    ("error", "most_trials", "most_failures", "least", "tenth", "median"),
+    [(0.0, 2, 0, 0.97, 0.98, 0.98), (0.01, 2, 0, 0.96, 0.97, 0.98), (0.1, 3, 2, 0.84, 0.9, 0.97)],
+)
+def test_where_allocations_are_recorded_two_trials_are_all(
+    error: float, most_trials: int, most_failures: int, least: float, tenth: float, median: float
+) -> None:
+    """``least`` is found of the largest in every search, ``tenth`` in nine of ten, ``median`` in half of them."""
     found = recorded_searches(exact=False, error=error)
-    assert sum(len(result.trials) > 2 for _, result in found) <= 4
-    assert sum(len(result.trials) > 4 for _, result in found) <= 1
-    assert sum(failures(result) for _, result in found) <= 4, "one in ten searches"
+    assert len(found) == 40
+    trials = [len(result.trials) for _, result in found]
+    assert max(trials) <= most_trials
+    assert statistics.median(trials) == 2
+    assert sum(failures(result) for _, result in found) <= most_failures, "one in 20 searches"
     ratios = sorted((result.largest_fit or 0) / largest_of(device, result.largest_fit or 0) for device, result in found)
-    assert ratios[0] > 0.85
-    assert ratios[20] > 0.975
-    assert ratios[4] > 0.95
+    assert ratios[0] >= least
+    assert ratios[4] >= tenth
+    assert ratios[20] >= median
 
 
 @pytest.mark.parametrize(("error", "median"), [(0.0, 3), (0.01, 5), (0.1, 7)])
@@ -551,7 +546,7 @@ def test_what_a_compiler_allocates_in_one_piece_is_not_replayed() -> None:
         told = AllocationTrace(request.micro_batch, ((0, 50_000),), ((0, 1000),), sizes, order)
         return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=peak, allocations=told)
 
-    result = search(run, target_batch=None, budget_bytes=50_000, fixed_bytes_hint=1000)
+    result = search(run, Goal(), Room(50_000, fixed_bytes_hint=1000))
     assert result.largest_fit is not None
     assert 475 <= result.largest_fit <= 490
     assert failures(result) == 0
@@ -561,9 +556,7 @@ def test_what_a_compiler_allocates_in_one_piece_is_not_replayed() -> None:
 def test_no_recording_is_asked_for_where_no_budget_is_known() -> None:
     asked = []
     search(
-        lambda request: (asked.append(request), Device(lambda b: b, 100)(request))[1],
-        target_batch=64,
-        budget_bytes=None,
+        lambda request: (asked.append(request), Device(lambda b: b, 100)(request))[1], Goal(target_batch=64), Room(None)
     )
     assert asked
     assert not any(request.record_allocations for request in asked)
@@ -584,7 +577,7 @@ def test_where_each_shape_is_compiled_one_that_divides_the_target_is_planned_unl
                 samples, outcome, peak_bytes=1000 + 100 * samples if fits else None, step_seconds=seconds
             )
 
-        result = search(run_trial, target_batch=target, budget_bytes=1000 + 100 * most, one_shape=True)
+        result = search(run_trial, Goal(target_batch=target, one_shape=True), Room(1000 + 100 * most))
         plan = make_plan(result.trials, target_batch=target, one_shape=True)
 
         def update_seconds(size: int) -> float:
@@ -607,9 +600,8 @@ def test_where_a_program_is_compiled_its_plan_leads_however_wrong_the_estimate_i
         estimate = SampleEstimate(device.per_sample_bytes * math.exp(rng.uniform(-1.2, 1.5)), 0.0, is_compiled=True)
         result = search(
             device,
-            target_batch=None,
-            budget_bytes=device.total_bytes,
-            fixed_bytes_hint=device.held_bytes,
+            Goal(),
+            Room(device.total_bytes, fixed_bytes_hint=device.held_bytes),
             estimate_sample=lambda estimate=estimate: estimate,
         )
         check_invariants(result, range(1, 1 << 20))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autobatch.records import Outcome, SampleEstimate, TrialRequest, TrialResult
-from autobatch.search import search
+from autobatch.search import Goal, Room, search
 
 LIMIT = 40_000_000
 BUDGET = 38_000_000
@@ -37,10 +37,8 @@ def test_the_search_goes_on_to_what_the_limit_holds(target: int | None, estimate
     estimate = SampleEstimate(50_000.0, 10_000.0)
     result = search(
         counted,
-        target_batch=target,
-        budget_bytes=BUDGET,
-        headroom_bytes=LIMIT - BUDGET,
-        fixed_bytes_hint=1_000_000,
+        Goal(target_batch=target),
+        Room(BUDGET, headroom_bytes=LIMIT - BUDGET, fixed_bytes_hint=1_000_000),
         estimate_sample=(lambda: estimate) if estimated else None,
     )
     assert result.headroom_given_up
@@ -54,10 +52,8 @@ def test_the_search_goes_on_to_what_the_limit_holds(target: int | None, estimate
 def test_where_one_sample_does_not_run_at_all_nothing_is_given_up() -> None:
     result = search(
         trials(workspace=LIMIT, per_sample=1),
-        target_batch=None,
-        budget_bytes=BUDGET,
-        headroom_bytes=LIMIT - BUDGET,
-        fixed_bytes_hint=1_000_000,
+        Goal(),
+        Room(BUDGET, headroom_bytes=LIMIT - BUDGET, fixed_bytes_hint=1_000_000),
     )
     assert result.largest_fit is None
     assert not result.headroom_given_up
@@ -66,8 +62,6 @@ def test_where_one_sample_does_not_run_at_all_nothing_is_given_up() -> None:
 
 def test_where_a_sample_fits_beside_it_the_headroom_is_kept() -> None:
     run = trials(workspace=30_000_000, per_sample=700_000)
-    result = search(
-        run, target_batch=None, budget_bytes=BUDGET, headroom_bytes=LIMIT - BUDGET, fixed_bytes_hint=30_000_000
-    )
+    result = search(run, Goal(), Room(BUDGET, headroom_bytes=LIMIT - BUDGET, fixed_bytes_hint=30_000_000))
     assert not result.headroom_given_up
     assert result.largest_fit == 11
