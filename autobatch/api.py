@@ -117,7 +117,6 @@ def fit(
 
     supported.require_supported(model)
     backups = backup_opening.Backups(
-        model,
         backup,
         backup_every,
         keep_backup,
@@ -145,7 +144,7 @@ def fit(
         require_compiled(model)
         devices = devices_of_model(model, timeout_seconds)
         x, y = given.pop("x", None), given.pop("y", None)
-        saved = backups.open(x, y, given)
+        saved = backups.open(x, y, given, devices.processes())
         batches, options = fit_data.prepare_data(
             model, x, y, target_batch=target, options=given, keeps_order=saved is not None
         )

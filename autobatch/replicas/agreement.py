@@ -123,8 +123,8 @@ class Workers(SingleProcess):
         reason = next((line for line in lines if "aborted" in line), lines[-1] if lines else "no message")
         return WorkerLostError(
             f"{who[0].upper()}{who[1:]} {happened}, while the workers agreed on {what}. The model holds the last "
-            "completed update, and this process cannot take part in another one: start all workers again, with "
-            "keras.callbacks.BackupAndRestore among the callbacks to go on from the last epoch. "
+            "completed update, and this process cannot take part in another one: start all workers again. With "
+            'backup="runs/a" they go on behind the last update that was kept. '
             f"Received: {reason.strip()[:300]}"
         )
 
