@@ -1,4 +1,4 @@
-"""What each process of a training has of its own, beside what is alike in all: the chief keeps it for them.
+"""Parts that each process of a training has of its own, beside what is alike in all: the chief keeps them for it.
 
 These are the metrics, seeds and statistics of its replicas, the states of its callbacks, and its random numbers. What
 is the same as the chief's is not sent.

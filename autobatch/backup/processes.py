@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Processes(Protocol):
-    """The processes that train one model, this one among them. The first of them is the chief, which alone touches the folder.
+    """The processes that train one model, this one among them. The first is the chief, which alone touches the folder.
 
     All of them call the same methods in the same order. ``what`` names the place in messages.
     """

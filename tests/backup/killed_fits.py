@@ -333,6 +333,12 @@ def run(name, folder, whole_runs):
     for kill in kills:
         result["killed"].append(in_fork(lambda kill=kill: train(parts, killed=kill, **case), folder / "killed.json"))
         result["kept"] = sorted(path.name for path in parts.glob("backup/*"))
+    newest = max(parts.glob("backup/update-*"))
+    result["names"] = [
+        name.removeprefix("state/variables/")
+        for name in np.load(newest / "arrays.npz").files
+        if name.startswith("state/variables/")
+    ]
 
     def resume():
         economy._SMALL_BYTES = 0  # these arrays are small
