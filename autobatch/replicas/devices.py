@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,7 +107,15 @@ class Replicas:
 
     def during_fit(self, model: Model, transaction: AnyTransaction) -> contextlib.AbstractContextManager[None]:
         assert isinstance(transaction, ReplicatedTransaction)  # opened here too
-        return strategies.keras_on_one_device(model, transaction.metrics_result)
+        return self._during_fit(model, transaction)
+
+    @contextlib.contextmanager
+    def _during_fit(self, model: Model, transaction: ReplicatedTransaction) -> Iterator[None]:
+        with (
+            self.agreement.throughout("an epoch"),
+            strategies.keras_on_one_device(model, transaction.metrics_result),
+        ):
+            yield
 
     def gather(self, numbers: list[float], what: str) -> Any:
         return self.agreement.gather(numbers, what)

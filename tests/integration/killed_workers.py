@@ -103,7 +103,7 @@ def main():
             )
     except (autobatch.AutobatchError, ValueError) as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}), flush=True)
-        os._exit(1)
+        raise
     digest = hashlib.sha256()
     for variable in components([*model.variables, *model.optimizer.variables, *model.metrics_variables]):
         digest.update(variable.numpy().tobytes())
