@@ -1,8 +1,9 @@
 """Run by the tests as each worker of a training with a backup on several processes, joined by ``TF_CONFIG``.
 
 ``python killed_workers.py FOLDER RUN`` trains once and prints one JSON object. ``RUN`` is a JSON object: ``victim`` is
-the worker that sends itself ``signal`` at its ``update`` or ``validation`` batch of this number, if it is given. The
-backup is in ``FOLDER/backup-INDEX``, so that no worker sees another's; without ``every`` there is none.
+the worker that sends itself ``signal`` at its ``update`` or ``validation`` batch of this number, if it is given; with
+SIGABRT it says that memory is why. One that is started again does no such thing. The backup is in
+``FOLDER/backup-INDEX``, so that no worker sees another's; without ``every`` there is none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -49,12 +51,17 @@ class Numbers(keras.callbacks.Callback):
 
     def __init__(self, run):
         super().__init__()
-        self.drawn, self.run, self.seen = [], run if run.get("victim") == INDEX else {}, 0
+        self.drawn, self.run, self.seen = [], {}, 0
+        if run.get("victim") == INDEX and not Path(sys.argv[1], "has died").exists():
+            self.run = run
 
     def at(self, place):
         if place in self.run:
             self.seen += 1
             if self.seen == self.run[place]:
+                Path(sys.argv[1], "has died").touch()
+                if self.run["signal"] == signal.SIGABRT:
+                    os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n")
                 os.kill(os.getpid(), self.run["signal"])
 
     def on_train_batch_end(self, batch, logs=None):
