@@ -85,7 +85,8 @@ def fit(
         worker_timeout: Under ``MultiWorkerMirroredStrategy``, the seconds that a worker waits for the others at any
             one place, while they trace and compile too.
         backup: Folder to keep the training in, such as "runs/a". The same call after a restart goes on behind the last
-            update that was kept. It is removed when training has ended.
+            update that was kept. It is removed when training has ended. Under ``MultiWorkerMirroredStrategy`` every
+            worker is given one, and the first worker writes for all.
         backup_every: Time between two backups, such as "60s" or "5min", or a number of updates.
         keep_backup: Leave the last backup where it is; the same call with more ``epochs`` then goes on behind it.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
