@@ -239,7 +239,7 @@ def campaign(kills: int, seed: int, seconds: float, replicated: bool) -> dict:
                 phase = folder / "phase"
                 places[phase.read_text() if phase.exists() else "the start"] += 1
                 signals[signal.Signals(result["signal"]).name] += 1
-                if any(path.name.startswith(".") for path in folder.glob("backup/.*")):
+                if any(path.name.startswith((".new-", ".old-")) for path in folder.glob("backup/.*")):
                     writing += 1
             case = per_case.setdefault(
                 f"{kind}, {'shuffled' if shuffled else 'in order'}", {"trainings": 0, "bit-identical": 0}

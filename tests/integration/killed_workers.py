@@ -35,17 +35,6 @@ SAMPLES, FEATURES = 44, 6
 INDEX = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 
 
-class Own(layers.Layer):
-    """Adds up what it has seen, on each worker apart, and lets it count a little."""
-
-    def build(self, shape):
-        self.seen = self.add_weight(shape=(), initializer="zeros", trainable=False, name="seen")
-
-    def call(self, inputs):
-        self.seen.assign_add(tf.reduce_mean(inputs))
-        return inputs * (1.0 + 0.1 * tf.tanh(self.seen))
-
-
 class Numbers(keras.callbacks.Callback):
     """Draws a number in every update, of this worker's own, and ends its process where it is told to."""
 
@@ -84,7 +73,7 @@ def main():
     keras.utils.set_random_seed(11)
     np.random.seed(100 + INDEX)
     with strategy.scope():
-        stack = [Own(), layers.Dense(8, activation="relu"), layers.BatchNormalization(), layers.Dropout(0.3)]
+        stack = [layers.Dense(8, activation="relu"), layers.BatchNormalization(), layers.Dropout(0.3)]
         model = keras.Sequential([keras.Input((FEATURES,)), *stack, layers.Dense(1)])
         model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse", metrics=["mae"])
     random = np.random.default_rng(0)
