@@ -69,7 +69,7 @@ def test_all_go_on_behind_the_chiefs_last_backup(whole, tmp_path):
     second = run(tmp_path, every="1h", victim=1, update=2, signal=signal.SIGTERM)
     assert second[1][0] == -signal.SIGTERM
     assert second[0][1]["error"] == "WorkerLostError", second
-    # The wish to leave is heard in the next update, behind which all is kept. The third ends an epoch: all is held there.
+    # The wish to leave is heard in the next update, behind which all is kept; the end of an epoch, the third, is held.
     assert kept(tmp_path)[-1] == (3 if before + 2 == 3 else before + 3)
     assert run(tmp_path, every=2) == whole
     assert not (tmp_path / "backup-0").exists()
