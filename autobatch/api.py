@@ -85,7 +85,8 @@ def fit(
         worker_timeout: Under ``MultiWorkerMirroredStrategy``, the seconds that a worker waits for the others at any
             one place, while they trace and compile too.
         backup: Folder to keep the training in, such as "runs/a". The same call after a restart goes on behind the last
-            update that was kept. It is removed when training has ended.
+            update that was kept. It is removed when training has ended. Under ``MultiWorkerMirroredStrategy`` every
+            worker is given one, and the first worker writes for all.
         backup_every: Time between two backups, such as "60s" or "5min", or a number of updates.
         keep_backup: Leave the last backup where it is; the same call with more ``epochs`` then goes on behind it.
         **fit_options: Every other option of ``Model.fit``, meaning what it means there; ``steps_per_epoch`` counts
@@ -117,7 +118,6 @@ def fit(
 
     supported.require_supported(model)
     backups = backup_opening.Backups(
-        model,
         backup,
         backup_every,
         keep_backup,
@@ -145,7 +145,7 @@ def fit(
         require_compiled(model)
         devices = devices_of_model(model, timeout_seconds)
         x, y = given.pop("x", None), given.pop("y", None)
-        saved = backups.open(x, y, given)
+        saved = backups.open(x, y, given, devices.processes())
         batches, options = fit_data.prepare_data(
             model, x, y, target_batch=target, options=given, keeps_order=saved is not None
         )

@@ -94,6 +94,9 @@ class WorkerLostError(AutobatchError):
     TensorFlow's collectives cannot be used again in this process: start all workers anew.
     """
 
+    has_ended = False
+    """True if the other worker's process is gone; False if it is there, and failed or does not answer."""
+
 
 class WorkersDisagreeError(AutobatchError):
     """The workers of a MultiWorkerMirroredStrategy do not train the same model on the same data."""

@@ -1,6 +1,6 @@
 """Trainings that are killed again and again, and end with the bits of one that was not.
 
-``python benchmarks/killed_trainings.py [--kills 300] [--output results/killed_trainings.json]``
+``python benchmarks/killed_trainings.py [--kills 300] [--strategy mirrored] [--output results/killed_trainings.json]``
 
 Each training runs in a process of its own, with a backup behind every update or every few. It is killed at a random
 moment: by SIGKILL, by SIGTERM, or by SIGABRT, as an allocator that gives up does. Then the same call is made again, and
@@ -8,7 +8,8 @@ killed again, until it comes to its end. Its weights, optimizer, seeds and Histo
 of a training that nobody has killed.
 
 The data count their samples: a metric counts, in a variable, how often each was seen in an epoch, and its value is the
-number of those that were seen exactly once. TensorFlow runs one operation at a time, so that sums have one order.
+number of those that were seen exactly once. With ``--strategy mirrored`` two replicas share each update, and their
+metrics, seeds and statistics are compared apart. TensorFlow runs one operation at a time, so that sums have one order.
 Processes are forks of one that has imported TensorFlow and started nothing. POSIX only.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -39,6 +41,7 @@ import numpy as np
 import tensorflow as tf
 
 import autobatch
+from autobatch.tensors.variables import components
 
 SAMPLES, FEATURES, TARGET, EPOCHS = 60, 6, 10, 12
 KINDS = ("arrays", "tf.data", "PyDataset")
@@ -109,6 +112,12 @@ def model():
     return made
 
 
+def two_replicas():
+    cpus = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], cpus)
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 class Phase(keras.callbacks.Callback):
     """Notes where a training is, and takes the time of real updates: a few thousandths of a second each."""
 
@@ -136,11 +145,12 @@ class Phase(keras.callbacks.Callback):
         self.note("the beginning of an epoch")
 
 
-def train(folder: Path, kind: str, shuffled: bool, every: int | None, searches: bool) -> dict:
+def train(folder: Path, kind: str, shuffled: bool, every: int | None, searches: bool, replicated: bool) -> dict:
     phase = Phase(folder / "phase")
     phase.note("the search" if searches else "compilation")
     keras.utils.set_random_seed(5)
-    made = model()
+    with two_replicas().scope() if replicated else contextlib.nullcontext():
+        made = model()
     options = {"backup": folder / "backup", "backup_every": every} if every else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Training with")
@@ -149,7 +159,7 @@ def train(folder: Path, kind: str, shuffled: bool, every: int | None, searches: 
             made,
             data(kind, shuffled),
             target_batch=TARGET,
-            micro_batch="auto" if searches else 4,
+            micro_batch="auto" if searches else 2 if replicated else 4,
             cache=False,
             epochs=EPOCHS,
             shuffle=shuffled,
@@ -161,7 +171,7 @@ def train(folder: Path, kind: str, shuffled: bool, every: int | None, searches: 
         )
     phase.note("the end")
     digest = hashlib.sha256()
-    for variable in [*made.variables, *made.optimizer.variables]:
+    for variable in components([*made.variables, *made.optimizer.variables]):
         digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return {"digest": digest.hexdigest(), "history": history.history}
 
@@ -197,7 +207,7 @@ def ended(child: int, output: Path, kill_at: float | None = None, by: int = sign
     return {"signal": os.WTERMSIG(status)} if os.WIFSIGNALED(status) else json.loads(output.read_text())
 
 
-def campaign(kills: int, seed: int, seconds: float) -> dict:
+def campaign(kills: int, seed: int, seconds: float, replicated: bool) -> dict:
     moments = random.Random(seed)
     places, signals = collections.Counter(), collections.Counter()
     per_case: dict[str, dict] = {}
@@ -215,10 +225,10 @@ def campaign(kills: int, seed: int, seconds: float) -> dict:
             key = kind, shuffled, searches
             if key not in whole:
                 since = time.monotonic()
-                task = functools.partial(train, folder, kind, shuffled, None, searches)
+                task = functools.partial(train, folder, kind, shuffled, None, searches, replicated)
                 whole[key] = ended(in_fork(task, folder / "out"), folder / "out"), time.monotonic() - since
             expected, lasts = whole[key]
-            task = functools.partial(train, folder, kind, shuffled, every, searches)
+            task = functools.partial(train, folder, kind, shuffled, every, searches, replicated)
             while True:
                 by = moments.choice(SIGNALS)
                 kill_at = time.monotonic() + moments.uniform(0.05, 1.3) * lasts if done < kills else None
@@ -229,7 +239,7 @@ def campaign(kills: int, seed: int, seconds: float) -> dict:
                 phase = folder / "phase"
                 places[phase.read_text() if phase.exists() else "the start"] += 1
                 signals[signal.Signals(result["signal"]).name] += 1
-                if any(path.name.startswith(".") for path in folder.glob("backup/.*")):
+                if any(path.name.startswith((".new-", ".old-")) for path in folder.glob("backup/.*")):
                     writing += 1
             case = per_case.setdefault(
                 f"{kind}, {'shuffled' if shuffled else 'in order'}", {"trainings": 0, "bit-identical": 0}
@@ -263,12 +273,14 @@ def campaign(kills: int, seed: int, seconds: float) -> dict:
     }
 
 
-def side_by_side(jobs: int, kills: int, seed: int, seconds: float) -> dict:
+def side_by_side(jobs: int, kills: int, seed: int, seconds: float, replicated: bool) -> dict:
     """Run ``jobs`` campaigns at a time, each with its share of the kills and a seed of its own; return their sums."""
     with tempfile.TemporaryDirectory() as name:
         outputs = [Path(name) / str(job) for job in range(jobs)]
         children = [
-            in_fork(functools.partial(campaign, -(-kills // jobs), seed + job, seconds), output, limits=False)
+            in_fork(
+                functools.partial(campaign, -(-kills // jobs), seed + job, seconds, replicated), output, limits=False
+            )
             for job, output in enumerate(outputs)
         ]
         results = [ended(child, output) for child, output in zip(children, outputs, strict=True)]
@@ -293,11 +305,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="end sooner, with the kills made so far")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="campaigns at a time")
+    parser.add_argument("--strategy", choices=("mirrored",), help="train on two replicas")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    result = side_by_side(arguments.jobs, arguments.kills, arguments.seed, 60 * arguments.minutes)
+    replicated = arguments.strategy is not None
+    result = side_by_side(arguments.jobs, arguments.kills, arguments.seed, 60 * arguments.minutes, replicated)
     about = {"autobatch": autobatch.__version__, "keras": keras.__version__, "tensorflow": tf.__version__}
-    about |= {"python": platform.python_version(), "cores": os.cpu_count()}
+    about |= {"strategy": arguments.strategy or "none", "python": platform.python_version(), "cores": os.cpu_count()}
     text = json.dumps({"about": about, **result}, indent=2)
     print(text)
     if arguments.output:

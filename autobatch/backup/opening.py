@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from autobatch.backup import fingerprint
+from autobatch.backup.identity import Identity
 from autobatch.backup.lock import FolderLock
+from autobatch.backup.processes import Processes
 from autobatch.backup.settings import BackupSettings
 from autobatch.backup.training_backup import TrainingBackup
 from autobatch.data.fit_data import data_parts
 from autobatch.errors import warn
-from autobatch.seams import strategies
-from autobatch.types import Model
 
 
 class Backups:
@@ -26,7 +26,6 @@ class Backups:
 
     def __init__(
         self,
-        model: Model,
         backup: Any,
         backup_every: Any,
         keep_backup: Any,
@@ -35,7 +34,6 @@ class Backups:
         chosen: int | None,
         limits: Sequence[float | None],
     ) -> None:
-        self._model = model
         self._settings = BackupSettings.of(backup, backup_every, keep_backup)
         self._target_batch = target_batch
         self._chosen = chosen
@@ -43,8 +41,8 @@ class Backups:
         self._opened = 0
         self._lock: FolderLock | None = None
 
-    def open(self, x: Any, y: Any, options: dict[str, Any]) -> TrainingBackup | None:
-        """Open the backup of a training on these data; None if none was asked for.
+    def open(self, x: Any, y: Any, options: dict[str, Any], processes: Processes) -> TrainingBackup | None:
+        """Open the backup of a training of these ``processes`` on these data; None if none was asked for.
 
         A ``fit`` of the model's own may train several times. Only the first training has a backup then: a restart
         would not know that it is through.
@@ -63,16 +61,26 @@ class Backups:
                 "training has none: a restart begins with the first again."
             )
             return None
-        settings.require_usable(x, options.get("callbacks"), strategies.strategy_of(self._model))
-        parts = data_parts(x, y, options.get("sample_weight"))
-        given = {**options, "sample_weight": parts[2]}
-        data = fingerprint.of_data(parts[0], parts[1], given)
-        lock = FolderLock(settings.folder)
-        lock.acquire()
-        self._lock = lock
-        return TrainingBackup(
-            settings, data=data, target_batch=self._target_batch, chosen=self._chosen, limits=self._limits
-        )
+
+        def prepare() -> Identity:
+            settings.require_usable(x, options.get("callbacks"))
+            parts = data_parts(x, y, options.get("sample_weight"))
+            given = {**options, "sample_weight": parts[2]}
+            data = fingerprint.of_data(parts[0], parts[1], given)
+            if processes.index == 0:
+                lock = FolderLock(settings.folder)
+                lock.acquire()
+                self._lock = lock
+            return Identity(
+                settings,
+                processes,
+                data=data,
+                target_batch=self._target_batch,
+                chosen=self._chosen,
+                limits=self._limits,
+            )
+
+        return TrainingBackup(settings, processes.together(prepare, "the folder of the backups"), processes)
 
     def close(self) -> None:
         """Let other trainings use the folder."""

@@ -6,6 +6,7 @@ by name; :func:`unpack_state` joins them again. A tuple comes back as a list.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -81,3 +82,29 @@ def _dtype_of(name: str) -> Any:
         import ml_dtypes  # TensorFlow's own: bfloat16 and the floats of 8 bits
 
         return np.dtype(getattr(ml_dtypes, name))
+
+
+def to_bytes(state: Any) -> bytes:
+    """Return ``state`` as bytes, which :func:`from_bytes` takes in another process.
+
+    Raises:
+        TypeError: as for :func:`pack_state`.
+    """
+    arrays: dict[str, Any] = {}
+    packed = pack_state(state, arrays)
+    described = [[name, array.dtype.name, list(array.shape)] for name, array in arrays.items()]
+    head = json.dumps([packed, described]).encode()
+    bodies = (np.ascontiguousarray(array).tobytes() for array in arrays.values())
+    return b"".join([len(head).to_bytes(8, "little"), head, *bodies])
+
+
+def from_bytes(data: bytes) -> Any:
+    """Return what :func:`to_bytes` was given; arrays are views of ``data``."""
+    place = 8 + int.from_bytes(data[:8], "little")
+    packed, described = json.loads(data[8:place])
+    arrays = {}
+    for name, dtype, shape in described:
+        count = math.prod(shape)
+        arrays[name] = np.frombuffer(data, dtype, count, place).reshape(shape)
+        place += arrays[name].nbytes
+    return unpack_state(packed, arrays)

@@ -11,7 +11,6 @@ from typing import Any
 import keras
 
 from autobatch import arguments
-from autobatch.types import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +44,13 @@ class BackupSettings:
             raise ValueError(f"backup must be the path of a folder, and a file has that name. Received: {backup!r}")
         return cls(folder, seconds, updates, keep)
 
-    def require_usable(self, data: Any, callbacks: Any, strategy: Strategy) -> None:
+    def require_usable(self, data: Any, callbacks: Any) -> None:
         """Refuse what cannot be gone on with after a restart.
 
         Raises:
-            ValueError: the data are read once, the model is on several devices, or Keras keeps a backup as well.
+            ValueError: the data are read once, or Keras keeps a backup as well.
         """
         received = f"backup={str(self.folder)!r}"
-        if strategy is not None:
-            raise ValueError(
-                "backup works on one device, and this model was made under a tf.distribute strategy. Pass "
-                "keras.callbacks.BackupAndRestore among the callbacks instead, which goes on from the last epoch. "
-                f"Received: {received}, a model under {type(strategy).__name__}"
-            )
         if isinstance(data, types.GeneratorType) or (hasattr(data, "__next__") and hasattr(data, "__iter__")):
             raise ValueError(
                 "A generator can be read only once, so that a restart could not find its place in it. Pass arrays, a "

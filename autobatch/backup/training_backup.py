@@ -17,94 +17,57 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from autobatch.backup import callback_states, fingerprint, variables
+from autobatch.backup import callback_states, fingerprint, own_parts, variables
 from autobatch.backup.folder import BackupFolder
+from autobatch.backup.identity import Identity
+from autobatch.backup.processes import Processes
 from autobatch.backup.settings import BackupSettings
 from autobatch.backup.termination import Termination
+from autobatch.backup.training_parts import Place, Training
 from autobatch.backup.writer import Writer
-from autobatch.data import host_memory
 from autobatch.data.effective_batches import EffectiveBatches
 from autobatch.data.effective_iterator import EffectiveIterator
 from autobatch.data.random_states import RandomStates
-from autobatch.errors import warn
+from autobatch.errors import WorkerLostError, warn
 from autobatch.handover.status import note_backup, note_backups_removed
 from autobatch.records import Environment, Report
 from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.seams import fitting, random_states, versions
 from autobatch.types import Model
 
-_ALIKE = 0.1
-"""Share by which the limit may differ from that of an earlier process on such a device: what is free at the start."""
-
 LEAST_SHARE = 99
 """Times that training takes, at least, of the seconds in which it stands still for a backup: one in a hundred."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Training:
-    """Parts of a training that a backup is taken of."""
-
-    model: Model
-    batches: EffectiveBatches
-    transaction: AnyTransaction
-    callbacks: list[Any]
-    report: Report
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Place between two steps: those of the epoch that were made, and those of the same pass in earlier epochs."""
-
-    epoch: int
-    steps: int
-    earlier_steps: int
-    length: int | None
-    iterator: EffectiveIterator
-
-
 class TrainingBackup:
-    """Backup of one training.
+    """Backup of one training, whose ``identity`` is compared with that of the backup in the folder.
 
-    ``data`` is the fingerprint of its data, ``chosen`` the micro-batch that was given, and ``limits`` are the limit and
-    the headroom that were given.
+    Of several ``processes`` the chief alone touches the folder. It goes on behind what it finds there, and all others
+    with it.
 
     Raises:
-        ValueError: the folder has a backup of other data, or of another target.
+        ValueError: the folder has a backup of other data, of another target, or of another number of replicas.
     """
 
-    def __init__(
-        self,
-        settings: BackupSettings,
-        *,
-        data: dict[str, str],
-        target_batch: int,
-        chosen: int | None,
-        limits: Sequence[float | None],
-    ) -> None:
+    def __init__(self, settings: BackupSettings, identity: Identity, processes: Processes) -> None:
         self._settings = settings
-        self._identity: dict[str, Any] = {
-            "data": data,
-            "target_batch": target_batch,
-            "chosen": chosen,
-            "limits": list(limits),
-        }
+        self._identity = identity
+        self._processes = processes
         self._folder = BackupFolder(settings.folder)
-        self._folder.clean()
-        self._kept = self._folder.newest()
-        if self._kept is not None:
-            self._require_same(self._kept)
-            note_backup(self._kept["transaction"]["updates"], written=False)
+        self._kept = kept = own_parts.kept_by_chief(self._folder, identity, processes)
+        if kept is not None:
+            processes.together(functools.partial(identity.require_same, kept), "the data of the backup")
+            note_backup(kept["transaction"]["updates"], written=False)
         self._writer = Writer(self._folder)
         self._termination = Termination(self._before_leaving)
-        self._of: _Training | None = None
+        self._of: Training | None = None
         self._model_identity: dict[str, str] | None = None
         self._epoch = 0
-        self._place: _Place | None = None
-        self._place_behind: Callable[[], _Place] | None = None
+        self._place: Place | None = None
+        self._place_behind: Callable[[], Place] | None = None
         """Returns the place behind the step that is under way."""
         self._between_steps = False
         self._held: dict[str, Any] | None = None
@@ -119,34 +82,14 @@ class TrainingBackup:
         self._held_time = -math.inf
         self._held_for = 0.0
 
-    def _require_same(self, kept: dict[str, Any]) -> None:
-        if kept["target_batch"] != self._identity["target_batch"]:
-            self._refuse(
-                f"another target: target_batch was {kept['target_batch']} then, and is "
-                f"{self._identity['target_batch']} now"
-            )
-        different = fingerprint.difference(kept["data"], self._identity["data"])
-        if different:
-            self._refuse(f"other data: {different}")
-
-    def _refuse(self, why: str) -> None:
-        raise ValueError(
-            f"The backup is one of {why}. Give another folder, or remove this one to train from the start. "
-            f"Received: backup={str(self._settings.folder)!r}"
-        )
-
     def report_for(self, environment: Environment) -> Report | None:
         """Return the report that the training to go on with had, if it holds in this ``environment`` too.
 
         None if a new training begins, another micro-batch, limit or headroom was given, or the device is another.
         """
-        names = ("chosen", "limits")
-        if self._kept is None or any(self._kept.get(name) != self._identity[name] for name in names):
-            return None
-        report = Report.from_json(self._kept["report"])
-        before, now = report.environment.limit_bytes, environment.limit_bytes
-        is_alike = before == now or (before and now and abs(before - now) <= _ALIKE * before)
-        return report if is_alike and report.environment.device == environment.device else None
+        found = None if self._kept is None else self._identity.report_for(self._kept, environment)
+        known = self._processes.gather([float(found is not None)], "the report of the backup")
+        return found if known.all() else None
 
     # -- around Keras's fit -------------------------------------------------------------------------------------------
 
@@ -169,23 +112,20 @@ class TrainingBackup:
             ValueError: the backup is one of another model, or of a later epoch than the last one now; nothing has been
                 changed.
         """
-        self._of = of = _Training(model, batches, transaction, callbacks, report)
+        self._of = of = Training(model, batches, transaction, callbacks, report)
         self._epoch, epochs = int(options.get("initial_epoch", 0)), int(options.get("epochs", 1))
         if self._kept is not None:
-            if self._kept["epoch"] >= epochs:
-                raise ValueError(
-                    f"The backup is one of epoch {self._kept['epoch'] + 1}, which is not reached with "
-                    f"epochs={epochs}: nothing would be trained. Pass more epochs, give another folder, or "
-                    f"remove this one to train from the start. Received: epochs={epochs}, "
-                    f"backup={str(self._settings.folder)!r}"
-                )
+            self._identity.require_reached(self._kept, epochs)
             self._epoch = options["initial_epoch"] = self._kept["epoch"]
-            self._prepare(of, self._kept)
+            prepare = functools.partial(self._prepare, of, self._kept)
+            self._processes.together(prepare, "the model of the backup")
             if options.get("validation_steps") and (why := versions.why_validation_begins_anew()):
                 warn(why)
         begun, read = (0, 0) if self._kept is None else self._kept.get("validation_passes", (0, 0))
         self._validation = fitting.ValidationPasses(model, (begun, read))
         self._last_time, self._last_update = time.monotonic(), transaction.updates
+        if self._processes.count > 1:
+            transaction.told = functools.partial(self._told, of)
         try:
             with (
                 self._validation.counted(),
@@ -193,33 +133,38 @@ class TrainingBackup:
                 fitting.epoch_logs_of(model, self._give_logs, self._hold_if_stopped),
                 self._termination.handled(),
             ):
-                yield
+                try:
+                    yield
+                    self._processes.together(lambda: None, "the end of the training")
+                except WorkerLostError:
+                    if self._held is not None:  # in the validation behind an epoch, say
+                        self._writer.write_now(self._held_update, self._held)
+                    raise
         finally:
             self._of = None
             self._writer.wait()
         if not self._settings.keep:
-            self._folder.remove()
+            if self._processes.index == 0:
+                self._folder.remove()
             note_backups_removed()
         elif self._held is not None:
             self._writer.write_now(self._held_update, self._held)
         self._held = self._kept = None
 
-    def _prepare(self, of: _Training, kept: dict[str, Any]) -> None:
+    def _prepare(self, of: Training, kept: dict[str, Any]) -> None:
         of.transaction.trace()
-        different = fingerprint.difference(kept["model"], fingerprint.of_model(of.model))
-        if different:
-            self._refuse(f"another model: {different}")
+        self._identity.require_same_model(kept, fingerprint.of_model(of.model))
         self._assign_variables(of, kept)
         of.transaction.continue_from(kept["transaction"])
         of.batches.continue_from(kept["position"])
         callback_states.warn_of_those_left_out(of.callbacks, kept["callbacks"])
         callback_states.prepare_callbacks(of.callbacks, kept["callbacks"])
 
-    def _assign_variables(self, of: _Training, kept: dict[str, Any]) -> None:
-        missing = variables.missing(_variables_of(of), kept["variables"])
+    def _assign_variables(self, of: Training, kept: dict[str, Any]) -> None:
+        missing = variables.missing(of.variables, kept["variables"])
         if missing:
-            self._refuse(f"another model: it holds {', '.join(missing)}, which this training does not have")
-        variables.assign(_variables_of(of), kept["variables"])
+            self._identity.refuse(f"another model: it holds {', '.join(missing)}, which this training does not have")
+        variables.assign(of.variables, kept["variables"])
 
     def _hold_if_stopped(self) -> None:
         """Hold what is to be left, if a callback has stopped training behind a step: Keras asks for no other then."""
@@ -240,15 +185,14 @@ class TrainingBackup:
         try:
             self._logs = once()
         except StopIteration:
-            self._termination.end_waiting()
-            self._end_epoch()
+            self._close_epoch()
             raise
         return self._logs
 
     def _enumerate(self, epoch_iterator: Any, steps: Iterator[Any]) -> Iterator[Any]:
         """Give the steps of an epoch, in the first behind those that were made; take backups between them."""
         epoch, self._epoch = self._epoch, self._epoch + 1
-        self._held, self._held_update, self._place, made = None, 0, None, 0
+        self._place, made = None, 0
         kept, self._kept = self._kept, None
         if kept is not None:
             fitting.know_length(epoch_iterator, kept["length"])
@@ -261,12 +205,13 @@ class TrainingBackup:
         for begin, end, iterator in steps:
             if begin < made:
                 continue
-            self._place_behind = functools.partial(_place_behind, epoch_iterator, epoch, end + 1, iterator)
+            self._place_behind = functools.partial(Place.behind, epoch_iterator, epoch, end + 1, iterator)
             yield begin, end, iterator
-            self._logs_to_give = None
+            self._logs_to_give = self._held = None
+            self._held_update = 0
             self._place = self._place_behind()
             self._behind_step()
-        self._end_epoch()
+        self._close_epoch()
 
     def _go_on(self, kept: dict[str, Any], iterator: EffectiveIterator) -> None:
         of = self._of
@@ -283,16 +228,29 @@ class TrainingBackup:
         of = self._of
         assert of is not None
         self._writer.say_what_failed()
-        if not of.model.stop_training and self._is_due(of.transaction.updates):
+        several, stops = self._processes.count > 1, of.model.stop_training
+        due, asked = map(bool, of.transaction.heard) if several else (self._is_due(of.transaction.updates), False)
+        if not stops and (due or asked):
             self._back_up(of)
         if not self._said:
             self._said = True
-            _warn_of_hidden_draws(of)
-        self._between_steps = not of.model.stop_training
+            of.warn_of_hidden_draws()
+        if not several or (asked and not stops):
+            self._answer_signal(of)
+
+    def _answer_signal(self, of: Training) -> None:
+        self._between_steps = self._processes.count == 1 and not of.model.stop_training
         try:
             self._termination.end_update()
         finally:
             self._between_steps = False
+        if self._processes.count > 1:  # by itself one process could write no backup
+            self._termination.begin_update()
+
+    def _told(self, of: Training) -> list[float]:
+        """Return what all processes hear of this one in an update: that a backup is due, and that it is to leave."""
+        is_due = self._processes.index == 0 and self._is_due(of.transaction.updates + 1)
+        return [float(is_due), float(self._termination.asked)]
 
     def _is_due(self, updates: int) -> bool:
         if self._settings.every_updates is not None:
@@ -300,15 +258,26 @@ class TrainingBackup:
         least = max(self._settings.every_seconds, LEAST_SHARE * self._stood_still)
         return time.monotonic() - self._last_time >= least and not self._writer.is_busy
 
-    def _back_up(self, of: _Training) -> None:
+    def _back_up(self, of: Training) -> None:
         begun = time.monotonic()
         self._last_update = of.transaction.updates
-        if _host_has_room(of):
-            self._writer.write_beside(self._last_update, self._state(copies=True))
+        others = own_parts.gathered(self._processes, of)
+        if self._processes.index:
+            note_backup(self._last_update)
+        elif _host_has_room(of):
+            self._writer.write_beside(self._last_update, self._state(others, copies=True))
         else:
-            self._writer.write_now(self._last_update, self._state(copies=False))
+            self._writer.write_now(self._last_update, self._state(others, copies=False))
         self._last_time = time.monotonic()
         self._stood_still = self._last_time - begun
+
+    def _close_epoch(self) -> None:
+        if self._processes.count == 1:
+            self._termination.end_waiting()
+            self._end_epoch()
+        else:
+            self._end_epoch()
+            self._termination.end_update()
 
     def _end_epoch(self) -> None:
         """Hold what is not written yet, should a signal come before the next step: during validation, say.
@@ -320,30 +289,38 @@ class TrainingBackup:
             return
         begun = time.monotonic()
         is_cheap = begun - self._held_time >= LEAST_SHARE * self._held_for
-        if _host_has_room(of) and (is_cheap or keep):
-            self._held, self._held_update = self._state(copies=True), of.transaction.updates
+        holds = _host_has_room(of) and (is_cheap or keep)
+        chiefs = self._processes.gather([float(holds), float(keep)], "the end of an epoch")[0]
+        holds, keep = map(bool, chiefs)
+        if not (holds or keep):
+            return
+        others = own_parts.gathered(self._processes, of)
+        if holds:
+            self._held_update = of.transaction.updates
+            self._held = None if self._processes.index else self._state(others, copies=True)
             self._held_time = time.monotonic()
             self._held_for = self._held_time - begun
-        elif keep:
+        else:
             self._last_update = of.transaction.updates
-            self._writer.write_now(self._last_update, self._state(copies=False))
+            if self._processes.index == 0:
+                self._writer.write_now(self._last_update, self._state(others, copies=False))
 
     def _before_leaving(self) -> None:
         of = self._of
         if self._between_steps and of is not None and of.transaction.updates != self._writer.written:
-            self._writer.write_now(of.transaction.updates, self._state(copies=False))
+            self._writer.write_now(of.transaction.updates, self._state([], copies=False))
         elif self._held is not None:
             self._writer.write_now(self._held_update, self._held)
         self._writer.wait()
 
-    def _state(self, *, copies: bool) -> dict[str, Any]:
+    def _state(self, others: list[dict[str, Any]], *, copies: bool) -> dict[str, Any]:
         of, place = self._of, self._place
         assert of is not None
         assert place is not None
         if self._model_identity is None:
             self._model_identity = fingerprint.of_model(of.model)
         return {
-            **self._identity,
+            **self._identity.as_plain,
             "model": self._model_identity,
             "report": of.report.to_json(indent=None),
             "epoch": place.epoch,
@@ -351,36 +328,14 @@ class TrainingBackup:
             "earlier_steps": place.earlier_steps,
             "length": place.length,
             "logs": callback_states.plain_copy(self._logs) if isinstance(self._logs, dict) else None,
-            "variables": variables.values_of(_variables_of(of), copies=copies),
-            "callbacks": callback_states.states_of(of.callbacks),
+            "variables": variables.values_of(of.variables, copies=copies, alike=of.alike),
+            **own_parts.random_parts(of),
+            own_parts.KEY: others,
             "transaction": of.transaction.as_plain(),
             "position": of.batches.position(place.iterator.taken),
-            "random": RandomStates(of.batches.loader).as_plain(),
-            "seeds": random_states.eager_seeds(),
             "validation_passes": (0, 0) if self._validation is None else self._validation.made,
         }
 
 
-def _place_behind(epoch_iterator: Any, epoch: int, steps: int, iterator: EffectiveIterator) -> _Place:
-    seen, length = fitting.steps_in_pass(epoch_iterator)
-    return _Place(epoch, steps, max(0, seen - steps), length, iterator)
-
-
-def _variables_of(of: _Training) -> list[Any]:
-    return [*of.transaction.variables, *random_states.global_generator_variables()]
-
-
-def _host_has_room(of: _Training) -> bool:
-    limit = host_memory.available()
-    known = None if limit is None else limit.limit_bytes
-    return known is None or variables.bytes_of(_variables_of(of)) <= known
-
-
-def _warn_of_hidden_draws(of: _Training) -> None:
-    hidden = of.transaction.hidden_draws
-    if hidden:
-        warn(
-            f"The model draws random numbers whose state cannot be read ({', '.join(hidden)}), so that they begin anew "
-            "after a restart, and the end is not that of a training without one. Use keras.random with a "
-            "keras.random.SeedGenerator, or a tf.random.Generator, in their place."
-        )
+def _host_has_room(of: Training) -> bool:
+    return of.host_has_room()

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from autobatch.handover.folder import run_folder, status_file
 
-_LAYOUT = struct.Struct("<4sIIQQqq??H300s")
-_MAGIC = b"abr1"
+_LAYOUT = struct.Struct("<4sIIQQqq???H300s")
+_MAGIC = b"abr2"
 _LONGEST = 300
 
 
@@ -40,7 +40,8 @@ class ProcessStatus:
     this training has written, and is 0 once they are removed. ``kept_update`` is the update that a restart goes on
     behind: -1 if there is none.
     ``device_is_host`` says that it computes on the CPU, ``in_arena`` that its memory there is a limited arena.
-    ``poison`` is the error that no step can follow, as text.
+    ``poison`` is the error that no step can follow, as text. ``worker_is_lost`` says that it is the end of another
+    worker's process.
     """
 
     training: int = 0
@@ -52,12 +53,13 @@ class ProcessStatus:
     device_is_host: bool = False
     in_arena: bool = False
     poison: str = ""
+    worker_is_lost: bool = False
 
     def packed(self) -> bytes:
         poison = self.poison.encode()[:_LONGEST]
         return _LAYOUT.pack(
             *(_MAGIC, self.training, int(self.doing), self.micro_batch, self.smaller, self.backups, self.kept_update),
-            *(self.device_is_host, self.in_arena, len(poison), poison),
+            *(self.device_is_host, self.in_arena, self.worker_is_lost, len(poison), poison),
         )
 
     @classmethod
@@ -65,9 +67,10 @@ class ProcessStatus:
         """Return the status; None if these bytes are none, as those of a file that was not written yet."""
         if len(data) < _LAYOUT.size or not data.startswith(_MAGIC):
             return None
-        _, training, doing, size, smaller, backups, kept, is_host, in_arena, length, poison = _LAYOUT.unpack_from(data)
+        _, *numbers, is_host, in_arena, is_lost, length, poison = _LAYOUT.unpack_from(data)
+        training, doing, size, smaller, backups, kept = numbers
         text = poison[:length].decode(errors="replace")
-        return cls(training, Doing(doing), size, smaller, backups, kept, is_host, in_arena, text)
+        return cls(training, Doing(doing), size, smaller, backups, kept, is_host, in_arena, text, is_lost)
 
 
 def read_status(folder: Path, pid: int) -> ProcessStatus | None:
@@ -131,7 +134,16 @@ def note_training() -> int:
     if page is None:
         return 0
     training = page.status.training + 1
-    page.note(training=training, doing=Doing.ELSE, micro_batch=0, smaller=0, backups=0, kept_update=-1, poison="")
+    page.note(
+        training=training,
+        doing=Doing.ELSE,
+        micro_batch=0,
+        smaller=0,
+        backups=0,
+        kept_update=-1,
+        poison="",
+        worker_is_lost=False,
+    )
     return training
 
 
@@ -169,3 +181,10 @@ def note_poison(detail: str) -> None:
     page = _own_page()
     if page is not None:
         page.note(poison=detail)
+
+
+def note_worker_lost(detail: str) -> None:
+    """Note that the process of another worker has ended, so that this one can go on with none of them."""
+    page = _own_page()
+    if page is not None:
+        page.note(poison=detail, worker_is_lost=True, doing=Doing.ELSE)

@@ -99,6 +99,10 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
         self._lengths = lengths or LengthRule(step.structure, None)
         self._user_limit_bytes = user_limit_bytes
         self._headroom = headroom
+        self.told: Callable[[], list[float]] = list
+        """Returns numbers that every process of the training gives to all in each update, beside what it must."""
+        self.heard: list[float] = []
+        """Sums over all processes of what each has told in the last update; empty where they tell nothing."""
         self._updates = 0
         self._policy_of_whole_elements = MicroBatchPolicy(1)
         self._is_outdated = False
@@ -183,6 +187,11 @@ class AbstractTransaction(abc.ABC, Generic[StepT]):
     def variables(self) -> list[Variable]:
         """Variables that the steps traced so far can touch."""
         return self._step.variables
+
+    @property
+    def updated_variables(self) -> list[Variable]:
+        """Variables that the optimizers' updates change, alike on all replicas."""
+        return self._step.updated_variables
 
     @property
     def hidden_draws(self) -> list[str]:

@@ -52,6 +52,10 @@ class SingleProcess:
         """Watch nothing: a single process waits for no others."""
         yield
 
+    def throughout(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Say by its name that a worker was lost where nobody watched a wait, while the context is open."""
+        return contextlib.nullcontext()
+
     def give_up(self, message: str) -> None:
         """Let the other workers know that nothing more will come from this one."""
 
@@ -115,18 +119,30 @@ class Workers(SingleProcess):
         finally:
             timer.cancel()
 
+    @contextlib.contextmanager
+    def throughout(self, what: str) -> Iterator[None]:
+        # Keras's fit has collectives of its own: to set a metric to zero is one.
+        try:
+            yield
+        except _OF_COLLECTIVES as error:
+            if "ollective" not in str(error):
+                raise
+            raise self._lost(what, error, timed_out=False) from None
+
     def _lost(self, what: str, error: tf.errors.OpError, *, timed_out: bool) -> WorkerLostError:
         silent = strategies.unreachable_peers(self._strategy)
         who = " and ".join(silent) if silent else "another worker"
         happened = f"did not answer within {self._timeout_seconds:g} s" if timed_out else "is lost"
         lines = str(error.message).splitlines()
         reason = next((line for line in lines if "aborted" in line), lines[-1] if lines else "no message")
-        return WorkerLostError(
+        lost = WorkerLostError(
             f"{who[0].upper()}{who[1:]} {happened}, while the workers agreed on {what}. The model holds the last "
-            "completed update, and this process cannot take part in another one: start all workers again, with "
-            "keras.callbacks.BackupAndRestore among the callbacks to go on from the last epoch. "
+            "completed update, and this process cannot take part in another one: start all workers again. With "
+            'backup="runs/a" they go on behind the last update that was kept. '
             f"Received: {reason.strip()[:300]}"
         )
+        lost.has_ended = not timed_out
+        return lost
 
     def give_up(self, message: str) -> None:
         strategies.abort_collectives(f"worker {self.index}: {message}")

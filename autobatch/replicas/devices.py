@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from autobatch.recovery.abstract_transaction import AnyTransaction
 from autobatch.recovery.transaction import Transaction
 from autobatch.replicas.agreement import SingleProcess, agreement_for
 from autobatch.replicas.chief_state import FromTheChief, share_seed
+from autobatch.replicas.processes import OneProcess, SeveralProcesses
 from autobatch.replicas.resume import PlanBackup, backup_of
 from autobatch.replicas.step import ReplicatedStep
 from autobatch.replicas.transaction import ReplicatedTransaction
@@ -50,6 +51,10 @@ class Devices(Protocol):
         """Give ``numbers`` to all processes of this training; return those of all, one row a process."""
         ...
 
+    def processes(self) -> OneProcess:
+        """Return the processes of this training, as its backup needs them."""
+        ...
+
 
 class OneDevice:
     """The one device of a model that was made under no strategy."""
@@ -70,6 +75,9 @@ class OneDevice:
 
     def gather(self, numbers: list[float], what: str) -> Any:
         return SingleProcess().gather(numbers, what)
+
+    def processes(self) -> OneProcess:
+        return OneProcess()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +107,23 @@ class Replicas:
 
     def during_fit(self, model: Model, transaction: AnyTransaction) -> contextlib.AbstractContextManager[None]:
         assert isinstance(transaction, ReplicatedTransaction)  # opened here too
-        return strategies.keras_on_one_device(model, transaction.metrics_result)
+        return self._during_fit(model, transaction)
+
+    @contextlib.contextmanager
+    def _during_fit(self, model: Model, transaction: ReplicatedTransaction) -> Iterator[None]:
+        with (
+            self.agreement.throughout("an epoch"),
+            strategies.keras_on_one_device(model, transaction.metrics_result),
+        ):
+            yield
 
     def gather(self, numbers: list[float], what: str) -> Any:
         return self.agreement.gather(numbers, what)
+
+    def processes(self) -> OneProcess:
+        if self.agreement.count == 1:
+            return OneProcess(int(self.strategy.num_replicas_in_sync))
+        return SeveralProcesses(self.strategy, self.agreement)
 
 
 def devices_of_model(model: Model, timeout_seconds: float | None = None) -> Devices:

@@ -31,6 +31,7 @@ class Phase(enum.IntEnum):
     EVALUATION = 3
     TRIAL = 4
     BEGIN = 5
+    BACKUP = 6
 
 
 class Status(enum.IntEnum):

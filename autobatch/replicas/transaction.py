@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from autobatch.errors import UpdateInterruptedError, WorkerLostError
@@ -54,6 +55,17 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
     def metrics_result(self) -> dict[str, Any] | None:
         """Return the metrics of all replicas after the last step; None before the first."""
         return self._metric_logs
+
+    def as_plain(self) -> dict[str, Any]:
+        logs = self._metric_logs
+        return {
+            **super().as_plain(),
+            "metric_logs": None if logs is None else {name: np.asarray(value) for name, value in logs.items()},
+        }
+
+    def continue_from(self, plain: dict[str, Any]) -> None:
+        super().continue_from(plain)
+        self._metric_logs = plain.get("metric_logs")
 
     def _renew_now(self) -> None:
         super()._renew_now()
@@ -140,7 +152,7 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
 
         def work(totals: list[float]) -> list[float]:
             run(part, micro_batch, total=float(samples), totals=totals)
-            return []
+            return self.told() if moment is Phase.UPDATE else []
 
         def all_of_it() -> list[float]:
             begin()
@@ -148,15 +160,17 @@ class ReplicatedTransaction(AbstractTransaction[ReplicatedStep]):
 
         try:
             if id(step) in self._without_counts:
-                self._together(all_of_it, moment, head)
+                heard = self._together(all_of_it, moment, head)
             else:
                 totals = self._together(count, Phase.COUNT, head)
                 if not step.counts_needed:
                     self._without_counts.add(id(step))
-                self._together(lambda: work(totals), moment, head)
+                heard = self._together(lambda: work(totals), moment, head)
         except RolledBackError as failure:
             self.roll_back(kept)
             raise RolledBackError(micro_batch, largest, failure.diagnosis) from None
+        if moment is Phase.UPDATE:
+            self.heard = heard
         return micro_batch
 
     def _update(self, kept: list[SavedState], local: int, samples: int) -> Logs:

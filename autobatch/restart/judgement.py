@@ -4,7 +4,8 @@
 * SIGABRT, SIGSEGV, SIGBUS and other crashes: if its last words say so, as the table in :mod:`autobatch.memory.oom`
   knows them. Or if a step or a trial of ``fit`` was under way in a limited arena, whose kernels crash without a word.
   Or if nearly no memory was left. SIGBUS also if ``/dev/shm`` is full.
-* Exit code 1: if ``fit`` has noted a poisoned device.
+* Exit code 1: if ``fit`` has noted a poisoned device, or that the process of another worker has ended. That one is
+  started again by the command that runs it, and nobody can train with the others but new processes.
 * Anything else: never.
 """
 
@@ -58,6 +59,9 @@ def judge(exit_code: int, status: ProcessStatus | None, last_words: str, signs: 
 
 
 def _of_exit(exit_code: int, status: ProcessStatus, signs: MemorySigns) -> Judgement:
+    if exit_code == 1 and status.worker_is_lost:
+        seen = "another worker of its training was lost"
+        return Judgement(_death(seen, status, of_size=False), seen, status.poison)
     if exit_code == 1 and status.poison:
         return _for_device("device lost", status.poison, status)
     counted = signs.kernels_kill() if exit_code else ""

@@ -84,6 +84,18 @@ def devices_of(strategy: Any) -> tuple[str, ...]:
     return tuple(f"{spec.device_type}:{spec.device_index}" for spec in specs)
 
 
+def first_copy_of(variable: Any) -> Any:
+    """Return the copy on the first device here of the variable that this one is a copy of; itself if it is none.
+
+    Private: ``_distributed_container``, on the variable or its handle. Without it every variable counts as a first.
+    """
+    for owner in (variable, getattr(variable, "handle", None)):
+        container = getattr(owner, "_distributed_container", None)
+        if container is not None and container() is not None:
+            return container().values[0]
+    return variable
+
+
 def replica_here() -> int:
     """Return the number of the replica that is being traced, among those of this process."""
     context = tf.distribute.get_replica_context()

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from autobatch.data import economy
+from autobatch.errors import WorkerLostError
 from autobatch.handover.causes import Causes, told_causes
-from autobatch.handover.status import Doing, note_device, note_doing, note_training
+from autobatch.handover.status import Doing, note_device, note_doing, note_training, note_worker_lost
 from autobatch.memory import arena
 from autobatch.records import Recovery
 from autobatch.recovery.abstract_transaction import AnyTransaction
@@ -78,6 +79,10 @@ def as_told(model: Model) -> Iterator[StartedAgain]:
     with economy.economising(again.causes.host_deaths):
         try:
             yield again
+        except WorkerLostError as error:
+            if error.has_ended:
+                note_worker_lost(str(error))
+            raise
         except Exception as error:
             look_for_poison(error)
             raise

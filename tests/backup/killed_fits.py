@@ -6,6 +6,7 @@ before TensorFlow has started anything: importing it takes longer than a trainin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from keras import layers
 
 import autobatch
 from autobatch.data import economy
+from autobatch.tensors.variables import components
 
 SAMPLES, FEATURES = 44, 6
 NUMBERS = np.arange(SAMPLES)
@@ -52,7 +54,7 @@ def model(**compiled):
 
 def digest(trained):
     found = hashlib.sha256()
-    for variable in [*trained.variables, *trained.optimizer.variables]:
+    for variable in components([*trained.variables, *trained.optimizer.variables, *trained.metrics_variables]):
         found.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return found.hexdigest()[:16]
 
@@ -166,6 +168,12 @@ DATA = {
 }
 
 
+def mirrored(replicas):
+    cpus = [tf.config.LogicalDeviceConfiguration()] * replicas
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], cpus)
+    return tf.distribute.MirroredStrategy([f"CPU:{number}" for number in range(replicas)])
+
+
 def train(
     folder,
     *,
@@ -177,12 +185,14 @@ def train(
     callbacks=lambda folder: [],
     compiled=(),
     validation=None,
+    replicas=1,
     **options,
 ):
     """One process of a training: the digest of its weights, its History, and what it warned of."""
     if seed is not None:
         keras.utils.set_random_seed(seed)
-    built = model(**dict(compiled))
+    with contextlib.nullcontext() if replicas == 1 else mirrored(replicas).scope():
+        built = model(**dict(compiled))
     kind = DATA[kind](folder)
     if validation is not None:
         options["validation_data"] = DATA[validation](folder)
@@ -255,6 +265,15 @@ CASES = {
     "steps_per_execution": {"killed": [4], "compiled": {"steps_per_execution": 2}, "shuffle": False},
 }
 
+ON_REPLICAS = {
+    "arrays on two": {
+        "killed": [TERMINATED, {"update": 0, "place": "epoch"}],
+        "every": 1,
+        "replicas": 2,
+        **VALIDATION,
+    },
+    "tf.data on three": {"kind": "tf.data", "killed": [7], "every": 3, "replicas": 3},
+}
 
 WHOLE = {
     "mapped": "arrays",
@@ -290,7 +309,7 @@ def run(name, folder, whole_runs):
 
     Mapped files are trained as arrays in memory are, and it makes no difference how a process that goes on reads.
     """
-    case = dict(CASES[name])
+    case = dict((CASES | ON_REPLICAS)[name])
     kills = [{"update": kill} if isinstance(kill, int) else kill for kill in case.pop("killed")]
     level = case.pop("economy", 0)
     whole, parts = folder / "whole", folder / "parts"
@@ -302,6 +321,8 @@ def run(name, folder, whole_runs):
     for kill in kills:
         result["killed"].append(in_fork(lambda kill=kill: train(parts, killed=kill, **case), folder / "killed.json"))
         result["kept"] = sorted(path.name for path in parts.glob("backup/*"))
+    newest = max(parts.glob("backup/update-*"))
+    result["names"] = sorted(json.loads((newest / "state.json").read_text())["state"]["dict"]["variables"]["dict"])
 
     def resume():
         economy._SMALL_BYTES = 0  # these arrays are small

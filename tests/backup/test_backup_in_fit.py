@@ -262,12 +262,39 @@ def test_two_backups_at_a_time_are_refused(tmp_path):
         fit(tmp_path / "backup", callbacks=[backup])
 
 
-def test_a_strategy_is_refused(tmp_path):
+def test_another_number_of_replicas_is_refused(kept_once, tmp_path):
     optional.several_devices()
+    folder = shutil.copytree(kept_once, tmp_path / "backup")
+    for backup in folder.iterdir():
+        from autobatch.backup import folder as folders
+
+        path = backup / "state.json"
+        packed = json.loads(path.read_text())
+        assert packed["state"]["dict"]["replicas"] == 1
+        packed["state"]["dict"] |= {"replicas": 4, "processes": 2}
+        path.write_text(json.dumps(packed))
+        digests = {name: folders._sha256(backup / name) for name in ("state.json", "arrays.npz")}
+        (backup / "sha256sums").write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         model = models.classifier("adam")
-    with pytest.raises(ValueError, match=r"backup works on one device.*BackupAndRestore.*MirroredStrategy"):
-        fit(tmp_path / "backup", model=model)
+    with pytest.raises(
+        ValueError, match=r"number of replicas: 4 replicas in 2 processes then, 1 replica now\..*Train on as many"
+    ):
+        fit(folder, model=model)
+
+
+def test_a_stopped_training_on_replicas_goes_on(tmp_path, whole):
+    optional.several_devices()
+
+    def model():
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            return models.classifier("adam")
+
+    interrupted(tmp_path / "backup", model=model())
+    found, history = fit(tmp_path / "backup", model=model())
+    assert history.epoch == [0, 1]
+    assert history.history["loss"] == pytest.approx(whole[1].history["loss"], rel=1e-5)
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(weights(found), weights(whole[0]), strict=True))
 
 
 def test_a_kept_backup_trains_longer(tmp_path):

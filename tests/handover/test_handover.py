@@ -52,6 +52,10 @@ def test_notes(run_folder):
     assert status.read_status(run_folder, os.getpid()).micro_batch == 64, "where it was lost is still known"
     status.note_training()
     assert status.read_status(run_folder, os.getpid()) == ProcessStatus(3)
+    status.note_worker_lost("Worker 1 is lost")
+    assert status.read_status(run_folder, os.getpid()) == ProcessStatus(
+        3, poison="Worker 1 is lost", worker_is_lost=True
+    )
 
 
 def test_causes_come_back_as_they_were(run_folder):

@@ -42,7 +42,7 @@ def model(kind):
 
 
 def test_both_have_the_methods_of_the_protocol(kind):
-    assert METHODS == ["callbacks", "during_fit", "gather", "open_transaction", "open_trials"]
+    assert METHODS == ["callbacks", "during_fit", "gather", "open_transaction", "open_trials", "processes"]
     for name in METHODS:
         wanted, found = (inspect.signature(getattr(owner, name)).parameters for owner in (Devices, kind))
         assert list(found.values()) == list(wanted.values()), name

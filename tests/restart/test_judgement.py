@@ -100,6 +100,16 @@ def test_an_end_of_its_own_is_passed_on_without_a_word(exit_code):
     assert (found.death, found.seen) == (None, "")
 
 
+def test_a_worker_that_was_lost_is_waited_for_by_a_new_process():
+    left = ProcessStatus(training=1, micro_batch=64, poison="Worker 1 is lost", worker_is_lost=True)
+    found = judge(1, left, "", NOTHING)
+    assert (found.seen, found.evidence) == ("another worker of its training was lost", "Worker 1 is lost")
+    assert found.changes == ""
+    assert found.death is not None
+    assert found.death.micro_batch is None
+    assert judge(0, left, "", NOTHING).death is None
+
+
 def test_a_poison_counts_where_the_script_ended_by_an_error():
     poisoned = ProcessStatus(
         training=1, doing=Doing.UPDATE, micro_batch=64, smaller=48, poison="CUDA_ERROR_LAUNCH_FAILED"

@@ -52,6 +52,18 @@ def test_what_is_replaced_is_there_and_is_put_back(mirrored):
     assert "get_metrics_result" not in model.__dict__
 
 
+def test_a_copy_knows_the_variable_that_it_is_a_copy_of(mirrored):
+    _, model = mirrored
+    for variable in model.trainable_variables[0].value, model.metrics[0].variables[0].value:
+        (copy,) = variable.values
+        assert (
+            getattr(copy, "_distributed_container", getattr(copy.handle, "_distributed_container", None))() is variable
+        )
+        assert strategies.first_copy_of(copy) is copy
+    alone = tf.Variable(1.0)
+    assert strategies.first_copy_of(alone) is alone
+
+
 def test_tensorflows_context_has_what_watches_the_workers():
     for name in ("abort_collective_ops", "check_collective_ops_peer_health"):
         assert callable(getattr(context.context(), name))
