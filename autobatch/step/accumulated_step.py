@@ -375,7 +375,9 @@ class AccumulatedStep(CompiledStep):
             def body(part: list[Any], fraction: Tensor, carried: list[Any]) -> list[Any]:
                 return micro.merge(carried, micro(part, fraction, totals), fraction)
 
-            logs, statistics = micro.finish(loop(leaves, samples, division, micro.empty(), body, each=each))
+            results = loop(leaves, samples, division, micro.empty(), body, each=each)
+            micro.rest()  # so that the update does not run beside what only a micro-batch needs
+            logs, statistics = micro.finish(results)
             micro.averages.assign(statistics)
             return micro.logs.pack(logs)
 

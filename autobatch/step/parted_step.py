@@ -77,7 +77,8 @@ class PartedStep:
         self._parts = parted.make_parts(keeps_sizes=not model.jit_compile)
         sums.settle_units(parted.units)
         self._state = PartState(parted)
-        self._references: list[InGraphSnapshot] = []
+        self._references: dict[int, InGraphSnapshot] = {}
+        """Second references to what the micro-batches of a pass write, by its level; none without XLA."""
         levels = list(self._parts)
         last = max(interlude.level for interlude in parted.interludes if id(interlude) in parted.updates)
         self._runs = {level: self._trace_pass(level) if level % 2 else self._trace_between(level) for level in levels}
@@ -111,7 +112,7 @@ class PartedStep:
 
     def rest(self) -> None:
         """Let go of the memory that is held between micro-batches; the traces are kept."""
-        for each in self._references:
+        for each in self._references.values():
             each.drop()
         self._state = PartState(self._parted)
 
@@ -184,6 +185,8 @@ class PartedStep:
                 [empty_list(tensor) for tensor in part.to_each],
             ]
             _, *results = loop(leaves, samples, cut, start, body)
+            if level in self._references:
+                self._references[level].drop()
             return [totals, *results]
 
         signature = [specs, tf.TensorSpec([3], tf.int64), vector, once, list_specs_of(part.from_each)]
@@ -233,8 +236,7 @@ class PartedStep:
             return compiled  # type: ignore[no-any-return]
         # See :meth:`.micro_step.MicroStep.trace` for the reason.
         written = written_variables(concrete.graph, [*self._touched.variables, *self._sums.variables])
-        references = InGraphSnapshot(written)
-        self._references.append(references)
+        references = self._references[level] = InGraphSnapshot(written)
 
         def call(*given: Any) -> Any:
             with tf.control_dependencies([references.keep()]):
