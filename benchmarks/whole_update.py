@@ -38,6 +38,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -214,17 +215,14 @@ def measured(name: str, steps: int, repeats: int) -> dict[str, Any]:
         for way in WAYS if turn % 2 else reversed(WAYS):
             taken[way].append(seconds_of(lambda way=way: ways[way].update(batch)))
 
-    def most_bytes(way: Way, *, safe: bool) -> float:
+    def most_bytes(way: Way, *, safe: bool) -> int:
         written = way.written(batch) if safe else []
-        seen = []
-        for _ in range(3):
-            gc.collect()
-            held = [variable.read_value() for variable in written]
-            with allocations.recording("CPU:0", []) as recorded:
-                way.update(batch)
-            del held
-            seen.append(recorded.most_bytes())
-        return statistics.median(seen) + way.held_bytes()
+        gc.collect()
+        held = [variable.read_value() for variable in written]
+        with allocations.recording("CPU:0", []) as recorded:
+            way.update(batch)
+        del held
+        return recorded.most_bytes() + way.held_bytes()
 
     of_batch = sum(part.shape.num_elements() * part.dtype.size for part in batch)
     for way, row in rows.items():
@@ -303,7 +301,8 @@ def lines_of(row: dict[str, Any]) -> list[str]:
     lines = []
     for way, found in row["ways"].items():
         in_place, safe = (
-            "" if size is None else f"{size / 2**20:.1f}" for size in (found["bytes"]["in place"], found["bytes"]["safe"])
+            "" if size is None else f"{size / 2**20:.1f}"
+            for size in (found["bytes"]["in place"], found["bytes"]["safe"])
         )
         seconds, share, first = found["seconds"], found["share_of_launches"], found["compilation"]
         lines.append(
@@ -338,30 +337,47 @@ def main() -> None:
         f"{'model':<20} {'k':>3} {'way':<19} {'ms':>8} {'CPU ms':>8} {'share':>6} {'CPU':>6} {'in place':>9} "
         f"{'safe MiB':>9} {'first s':>7} {'CPU s':>7}"
     )
-    rows, errors = [], {}
+    found = about(options.repeats)
+    if options.output and options.output.exists():  # what is not measured now stays
+        found |= json.loads(options.output.read_text())
+
+    def keep() -> None:
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(found, indent=1) + "\n")
+
     for name in options.models.split(","):
         for steps in options.steps.split(","):
             _, said = in_a_process("--measure", name, steps, "--repeats", str(options.repeats))
-            rows.append(json.loads(said[-1]))
-            print("\n".join(lines_of(rows[-1])), flush=True)
+            row = json.loads(said[-1])
+            key = row["model"], row["accumulation_steps"]
+            others = [each for each in found["rows"] if (each["model"], each["accumulation_steps"]) != key]
+            found["rows"] = [*others, row]
+            print("\n".join(lines_of(row)), flush=True)
+            keep()
         _, said = in_a_process("--errors", name)
-        errors[name] = json.loads(said[-1])
-        print(f"{name:<20}   4 errors " + ", ".join(f"{way} {error:.1e}" for way, error in errors[name].items()))
-    ends = {}
+        errors = found["errors"][name] = json.loads(said[-1])
+        print(f"{name:<20}   4 errors " + ", ".join(f"{way} {error:.1e}" for way, error in errors.items()), flush=True)
+        keep()
     for way in FAILING:
         status, said = in_a_process("--failing", way)
-        ends[way] = {"exit_status": status, "said": said}
+        found["out_of_memory"][way] = {"exit_status": status, "said": said}
         print(f"out of memory, {way}: {'; '.join(said)}; the process ended with {status}", flush=True)
-    if options.output:
-        import keras
-        import tensorflow as tf
+    keep()
 
-        machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-        versions = {"tensorflow": tf.__version__, "keras": keras.__version__, "python": platform.python_version()}
-        found = {"rows": rows, "errors": errors, "out_of_memory": ends}
-        about = {"machine": machine, "versions": versions, "repeats": options.repeats, "micro_batch": MICRO_BATCH}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(about | found, indent=1) + "\n")
+
+def about(repeats: int) -> dict[str, Any]:
+    """What was measured with, and room for what is found."""
+    return {
+        "command": "python benchmarks/whole_update.py",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("tensorflow", "keras")} | {"python": platform.python_version()},
+        "micro_batch": MICRO_BATCH,
+        "repeats": repeats,
+        "rows": [],
+        "errors": {},
+        "out_of_memory": {},
+    }
 
 
 if __name__ == "__main__":
