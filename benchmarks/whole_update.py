@@ -320,6 +320,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--steps", default=",".join(map(str, ACCUMULATION_STEPS)), help="micro-batches in an update")
+    parser.add_argument("--parts", default="rows,errors,failing", help="what to measure (default: all three)")
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "STEPS"), help=argparse.SUPPRESS)
     parser.add_argument("--errors", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--failing", metavar="WAY", help=argparse.SUPPRESS)
@@ -347,7 +348,7 @@ def main() -> None:
             options.output.write_text(json.dumps(found, indent=1) + "\n")
 
     for name in options.models.split(","):
-        for steps in options.steps.split(","):
+        for steps in options.steps.split(",") if "rows" in options.parts else ():
             _, said = in_a_process("--measure", name, steps, "--repeats", str(options.repeats))
             row = json.loads(said[-1])
             key = row["model"], row["accumulation_steps"]
@@ -355,11 +356,13 @@ def main() -> None:
             found["rows"] = [*others, row]
             print("\n".join(lines_of(row)), flush=True)
             keep()
+        if "errors" not in options.parts:
+            continue
         _, said = in_a_process("--errors", name)
         errors = found["errors"][name] = json.loads(said[-1])
         print(f"{name:<20}   4 errors " + ", ".join(f"{way} {error:.1e}" for way, error in errors.items()), flush=True)
         keep()
-    for way in FAILING:
+    for way in FAILING if "failing" in options.parts else ():
         status, said = in_a_process("--failing", way)
         found["out_of_memory"][way] = {"exit_status": status, "said": said}
         print(f"out of memory, {way}: {'; '.join(said)}; the process ended with {status}", flush=True)
