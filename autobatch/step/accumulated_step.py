@@ -330,6 +330,8 @@ class AccumulatedStep(CompiledStep):
         division, leaves = self.train_divider.tensor(samples, micro_batch), self.structure.leaves(data)
         self._compilations.announce("micro-batch", leaves, self.train_divider.sizes(samples, micro_batch))
         self._logs = self._accumulate(leaves, division)
+        if self._micro is not None:
+            self._micro.end_pass()
         return self._logs
 
     def apply(self) -> Logs:
@@ -375,9 +377,7 @@ class AccumulatedStep(CompiledStep):
             def body(part: list[Any], fraction: Tensor, carried: list[Any]) -> list[Any]:
                 return micro.merge(carried, micro(part, fraction, totals), fraction)
 
-            results = loop(leaves, samples, division, micro.empty(), body, each=each)
-            micro.rest()  # so that the update does not run beside what only a micro-batch needs
-            logs, statistics = micro.finish(results)
+            logs, statistics = micro.finish(loop(leaves, samples, division, micro.empty(), body, each=each))
             micro.averages.assign(statistics)
             return micro.logs.pack(logs)
 

@@ -19,7 +19,6 @@ from autobatch.averages import batch_statistics
 from autobatch.graphs.parts import StepPart
 from autobatch.graphs.replay import Replay, Source
 from autobatch.graphs.touched_variables import TouchedVariables
-from autobatch.graphs.writes import written_variables
 from autobatch.metrics.merged_logs import Logs
 from autobatch.step.accumulators import Accumulators
 from autobatch.step.division import Division
@@ -35,11 +34,11 @@ from autobatch.step.part_state import (
     specs_of,
     state_specs_of,
 )
+from autobatch.step.second_references import SecondReferences
 from autobatch.step.step_trace import PartedTrace, SummedUpdate
 from autobatch.step.update_room import UpdateReserve
 from autobatch.tensors.batch_structure import Structure, sample_count
 from autobatch.tensors.functions import called_directly
-from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Model, Tensor
 
 
@@ -77,7 +76,7 @@ class PartedStep:
         self._parts = parted.make_parts(keeps_sizes=not model.jit_compile)
         sums.settle_units(parted.units)
         self._state = PartState(parted)
-        self._references: dict[int, InGraphSnapshot] = {}
+        self._references: dict[int, SecondReferences] = {}
         """Second references to what the micro-batches of a pass write, by its level; none without XLA."""
         levels = list(self._parts)
         last = max(interlude.level for interlude in parted.interludes if id(interlude) in parted.updates)
@@ -185,8 +184,6 @@ class PartedStep:
                 [empty_list(tensor) for tensor in part.to_each],
             ]
             _, *results = loop(leaves, samples, cut, start, body)
-            if level in self._references:
-                self._references[level].drop()
             return [totals, *results]
 
         signature = [specs, tf.TensorSpec([3], tf.int64), vector, once, list_specs_of(part.from_each)]
@@ -197,6 +194,8 @@ class PartedStep:
         def run_pass(state: PartState) -> Any:
             kept, lists = state.once_values(part.from_once), state.each_values(part.from_each)
             totals, own_logs, own_held, own_states, gives = call(state.leaves, state.sizes, state.totals, kept, lists)
+            if level in self._references:
+                self._references[level].end_pass()
             state.totals = totals
             state.note_logs(log_places, own_logs)
             state.note_held(held_places, own_held)
@@ -234,15 +233,9 @@ class PartedStep:
         self._touched.note_graph(concrete.graph)
         if not self._model.jit_compile:
             return compiled  # type: ignore[no-any-return]
-        # See :meth:`.micro_step.MicroStep.trace` for the reason.
-        written = written_variables(concrete.graph, [*self._touched.variables, *self._sums.variables])
-        references = self._references[level] = InGraphSnapshot(written)
-
-        def call(*given: Any) -> Any:
-            with tf.control_dependencies([references.keep()]):
-                return compiled(*given)
-
-        return call
+        variables = [*self._touched.variables, *self._sums.variables]
+        references = self._references[level] = SecondReferences(concrete.graph, variables)
+        return references.held_for(compiled)
 
     def _compiled_count(self, level: int, part: StepPart, signature: list[Any]) -> Callable[..., Any] | None:
         parted = self._parted
