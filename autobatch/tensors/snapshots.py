@@ -104,8 +104,8 @@ class InGraphSnapshot:
     def let_go(self) -> None:
         """Let go of the values as :meth:`drop` does; quicker where it is done again and again.
 
-        This is a call of its own: with the same assignments behind a loop, in one function, TensorFlow 2.21's optimizer
-        of graphs gives the loop wrong values.
+        This is a call of its own. In one function with a loop, TensorFlow 2.21's optimizer of graphs took what is
+        assigned here, which is empty, for values of the loop.
         """
         if self._let_go is None:
             self._let_go = tf.function(self.drop, autograph=False, input_signature=[]).get_concrete_function()
