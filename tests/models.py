@@ -69,6 +69,20 @@ class MemoryHog(layers.Layer):
         return inputs + 0.0 * tf.random.normal(tf.reshape(size, [1]))[0]
 
 
+class CompiledHog(layers.Layer):
+    """Asks for a matrix of 64 TiB, and for its square, for one size of micro-batch: XLA compiles each by itself."""
+
+    def __init__(self, too_many):
+        super().__init__()
+        self.too_many = too_many
+
+    def call(self, inputs):
+        samples = tf.shape(inputs, out_type=tf.int64)[0]
+        side = tf.where(samples == self.too_many, tf.constant(1 << 22, tf.int64), 1)
+        matrix = tf.random.stateless_normal(tf.stack([side, side]), [1, 2])
+        return inputs + 0.0 * tf.stop_gradient(tf.linalg.matmul(matrix, matrix)[0, 0])
+
+
 class AtCall:
     """True at the given calls alone, counted from 0."""
 

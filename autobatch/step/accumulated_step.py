@@ -330,6 +330,8 @@ class AccumulatedStep(CompiledStep):
         division, leaves = self.train_divider.tensor(samples, micro_batch), self.structure.leaves(data)
         self._compilations.announce("micro-batch", leaves, self.train_divider.sizes(samples, micro_batch))
         self._logs = self._accumulate(leaves, division)
+        if self._micro is not None:
+            self._micro.end_pass()
         return self._logs
 
     def apply(self) -> Logs:

@@ -12,7 +12,6 @@ from autobatch.averages.running_averages import RunningAverages
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs import draws
 from autobatch.graphs.touched_variables import TouchedVariables
-from autobatch.graphs.writes import written_variables
 from autobatch.losses.eager_terms import EagerTerms
 from autobatch.losses.loss_terms import LossTerms
 from autobatch.losses.loss_weights import LossWeights
@@ -28,11 +27,11 @@ from autobatch.step.conditions import Conditions
 from autobatch.step.division import Division
 from autobatch.step.fixed_size import FixedSize, fixed_size_in, flow_of
 from autobatch.step.micro_batch_loop import loop
+from autobatch.step.second_references import SecondReferences
 from autobatch.step.sink import Sink
 from autobatch.step.step_trace import PartedTrace, StepTrace, is_state, no_parts_eagerly
 from autobatch.step.trial_trace import trial_trace, weighing
 from autobatch.tensors.batch_structure import Structure, cut, sample_count
-from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Model, Optimizer, Tensor, Variable
 
 
@@ -79,7 +78,7 @@ class MicroStep:
         """Running averages, assigned once an update; unused in an evaluation."""
         self._compiled: Callable[..., tuple[Logs, list[Any], Any]] = self._run_averaging
         self._count_compiled: Callable[..., Any] = self._run_counting
-        self._second_references: InGraphSnapshot | None = None
+        self._second_references: SecondReferences | None = None
         self._told: tuple[tuple[str, Any], ...] = ()
         self._learnt: TraceFindings | None = None
         """Findings from a trial trace of a step that runs eagerly; None if there was none, or for a traced step."""
@@ -106,10 +105,12 @@ class MicroStep:
 
     def __call__(self, leaves: list[Tensor], fraction: Tensor, totals: Tensor) -> tuple[Logs, list[Any], Any]:
         """Run one micro-batch; return its logs, the arguments of held metric updates, and its statistics."""
-        if self._second_references is None:
-            return self._compiled(leaves, fraction, totals)
-        with tf.control_dependencies([self._second_references.keep()]):
-            return self._compiled(leaves, fraction, totals)
+        return self._compiled(leaves, fraction, totals)
+
+    def end_pass(self) -> None:
+        """Let go of what only micro-batches need, so that the update does not run beside it."""
+        if self._second_references is not None:
+            self._second_references.end_pass()
 
     def rest(self) -> None:
         """Let go of the memory that is held between micro-batches; the trace is kept."""
@@ -156,11 +157,9 @@ class MicroStep:
         if self.parted is not None:
             return
         if model.jit_compile:
-            # When a step compiled by XLA runs out of memory, it frees the buffers of the variables that it writes. The
-            # variables still use them. A second reference prevents that (TensorFlow 2.21 on a CPU).
-            sums = [] if sink is None else sink.variables
-            written = written_variables(concrete.graph, [*self._touched.variables, *sums])
-            self._second_references = InGraphSnapshot(written)
+            variables = [*self._touched.variables, *([] if sink is None else sink.variables)]
+            self._second_references = SecondReferences(concrete.graph, variables)
+            self._compiled = self._second_references.held_for(self._compiled)
         self._count_compiled = tf.function(self._run_counting, autograph=False, input_signature=signature)
         if self._count_length:
             expected = self._count_length

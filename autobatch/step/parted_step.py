@@ -19,7 +19,6 @@ from autobatch.averages import batch_statistics
 from autobatch.graphs.parts import StepPart
 from autobatch.graphs.replay import Replay, Source
 from autobatch.graphs.touched_variables import TouchedVariables
-from autobatch.graphs.writes import written_variables
 from autobatch.metrics.merged_logs import Logs
 from autobatch.step.accumulators import Accumulators
 from autobatch.step.division import Division
@@ -35,11 +34,11 @@ from autobatch.step.part_state import (
     specs_of,
     state_specs_of,
 )
+from autobatch.step.second_references import SecondReferences
 from autobatch.step.step_trace import PartedTrace, SummedUpdate
 from autobatch.step.update_room import UpdateReserve
 from autobatch.tensors.batch_structure import Structure, sample_count
 from autobatch.tensors.functions import called_directly
-from autobatch.tensors.snapshots import InGraphSnapshot
 from autobatch.types import Model, Tensor
 
 
@@ -77,7 +76,8 @@ class PartedStep:
         self._parts = parted.make_parts(keeps_sizes=not model.jit_compile)
         sums.settle_units(parted.units)
         self._state = PartState(parted)
-        self._references: list[InGraphSnapshot] = []
+        self._references: dict[int, SecondReferences] = {}
+        """Second references to what the micro-batches of a pass write, by its level; none without XLA."""
         levels = list(self._parts)
         last = max(interlude.level for interlude in parted.interludes if id(interlude) in parted.updates)
         self._runs = {level: self._trace_pass(level) if level % 2 else self._trace_between(level) for level in levels}
@@ -111,7 +111,7 @@ class PartedStep:
 
     def rest(self) -> None:
         """Let go of the memory that is held between micro-batches; the traces are kept."""
-        for each in self._references:
+        for each in self._references.values():
             each.drop()
         self._state = PartState(self._parted)
 
@@ -194,6 +194,8 @@ class PartedStep:
         def run_pass(state: PartState) -> Any:
             kept, lists = state.once_values(part.from_once), state.each_values(part.from_each)
             totals, own_logs, own_held, own_states, gives = call(state.leaves, state.sizes, state.totals, kept, lists)
+            if level in self._references:
+                self._references[level].end_pass()
             state.totals = totals
             state.note_logs(log_places, own_logs)
             state.note_held(held_places, own_held)
@@ -231,16 +233,9 @@ class PartedStep:
         self._touched.note_graph(concrete.graph)
         if not self._model.jit_compile:
             return compiled  # type: ignore[no-any-return]
-        # See :meth:`.micro_step.MicroStep.trace` for the reason.
-        written = written_variables(concrete.graph, [*self._touched.variables, *self._sums.variables])
-        references = InGraphSnapshot(written)
-        self._references.append(references)
-
-        def call(*given: Any) -> Any:
-            with tf.control_dependencies([references.keep()]):
-                return compiled(*given)
-
-        return call
+        variables = [*self._touched.variables, *self._sums.variables]
+        references = self._references[level] = SecondReferences(concrete.graph, variables)
+        return references.held_for(compiled)
 
     def _compiled_count(self, level: int, part: StepPart, signature: list[Any]) -> Callable[..., Any] | None:
         parted = self._parted

@@ -72,6 +72,7 @@ class InGraphSnapshot:
         with tf.device("CPU:0"):
             self._times = tf.Variable(tf.constant(0, tf.int64), trainable=False, name="autobatch_times_kept")
         self._called = 0
+        self._let_go: Callable[[], Any] | None = None
         self.are_of_failed_call = False
         """True if the last call failed after it had kept the values, and no other call was begun since."""
 
@@ -109,7 +110,17 @@ class InGraphSnapshot:
         self.forget()
         for variable, copy in self._pairs:
             with tf.device(variable.device):
-                copy.assign(tf.zeros([0], variable.dtype))
+                copy.assign(tf.zeros([0], variable.dtype), read_value=False)
+
+    def let_go(self) -> None:
+        """Let go of the values as :meth:`drop` does; quicker where it is done again and again.
+
+        This is a call of its own. In one function with a loop, TensorFlow 2.21's optimizer of graphs took what is
+        assigned here, which is empty, for values of the loop.
+        """
+        if self._let_go is None:
+            self._let_go = tf.function(self.drop, autograph=False, input_signature=[]).get_concrete_function()
+        self._let_go()
 
 
 class SnapshotTaker:

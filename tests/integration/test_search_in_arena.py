@@ -73,7 +73,12 @@ def test_what_is_found_was_run_and_is_not_reached_one_by_one():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("steps", "expected"), [("whole", "['out_of_memory', 'fits'] True"), ("accumulated", "True True")]
+    ("steps", "expected"),
+    [
+        ("whole", "['out_of_memory', 'fits'] True"),
+        ("accumulated", "True True"),
+        ("later", "True True the sums alone"),
+    ],
 )
 def test_running_out_of_memory_under_xla_leaves_the_values_and_the_process_alive(steps, expected):
     script = SCRIPT.with_name("xla_trials.py")

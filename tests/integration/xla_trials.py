@@ -1,6 +1,6 @@
 """Run by the tests, in a process of its own: steps compiled by XLA that run out of memory, and what comes after.
 
-``python xla_trials.py whole|accumulated``
+``python xla_trials.py whole|accumulated|later``
 """
 
 from __future__ import annotations
@@ -70,6 +70,40 @@ def accumulated(x, y):
     print(recovered, all((left == right).all() for left, right in pairs))
 
 
+def later(x, y):
+    """An update that fits, what is held behind it, and one that runs out of memory; against the same without that."""
+    import tensorflow as tf
+
+    from autobatch.memory import limits
+    from autobatch.recovery.transaction import Transaction
+    from autobatch.step.accumulated_step import AccumulatedStep
+    from autobatch.tensors.variables import bytes_of
+
+    batch = tf.constant(x), tf.constant(y)
+    small = batch[0][:256], batch[1][:256]
+    spec = tf.data.Dataset.from_tensors(batch).element_spec
+    model, reference = built(), built()
+    for each in (model, reference):
+        each.optimizer.build(each.trainable_variables)
+    before = limits.bytes_in_use("CPU:0")
+    transaction = Transaction(AccumulatedStep(model, spec), SAMPLES - 1, device="CPU:0", effective_batch=SAMPLES)
+    transaction.train(small)
+    gc.collect()
+    weights = bytes_of(model.trainable_variables)
+    held = (limits.bytes_in_use("CPU:0") - before) / weights
+    transaction.train(batch)
+    recovered, micro_batch = len(transaction.recoveries) > 0, transaction.policy.micro_batch
+    del transaction
+    gc.collect()
+    step = AccumulatedStep(reference, spec)
+    for one in (small, batch):
+        step.accumulate(one, micro_batch)
+        step.apply()
+    pairs = zip(model.get_weights(), reference.get_weights(), strict=True)
+    same = all((left == right).all() for left, right in pairs)
+    print(recovered, same, "the sums alone" if held < 1.5 else f"{held:.1f} times the weights")
+
+
 def main():
     autobatch.limit_memory("150MiB")
     import numpy as np
@@ -77,7 +111,7 @@ def main():
     random = np.random.default_rng(0)
     x = random.normal(size=(SAMPLES, 200)).astype("float32")
     y = random.normal(size=(SAMPLES, 1)).astype("float32")
-    {"whole": whole, "accumulated": accumulated}[sys.argv[1]](x, y)
+    {"whole": whole, "accumulated": accumulated, "later": later}[sys.argv[1]](x, y)
 
 
 if __name__ == "__main__":

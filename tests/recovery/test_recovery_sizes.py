@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from models import AtCall, MemoryHog, arrays, classifier, run_out_if
+from models import AtCall, CompiledHog, MemoryHog, arrays, classifier, run_out_if
 from same_bits import assert_same_bits, everything
 
 import autobatch
@@ -198,20 +198,6 @@ def test_in_the_middle_of_an_epoch_and_in_its_ragged_tail(compiled, micro_step):
     assert (recovery.update, after < recovery.micro_batch_before) == (update, True)
     sizes = [MICRO] * update + [after] * (3 - update)
     assert_same_bits(everything(model), replayed(stateful(**compiled), cut(samples), sizes))
-
-
-class CompiledHog(layers.Layer):
-    """Asks for a matrix of 64 TiB, and for its square, for one size of micro-batch: XLA compiles each by itself."""
-
-    def __init__(self, too_many):
-        super().__init__()
-        self.too_many = too_many
-
-    def call(self, inputs):
-        samples = tf.shape(inputs, out_type=tf.int64)[0]
-        side = tf.where(samples == self.too_many, tf.constant(1 << 22, tf.int64), 1)
-        matrix = tf.random.stateless_normal(tf.stack([side, side]), [1, 2])
-        return inputs + 0.0 * tf.stop_gradient(tf.linalg.matmul(matrix, matrix)[0, 0])
 
 
 def test_compiled_by_xla():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from models import AtCall, MemoryHog
+from models import AtCall, CompiledHog, MemoryHog
 from same_bits import assert_same_bits
 from updating_models import SAMPLES, InTurn, noise
 
@@ -25,14 +25,18 @@ def never(*_):
     return False
 
 
+def hog(too_many):
+    if too_many is never:
+        return lambda inputs: inputs
+    return MemoryHog(too_many) if callable(too_many) else CompiledHog(too_many)
+
+
 class Adversaries(InTurn):
     """Draws, moves statistics, and may run out of memory when the generator's part judges fakes."""
 
     def __init__(self, too_many=never, in_first=never):
         super().__init__(layers.BatchNormalization(), layers.Dropout(0.3, seed=3))
-        self.hog, self.first = (
-            (lambda inputs: inputs) if each is never else MemoryHog(each) for each in (too_many, in_first)
-        )
+        self.hog, self.first = map(hog, (too_many, in_first))
 
     def train_step(self, data):
         real, latent = data
@@ -125,6 +129,21 @@ def test_under_xla_the_last_update_fails_behind_the_second_pass():
     assert len(transaction.recoveries) == 1
     trained(plain)
     assert_same_bits(state(model), state(plain))
+
+
+@pytest.mark.parametrize("hungry", [(MICRO,), (never, MICRO)], ids=["second part", "first part"])
+def test_under_xla_a_pass_fails_and_what_its_variables_need_is_held_no_longer_than_it(hungry):
+    model = adversaries(*hungry, jit_compile=True)
+    transaction = trained(model)
+    after = transaction.recoveries[-1].micro_batch_after
+    assert after < MICRO
+    assert {each.update for each in transaction.recoveries} == {0}
+    assert_same_bits(state(model), reference([after] * UPDATES, jit_compile=True))
+    references = transaction._step._parted._references
+    assert len(references) == 2, "one for each pass"
+    pairs = [pair for each in references.values() for pair in each._values._pairs]
+    assert pairs
+    assert all(copy.read_value().shape == [0] for _, copy in pairs)
 
 
 def test_not_one_sample_fits_the_second_part():
