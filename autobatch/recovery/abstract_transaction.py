@@ -17,12 +17,13 @@ import tenacity
 
 from autobatch.errors import NoFeasibleBatchError
 from autobatch.handover.status import Doing, is_watched, note_doing
-from autobatch.memory import limits, oom
+from autobatch.memory import limits
 from autobatch.memory.other_users import explain_pressure
 from autobatch.metrics.merged_logs import Logs
 from autobatch.records import MemoryModel, Recovery
 from autobatch.recovery.keeper import Keeper, SavedState
 from autobatch.recovery.micro_batch_policy import MicroBatchPolicy
+from autobatch.recovery.rolled_back import RolledBackError
 from autobatch.recovery.sample_lengths import LengthRule
 from autobatch.step import kept_steps
 from autobatch.step.compiled_step import CompiledStep
@@ -32,29 +33,6 @@ from autobatch.types import Batch, ElementSpec, Variable
 from autobatch.units import format_bytes, less_headroom
 
 StepT = TypeVar("StepT", bound=CompiledStep)
-
-
-class RolledBackError(Exception):
-    """Signal of a step that ran out of memory and was undone.
-
-    It is raised outside of the handler of the original error, whose traceback would keep the failed tensors alive.
-    """
-
-    def __init__(
-        self,
-        micro_batch: int,
-        samples: int,
-        diagnosis: oom.Diagnosis,
-        *,
-        length_ratio: float = 1.0,
-        beside_copies: bool = False,
-    ) -> None:
-        super().__init__(diagnosis.detail)
-        self.micro_batch = micro_batch
-        self.samples = samples
-        self.diagnosis = diagnosis
-        self.length_ratio = length_ratio
-        self.beside_copies = beside_copies
 
 
 class AbstractTransaction(abc.ABC, Generic[StepT]):

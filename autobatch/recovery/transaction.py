@@ -28,9 +28,10 @@ import tensorflow as tf
 
 from autobatch.errors import FixedBatchSizeError, NoFeasibleBatchError, UpdateInterruptedError, warn
 from autobatch.metrics.merged_logs import Logs
-from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
+from autobatch.recovery.abstract_transaction import AbstractTransaction
 from autobatch.recovery.keeper import PROVEN_UPDATES, SavedState, SnapshotPlace
 from autobatch.recovery.out_of_memory import CAUGHT, memory_failure
+from autobatch.recovery.rolled_back import RolledBackError
 from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.tensors.batch_structure import UnevenSpec, in_words, rows_of
 from autobatch.tensors.snapshots import SnapshotTaker

@@ -21,10 +21,11 @@ import tensorflow as tf
 from autobatch.errors import UpdateInterruptedError, WorkerLostError
 from autobatch.memory import oom
 from autobatch.metrics.merged_logs import Logs
-from autobatch.recovery.abstract_transaction import AbstractTransaction, RolledBackError
+from autobatch.recovery.abstract_transaction import AbstractTransaction
 from autobatch.recovery.keeper import SavedState, SnapshotPlace
 from autobatch.recovery.micro_batch_policy import evened
 from autobatch.recovery.out_of_memory import CAUGHT
+from autobatch.recovery.rolled_back import RolledBackError
 from autobatch.replicas.agreement import SingleProcess
 from autobatch.replicas.keeper import ReplicatedKeeper
 from autobatch.replicas.lockstep import Phase, run_in_lockstep
