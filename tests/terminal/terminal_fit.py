@@ -30,9 +30,13 @@ class Said(layers.Layer):
 class Hungry(layers.Layer):
     """Wants more than any machine has, for more samples than ``most``."""
 
+    def __init__(self, most):
+        super().__init__()
+        self._most = most
+
     def build(self, shape):
         self.most = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False)
-        self.most.assign(20)
+        self.most.assign(self._most)
 
     def call(self, inputs):
         wanted = tf.where(tf.shape(inputs)[0] > tf.convert_to_tensor(self.most), TOO_MANY, 4)
@@ -51,7 +55,7 @@ def arena():
     keras.utils.set_random_seed(0)
     convolutions = [layers.Conv2D(16, 3, activation="relu") for _ in range(2)]
     model = keras.Sequential(
-        [keras.Input((32, 32, 3)), Said(), *convolutions, layers.GlobalAveragePooling2D(), layers.Dense(3)]
+        [keras.Input((32, 32, 3)), Said(), Hungry(100), *convolutions, layers.GlobalAveragePooling2D(), layers.Dense(3)]
     )
     model.compile("sgd", "mse")
     data = np.zeros((512, 32, 32, 3), "float32"), np.zeros((512, 3), "float32")
@@ -62,7 +66,7 @@ def arena():
 
 def hungry():
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((4,)), Hungry(), layers.Dense(3)])
+    model = keras.Sequential([keras.Input((4,)), Hungry(20), layers.Dense(3)])
     model.compile("sgd", "mse")
     data = np.zeros((40 * 40, 4), "float32"), np.zeros((40 * 40, 3), "float32")
     options = {"target_batch": 40, "cache": False}
