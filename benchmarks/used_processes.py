@@ -7,8 +7,8 @@ is built, searched and trained three times there, so that the second and third s
 left. After each search the largest size that fits the budget is found by bisection, with the very same trials. Two
 loops that people write are charged the same trials: one halves from 512, the other takes a tenth off.
 
-Operations run side by side, as they do by default. So the largest size that fits differs from run to run by several per
-cent, and a size found may lie above what bisection finds a moment later.
+Operations run one at a time, as they do in every arena of ``limit_memory``. What the trials of the bisection hold
+beside those of the search takes some memory, so that a size found may lie a little above what bisection finds.
 """
 
 from __future__ import annotations

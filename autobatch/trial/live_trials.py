@@ -41,7 +41,7 @@ from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.step.fixed_size import SizeWantedError
 from autobatch.tensors.batch_structure import Structure
-from autobatch.tensors.snapshots import Snapshot
+from autobatch.tensors.snapshots import Snapshot, lay_anew
 from autobatch.tensors.variables import bytes_of
 from autobatch.trial import known_reports, other_processes, surroundings
 from autobatch.trial.beside_copies import BesideCopies
@@ -317,6 +317,7 @@ class LiveTrials:
             self.keeper.forget()
         self._require_cuttable()
         self._save()
+        lay_anew(self.step.variables)
         for_metrics = 0 if whole else self.step.traced.held_sample_bytes
         self._sample.read()  # before it is seen what is held
         self._pipeline.hold(samples, for_metrics)
@@ -393,6 +394,7 @@ class LiveTrials:
         for snapshot in self._snapshots:
             snapshot.restore()
             snapshot.drop()
+        lay_anew(self.step.variables)
         self._snapshots, self._saved = [], set()
         self.step.on_optimizer_found = lambda: None
         gc.collect()

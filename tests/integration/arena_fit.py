@@ -45,10 +45,6 @@ def main():
     mode, path = sys.argv[1:]
     if mode == "limited":
         autobatch.limit_memory(LIMIT)
-        import tensorflow as tf
-
-        # One operation at a time, as a GPU's single stream runs them: in parallel, what they hold together is chance.
-        tf.config.threading.set_inter_op_parallelism_threads(1)
     import numpy as np
 
     model, x, y = build()

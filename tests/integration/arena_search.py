@@ -64,11 +64,7 @@ def waiting():
 
 
 def measures():
-    """What the trace and trials of three sizes tell.
-
-    One operation at a time: side by side, whether two convolutions' workspaces are held at once is chance.
-    """
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    """What the trace and trials of three sizes tell."""
     model, x, y = build(), *samples()
     trials = opening.open_trials(model, x, y, target_batch=None, memory_limit_bytes=None, headroom=0.0)
     estimate = trials.estimate_sample()
@@ -77,8 +73,9 @@ def measures():
     for size in (1, 64, 128):
         result = trials.run(TrialRequest(size, timed_steps=0))
         measured[size] = {name: getattr(result, name) for name in fields}
+    recorded = trials.run(TrialRequest(64, timed_steps=0, record_allocations=True)).allocations
     trials.close()
-    return {"estimate": asdict(estimate), "measured": measured}
+    return {"estimate": asdict(estimate), "measured": measured, "side_by_side": recorded.in_parallel}
 
 
 def searches():
@@ -93,6 +90,4 @@ def searches():
 
 if __name__ == "__main__":
     autobatch.limit_memory(LIMIT)
-    import tensorflow as tf
-
     print(json.dumps({"waiting": waiting, "measures": measures, "searches": searches}[sys.argv[1]]()))

@@ -74,7 +74,6 @@ def main():
     from autobatch.recovery.transaction import Transaction
     from autobatch.step.accumulated_step import AccumulatedStep
 
-    tf.config.threading.set_inter_op_parallelism_threads(1)
     take_region()
     # One sample at a time, so that there is no smaller size to go on with.
     target = 1 if mode == "whole" else 2

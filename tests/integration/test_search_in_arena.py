@@ -35,6 +35,12 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_sample_adds(measures):
 
 
 @pytest.mark.slow
+def test_operations_run_one_at_a_time_in_a_limited_arena(measures):
+    """Side by side, whether two convolutions' workspaces are held at once is chance, and so is what fits."""
+    assert measures["side_by_side"] is False
+
+
+@pytest.mark.slow
 def test_a_trial_tells_what_was_held_and_what_the_samples_needed(measures):
     for result in measures["measured"].values():
         assert 0 < result["held_bytes"] < result["sample_peak_bytes"] <= result["peak_bytes"]
@@ -56,11 +62,14 @@ def test_what_is_found_was_run_and_is_not_reached_one_by_one():
     told = _run("searches")
     for found, trials in zip(told["found"], told["trials"], strict=True):
         assert found == max(micro_batch for micro_batch, fits in trials if fits) > 128
-    # Operations run in parallel here, so that what is held at once is not the same each time: in the mean of searches.
-    searches = len(told["trials"])
-    assert searches == 3
-    assert sum(len(trials) for trials in told["trials"]) <= 5 * searches
-    assert sum(not fits for trials in told["trials"] for _, fits in trials) <= 1 * searches
+    # What ran before does not decide what fits: each trial begins with what is held laid anew.
+    assert len(told["trials"]) == 3
+    # Each search ends within 3 % of what it predicts, and predicts it from where the weights lie then.
+    assert max(told["found"]) <= 1.06 * min(told["found"])
+    for trials in told["trials"]:
+        assert len(trials) <= 4
+        assert sum(not fits for _, fits in trials) <= 1
+    assert sum(not fits for trials in told["trials"] for _, fits in trials) <= 1
 
 
 @pytest.mark.slow

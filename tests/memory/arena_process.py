@@ -42,6 +42,31 @@ def note_statistics(tf) -> None:
     seen["enforced"] = limits.find_limit("CPU:0").enforced
 
 
+def note_what_lies_in_the_middle(tf) -> None:
+    """Note whether a large block finds room where a variable was made in the middle of the arena."""
+    from autobatch.tensors.snapshots import lay_anew
+
+    def has_room(mib: int) -> bool:
+        try:
+            tf.zeros([mib * MIB], tf.uint8)
+        except tf.errors.ResourceExhaustedError:
+            return False
+        return True
+
+    assert has_room(33)  # the arena's last region
+    below = tf.zeros([24 * MIB], tf.uint8)
+    variable = tf.Variable(tf.ones([2 * MIB]))
+    del below
+    seen["room_beside_it"] = has_room(30)
+    lay_anew([variable])
+    seen["room_when_laid_anew"] = has_room(30)
+    filling = tf.zeros([30 * MIB], tf.uint8)
+    while has_room(1):
+        filling = [filling, tf.zeros([MIB], tf.uint8)]
+    lay_anew([variable])  # there is no room for a copy
+    seen["value_kept"] = bool((variable.numpy() == 1.0).all())
+
+
 def too_late() -> None:
     before = dict(os.environ)
     seen["started"] = arena.devices_started()
@@ -63,6 +88,7 @@ def first() -> None:
     seen["default_device"] = limits.default_device()
     seen["still_not_started"] = not arena.devices_started()
     note_statistics(tf)
+    note_what_lies_in_the_middle(tf)
     options = tf.compat.v1.ConfigProto.FromString(context_config())
     seen["retry_disallowed"] = options.gpu_options.experimental.disallow_retry_on_allocation_failure
     too_late()

@@ -37,6 +37,12 @@ def test_the_arena_keeps_count(first):
     assert first["wrong_device"][1].endswith("Received: 'CPU:7'")
 
 
+def test_what_lies_in_the_middle_of_free_memory_is_laid_anew(first):
+    assert first["room_beside_it"] is False
+    assert first["room_when_laid_anew"] is True
+    assert first["value_kept"] is True
+
+
 def test_too_late_is_said_and_changes_nothing(first):
     assert first["started"] is True
     kind, message = first["too_late"]
@@ -110,12 +116,16 @@ def test_an_allocator_that_keeps_no_count(processes):
     assert seen["wrong_device"][0] == "ValueError"
 
 
-def test_the_environment_of_a_worker():
+def test_the_environment_of_a_worker(monkeypatch):
+    monkeypatch.delenv("TF_NUM_INTEROP_THREADS", raising=False)
     assert arena.arena_environment(512 * MIB + 5) == {
         "TF_CPU_ALLOCATOR_USE_BFC": "1",
         "TF_CPU_BFC_MEM_LIMIT_IN_MB": "512",
         "TF_ENABLE_ONEDNN_OPTS": "0",
+        "TF_NUM_INTEROP_THREADS": "1",
     }
+    monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "4")  # somebody has chosen
+    assert arena.arena_environment(MIB)["TF_NUM_INTEROP_THREADS"] == "4"
 
 
 def test_an_environment_below_one_mib():
