@@ -41,17 +41,6 @@ class Snapshot:
         self._variables = []
 
 
-def lay_anew(variables: Iterable[Variable]) -> None:
-    """Copy each variable's value to another place of its device's memory: into the smallest gap that it fits.
-
-    Where a value lies in the middle of the largest free piece, a size fits or not by what ran before it. Updates make
-    weights anew in each step, so that they wander. A variable for whose copy there is no room stays where it is.
-    """
-    for variable in components(variables):
-        with contextlib.suppress(tf.errors.OpError), tf.device(variable.device):
-            variable.assign(tf.raw_ops.DeepCopy(x=variable.read_value()))
-
-
 class InGraphSnapshot:
     """Values that a traced step itself keeps in separate variables before it does anything else.
 

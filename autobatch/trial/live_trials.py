@@ -41,11 +41,12 @@ from autobatch.step.accumulated_step import AccumulatedStep
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.step.fixed_size import SizeWantedError
 from autobatch.tensors.batch_structure import Structure
-from autobatch.tensors.snapshots import Snapshot, lay_anew
+from autobatch.tensors.snapshots import Snapshot
 from autobatch.tensors.variables import bytes_of
 from autobatch.trial import known_reports, other_processes, surroundings
 from autobatch.trial.beside_copies import BesideCopies
 from autobatch.trial.content_digest import content_digest, surroundings_of
+from autobatch.trial.laid_anew import lay_anew
 from autobatch.trial.timing import Timing
 from autobatch.trial.waiting_batches import WaitingBatches
 from autobatch.trial.worst_case import Data, WorstCaseSample
@@ -317,7 +318,7 @@ class LiveTrials:
             self.keeper.forget()
         self._require_cuttable()
         self._save()
-        lay_anew(self.step.variables)
+        lay_anew(self.step.variables, self.device)
         for_metrics = 0 if whole else self.step.traced.held_sample_bytes
         self._sample.read()  # before it is seen what is held
         self._pipeline.hold(samples, for_metrics)
@@ -384,8 +385,8 @@ class LiveTrials:
         """Put every variable back as it was before the first trial."""
         # First what trials held: the values that are put back need room on the device, each as much as its variable.
         self._pipeline.drop()
+        self.step.on_optimizer_found = lambda: None
         if not self._snapshots:  # nothing was run
-            self.step.on_optimizer_found = lambda: None
             return
         self.keeper.forget()
         if not self._any_ran:
@@ -394,7 +395,6 @@ class LiveTrials:
         for snapshot in self._snapshots:
             snapshot.restore()
             snapshot.drop()
-        lay_anew(self.step.variables)
+        lay_anew(self.step.variables, self.device)
         self._snapshots, self._saved = [], set()
-        self.step.on_optimizer_found = lambda: None
         gc.collect()

@@ -44,7 +44,7 @@ def note_statistics(tf) -> None:
 
 def note_what_lies_in_the_middle(tf) -> None:
     """Note whether a large block finds room where a variable was made in the middle of the arena."""
-    from autobatch.tensors.snapshots import lay_anew
+    from autobatch.trial.laid_anew import lay_anew
 
     def has_room(mib: int) -> bool:
         try:
@@ -58,12 +58,12 @@ def note_what_lies_in_the_middle(tf) -> None:
     variable = tf.Variable(tf.ones([2 * MIB]))
     del below
     seen["room_beside_it"] = has_room(30)
-    lay_anew([variable])
+    lay_anew([variable], "CPU:0")
     seen["room_when_laid_anew"] = has_room(30)
     filling = tf.zeros([30 * MIB], tf.uint8)
     while has_room(1):
         filling = [filling, tf.zeros([MIB], tf.uint8)]
-    lay_anew([variable])  # there is no room for a copy
+    lay_anew([variable], "CPU:0")  # there is no room for a copy
     seen["value_kept"] = bool((variable.numpy() == 1.0).all())
 
 

@@ -36,6 +36,14 @@ def limits_of(*gibibytes):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="MemAvailable is Linux's")
 def test_a_real_process_is_seen_to_take_host_memory_and_to_give_it_back():
+    """Whatever else runs here takes and gives back memory too: of five attempts one is not disturbed."""
+    told = []
+    while len(told) < 5 and (True, False, True) not in told:
+        told.append(_seen_to_take_and_give_back())
+    assert (True, False, True) in told
+
+
+def _seen_to_take_and_give_back():
     start = limits.find_limit("CPU:0")
     held_bytes = start.limit_bytes // 8
     command = [sys.executable, "-c", _HOLD, str(held_bytes)]
@@ -43,10 +51,11 @@ def test_a_real_process_is_seen_to_take_host_memory_and_to_give_it_back():
         assert holder.stdout.readline() == b"held\n"
         # Half of it is left to what else goes on on this machine meanwhile.
         before = Limit(start.limit_bytes - held_bytes // 2, start.source)
-        assert "another process took" in other_processes.taken_since(before, lambda: limits.find_limit("CPU:0"))
-        assert not other_processes.wait_until_back(before, lambda: limits.find_limit("CPU:0"), patience_seconds=0.01)
+        taken = other_processes.taken_since(before, lambda: limits.find_limit("CPU:0"))
+        at_once = other_processes.wait_until_back(before, lambda: limits.find_limit("CPU:0"), patience_seconds=0.01)
         holder.stdin.close()
-        assert other_processes.wait_until_back(before, lambda: limits.find_limit("CPU:0"))
+        at_last = other_processes.wait_until_back(before, lambda: limits.find_limit("CPU:0"))
+    return "another process took" in (taken or ""), at_once, at_last
 
 
 def test_too_little_or_too_large_a_request_is_no_intruder():
