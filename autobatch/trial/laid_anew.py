@@ -6,15 +6,17 @@ weights anew, so that they wander: in one arena 327 samples failed behind a tria
 
 from __future__ import annotations
 
-import contextlib
+import logging
+import sys
 from collections.abc import Iterable
-from typing import Any
 
 import tensorflow as tf
 
 from autobatch.memory import arena, limits
 from autobatch.tensors.variables import components
-from autobatch.types import Variable
+from autobatch.types import Tensor, Variable
+
+logger = logging.getLogger("autobatch")
 
 _ROUND_BYTES = 256
 """Unit to which TensorFlow's allocators round a block up."""
@@ -22,33 +24,49 @@ _ROUND_BYTES = 256
 _GAPS_TRIED = 8
 """Number of gaps that are tried for one value; those passed over are held until it has found one."""
 
+_ROOM = 4
+"""Times that a value must fit into what is free, to be copied: a failed allocation waits ten seconds."""
+
 
 def lay_anew(variables: Iterable[Variable], device: str) -> None:
     """Copy each variable's value to another place of its device's memory: into the smallest gap that it fills.
 
-    A variable for whose copy there is no room stays where it is. The allocator gives a gap whole to a value that takes
-    more than half of it. Such a gap is passed over, so that no more memory is held afterwards than before.
+    The allocator gives a gap whole to a value that takes more than half of it. Such a gap is passed over, so that no
+    more memory is held afterwards than before. What a nearly full device has no room for stays where it is.
 
     ``device`` is the trials' device. On a CPU without a limited arena nothing is done: each value there has memory of
     its own.
     """
     if device.startswith("CPU") and arena.arena_limit_bytes(device) is None:
         return
-    for variable in components(variables):
-        # Not every type of values can be copied on every kind of device.
-        with contextlib.suppress(tf.errors.OpError), tf.device(variable.device):
-            copy = _copy_in_a_gap(variable.read_value(), variable.device.rpartition("device:")[2])
-            if copy is not None:
-                variable.assign(copy)
+    limit_bytes = limits.find_limit(device).limit_bytes or sys.maxsize
+    try:
+        for variable in components(variables):
+            of_it = variable.device.rpartition("device:")[2]
+            value_bytes = (variable.shape.num_elements() or 0) * variable.dtype.size
+            if not value_bytes or _ROOM * value_bytes > limit_bytes - (limits.bytes_in_use(of_it) or 0):
+                continue
+            with tf.device(variable.device):
+                copy = _copy_in_a_gap(variable.read_value(), value_bytes, of_it)
+                if copy is not None:
+                    variable.assign(copy)
+    except tf.errors.ResourceExhaustedError:  # what is free is in small pieces
+        logger.debug("%s is too full to lay anew what is held", device)
 
 
-def _copy_in_a_gap(value: Any, device: str) -> Any:
-    """Return a copy of ``value`` that takes no more of ``device`` than its own bytes, rounded up; None if none does."""
-    most = -(-value.shape.num_elements() * value.dtype.size // _ROUND_BYTES) * _ROUND_BYTES
-    passed_over: list[Any] = []
+def _copy_in_a_gap(value: Tensor, value_bytes: int, device: str) -> Tensor | None:
+    """Return a copy of ``value`` that takes no more of ``device`` than its own bytes, rounded up; None if none does.
+
+    It is None too for a type of values that cannot be copied on this kind of device.
+    """
+    most = -(-value_bytes // _ROUND_BYTES) * _ROUND_BYTES
+    passed_over: list[Tensor] = []
     while len(passed_over) < _GAPS_TRIED:
         before = limits.bytes_in_use(device) or 0
-        copy = tf.raw_ops.DeepCopy(x=value)
+        try:
+            copy = tf.raw_ops.DeepCopy(x=value)
+        except (tf.errors.NotFoundError, tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+            return None
         if (limits.bytes_in_use(device) or 0) - before <= most:
             return copy
         passed_over.append(copy)
