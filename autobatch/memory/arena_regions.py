@@ -92,6 +92,12 @@ def find_regions(events: Sequence[Event], held: dict[int, int]) -> list[Region]:
         adds_up = sum(size for _, size in regions) == told.total
         if missed_without < missed or (missed_without == missed and not adds_up):
             seams, regions, missed = fewer, without, missed_without
+    # As long as a wrong one was among them, a right one may have seemed to make no difference.
+    for seam in gaps + pages:
+        if seam not in seams:
+            missed_with, beside = _best([*seams, seam], told)
+            if missed_with < missed:
+                seams, regions, missed = [*seams, seam], beside, missed_with
     if limit - taken >= _MIB:
         regions.append((max(start + size for start, size in regions) + _PAGE, limit - taken))
     return regions

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +130,21 @@ def test_a_region_that_is_not_taken_yet_is_added():
     ]
     found = arena_regions.find_regions(told, {})
     assert sum(size for _, size in found) == pytest.approx(64 * MIB, rel=0.01)
+
+
+def test_a_right_seam_is_found_where_a_wrong_one_had_hidden_it():
+    """Recorded in an arena of 144 MiB, whose regions TensorFlow's own dump told: 114, 16, 8, 4 and 2 MiB.
+
+    The last three lie one above the other. An untouched block in the first region looks like the end of a region.
+    """
+    recording = json.loads(Path(__file__).with_name("recordings").joinpath("five_regions.json").read_text())
+    events = [
+        Event(
+            bool(made), START + address, chunk, chunk, "", "op", True, in_use, recording["limit_bytes"] - in_use, share
+        )
+        for made, address, chunk, in_use, share in recording["events"]
+    ]
+    found = arena_regions.find_regions(events, {START + address: size for address, size in recording["held"]})
+    assert [round(size / MIB) for _, size in found] == [114, 16, 8, 2]  # nothing moves in that of 4 MiB
+    for (one, size), (other, _) in itertools.pairwise(found):
+        assert one + size <= other
