@@ -26,6 +26,9 @@ _PAGE = 4096
 _SHIFT = 256
 """Bytes by which regions differ in how far they begin behind a page's start: 64 and 320 were seen."""
 
+_UNNAMED = 64 * 2**10
+"""Most bytes of small blocks, at the beginning of a region, that no event names."""
+
 _ROUND_BYTES = 256
 """Unit to which the allocator rounds a block up."""
 
@@ -182,7 +185,7 @@ def _seams(told: _Told) -> list[int]:
     for address, taken in told.blocks:
         # The last region takes what the others, whole MiB each, have left.
         behind = end <= address - _PAGE + _SHIFT
-        if behind and any(_may_be(address - start - _PAGE, told.total) for start in starts):
+        if behind and any(_may_end(end - start, address - start - _PAGE, told.total) for start in starts):
             seams.append(address)
         if address in seams or address - end >= _MIB:
             starts.append(address)
@@ -190,10 +193,14 @@ def _seams(told: _Told) -> list[int]:
     return seams[:_MOST_SEAMS]
 
 
-def _may_be(size: int, total: int) -> bool:
-    """Return True if the allocator may have taken a region of ``size`` bytes, give or take the shift of its start."""
-    is_power = abs(size - _power_of_two(size - _SHIFT)) <= _SHIFT
-    return _MIB - _SHIFT <= size < total and (is_power or (total - size + _SHIFT) % _MIB <= 2 * _SHIFT)
+def _may_end(covered: int, size: int, total: int) -> bool:
+    """Return True if the allocator may have taken a region that blocks cover so far, for up to ``size`` bytes.
+
+    It may be a little smaller, where blocks that nobody names lie at the beginning of the next one.
+    """
+    power = _power_of_two(max(covered, size - _UNNAMED) - _SHIFT)
+    may_be_whole = (total - size + _SHIFT) % _MIB <= 2 * _SHIFT
+    return _MIB - _SHIFT <= size < total and (power <= size + _SHIFT or may_be_whole)
 
 
 def _behind_gaps(told: _Told) -> list[int]:

@@ -132,16 +132,17 @@ def test_a_region_that_is_not_taken_yet_is_added():
     assert sum(size for _, size in found) == pytest.approx(64 * MIB, rel=0.01)
 
 
-def test_a_right_seam_is_found_where_a_wrong_one_had_hidden_it():
-    """Recorded in an arena of 144 MiB, whose regions TensorFlow's own dump told: 114, 16, 8, 4 and 2 MiB.
+@pytest.mark.parametrize("recorded", ["wrong_seam", "unnamed_beginning"])
+def test_regions_of_a_real_arena_are_found(recorded):
+    """Recorded in arenas of 144 MiB, whose regions TensorFlow's own dump told: 114, 16, 8, 4 and 2 MiB.
 
-    The last three lie one above the other. An untouched block in the first region looks like the end of a region.
+    The last three lie one above the other. An untouched block in the first region looks like the end of a region; or no
+    event names the first blocks of the last one.
     """
-    recording = json.loads(Path(__file__).with_name("recordings").joinpath("five_regions.json").read_text())
+    recording = json.loads(Path(__file__).with_name("recordings").joinpath(f"{recorded}.json").read_text())
+    limit = recording["limit_bytes"]
     events = [
-        Event(
-            bool(made), START + address, chunk, chunk, "", "op", True, in_use, recording["limit_bytes"] - in_use, share
-        )
+        Event(bool(made), START + address, chunk, chunk, "", "op", True, in_use, limit - in_use, share)
         for made, address, chunk, in_use, share in recording["events"]
     ]
     found = arena_regions.find_regions(events, {START + address: size for address, size in recording["held"]})
