@@ -31,7 +31,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 MIB = 2**20
-LIMIT_MIB = 64
+LIMIT_MIB = 128
 TARGET, PER_EPOCH, FEATURES = 32, 50, 16
 LENGTHS = tuple(range(32, 321, 32))
 TOO_MANY = 1 << 44
@@ -42,15 +42,20 @@ WARM_UP = 100
 # -- model and data, alike in both processes --------------------------------------------------------------------------
 
 
-def samples_of(update: int) -> tuple[Any, Any]:
-    """The effective batch of one update in each epoch; behind the target stands the sample's number."""
-    import numpy as np
+def samples_of(update: Any) -> tuple[Any, Any]:
+    """Return the effective batch of one update in each epoch; behind the target stands the sample's number.
 
-    numbers = np.random.default_rng(update)
-    length = LENGTHS[update * 7 % len(LENGTHS)]
-    x = numbers.normal(size=(TARGET, length, FEATURES)).astype("float32")
-    y = np.stack([x[:, :, 0].mean(1), np.arange(TARGET) + update * TARGET], 1).astype("float32")
-    return x, y
+    It is made by TensorFlow alone, and is not cut or joined: in a full arena TensorFlow's kernels end the process where
+    Python hands over values to ``tf.data``, and where ragged rows are batched.
+    """
+    import tensorflow as tf
+
+    update = tf.cast(update, tf.int32)
+    length = LENGTHS[0] * (1 + update * 7 % len(LENGTHS))
+    x = tf.random.stateless_normal(tf.stack([TARGET, length, FEATURES]), tf.stack([update, 1]))
+    x = tf.ensure_shape(x, [TARGET, None, FEATURES])
+    numbers = tf.cast(update * TARGET + tf.range(TARGET), tf.float32)
+    return x, tf.stack([tf.reduce_mean(x[:, :, 0], 1), numbers], 1)
 
 
 def build() -> Any:
@@ -98,10 +103,10 @@ def build() -> Any:
     model = keras.Sequential(
         [
             keras.Input((None, FEATURES)),
-            layers.Dense(96, activation="relu"),
+            layers.Dense(192, activation="relu"),
             hungry,
             layers.BatchNormalization(),
-            layers.Dense(96, activation="relu"),
+            layers.Dense(64, activation="relu"),
             layers.Dropout(0.2, seed=1),
             layers.GlobalAveragePooling1D(),
             layers.Dense(256, activation="relu"),
@@ -158,7 +163,8 @@ def train(folder: Path, updates: int, failures: int, intrusions: int) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.update = 0
-            self.block, self.until = None, 0
+            self.until = 0
+            self.blocks: list[Any] = []
             self.device: list[int] = []
             self.host: list[int] = []
             self.seen: list[float] = []
@@ -168,31 +174,25 @@ def train(folder: Path, updates: int, failures: int, intrusions: int) -> None:
             few = 1 + self.update % (TARGET - 1)
             self.model.hungry.most.assign([few if self.update in which else TARGET for which in (forward, backward)])
             if self.update in intruded:
-                self.until = self.update + intruded[self.update]
+                self.until, self.blocks = self.update + intruded[self.update], []
                 free = LIMIT_MIB * MIB - (limits.bytes_in_use("CPU:0") or 0)
-                # A few samples still fit beside it.
-                self.block = tf.zeros([free - (6 + self.update % 12) * MIB], tf.uint8)
+                # A few samples still fit beside it, and the batches that wait. In blocks, since the allocator gives a
+                # free piece whole to a block of more than half of it.
+                taken = max(0, free // MIB - 5 - self.update % 16)
+                self.blocks = [tf.zeros([MIB], tf.uint8) for _ in range(taken)]
                 self.intrusions += 1
             elif self.update >= self.until:
-                self.block = None
+                self.blocks = []
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             sizes.append(ran[-1])
             ran.clear()
-            held = 0 if self.block is None else int(self.block.shape[0])
-            self.device.append((limits.bytes_in_use("CPU:0") or 0) - held)
+            self.device.append((limits.bytes_in_use("CPU:0") or 0) - MIB * len(self.blocks))
             self.update += 1
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             self.seen.append(float((logs or {})["seen_once"]))
             self.host.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-
-    class Batches(keras.utils.PyDataset):
-        def __len__(self) -> int:
-            return PER_EPOCH
-
-        def __getitem__(self, index: int) -> Any:
-            return samples_of(index)
 
     from autobatch.trial import live_trials
 
@@ -201,7 +201,7 @@ def train(folder: Path, updates: int, failures: int, intrusions: int) -> None:
     begun = time.perf_counter()
     history = autobatch.fit(
         model,
-        Batches(),
+        tf.data.Dataset.range(PER_EPOCH).map(samples_of),
         target_batch=TARGET,
         epochs=updates // PER_EPOCH,
         shuffle=False,
@@ -245,7 +245,7 @@ def replay(folder: Path) -> None:
     spec = (tf.TensorSpec((None, None, FEATURES), tf.float32), tf.TensorSpec((None, 2), tf.float32))
     step = AccumulatedStep(model, spec, effective_batch=TARGET, every_batch=TARGET)
     for update, size in enumerate(json.loads((folder / "trained.json").read_text())["sizes"]):
-        batch = tuple(tf.constant(part) for part in samples_of(update % PER_EPOCH))
+        batch = samples_of(update % PER_EPOCH)
         if size:
             step.accumulate(batch, size)
             step.apply()

@@ -142,6 +142,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         title = f"{row['model']}, {row['limit_mib']} MiB, {row['training']}"
         lines.append(f"| {title} | {row['largest']} | " + " | ".join(cells) + " |")
+    if not rows:
+        return "\n".join(lines)
     lines.append("")
     lines.append("| | trials: median (most) | out of memory in all | found / largest: median (least) |")
     lines.append("|---|---|---|---|")
@@ -170,6 +172,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in LIMITS_MIB]:
         parser.error(f"--models must be among {', '.join(LIMITS_MIB)}. Received: {', '.join(unknown)}")
     rows: list[dict[str, Any]] = []
+    text = ""
     for name in names:
         command = [sys.executable, __file__, "--serve", name, "--headroom", str(options.headroom)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -178,12 +181,12 @@ def main() -> int:
             print(f"{name} ended with {done.returncode} after {len(found)} trainings: {done.stderr[-500:]}")
         rows += found
         print(f"{name}: {len(found)} trainings", flush=True)
-    text = table(rows)
-    options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(
-        f"# Searches in small arenas and used processes\n\n`python benchmarks/used_processes.py`, headroom "
-        f"{options.headroom:.0%}.\n\n{text}\n"
-    )
+        text = table(rows)
+        options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(
+            f"# Searches in small arenas and used processes\n\n`python benchmarks/used_processes.py`, headroom "
+            f"{options.headroom:.0%}.\n\n{text}\n"
+        )
     print(text)
     return 0
 
