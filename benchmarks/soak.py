@@ -45,8 +45,7 @@ WARM_UP = 100
 def samples_of(update: Any) -> tuple[Any, Any]:
     """Return the effective batch of one update in each epoch; behind the target stands the sample's number.
 
-    It is made by TensorFlow alone, and is not cut or joined: in a full arena TensorFlow's kernels end the process where
-    Python hands over values to ``tf.data``, and where ragged rows are batched.
+    It is made by TensorFlow alone: in a full arena a value that Python hands over to ``tf.data`` ends the process.
     """
     import tensorflow as tf
 

@@ -62,14 +62,14 @@ def test_what_is_found_was_run_and_is_not_reached_one_by_one():
     told = _run("searches")
     for found, trials in zip(told["found"], told["trials"], strict=True):
         assert found == max(micro_batch for micro_batch, fits in trials if fits) > 128
-    # What ran before hardly decides what fits: each trial begins with what is held laid anew. Of 24 searches none ran
-    # out of memory.
-    searches = len(told["trials"])
-    assert searches == 3
+    # What ran before hardly decides what fits: each trial begins with what is held laid anew.
+    assert len(told["trials"]) == 3
     # Each search ends within 3 % of what it predicts, and predicts it from where the weights lie then.
     assert max(told["found"]) <= 1.06 * min(told["found"])
-    assert sum(len(trials) for trials in told["trials"]) <= 4 * searches
-    assert sum(not fits for trials in told["trials"] for _, fits in trials) <= 1 * searches
+    for trials in told["trials"]:
+        assert len(trials) <= 4
+        assert sum(not fits for _, fits in trials) <= 1
+    assert sum(not fits for trials in told["trials"] for _, fits in trials) <= 1
 
 
 @pytest.mark.slow
