@@ -35,6 +35,9 @@ allocator's rounding is a large part of the difference; it is used only where th
 _NOISE = 0.02
 """Fraction of the peak below which a rise says nothing about the slope."""
 
+_STRAIGHT = 0.02
+"""Part of the slope by which that between the two smaller of three measurements may differ for them to be a line."""
+
 _ELASTIC_FROM = 0.85
 """Part of the budget from which on a peak may be elastic."""
 
@@ -59,7 +62,7 @@ class Fit:
 
     ``anchor`` is the largest fit; ``chord_bytes`` is the slope of the chord to it, per sample. ``bends_between`` is
     True if the curve was flat up to ``other`` and rises after it. The bend then lies between the two points, and the
-    line is not steep enough.
+    line is not steep enough. ``is_straight`` is True if the next smaller measurement lies on the line too.
     """
 
     model: MemoryModel
@@ -67,6 +70,7 @@ class Fit:
     other: Point
     chord_bytes: float
     bends_between: bool = False
+    is_straight: bool = False
 
     @property
     def is_chord(self) -> bool:
@@ -146,7 +150,11 @@ def fit_memory_model(
         point.micro_batch < other.micro_batch and other.peak_bytes - point.peak_bytes < other.peak_bytes * _NOISE
         for point in below
     )
-    return Fit(model, anchor, other, _slope(origin, anchor), bends_between=rises and was_flat)
+    smaller = [point for point in below if point.micro_batch <= _FAR_ENOUGH * other.micro_batch]
+    is_straight = rises and bool(smaller) and abs(_slope(smaller[-1], other) - per_sample) <= _STRAIGHT * per_sample
+    return Fit(
+        model, anchor, other, _slope(origin, anchor), bends_between=rises and was_flat, is_straight=is_straight
+    )
 
 
 def _without_elastic(points: tuple[Point, ...], budget_bytes: int) -> tuple[Point, ...]:

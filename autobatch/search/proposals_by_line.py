@@ -84,6 +84,9 @@ _SECANT_REACH = (0.25, 1.5)
 first figure it is trusted outright, beyond the second not at all; in between the slope goes over to the chord's. Where
 small sizes are ruled by workspaces, the bend lies between the two points, and the secant promises too much."""
 
+_STRAIGHT_REACH = (2.0, 4.0)
+"""Reach as the one above, of a secant on which a third, smaller measurement lies."""
+
 _FAR_GROWTH = 3.0
 """Factor by which a distrusted line still lets the size grow, or half-way to where it leads if that is less. Otherwise
 weights that fill most of the budget would make the size crawl."""
@@ -332,7 +335,7 @@ def _trusted(fit: Fit, low: int, reach: int, budget: int) -> int:
             return reach
         steeper = _FAR_STEEPER * slope
     else:
-        outright, never = _SECANT_REACH
+        outright, never = _STRAIGHT_REACH if fit.is_straight else _SECANT_REACH
         seen = max(1, fit.anchor.peak_bytes - fit.other.peak_bytes)
         doubt = min(1.0, max(0.0, (room / seen - outright) / (never - outright)))
         steeper = slope + doubt * max(0.0, fit.chord_bytes - slope)

@@ -6,14 +6,19 @@ import math
 from collections.abc import Sequence
 
 from autobatch.records import TrialResult
+from autobatch.search import proof
 from autobatch.search.bracket import Bracket
-from autobatch.search.moves import CLOSE_TO_PREDICTION, COARSE, Run, SearchTerms, Stop, size_between
+from autobatch.search.moves import CLOSE_TO_PREDICTION, COARSE, Run, SearchTerms, Stop
 
 _REPLAY_AIM = 0.985
 """Share of the largest size that fits in a replay at which the next trial aims."""
 
 _BELOW_REPLAY = 0.975
 """Share of the largest size that may still fit, run next after a size failed that the replay had predicted to fit."""
+
+_BELOW_FIRST_EXACT = 0.99
+"""Share as the one above, after a first failure in exact mode: the size that is looked for is mostly just below, and
+each size between the two is run for itself."""
 
 _BELOW_UNSURE_REPLAY = (0.92, 0.85)
 """Shares as the one above, after a first failure and a second, where operations run side by side: what fits then
@@ -43,9 +48,6 @@ _NEARLY_WITHIN = 1.03
 _REPLAY_NEAR = 0.96
 """Share of the smallest failure that must fit in exact mode before the two sides of the bracket are bisected."""
 
-_REPLAY_CREEP = 0.05
-"""Part of the largest fit: two sizes that fit and are nearer than this are steps of the proof, which double."""
-
 
 def by_replay(
     bracket: Bracket, low: int, edge: int, trials: Sequence[TrialResult], terms: SearchTerms
@@ -69,7 +71,9 @@ def by_replay(
         if far_over or failures > _REPLAY_FAILURES:
             return None
         if terms.exact and low >= _REPLAY_NEAR * high:
-            return Run(size_between(bracket, low, high))
+            return Run(proof.between(bracket, trials))
+        if terms.exact and failures == 1:
+            return Run(bracket.floor(math.ceil(_BELOW_FIRST_EXACT * (high - 1))))
         if terms.is_compiled and not terms.exact:
             return Run(bracket.floor(math.ceil(_BELOW_COMPILED * (high - 1))))
         if not terms.in_parallel:
@@ -78,7 +82,7 @@ def by_replay(
     if terms.exact:
         if edge >= untried[0]:
             return Run(bracket.floor(edge))
-        return Run(_beyond(bracket, low, trials))
+        return Run(proof.between(bracket, trials) if high is not None else proof.beyond(bracket, low, trials))
     if (
         terms.in_parallel
         and high is None
@@ -108,12 +112,3 @@ def _into_room_left(
         return None
     further = bracket.floor(int(low * _OF_ROOM_LEFT * terms.budget_bytes / peak))
     return further if further > edge else None
-
-
-def _beyond(bracket: Bracket, low: int, trials: Sequence[TrialResult]) -> int:
-    """Return one more than fits, to be seen failing; where it keeps fitting, double the steps."""
-    if bracket.smallest_failure is not None:
-        return size_between(bracket, low, bracket.smallest_failure)
-    fitting = sorted(trial.micro_batch for trial in trials if trial.fits)
-    step = 2 * (low - fitting[-2]) if len(fitting) > 1 and low - fitting[-2] <= _REPLAY_CREEP * low else 1
-    return bracket.floor(low + step) if step > 1 else bracket.untried[0]

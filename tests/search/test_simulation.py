@@ -26,7 +26,7 @@ def rows(
 def test_with_an_estimate_nearly_straight_curves_take_two_or_three_trials(targeted: bool) -> None:
     found = rows(NEARLY_STRAIGHT, exact=False, targeted=targeted, estimated=True)
     assert statistics.median(row.trials for row in found) <= 2
-    assert share(found, lambda row: row.trials > 4) <= 0.025
+    assert share(found, lambda row: row.trials > 4) <= 0.0125
     assert sum(row.failures for row in found) / len(found) <= 0.08
     assert share(found, lambda row: row.ratio < 0.97) <= 0.02
 
@@ -45,7 +45,7 @@ def test_default_mode_on_curves_that_are_nearly_straight(targeted: bool) -> None
     found = rows(NEARLY_STRAIGHT, exact=False, targeted=targeted)
     assert statistics.median(row.trials for row in found) <= 3
     # A workspace beside the line looks like a flat start, which is met with a trial more.
-    assert share(found, lambda row: row.trials > 4) <= 0.12
+    assert share(found, lambda row: row.trials > 4) <= 0.075
     # Most of these are first trials: 8 where fewer fit, or a small target.
     assert sum(row.failures for row in found) / len(found) <= 0.15
     assert share(found, lambda row: row.ratio < 0.97) <= 0.025
