@@ -152,9 +152,7 @@ def fit_memory_model(
     )
     smaller = [point for point in below if point.micro_batch <= _FAR_ENOUGH * other.micro_batch]
     is_straight = rises and bool(smaller) and abs(_slope(smaller[-1], other) - per_sample) <= _STRAIGHT * per_sample
-    return Fit(
-        model, anchor, other, _slope(origin, anchor), bends_between=rises and was_flat, is_straight=is_straight
-    )
+    return Fit(model, anchor, other, _slope(origin, anchor), bends_between=rises and was_flat, is_straight=is_straight)
 
 
 def _without_elastic(points: tuple[Point, ...], budget_bytes: int) -> tuple[Point, ...]:
