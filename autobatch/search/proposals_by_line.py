@@ -28,8 +28,12 @@ _FIRST_SHARE = 0.4
 
 _OF_COMPILED = 0.5
 """Factor on the shares of an estimate that are relied on where XLA compiles the step. On a CPU a sample then needed 0.7
-to 3.8 times what was estimated, over eight models. A smaller first trial costs nothing: the program's plan shows from
-it as well what any size needs."""
+to 7 times what was estimated, over nine models."""
+
+_FIRST_COMPILED = (0.05, 16)
+"""Share of what is estimated to fit that is run first where XLA compiles the step, and the number of samples below
+which that does not make it smaller. A small first trial costs nothing there: the program's plan shows from it as well
+what any size needs (:mod:`autobatch.memory.compiled_growth`)."""
 
 _SMALL_ROOM = 0.05
 """Share of the budget that is taken to be left for samples where hint and workspaces fill it."""
@@ -158,8 +162,11 @@ def _first_probe(bracket: Bracket, terms: SearchTerms) -> int:
     relied_on = _relied_on(terms.estimate)
     if relied_on * fitting >= _SURE * top:
         return top
-    telling_from = _TELLING_FROM_COMPILED if terms.estimate.is_compiled else _TELLING_FROM
-    return _telling(bracket, int(min(relied_on * _FIRST_SHARE * fitting, top / 2)), telling_from)
+    first = relied_on * _FIRST_SHARE * fitting
+    if not terms.estimate.is_compiled:
+        return _telling(bracket, int(min(first, top / 2)))
+    share, least = _FIRST_COMPILED
+    return _telling(bracket, int(min(first, max(share * fitting, least), top / 2)), _TELLING_FROM_COMPILED)
 
 
 def _relied_on(estimate: SampleEstimate) -> float:
