@@ -26,7 +26,7 @@ from autobatch.memory import arena, arena_regions, profile_reader
 from autobatch.memory.compiled_growth import growth
 from autobatch.memory.profile_reader import Event
 from autobatch.seams.compiled_programs import Block
-from autobatch.types import Variable
+from autobatch.types import Tensor, Variable
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ class Recording:
 
 
 @contextlib.contextmanager
-def recording(device: str, variables: Iterable[Variable]) -> Iterator[Recording]:
-    """Record what the ``with`` block allocates on ``device``; the addresses of ``variables`` are looked up first.
+def recording(device: str, held: Iterable[Variable | Tensor]) -> Iterator[Recording]:
+    """Record what the ``with`` block allocates on ``device``; the addresses of what is ``held`` are looked up first.
 
     The recording is complete once the ``with`` block has ended. It stays empty where nothing can be recorded, and where
     the ``with`` block raises.
@@ -95,7 +95,7 @@ def recording(device: str, variables: Iterable[Variable]) -> Iterator[Recording]
     with tempfile.TemporaryDirectory(prefix="autobatch-") as folder:
         started = False
         with _as_a_hint("started"):
-            found.held = _addresses(variables)
+            found.held = _addresses(held, device)
             # No options: TensorFlow 2.21 takes none of them, and complains.
             with _silenced():
                 profiler.start(folder)
@@ -354,16 +354,18 @@ def _unaccounted(regions: list[tuple[int, int]], taken: dict[int, int], rest: in
     return blocks
 
 
-def _addresses(variables: Iterable[Variable]) -> dict[int, int]:
-    """Return the address of each variable's buffer with its bytes; a variable whose address is unknown is left out."""
+def _addresses(held: Iterable[Variable | Tensor], device: str) -> dict[int, int]:
+    """Return the address of each buffer on ``device`` with its bytes; one whose address is unknown is left out."""
     import tensorflow as tf
 
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     found = {}
-    for variable in variables:
+    for each in held:
         try:
-            value = variable.read_value()
+            value = each.read_value() if hasattr(each, "read_value") else each
+            if not value.device.endswith(device):
+                continue
             capsule = tf.experimental.dlpack.to_dlpack(value)
         except (tf.errors.OpError, AttributeError, TypeError, ValueError, NotImplementedError):
             continue  # a type that DLPack lacks, a buffer that is a component of something else

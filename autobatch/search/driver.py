@@ -195,12 +195,14 @@ def _replayed(
         return None
     trace = traces[-1] if len(traces) == 1 else replay.trace_between(traces[-2], traces[-1])
     again = replay.replayed_peak_bytes(trace, trace.micro_batch)
+    held = sum(taken for _, taken in trace.held)
+    elsewhere = max(0, (trial.held_bytes or 0) - held)  # in regions that the trial did not use
+    again = None if again is None else again + elsewhere
     if again is None or trial.peak_bytes is None or abs(again - trial.peak_bytes) > _REPLAYED_ALIKE * trial.peak_bytes:
         logger.info("a replay is not believed: of %d samples it gives %s, and they took %s", *_told(trial, again))
         return None
     # Blocks whose growth goes unnoticed would let any size fit. A compiled program's own plan is no guess.
     growth = sum(per_sample for _, per_sample in trace.sizes)
-    held = sum(taken for _, taken in trace.held)
     if trace.is_compiled:
         risen = 1.0
     elif estimate is not None:  # good to a factor of two
@@ -210,7 +212,7 @@ def _replayed(
     if growth < risen:
         logger.info("a replay is not believed: its blocks grow by %.0f bytes a sample, not by %.0f", growth, risen)
         return None
-    largest = replay.largest_in_any_order(trace, budget_bytes, at_most=at_most)
+    largest = replay.largest_in_any_order(trace, budget_bytes - elsewhere, at_most=at_most)
     logger.debug("a replay of %d samples lets up to %d fit", trial.micro_batch, largest)
     return largest if largest >= trial.micro_batch else None
 

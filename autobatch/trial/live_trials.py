@@ -99,15 +99,14 @@ class LiveTrials:
         self._pipeline = WaitingBatches(batches, self.device, target_batch=target_batch)
         self.host_uses = batches.host_uses()
         spec = batches.element_spec
-        every = batches.samples_in_each
-        if target_batch is not None and every != target_batch:
-            every = None
+        every = batches.samples_in_each if target_batch in (None, batches.samples_in_each) else None
         make_step = functools.partial(self._make_step, model, spec, target_batch, every)
         self.step = kept_steps.borrow_step(model, spec, (target_batch, every), make_step)
         self.step.on_traced = lambda: None
         self.step.on_optimizer_found = self._save
         self.keeper = self._make_keeper()
-        self._timing = Timing(self.step, self.keeper, self.batch_of, self.device, clock=clock)
+        holders = self._pipeline, self._sample
+        self._timing = Timing(self.step, self.keeper, self.batch_of, self.device, holders=holders, clock=clock)
         self._copies = BesideCopies(self.step, self.keeper, self._timing, self.device)
         models.build_on(model, self.step.structure.element_spec)
         if user_limit_bytes is not None and limits.peak_bytes(self.device) is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -16,6 +16,7 @@ from autobatch.records import TrialRequest
 from autobatch.recovery.keeper import Keeper, SnapshotPlace
 from autobatch.recovery.out_of_memory import CAUGHT
 from autobatch.step.compiled_step import CompiledStep
+from autobatch.types import Tensor
 
 ENOUGH_SECONDS = 4.0
 """Seconds of a trial's steps from which on one timed repeat is precise enough."""
@@ -36,11 +37,19 @@ class Timed:
     allocations: AllocationTrace | None
 
 
+class Holder(Protocol):
+    """Holder of tensors that lie in memory beside a trial."""
+
+    @property
+    def tensors(self) -> list[Tensor]: ...
+
+
 class Timing:
     """Timer of one model's steps.
 
     Args:
         batch_of: Makes a batch of the given number of samples on the host.
+        holders: Holders of tensors that lie in memory beside a trial.
         clock: Returns seconds.
     """
 
@@ -51,12 +60,14 @@ class Timing:
         batch_of: Callable[[int], Any],
         device: str,
         *,
+        holders: Iterable[Holder],
         clock: Callable[[], float],
     ) -> None:
         self._step = step
         self._keeper = keeper
         self._batch_of = batch_of
         self._device = device
+        self._holders = tuple(holders)
         self._clock = clock
         self._has_accumulated = False
         self.ran_beside_copies = False
@@ -152,7 +163,8 @@ class Timing:
             return
         touched = [*self._step.variables, *self._step.accumulators]
         weights = {tuple(variable.shape) for variable in touched if variable.shape.rank is not None}
-        with allocations.recording(self._device, touched) as recording:
+        beside = [tensor for holder in self._holders for tensor in holder.tensors]
+        with allocations.recording(self._device, [*touched, *beside]) as recording:
             yield lambda: (
                 allocations.asked_peak_bytes(recording),
                 allocations.trace_of(recording, request.micro_batch, weights),

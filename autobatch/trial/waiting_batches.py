@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from autobatch.memory import arena
 from autobatch.trial.worst_case import Data
+from autobatch.types import Tensor
 
 
 class WaitingBatches:
@@ -41,6 +42,11 @@ class WaitingBatches:
         if size:
             with tf.device("CPU:0"):
                 self._held = tf.zeros([size], tf.uint8)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors that are held now."""
+        return [] if self._held is None else [self._held]
 
     def drop(self) -> None:
         """Release the memory that is held: training may begin."""

@@ -88,6 +88,11 @@ class WorstCaseSample:
             self._leaves, self._batches = _longest_only(leaves), None
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Dense tensors that are held of them now."""
+        return list(tf.nest.flatten(self._leaves, expand_composites=True))
+
+    @property
     def rows(self) -> int:
         """Number of different samples that there are to repeat."""
         return int(sample_count(self.leaves))
