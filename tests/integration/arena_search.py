@@ -47,7 +47,7 @@ def waiting():
     # two micro-batches of them.
     trials = opening.open_trials(model, x, y, target_batch=400, memory_limit_bytes=None, headroom=0.0)
     hint = trials.fixed_bytes_hint
-    result = trials.run(TrialRequest(64, timed_steps=0))
+    result = trials.run(TrialRequest(64, timed_steps=0, record_allocations=True))
     held = limits.bytes_in_use("CPU:0")
     trials._pipeline.drop()
     beside = held - limits.bytes_in_use("CPU:0")
@@ -60,6 +60,8 @@ def waiting():
         "beside_trials": beside,
         "hint": hint,
         "peak": result.peak_bytes,
+        "sample": 1000 * (SAMPLE_BYTES - 4),
+        "large_blocks_recorded": [taken for _, taken in result.allocations.held if taken > 1 << 20],
     }
 
 

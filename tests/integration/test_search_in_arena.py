@@ -49,9 +49,20 @@ def test_a_trial_tells_what_was_held_and_what_the_samples_needed(measures):
     assert max(held) - min(held) < 1 << 20
 
 
+@pytest.fixture(scope="module")
+def waiting():
+    return _run("waiting")
+
+
 @pytest.mark.slow
-def test_the_batches_that_will_wait_in_the_arena_are_held_beside_the_trials():
-    waiting = _run("waiting")
+def test_a_recording_knows_where_the_sample_lies_and_what_waits(waiting):
+    """No event of the trial names them."""
+    in_units = {-(-waiting[name] // 256) * 256 for name in ("beside_two_micro_batches", "sample")}
+    assert in_units <= set(waiting["large_blocks_recorded"])
+
+
+@pytest.mark.slow
+def test_the_batches_that_will_wait_in_the_arena_are_held_beside_the_trials(waiting):
     assert waiting["told"] == waiting["three_batches"]
     assert abs(waiting["beside_trials"] - waiting["beside_two_micro_batches"]) < 1 << 18
     assert waiting["least"] < waiting["hint"] <= waiting["peak"]
