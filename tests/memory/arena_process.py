@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 
-from autobatch.memory import arena, limits, oom
+from autobatch.memory import allocations, arena, limits, oom
 
 MIB = 2**20
 seen: dict[str, object] = {}
@@ -65,6 +65,20 @@ def note_what_lies_in_the_middle(tf) -> None:
     lay_anew([variable], "CPU:0")  # there is not room enough
     seen["value_kept"] = bool((variable.numpy() == 1.0).all()) and limits.bytes_in_use("CPU:0") == before
     del filling
+    large, small = tf.Variable(tf.ones([3 * MIB // 2])), tf.Variable(tf.ones([200]))
+
+    def place() -> int:
+        return next(iter(allocations._addresses([small], "CPU:0")))
+
+    blocks = []
+    while limits.bytes_in_use("CPU:0") < 58 * MIB:
+        blocks.append(tf.zeros([2 * MIB], tf.uint8))
+    del blocks[::2]  # much is free, and none of it in a piece that the large one fits into
+    was_at = place()
+    lay_anew([large, small], "CPU:0")
+    seen["stays_behind_a_failure"] = place() == was_at and bool((large.numpy() == 1.0).all())
+    lay_anew([small], "CPU:0")
+    seen["moves_without_one"] = place() != was_at and bool((small.numpy() == 1.0).all())
 
 
 def too_late() -> None:

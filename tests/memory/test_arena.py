@@ -43,6 +43,12 @@ def test_what_lies_in_the_middle_of_free_memory_is_laid_anew(first):
     assert first["value_kept"] is True
 
 
+def test_laying_anew_ends_at_the_first_failed_allocation(first):
+    """Each waits ten seconds: what is free lies in small pieces then, for the values behind as well."""
+    assert first["stays_behind_a_failure"] is True
+    assert first["moves_without_one"] is True
+
+
 def test_too_late_is_said_and_changes_nothing(first):
     assert first["started"] is True
     kind, message = first["too_late"]
