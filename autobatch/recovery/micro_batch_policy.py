@@ -14,8 +14,9 @@ or the user chose:
   larger one that failed come first. Each is the middle between the two, at most twice the present one, and is tried
   after :data:`PATIENCE` good steps. If no size is left between them, the failed one is tried again after :data:`CALM`
   times as many good steps since the last failure. The cause of the failure may have given its memory back meanwhile.
+  With each further failure of that size it is tried :data:`RARER` times more rarely: a limit that lasts costs a few
+  failures in a training of any length, and one that goes away does not slow down the rest of it.
 * Each failure but the first doubles the patience, :data:`MOST_DOUBLINGS` times at most, until the ceiling is reached.
-* A size that failed twice is not tried again, nor is any larger one.
 * Where each size is compiled by itself, new sizes are those that divide the largest effective batch, if one of them is
   more than half of what may be tried: a size that leaves a remainder has to be compiled twice.
 """
@@ -28,13 +29,13 @@ PATIENCE = 16
 """Good steps at one size before a larger one that has not failed yet is tried."""
 
 CALM = 16
-"""Multiple of the patience that must pass without a failure before a failed size gets its second and last try."""
+"""Multiple of the patience that must pass without a failure before a failed size is tried again."""
+
+RARER = 16
+"""Factor on that multiple for each failure of the size but the first."""
 
 MOST_DOUBLINGS = 3
 """Most times that failures double the patience."""
-
-GIVE_UP_AFTER = 2
-"""Failures of one size after which neither it nor a larger one is tried again."""
 
 
 def evened(micro_batch: int, samples: int) -> int:
@@ -166,15 +167,14 @@ class MicroBatchPolicy:
         if steps == 1:
             return None
         next_larger = -(-self._samples // (steps - 1))
-        barred = min((size for size, times in self._failures.items() if times >= GIVE_UP_AFTER), default=None)
-        top = self.ceiling if barred is None else min(self.ceiling, barred - 1)
-        if next_larger > top:
+        if next_larger > self.ceiling:
             return None
         failed = min((size for size in self._failures if size > self.micro_batch), default=None)
         if failed is None:
-            return evened(top, self._samples)
+            return evened(self.ceiling, self._samples)
         if next_larger < failed:
             middle = min((self.micro_batch + failed) // 2, 2 * self.micro_batch)
             new = self._new_size(middle)
             return new if new > self.micro_batch else max(next_larger, evened(middle, self._samples))
-        return next_larger if self._calm_steps >= CALM * self._patience else None
+        calm = CALM * RARER ** (self._failures[failed] - 1)
+        return next_larger if self._calm_steps >= calm * self._patience else None

@@ -167,7 +167,7 @@ def test_after_a_restart_it_begins_below_the_plan_and_grows_back_to_it(tmp_path)
     assert history.report.trials == ()
 
 
-def test_a_size_that_fails_twice_is_not_tried_again():
+def test_a_size_that_fails_twice_is_not_tried_again_soon():
     noting, _, history = long_fit(lambda samples: samples > 12, epochs=2 * WAITS)
     assert noting.failed == [MICRO] * 2
     assert set(noting.sizes()) == {11}
