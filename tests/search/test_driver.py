@@ -602,7 +602,7 @@ def test_where_a_program_is_compiled_its_plan_leads_however_wrong_the_estimate_i
         rng = random.Random(seed)
         largest = int(math.exp(rng.uniform(math.log(20), math.log(2000))))
         device = CompiledDevice(rng, largest=largest)
-        estimate = SampleEstimate(device.per_sample_bytes * math.exp(rng.uniform(-1.2, 1.5)), 0.0, is_compiled=True)
+        estimate = SampleEstimate(device.per_sample_bytes * math.exp(rng.uniform(-2.1, 1.5)), 0.0, is_compiled=True)
         result = search(
             device,
             Goal(),
