@@ -40,7 +40,7 @@ class Started:
         if self._process.returncode is not None:
             return self._result
         try:
-            out, err = self._process.communicate(timeout=150)
+            out, err = self._process.communicate(timeout=600)
         finally:
             self._process.kill()
         assert self._process.returncode == 0, err[-3000:]
