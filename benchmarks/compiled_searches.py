@@ -52,20 +52,12 @@ def serve(name: str, limit_mib: int) -> None:
 
     autobatch.limit_memory(limit_mib * MIB)
     import keras
-    import numpy as np
-    from models import MODELS
-    from small_models import SMALL_MODELS
+    import small_models
 
     for part in ("tune", "fit"):
         keras.utils.set_random_seed(0)
-        if name.startswith("small "):
-            model, x, y = SMALL_MODELS[name.removeprefix("small ")]()
-        else:
-            model, (x, y) = MODELS[name].build(), MODELS[name].data()
+        model, x, y = small_models.built(name, TARGET)
         model.jit_compile = True
-        first = x if not isinstance(x, (tuple, list, dict)) else next(iter(x.values() if isinstance(x, dict) else x))
-        times = -(-TARGET // len(first))
-        x, y = ((None if given is None else np.concatenate([given] * times)[:TARGET]) for given in (x, y))
         begun = time.perf_counter()
         recoveries = 0
         if part == "tune":

@@ -54,21 +54,13 @@ def serve(name: str, *, plain: bool, compiled: bool) -> None:
     limit_mib, target = CASES[name]
     autobatch.limit_memory((LARGE_MIB if plain else limit_mib) * MIB)
     import keras
-    import numpy as np
+    import small_models
     import tensorflow as tf
-    from models import MODELS
-    from small_models import SMALL_MODELS
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
     keras.utils.set_random_seed(0)
-    if name.startswith("small "):
-        model, x, y = SMALL_MODELS[name.removeprefix("small ")]()
-    else:
-        model, (x, y) = MODELS[name].build(), MODELS[name].data()
+    model, x, y = small_models.built(name, target)
     model.jit_compile = compiled
-    first = x if not isinstance(x, (tuple, list, dict)) else next(iter(x.values() if isinstance(x, dict) else x))
-    times = -(-target // len(first))
-    x, y = ((None if given is None else np.concatenate([given] * times)[:target]) for given in (x, y))
     seconds: list[float] = []
 
     class FirstUpdate(keras.callbacks.Callback):  # type: ignore[misc]

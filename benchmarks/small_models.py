@@ -138,3 +138,17 @@ def gan() -> Built:
 SMALL_MODELS: dict[str, Callable[[], Built]] = {
     build.__name__: build for build in (cnn, residual, depthwise, unet, autoencoder, gan)
 }
+
+
+def built(name: str, samples: int) -> Built:
+    """Return a model with data repeated to ``samples``: one of these behind "small ", else one of :mod:`models`."""
+    if name.startswith("small "):
+        model, x, y = SMALL_MODELS[name.removeprefix("small ")]()
+    else:
+        from models import MODELS
+
+        model, (x, y) = MODELS[name].build(), MODELS[name].data()
+    first = x if not isinstance(x, (tuple, list, dict)) else next(iter(x.values() if isinstance(x, dict) else x))
+    times = -(-samples // len(first))
+    x, y = ((None if given is None else np.concatenate([given] * times)[:samples]) for given in (x, y))
+    return model, x, y
