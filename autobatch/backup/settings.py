@@ -12,6 +12,8 @@ import keras
 
 from autobatch import arguments
 
+_EVERY_BY_DEFAULT = "60s"
+
 
 @dataclass(frozen=True, slots=True)
 class BackupSettings:
@@ -34,6 +36,11 @@ class BackupSettings:
         if backup is None and keep:
             raise ValueError(
                 'keep_backup=True keeps a backup, and none is made: pass backup="runs/a" as well, or leave it out.'
+            )
+        if backup is None and backup_every != _EVERY_BY_DEFAULT:
+            raise ValueError(
+                "backup_every says when to make a backup, and none is made: "
+                f'pass backup="runs/a" as well, or leave it out. Received: backup_every={backup_every!r}'
             )
         if backup is None:
             return None

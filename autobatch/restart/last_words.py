@@ -15,7 +15,7 @@ from pathlib import Path
 from autobatch.handover.folder import last_words_file
 
 _MOST_BYTES = 1 << 14
-_PATIENCE_SECONDS = 2.0
+_PATIENCE_SECONDS = 30.0
 
 
 class LastWords:
@@ -57,7 +57,10 @@ def _size_of_stderr() -> int | None:
 
 
 def _wait_for_writers(descriptor: int) -> None:
-    """Wait until the dead process's relay has written all: it holds a lock meanwhile."""
+    """Wait until the dead process's relay has written all: it holds a lock meanwhile.
+
+    On a busy machine one that has just been started takes seconds until it reads.
+    """
     import fcntl  # not at the top: Windows has none
 
     patience = time.monotonic() + _PATIENCE_SECONDS

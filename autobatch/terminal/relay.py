@@ -196,7 +196,8 @@ class _Relay:
             waiting.register(descriptor, select.POLLIN)
         while True:
             holds = self._sieve is not None and self._sieve.holds
-            seconds = HOLD_SECONDS if holds else _LOOK_SECONDS if self._keeps_some() else None
+            looks = self._keeps_some() or self._last_words >= 0
+            seconds = HOLD_SECONDS if holds else _LOOK_SECONDS if looks else None
             ready = [descriptor for descriptor, _ in waiting.poll(None if seconds is None else 1000 * seconds)]
             self._busy[0] = 1
             if self._control in ready and not self._read_table():
@@ -208,8 +209,9 @@ class _Relay:
                 self._take(data)
             elif not ready and self._sieve is not None and holds:
                 self._screen.write(self._sieve.let_go())
-            if not ready and os.getppid() != self._parent:
-                self._print_kept()  # it died, and a process that it has started holds the pipe open
+            if not ready and os.getppid() != self._parent:  # it died, and a process that it has started holds the pipe
+                self._end_last_words()
+                self._print_kept()
                 os.ftruncate(self._kept, 0)
             if self._sieve is None or not self._sieve.holds:
                 self._busy[0] = 0
@@ -230,6 +232,14 @@ class _Relay:
         passed, kept = self._sieve.feed(data)
         _append(self._kept, kept)
         self._screen.write(passed)
+
+    def _end_last_words(self) -> None:
+        """Let them be read: what comes now is not of the process that died."""
+        if self._last_words >= 0:
+            import fcntl  # here alone: few trainings are under ``autobatch run``
+
+            fcntl.flock(self._last_words, fcntl.LOCK_UN)
+            self._last_words = -1
 
     def _read_table(self) -> bool:
         data = os.read(self._control, _READ_BYTES)

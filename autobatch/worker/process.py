@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _LOG_TAIL_BYTES = 16 * 1024
 _CLOSE_SECONDS = 5.0
 _STACK_SECONDS = 0.3
+_STACK_PATIENCE_SECONDS = 10.0
 # The pipe may stay open in a process that the user's code forked, so the worker's own death is looked for as well.
 _POLL_SECONDS = 0.2
 
@@ -110,18 +111,30 @@ class WorkerProcess:
     def log_tail(self) -> str:
         """Return the end of what the worker and the user's code printed, without TensorFlow's words at its start."""
         # pread: seeking would move the offset that the worker writes at, too.
-        size = os.fstat(self._log.fileno()).st_size
+        size = self._log_bytes()
         start = max(0, size - _LOG_TAIL_BYTES)
         tail = os.pread(self._log.fileno(), _LOG_TAIL_BYTES, start).decode("utf-8", "replace")
         tail = tail.partition("\n")[2] if start and "\n" in tail else tail
         return without_start_up_noise(tail)
 
     def stack_and_log(self) -> str:
-        """Return the log's tail, after asking a worker that hangs to print where it is."""
+        """Return the log's tail, after asking a worker that hangs to print where it is.
+
+        On a busy machine it may be a while until it begins. One that is stuck in the kernel never does.
+        """
+        patience = time.monotonic() + _STACK_PATIENCE_SECONDS
+        said = self._log_bytes()
         self._process.send_signal(signal.SIGUSR1)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STACK_SECONDS)
+        while time.monotonic() < patience:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STACK_SECONDS)
+                break
+            if self._log_bytes() > said:
+                break
         return self.log_tail()
+
+    def _log_bytes(self) -> int:
+        return os.fstat(self._log.fileno()).st_size
 
     def close(self) -> None:
         """Let the worker end by itself, so that the user's exit hooks run; then make sure."""

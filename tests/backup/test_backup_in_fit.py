@@ -1,6 +1,7 @@
 """``backup`` of ``fit``: what is refused, what is passed over, what stays behind."""
 
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import uneven
 
 import autobatch
 from autobatch import arguments
+from autobatch.backup.settings import BackupSettings
 from autobatch.errors import AutobatchWarning
 
 TARGET = 16
@@ -37,7 +39,8 @@ class StopAt(keras.callbacks.Callback):
 def fit(folder, *, stop=None, model=None, data=None, **options):
     model = model or models.classifier("adam")
     callbacks = [*options.pop("callbacks", []), *([] if stop is None else [StopAt(stop)])]
-    settings = {"target_batch": TARGET, "micro_batch": 8, "backup_every": 1, "epochs": 2, "verbose": 0, **options}
+    often = {} if folder is None else {"backup_every": 1}
+    settings = {"target_batch": TARGET, "micro_batch": 8, "epochs": 2, "verbose": 0, **often, **options}
     history = autobatch.fit(model, data or models.arrays(), callbacks=callbacks, backup=folder, **settings)
     return model, history
 
@@ -247,6 +250,13 @@ def test_the_folder_is_checked(tmp_path):
         fit(tmp_path / "a", keep_backup="yes")
     with pytest.raises(ValueError, match="keeps a backup, and none is made"):
         fit(None, keep_backup=True)
+    with pytest.raises(ValueError, match="none is made.*Received: backup_every='5min'"):
+        fit(None, backup_every="5min")
+
+
+def test_the_time_between_two_backups_by_default_is_the_one_that_needs_no_folder():
+    default = inspect.signature(autobatch.fit).parameters["backup_every"].default
+    assert BackupSettings.of(None, default, False) is None
 
 
 def test_generators_are_refused_with_what_to_use(tmp_path):

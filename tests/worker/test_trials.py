@@ -18,6 +18,7 @@ from autobatch.memory import visible_devices
 from autobatch.records import Outcome, SampleEstimate, TrialRequest
 from autobatch.worker import trials as worker_trials
 from autobatch.worker.messages import pack, unpack
+from autobatch.worker.process import WorkerLate, WorkerProcess
 from autobatch.worker.trials import WorkerTrials
 
 # What the worker calls in place of autobatch.opening.open_trials. The dataset is a function: a trial calls it with a
@@ -58,6 +59,27 @@ class Model:
     def fit(self): ...
     def train_step(self): ...
 """
+
+
+@pytest.fixture
+def late_once_written(monkeypatch: pytest.MonkeyPatch):
+    """Let a worker's time be up as soon as it has written a file, however long a busy machine takes until then."""
+    receive = WorkerProcess.receive
+    awaited = []
+
+    def receive_until_written(self: WorkerProcess, deadline: float | None):
+        if not awaited:
+            return receive(self, deadline)
+        while not awaited[0].exists():
+            try:
+                return receive(self, time.monotonic() + 0.05)
+            except WorkerLate:
+                assert time.monotonic() < deadline
+        awaited.clear()
+        return receive(self, time.monotonic() + 0.05)
+
+    monkeypatch.setattr(WorkerProcess, "receive", receive_until_written)
+    return awaited.append
 
 
 @pytest.fixture
@@ -190,22 +212,32 @@ def test_any_other_death_is_the_users(make, act, words):
     assert "last words" in caught.value.traceback_text
 
 
-def test_a_hang_is_timed_out_and_its_processes_are_killed(make, tmp_path):
+def test_a_hang_is_timed_out_and_its_processes_are_killed(make, tmp_path, late_once_written):
     act = f"""
     if size == 64:
         import subprocess
         child = subprocess.Popen(["sleep", "600"])
-        open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+        open({str(tmp_path / "written")!r}, "w").write(str(child.pid))
+        os.rename({str(tmp_path / "written")!r}, {str(tmp_path / "pid")!r})
         time.sleep(600)
     """
-    trials = make(_acting(act), trial_timeout_seconds=2.0)
+    trials = make(_acting(act), trial_timeout_seconds=2000.0)
     worker_pid = _pid(trials)
+    late_once_written(tmp_path / "pid")
     result = trials.run(TrialRequest(64))
     assert result.outcome is Outcome.TIMED_OUT
-    assert "2 s" in result.detail
+    assert "2000 s" in result.detail
     assert _is_gone(worker_pid)
     assert _is_gone(int((tmp_path / "pid").read_text()))
     assert trials.run(TrialRequest(32)).fits
+
+
+def test_a_trials_time_is_limited(make):
+    trials = make(_acting("if size == 64: time.sleep(600)"))
+    trials._timeout_seconds = 0.5
+    began = time.monotonic()
+    assert trials.run(TrialRequest(64)).outcome is Outcome.TIMED_OUT
+    assert time.monotonic() - began >= 0.5
 
 
 def test_a_traceback_starts_at_the_users_first_frame(make, tmp_path):
@@ -252,9 +284,12 @@ def test_a_target_that_cannot_be_opened(make, text, error, match):
         make(text)
 
 
-def test_a_target_that_never_returns_tells_where_it_hangs(make):
-    with pytest.raises(UserCodeError, match=r"not ready .* after 1\.5 s") as caught:
-        make("import time\ndef build():\n    time.sleep(600)", trial_timeout_seconds=1.5)
+def test_a_target_that_never_returns_tells_where_it_hangs(make, tmp_path, late_once_written):
+    hangs = tmp_path / "hangs"
+    late_once_written(hangs)
+    target = f"import time\ndef build():\n    open({str(hangs)!r}, 'w').close()\n    time.sleep(600)"
+    with pytest.raises(UserCodeError, match=r"not ready .* after 1500 s") as caught:
+        make(target, trial_timeout_seconds=1500.0)
     assert "in build" in caught.value.traceback_text
 
 
