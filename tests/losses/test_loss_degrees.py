@@ -174,7 +174,11 @@ def build(place, loss_of, **options):
 
 def trained(place, loss_of, micro_batch, *, dtype="float32", **options):
     """What training changed, the losses, and what was said."""
-    model = build(place, loss_of, **options)
+    return trained_again(build(place, loss_of, **options), place, micro_batch, dtype)
+
+
+def trained_again(model, place, micro_batch, dtype):
+    """What :func:`trained` returns, of a model that may have been trained: it has its weights of before again then."""
     before = model.get_weights()
     x, y = data(dtype)
     arguments = {"x": [x, y]} if place == "add_loss" else {"x": x, "y": y}
@@ -188,6 +192,7 @@ def trained(place, loss_of, micro_batch, *, dtype="float32", **options):
                 model, arguments.pop("x"), target_batch=TARGET, micro_batch=micro_batch, cache=False, **arguments
             )
     moved = np.concatenate([(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)])
+    model.set_weights(before)
     return moved, history.history, [str(each.message) for each in caught if each.category is AutobatchWarning]
 
 
@@ -206,10 +211,12 @@ def apart(one, other):
     return float(np.linalg.norm(np.asarray(one) - np.asarray(other)) / np.linalg.norm(np.asarray(other)))
 
 
-def require_exact(place, loss_of, *, tolerance=1e-5, micro_batches=MICRO_BATCHES, **options):
-    reference, plain, _ = trained(place, loss_of, None, **options)
+def require_exact(place, loss_of, *, dtype="float32", tolerance=1e-5, micro_batches=MICRO_BATCHES, **options):
+    """Compare with plain Keras; of one model, what the first of several trainings has traced serves the others."""
+    reference, plain, _ = trained(place, loss_of, None, dtype=dtype, **options)
+    model = build(place, loss_of, **options)
     for micro_batch in micro_batches:
-        moved, history, said = trained(place, loss_of, micro_batch, **options)
+        moved, history, said = trained_again(model, place, micro_batch, dtype)
         assert apart(moved, reference) < tolerance, (micro_batch, np.linalg.norm(moved) / np.linalg.norm(reference))
         for name, values in plain.items():
             for value, expected in zip(history[name], values, strict=True):
