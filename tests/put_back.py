@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def putting_back(model, *optimizers):
-    """Return a function that gives a model and its optimizers the values that they have now.
+    """Return a function that gives a model and its optimizers the values that they have now, and its metrics none.
 
     An optimizer has its slots from the beginning then, and not from the first update.
     """
@@ -17,5 +17,6 @@ def putting_back(model, *optimizers):
     def put_back():
         for variable, value in values.values():
             variable.assign(value)
+        model.reset_metrics()
 
     return put_back

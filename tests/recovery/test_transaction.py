@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import AtCall, MemoryHog, arrays, classifier, relative_error, run_out_if
+from put_back import putting_back
 from same_bits import assert_same_bits, everything
 
 import autobatch
@@ -30,6 +31,28 @@ def never(*_):
     return False
 
 
+class Asked:
+    """A question whose answer may be exchanged after it was built into a trace."""
+
+    now = staticmethod(never)
+
+    def __call__(self, *samples):
+        return self.now(*samples)
+
+
+class HungryAdam(keras.optimizers.Adam):
+    """Runs out of memory in the middle of its update: after some variables have changed, before others have."""
+
+    def __init__(self, asked, **kwargs):
+        super().__init__(0.01, **kwargs)
+        self.asked = asked
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self._get_variable_index(variable) == 2:
+            gradient = gradient + run_out_if(self.asked)
+        super().update_step(gradient, variable, learning_rate)
+
+
 def model_with_state(too_many=never, optimizer=None):
     """BatchNormalization, dropout and metrics: all that a step can touch beside the weights."""
     model = classifier(
@@ -44,6 +67,33 @@ def batches():
     return list(tf.data.Dataset.from_tensor_slices((x, y)).batch(TARGET))
 
 
+def step_of(model):
+    return AccumulatedStep(model, tf.data.Dataset.from_tensors(batches()[0]).element_spec)
+
+
+@functools.cache
+def traced(where):
+    """A model that may run out of memory ``where`` it is asked, its step, and a function that puts it back.
+
+    Its step is traced once for all tests, as for the trainings of one model.
+    """
+    asked = Asked()
+    if where == "update":
+        model = model_with_state(optimizer=HungryAdam(asked))
+    else:
+        model = model_with_state(asked if where == "micro-batch" else never)
+    return asked, step_of(model), putting_back(model)
+
+
+def running_out(where, *calls):
+    """A step of a model as new that will run out of memory at the given calls, counted from 0."""
+    asked, step, put_back = traced(where)
+    put_back()
+    assert step.rest()
+    asked.now = AtCall(*calls)
+    return step
+
+
 def reference(sizes):
     """Train with a given micro-batch for each update, with nothing ever failing: what that ends in."""
     return _reference(tuple(sizes))
@@ -51,23 +101,19 @@ def reference(sizes):
 
 @functools.cache
 def _reference(sizes):
-    model = model_with_state()
-    data = batches()
-    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
-    for batch, micro_batch in zip(data, sizes, strict=True):
+    step = running_out("nowhere")
+    for batch, micro_batch in zip(batches(), sizes, strict=True):
         if micro_batch >= TARGET:
             step.plain(batch)
         else:
             step.accumulate(batch, micro_batch)
             step.apply()
-    return everything(model)
+    return everything(step.model)
 
 
-def trained(model, micro_batch=MICRO):
-    data = batches()
-    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+def trained(step, micro_batch=MICRO):
     transaction = Transaction(step, micro_batch, device="CPU:0")
-    for batch in data:
+    for batch in batches():
         transaction.train(batch)
     return transaction
 
@@ -75,20 +121,20 @@ def trained(model, micro_batch=MICRO):
 @pytest.mark.parametrize("update", range(UPDATES))
 @pytest.mark.parametrize("micro_step", [0, 1])
 def test_at_every_update_and_every_micro_batch(update, micro_step):
-    model = model_with_state(AtCall(2 * update + micro_step))
-    transaction = trained(model)
+    step = running_out("micro-batch", 2 * update + micro_step)
+    transaction = trained(step)
     assert [r.micro_batch_after for r in transaction.recoveries] == [SMALLER]
     assert transaction.recoveries[0].update == update
-    assert_same_bits(everything(model), reference([MICRO] * update + [SMALLER] * (UPDATES - update)))
+    assert_same_bits(everything(step.model), reference([MICRO] * update + [SMALLER] * (UPDATES - update)))
 
 
 @pytest.mark.parametrize("micro_step", range(4))
 def test_at_the_first_a_middle_and_the_last_of_four_micro_batches(micro_step):
-    model = model_with_state(AtCall(4 + micro_step))
-    (recovery,) = trained(model, 8).recoveries
+    step = running_out("micro-batch", 4 + micro_step)
+    (recovery,) = trained(step, 8).recoveries
     assert (recovery.update, recovery.micro_batch_before) == (1, 8)
     assert recovery.micro_batch_after < 8
-    assert_same_bits(everything(model), reference([8, recovery.micro_batch_after, recovery.micro_batch_after]))
+    assert_same_bits(everything(step.model), reference([8, recovery.micro_batch_after, recovery.micro_batch_after]))
 
 
 class DrawsByTheGlobalSeed(layers.Layer):
@@ -151,60 +197,46 @@ def test_in_the_middle_of_the_optimizers_update_in_fit(micro_batch, options):
 
 @pytest.mark.parametrize("update", range(UPDATES))
 def test_where_the_whole_effective_batch_is_one_micro_batch(update):
-    model = model_with_state(AtCall(update))
-    transaction = trained(model, TARGET)
+    step = running_out("micro-batch", update)
+    transaction = trained(step, TARGET)
     after = transaction.recoveries[0].micro_batch_after
     assert after < TARGET
-    assert_same_bits(everything(model), reference([TARGET] * update + [after] * (UPDATES - update)))
+    assert_same_bits(everything(step.model), reference([TARGET] * update + [after] * (UPDATES - update)))
 
 
 def test_twice_in_the_same_update():
-    model = model_with_state(AtCall(3, 4))
-    transaction = trained(model)
+    step = running_out("micro-batch", 3, 4)
+    transaction = trained(step)
     sizes = [r.micro_batch_after for r in transaction.recoveries]
     assert len(sizes) == 2
     assert sizes[0] > sizes[1]
-    assert_same_bits(everything(model), reference([MICRO, sizes[1], sizes[1]]))
-
-
-class HungryAdam(keras.optimizers.Adam):
-    """Runs out of memory in the middle of its update: after some variables have changed, before others have."""
-
-    def __init__(self, asked, **kwargs):
-        super().__init__(0.01, **kwargs)
-        self.asked = asked
-
-    def update_step(self, gradient, variable, learning_rate):
-        if self._get_variable_index(variable) == 2:
-            gradient = gradient + run_out_if(self.asked)
-        super().update_step(gradient, variable, learning_rate)
+    assert_same_bits(everything(step.model), reference([MICRO, sizes[1], sizes[1]]))
 
 
 @pytest.mark.parametrize("micro_batch", [MICRO, TARGET])
 @pytest.mark.parametrize("update", range(UPDATES))
 def test_in_the_middle_of_the_optimizers_update(update, micro_batch):
-    model = model_with_state(optimizer=HungryAdam(AtCall(update)))
-    transaction = trained(model, micro_batch)
+    step = running_out("update", update)
+    transaction = trained(step, micro_batch)
     after = transaction.recoveries[0].micro_batch_after
-    assert_same_bits(everything(model), reference([micro_batch] * update + [after] * (UPDATES - update)))
+    assert_same_bits(everything(step.model), reference([micro_batch] * update + [after] * (UPDATES - update)))
 
 
 def test_an_update_that_failed_beside_copies_of_the_weights_runs_again_at_the_same_size_without_them(caplog):
-    model = model_with_state(optimizer=HungryAdam(AtCall(1, 2)))
+    step = running_out("update", 1, 2)
     with caplog.at_level(logging.WARNING, logger="autobatch"):
-        transaction = trained(model)
+        transaction = trained(step)
     # Kept on the host the second failure is undone as well; then a smaller size is all that is left to try.
     sizes = [(r.micro_batch_before, r.micro_batch_after) for r in transaction.recoveries]
     assert sizes == [(MICRO, MICRO), (MICRO, SMALLER)]
     assert "micro-batch 16 as before, without a copy of the weights on the device" in caplog.records[0].getMessage()
-    assert_same_bits(everything(model), reference([MICRO, SMALLER, SMALLER]))
+    assert_same_bits(everything(step.model), reference([MICRO, SMALLER, SMALLER]))
 
 
 @pytest.mark.parametrize("micro_batch", [MICRO, TARGET])
 def test_without_room_for_copies_the_host_keeps_them_until_the_update_is_proven(micro_batch):
     data = batches() * 3
-    model = model_with_state(optimizer=HungryAdam(AtCall(1, 7)))
-    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    step = running_out("update", 1, 7)
     transaction = Transaction(step, micro_batch, device="CPU:0", effective_batch=TARGET)
     transaction._keeper.ran_out_beside_copies = True
     for batch in data[:6]:
@@ -218,8 +250,7 @@ def test_without_room_for_copies_the_host_keeps_them_until_the_update_is_proven(
 def test_with_room_for_copies_neither_on_the_device_nor_on_the_host_nothing_is_kept(monkeypatch):
     monkeypatch.setattr("autobatch.memory.limits.all_limits", lambda device: [Limit(1024, "a small host")])
     data = batches()
-    model = model_with_state(optimizer=HungryAdam(AtCall(1)))
-    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    step = running_out("update", 1)
     transaction = Transaction(step, MICRO, device="CPU:0", effective_batch=TARGET)
     transaction._keeper.ran_out_beside_copies = True
     transaction.train(data[0])
@@ -319,8 +350,7 @@ def test_a_bug_in_the_model_is_never_out_of_memory():
 
 def test_once_proven_an_update_of_the_whole_batch_keeps_no_weights_and_says_so_if_it_is_interrupted():
     data = batches() * 3
-    model = model_with_state(optimizer=HungryAdam(AtCall(7)))
-    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    step = running_out("update", 7)
     transaction = Transaction(step, TARGET, device="CPU:0", effective_batch=TARGET)
     for batch in data[:7]:
         transaction.train(batch)
@@ -330,8 +360,8 @@ def test_once_proven_an_update_of_the_whole_batch_keeps_no_weights_and_says_so_i
 
 def test_once_proven_running_out_before_the_update_is_still_rolled_back():
     data = batches() * 2
-    model = model_with_state(AtCall(5))
-    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    step = running_out("micro-batch", 5)
+    model = step.model
     transaction = Transaction(step, TARGET, device="CPU:0", effective_batch=TARGET)
     for batch in data[:5]:
         transaction.train(batch)
@@ -340,11 +370,10 @@ def test_once_proven_running_out_before_the_update_is_still_rolled_back():
     step_failed = transaction.policy.micro_batch
     transaction.train(data[5])
     assert transaction.recoveries[0].micro_batch_before == step_failed == TARGET
-    clean = model_with_state()
-    clean.optimizer.build(clean.trainable_variables)
+    again = running_out("nowhere")
+    clean = again.model
     for variable, (_, value) in zip([*clean.variables, *clean.optimizer.variables], kept, strict=False):
         variable.assign(value)
-    again = AccumulatedStep(clean, tf.data.Dataset.from_tensors(data[0]).element_spec)
     again.accumulate(data[5], transaction.recoveries[0].micro_batch_after)
     again.apply()
     assert any((left != right).any() for left, right in zip(model.get_weights(), before, strict=True))
@@ -403,8 +432,7 @@ def test_copies_are_put_back_of_the_call_that_failed_and_of_no_other():
 
 def test_after_an_error_of_the_data_an_interrupted_update_is_still_noticed():
     data = batches() * 3
-    model = model_with_state(optimizer=HungryAdam(AtCall(6)))
-    step = AccumulatedStep(model, tf.data.Dataset.from_tensors(data[0]).element_spec)
+    step = running_out("update", 6)
     transaction = Transaction(step, TARGET, device="CPU:0", effective_batch=TARGET)
     x, y = data[0]
     with pytest.raises((TypeError, ValueError)):
