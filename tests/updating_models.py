@@ -13,7 +13,7 @@ from models import relative_error
 import autobatch
 
 SAMPLES = 24
-STEPS = 3
+STEPS = 2
 
 
 def noise(samples=SAMPLES, draws=STEPS + 1, seed=0):
@@ -66,7 +66,7 @@ class Pair(keras.Model):
 
 
 class PenalisedCritic(Pair):
-    """As WGAN-GP: the critic is updated three times, with a gradient penalty, then the generator once."""
+    """As WGAN-GP: the critic is updated twice, with a gradient penalty, then the generator once."""
 
     def train_step(self, data):
         real, latent = data
@@ -240,7 +240,7 @@ def transitions(samples=SAMPLES):
 
 
 class Captioner(keras.Model):
-    """As image captioning: five captions for an image, of which each makes an update of the one optimizer."""
+    """As image captioning: three captions for an image, of which each makes an update of the one optimizer."""
 
     def __init__(self, words=20):
         super().__init__()
@@ -283,15 +283,27 @@ class Captioner(keras.Model):
 def captions(samples=SAMPLES):
     random = np.random.default_rng(0)
     images = random.normal(size=(samples, 16)).astype("float32")
-    tokens = random.integers(1, 20, (samples, 5, 7))
-    lengths = random.integers(2, 8, (samples, 5, 1))
+    tokens = random.integers(1, 20, (samples, 3, 7))
+    lengths = random.integers(2, 8, (samples, 3, 1))
     return images, np.where(np.arange(7) < lengths, tokens, 0)
 
 
-def compare(make, x, y, *, micro_batch=5, target_batch=SAMPLES, epochs=2, tolerance=1e-9, options=None, fits=1):
+def compare(
+    make,
+    x,
+    y,
+    *,
+    micro_batch=5,
+    target_batch=SAMPLES,
+    epochs=2,
+    tolerance=1e-9,
+    options=None,
+    fits=1,
+    behind=None,
+):
     """Train by plain Keras and by ours, ``fits`` times; compare the last one's logs and what the weights moved by.
 
-    Return ours: the model and the history.
+    Return ours: the model and the history. ``behind`` is called behind each training, Keras's first.
 
     ``options`` returns what ``compile`` is given, made anew for each model. Weights in float32 are too coarse to tell
     how far small updates differ. Plain Keras runs eagerly: its compiled step, now and then, lets the assignment of
@@ -317,6 +329,8 @@ def compare(make, x, y, *, micro_batch=5, target_batch=SAMPLES, epochs=2, tolera
                     if ours
                     else model.fit(x, y, batch_size=target_batch, **common)
                 )
+                if behind is not None:
+                    behind()
         after = model.get_weights()
         if len(before) != len(after):
             before = [np.zeros_like(weight) for weight in after]  # the model has made weights in its first step

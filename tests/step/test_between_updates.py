@@ -134,7 +134,7 @@ class Recurrent(SharedFakes):
     def __init__(self):
         super().__init__()
         shape = [keras.Input((3,)), layers.Reshape((3, 1))]
-        self.generator = keras.Sequential([*shape, layers.LSTM(4), layers.Dense(16)])
+        self.generator = keras.Sequential([*shape, layers.SimpleRNN(4), layers.Dense(16)])
         shape = [keras.Input((16,)), layers.Reshape((8, 2))]
         self.critic = keras.Sequential([*shape, layers.LSTM(4), layers.Dense(1)])
 
