@@ -17,6 +17,10 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from put_back import putting_back
+
 SAMPLES, MICRO = 24, 5
 SPEC = (tf.TensorSpec((None, 6), tf.float32), tf.TensorSpec((None,), tf.int64))
 
@@ -26,6 +30,7 @@ class Kind:
 
     def __init__(self, *, replicas):
         self.strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]) if replicas else None
+        self._traced = {}
 
     def model(self, **options):
         keras.utils.set_random_seed(3)
@@ -45,6 +50,18 @@ class Kind:
         step = AccumulatedStep(model, SPEC) if self.strategy is None else ReplicatedStep(model, SPEC)
         models.build_on(model, step.structure.pack(step.structure.specs))
         return step
+
+    def traced(self, *, frozen=False):
+        """A step, and what gives its model back the values of the beginning: one for all that need no new trace."""
+        if frozen not in self._traced:
+            model = self.model()
+            model.get_layer("norm").trainable = not frozen
+            step = self.step(model)
+            with contextlib.nullcontext() if self.strategy is None else self.strategy.scope():
+                self._traced[frozen] = step, putting_back(model)
+        step, put_back = self._traced[frozen]
+        put_back()
+        return step, put_back
 
 
 def batch(samples=SAMPLES, seed=0):
@@ -73,8 +90,8 @@ def prepare_tells_what_was_missing_and_runs_nothing(kind):
 
 
 def accumulating_changes_no_weight_and_applying_does(kind):
-    model = kind.model()
-    step, before = kind.step(model), weights(model)
+    step, _ = kind.traced()
+    model, before = step.model, weights(step.model)
     step.accumulate(batch(), MICRO)
     assert all((one == other).all() for one, other in zip(weights(model), before, strict=True))
     assert not step.update_has_begun()
@@ -85,39 +102,35 @@ def accumulating_changes_no_weight_and_applying_does(kind):
 
 def the_update_does_not_depend_on_the_micro_batch(kind):
     found = []
+    step, put_back = kind.traced(frozen=True)
     for micro_batch in (MICRO, 7, SAMPLES):
-        model = kind.model()
-        model.get_layer("norm").trainable = False
-        step = kind.step(model)
+        put_back()
         for seed in range(2):
             step.accumulate(batch(seed=seed), micro_batch)
             logs = step.apply()
-        found.append([*weights(model), float(logs["loss"]), float(logs["accuracy"])])
+        found.append([*weights(step.model), float(logs["loss"]), float(logs["accuracy"])])
     close(found[1], found[0])
     close(found[2], found[0])
 
 
 def each_update_begins_at_zero(kind):
-    once, twice = kind.model(), kind.model()
-    step = kind.step(once)
+    step, put_back = kind.traced()
     step.accumulate(batch(), MICRO)
     step.apply()
-    step = kind.step(twice)
-    before = [variable.numpy() for variable in twice.variables]
+    once = weights(step.model)
+    put_back()
     step.accumulate(batch(seed=9), MICRO)  # and thrown away
-    for variable, value in zip(twice.variables, before, strict=True):
-        variable.assign(value)
+    put_back()
     step.accumulate(batch(), MICRO)
     step.apply()
-    close(weights(twice), weights(once))
+    close(weights(step.model), once)
 
 
 def logs_are_those_of_the_whole_update(kind):
-    model = kind.model()
-    model.get_layer("norm").trainable = False
+    step, _ = kind.traced(frozen=True)
+    model = step.model
     x, y = batch()
     predicted = model(x, training=True)
-    step = kind.step(model)
     step.accumulate((x, y), MICRO)
     logs = step.apply()
     np.testing.assert_allclose(float(logs["loss"]), float(model.loss(y, predicted)), rtol=1e-5)
@@ -137,8 +150,8 @@ def an_evaluation_changes_no_weight_and_has_the_logs_of_the_whole_batch(kind):
 
 
 def one_step_trains_and_evaluates_in_turn(kind):
-    model = kind.model()
-    step = kind.step(model)
+    step, _ = kind.traced()
+    model = step.model
     losses = []
     for _ in range(3):
         step.accumulate(batch(), MICRO)
@@ -164,8 +177,7 @@ def accumulators_are_no_state_of_the_models(kind):
 
 
 def what_changes_before_the_update_and_in_it_is_all_that_changes(kind):
-    model = kind.model()
-    step = kind.step(model)
+    step, _ = kind.traced()
     step.prepare()
     values = {id(variable): variable.numpy() for variable in step.variables}
     step.accumulate(batch(), MICRO)
@@ -178,19 +190,22 @@ def what_changes_before_the_update_and_in_it_is_all_that_changes(kind):
 
 
 def released_it_holds_nothing_and_goes_on(kind):
-    model, reference = kind.model(), kind.model()
-    step, other = kind.step(model), kind.step(reference)
-    for each in (step, other):
-        each.accumulate(batch(), MICRO)
-        each.apply()
+    step, put_back = kind.traced()
+    step.accumulate(batch(), MICRO)
+    step.apply()
+    step.accumulate(batch(seed=1), MICRO)
+    step.apply()
+    reference = weights(step.model)
+    put_back()
+    step.accumulate(batch(), MICRO)
+    step.apply()
     sums = step.accumulators
     step.release_accumulators()
     assert not step.accumulators
     assert all(int(tf.size(accumulator)) == 0 for accumulator in sums)
-    for each in (step, other):
-        each.accumulate(batch(seed=1), MICRO)
-        each.apply()
-    close(weights(model), weights(reference))
+    step.accumulate(batch(seed=1), MICRO)
+    step.apply()
+    close(weights(step.model), reference)
 
 
 def a_step_for_other_data_is_of_the_same_kind_and_model(kind):
@@ -245,9 +260,14 @@ PROMISES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    return Kind(replicas=False)
+
+
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
-def test_on_one_device(promise):
-    promise(Kind(replicas=False))
+def test_on_one_device(promise, one_device):
+    promise(one_device)
 
 
 @pytest.fixture(scope="module")
