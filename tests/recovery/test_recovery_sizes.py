@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from itertools import accumulate
 
@@ -13,6 +14,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import AtCall, CompiledHog, MemoryHog, arrays, classifier, run_out_if
+from put_back import Asked, putting_back
 from same_bits import assert_same_bits, everything
 
 import autobatch
@@ -72,13 +74,39 @@ def stateful(hog=None, optimizer=None, **options):
     return classifier(optimizer or keras.optimizers.Adam(0.01), extra=extra, **options)
 
 
-def replayed(model, data, sizes):
+@functools.cache
+def made_once(*options):
+    """A model that runs out of memory when it is asked to, and a function that gives it its first values back."""
+    asked = Asked()
+    model = stateful(MemoryHog(asked), **dict(options))
+    return asked, model, putting_back(model)
+
+
+def as_new(too_many, **options):
+    """A model as new: its trainings, of data alike, find the traces of those before."""
+    asked, model, put_back = made_once(*options.items())
+    put_back()
+    asked.now = too_many
+    return model
+
+
+@functools.cache
+def step_that_never_fails(*options):
+    model = stateful(**dict(options))
+    return AccumulatedStep(model, open_spec(cut(TARGET))), putting_back(model)
+
+
+def replayed(data, sizes, **options):
     """Train on each effective batch with a given micro-batch, with nothing ever failing."""
-    step = AccumulatedStep(model, open_spec(data))
+    return fed(*step_that_never_fails(*options.items()), data, sizes)
+
+
+def fed(step, put_back, data, sizes):
+    put_back()
     for batch, micro_batch in zip(data, sizes, strict=True):
         step.accumulate(batch, micro_batch)
         step.apply()
-    return everything(model)
+    return everything(step.model)
 
 
 def open_spec(data):
@@ -109,7 +137,7 @@ def test_the_memory_model_picks_the_next_size():
     for batch in data:
         transaction.train(batch)
     assert [(each.micro_batch_before, each.micro_batch_after) for each in transaction.recoveries] == [(MICRO, 5)]
-    assert_same_bits(everything(model), replayed(stateful(), data, [MICRO, 5, 5]))
+    assert_same_bits(everything(model), replayed(data, [MICRO, 5, 5]))
 
 
 def test_the_memory_model_of_the_search_picks_the_next_size_of_a_fit(monkeypatch):
@@ -120,17 +148,17 @@ def test_the_memory_model_of_the_search_picks_the_next_size_of_a_fit(monkeypatch
 
     monkeypatch.setattr(searched_or_given, "unsearched", with_a_line)
     data = cut(3 * TARGET)
-    model = stateful(MemoryHog(AtCall(2)))
+    model = as_new(AtCall(2))
     options = {"target_batch": TARGET, "micro_batch": MICRO, "shuffle": False, "verbose": 0, **ROOM_FOR_5}
     history = autobatch.fit(model, *arrays(samples=3 * TARGET), **options)
     assert [each.micro_batch_after for each in history.recoveries] == [5]
-    assert_same_bits(everything(model), replayed(stateful(), data, [MICRO, 5, 5]))
+    assert_same_bits(everything(model), replayed(data, [MICRO, 5, 5]))
 
 
 def long_fit(too_many, epochs):
     """Two updates an epoch; the sizes noted, and the model."""
     noting = Noting(too_many)
-    model = stateful(MemoryHog(noting))
+    model = as_new(noting)
     options = {"target_batch": TARGET, "micro_batch": MICRO, "shuffle": False, "verbose": 0, "epochs": epochs}
     history = autobatch.fit(model, *arrays(samples=2 * TARGET), **options)
     return noting, model, history
@@ -141,7 +169,7 @@ def test_after_one_failure_it_grows_back_to_the_ceiling():
     sizes = noting.sizes()
     assert sizes == [MICRO] * 2 + [11] * WAITS + [MICRO] * 18
     assert len(history.recoveries) == 1
-    expected = replayed(stateful(), cut(2 * TARGET) * (len(sizes) // 2), sizes)
+    expected = replayed(cut(2 * TARGET) * (len(sizes) // 2), sizes)
     assert_same_bits(without_metrics(everything(model)), without_metrics(expected))
 
 
@@ -189,7 +217,7 @@ def test_an_update_beside_a_larger_micro_batch_is_proven_anew():
 def test_in_the_middle_of_an_epoch_and_in_its_ragged_tail(compiled, micro_step):
     # 16 + 16 samples, 16 + 16 again, and a tail of 10 + 10.
     samples = 2 * TARGET + 20
-    model = stateful(MemoryHog(AtCall(micro_step)), **compiled)
+    model = as_new(AtCall(micro_step), **compiled)
     options = {"target_batch": TARGET, "micro_batch": MICRO, "shuffle": False, "verbose": 0}
     history = autobatch.fit(model, *arrays(samples=samples), **options)
     update = micro_step // 2
@@ -197,7 +225,7 @@ def test_in_the_middle_of_an_epoch_and_in_its_ragged_tail(compiled, micro_step):
     after = recovery.micro_batch_after
     assert (recovery.update, after < recovery.micro_batch_before) == (update, True)
     sizes = [MICRO] * update + [after] * (3 - update)
-    assert_same_bits(everything(model), replayed(stateful(**compiled), cut(samples), sizes))
+    assert_same_bits(everything(model), replayed(cut(samples), sizes, **compiled))
 
 
 def test_compiled_by_xla():
@@ -206,24 +234,26 @@ def test_compiled_by_xla():
     # is kept of the variables does, of the accumulators nothing is kept.
     data = cut(8 + 28 + 28, (8, 28))
     model = stateful(CompiledHog(28), jit_compile=True)
-    transaction = Transaction(AccumulatedStep(model, open_spec(data)), 28, device="CPU:0", effective_batch=28)
+    put_back, step = putting_back(model), AccumulatedStep(model, open_spec(data))
+    transaction = Transaction(step, 28, device="CPU:0", effective_batch=28)
     for batch in data:
         transaction.train(batch)
     assert [(each.update, each.micro_batch_before) for each in transaction.recoveries] == [(1, 28)]
     after = transaction.recoveries[0].micro_batch_after
-    reference = stateful(CompiledHog(0), jit_compile=True)
-    step = AccumulatedStep(reference, open_spec(data))
+    recovered = everything(model)
+    put_back()
     step.plain(data[0])
     for batch in data[1:]:
         step.accumulate(batch, after)
         step.apply()
-    assert_same_bits(everything(model), everything(reference))
+    assert_same_bits(recovered, everything(model))
 
 
 def test_compiled_by_xla_the_next_size_cuts_the_batch_into_equal_parts(caplog):
     data = cut(3 * 40, (40,))
     model = stateful(CompiledHog(20), jit_compile=True)
-    transaction = Transaction(AccumulatedStep(model, open_spec(data)), 20, device="CPU:0", effective_batch=40)
+    put_back, step = putting_back(model), AccumulatedStep(model, open_spec(data))
+    transaction = Transaction(step, 20, device="CPU:0", effective_batch=40)
     with caplog.at_level(logging.INFO, logger="autobatch.step.compilations"):
         for batch in data:
             transaction.train(batch)
@@ -231,8 +261,7 @@ def test_compiled_by_xla_the_next_size_cuts_the_batch_into_equal_parts(caplog):
     assert [(each.micro_batch_before, each.micro_batch_after) for each in transaction.recoveries] == [(20, 10)]
     said = [record.getMessage() for record in caplog.records if "compiling" in record.getMessage()]
     assert said == ["compiling for 20 samples (micro-batch)", "compiling for 10 samples (micro-batch)"]
-    reference = stateful(CompiledHog(0), jit_compile=True)
-    assert_same_bits(everything(model), replayed(reference, data, [10, 10, 10]))
+    assert_same_bits(everything(model), fed(step, put_back, data, [10, 10, 10]))
 
 
 def loop_of_ones_own(hog=None, optimizer=None, micro_batch=MICRO):

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import AtCall, MemoryHog, arrays, classifier, relative_error, run_out_if
-from put_back import putting_back
+from put_back import Asked, never, putting_back
 from same_bits import assert_same_bits, everything
 
 import autobatch
@@ -25,19 +25,6 @@ UPDATES = 3
 TARGET = 32
 MICRO = 16
 SMALLER = 11  # three quarters of 16 is 12; 11 needs as many accumulation steps for 32
-
-
-def never(*_):
-    return False
-
-
-class Asked:
-    """A question whose answer may be exchanged after it was built into a trace."""
-
-    now = staticmethod(never)
-
-    def __call__(self, *samples):
-        return self.now(*samples)
 
 
 class HungryAdam(keras.optimizers.Adam):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
 from models import AtCall, CompiledHog, MemoryHog
+from put_back import Asked, never, putting_back
 from same_bits import assert_same_bits
 from updating_models import SAMPLES, InTurn, noise
 
@@ -19,10 +22,6 @@ from autobatch.step.accumulated_step import AccumulatedStep
 UPDATES = 3
 MICRO = 12
 REAL, LATENT = noise(samples=UPDATES * SAMPLES)
-
-
-def never(*_):
-    return False
 
 
 def hog(too_many):
@@ -71,18 +70,51 @@ def state(model):
     return [(variable.name, variable.numpy()) for owner in own for variable in owner.variables]
 
 
-def reference(sizes, **options):
+def traced(*hungry, **options):
+    """A step of a model that may run out of memory, and a function that gives the model its first values back."""
+    model = adversaries(*hungry, **options)
+    model.c_optimizer.build(model.critic.trainable_variables)
+    model.g_optimizer.build(model.generator.trainable_variables)
+    return step_of(model), putting_back(model, model.c_optimizer, model.g_optimizer)
+
+
+@functools.cache
+def traced_once():
+    """A step that may run out of memory in its second part and in its first, each when it is asked for it."""
+    asked = Asked(), Asked()
+    return asked, *traced(*asked)
+
+
+def running_out(in_second, in_first=never):
+    """The step of a model as new, that runs out of memory as it is told."""
+    asked, step, put_back = traced_once()
+    put_back()
+    assert step.rest()
+    asked[0].now, asked[1].now = in_second, in_first
+    return step
+
+
+@functools.cache
+def without_hogs():
+    return traced()
+
+
+def fed(step, put_back, sizes):
     """Train with a given micro-batch for each update, with nothing ever failing."""
-    model = adversaries(**options)
-    step = step_of(model)
+    put_back()
+    assert step.rest()
     for batch, micro_batch in zip(batches(), sizes, strict=True):
         step.accumulate(batch, micro_batch)
         step.apply()
-    return state(model)
+    return state(step.model)
 
 
-def trained(model):
-    transaction = Transaction(step_of(model), MICRO, device="CPU:0")
+def reference(sizes):
+    return fed(*without_hogs(), sizes)
+
+
+def trained(step):
+    transaction = Transaction(step, MICRO, device="CPU:0")
     for batch in batches():
         transaction.train(batch)
     return transaction
@@ -90,34 +122,35 @@ def trained(model):
 
 @pytest.mark.parametrize(("update", "micro_step"), [(0, 0), (1, 1)])
 def test_in_the_second_part_the_first_parts_update_is_undone(update, micro_step):
-    model = adversaries(AtCall(2 * update + micro_step))
-    transaction = trained(model)
+    step = running_out(AtCall(2 * update + micro_step))
+    transaction = trained(step)
     assert [(each.update, each.micro_batch_after) for each in transaction.recoveries] == [(update, MICRO)]
     assert transaction._keeper.ran_out_beside_copies, "the copies of the weights go first"
-    assert_same_bits(state(model), reference([MICRO] * UPDATES))
+    assert_same_bits(state(step.model), reference([MICRO] * UPDATES))
 
 
 def test_in_the_first_part_nothing_is_updated():
-    model = adversaries(never, AtCall(3))
-    transaction = trained(model)
+    step = running_out(never, AtCall(3))
+    transaction = trained(step)
     (recovery,) = transaction.recoveries
     after = recovery.micro_batch_after
     assert (recovery.update, recovery.micro_batch_before) == (1, MICRO)
     assert after < MICRO
-    assert_same_bits(state(model), reference([MICRO, after, after]))
+    assert_same_bits(state(step.model), reference([MICRO, after, after]))
 
 
 def test_a_size_that_is_too_large_for_the_second_part_alone():
-    model = adversaries(lambda samples: samples > 5)
-    transaction = trained(model)
+    step = running_out(lambda samples: samples > 5)
+    transaction = trained(step)
     assert transaction.policy.micro_batch <= 5
-    assert_same_bits(state(model), reference([transaction.policy.micro_batch] * UPDATES))
+    assert_same_bits(state(step.model), reference([transaction.policy.micro_batch] * UPDATES))
 
 
 def test_under_xla_the_last_update_fails_behind_the_second_pass():
-    model, plain = adversaries(jit_compile=True), adversaries(jit_compile=True)
-    optimizer = model.g_optimizer
-    failing = AtCall(9)  # of 8 variables in an update
+    step, put_back = traced(jit_compile=True)
+    optimizer = step.model.g_optimizer
+    failing = Asked()
+    failing.now = AtCall(9)  # of 8 variables in an update
     own = optimizer.update_step
 
     def update_step(gradient, variable, learning_rate):
@@ -125,43 +158,46 @@ def test_under_xla_the_last_update_fails_behind_the_second_pass():
         own(gradient + 0.0 * tf.random.normal(tf.reshape(size, [1]))[0], variable, learning_rate)
 
     optimizer.__dict__["update_step"] = update_step
-    transaction = trained(model)
+    transaction = trained(step)
     assert len(transaction.recoveries) == 1
-    trained(plain)
-    assert_same_bits(state(model), state(plain))
+    undone = state(step.model)
+    put_back()
+    failing.now = never
+    assert not trained(step).recoveries
+    assert_same_bits(undone, state(step.model))
 
 
 @pytest.mark.parametrize("hungry", [(MICRO,), (never, MICRO)], ids=["second part", "first part"])
 def test_under_xla_a_pass_fails_and_what_its_variables_need_is_held_no_longer_than_it(hungry):
-    model = adversaries(*hungry, jit_compile=True)
-    transaction = trained(model)
+    step, put_back = traced(*hungry, jit_compile=True)
+    transaction = trained(step)
     after = transaction.recoveries[-1].micro_batch_after
     assert after < MICRO
     assert {each.update for each in transaction.recoveries} == {0}
-    assert_same_bits(state(model), reference([after] * UPDATES, jit_compile=True))
-    references = transaction._step._parted._references
+    references = step._parted._references
     assert len(references) == 2, "one for each pass"
     pairs = [pair for each in references.values() for pair in each._values._pairs]
     assert pairs
     assert all(copy.read_value().shape == [0] for _, copy in pairs)
+    assert_same_bits(state(step.model), fed(step, put_back, [after] * UPDATES))
 
 
 def test_not_one_sample_fits_the_second_part():
-    model = adversaries(lambda _: model.armed)
-    model.armed = False
-    transaction = Transaction(step_of(model), MICRO, device="CPU:0")
+    armed = []
+    step = running_out(lambda _: bool(armed))
+    transaction = Transaction(step, MICRO, device="CPU:0")
     first, second, _ = batches()
     transaction.train(first)
-    before, model.armed = state(model), True
+    before = state(step.model)
+    armed.append(True)
     with pytest.raises(autobatch.NoFeasibleBatchError):
         transaction.train(second)
-    assert_same_bits(state(model), before)
+    assert_same_bits(state(step.model), before)
 
 
 @pytest.mark.parametrize("micro_batch", [MICRO, SAMPLES])
 def test_copies_are_kept_however_many_updates_have_gone_well(micro_batch):
-    model = adversaries()
-    step = step_of(model)
+    step = running_out(never)
     transaction = Transaction(step, micro_batch, device="CPU:0")
     for batch in batches():
         transaction.train(batch)
