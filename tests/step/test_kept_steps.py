@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -30,7 +31,7 @@ class Traced(layers.Layer):
         return inputs
 
 
-def made(optimizer=None, *, frozen=False, extra=()):
+def made(optimizer=None, *, frozen=False, extra=(), metrics=()):
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
         [keras.Input((16,)), layers.Dense(12, activation="relu"), Traced(), *extra, layers.Dense(10)]
@@ -39,7 +40,7 @@ def made(optimizer=None, *, frozen=False, extra=()):
     model.compile(
         optimizer or keras.optimizers.SGD(0.1, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
+        metrics=list(metrics),
     )
     return model
 
@@ -51,20 +52,30 @@ def traces(model):
 HOW = {"whole": {"micro_batch": 16}, "micro": {"micro_batch": 5}, "auto": {}}
 
 
+VALIDATION = arrays(seed=8, samples=10)
+
+
+@functools.cache
+def trained_three_times_by_keras():
+    plain = made(metrics=["accuracy"])
+    data = [arrays(seed=seed) for seed in range(3)]
+    options = {"batch_size": 16, "validation_data": VALIDATION, **OPTIONS}
+    return [plain.fit(*each, **options).history for each in data], plain.get_weights()
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_a_second_fit_traces_nothing_and_trains_as_kerass(how):
-    plain, ours = made(), made()
-    validation = arrays(seed=8, samples=10)
+    ours = made(metrics=["accuracy"])
+    histories, weights = trained_three_times_by_keras()
     counts = []
-    for seed in range(3):
+    for seed, expected in enumerate(histories):
         data = arrays(seed=seed)
-        expected = plain.fit(*data, batch_size=16, validation_data=validation, **OPTIONS)
-        history = autobatch.fit(ours, *data, target_batch=16, validation_data=validation, **HOW[how], **OPTIONS)
-        for name, values in expected.history.items():
+        history = autobatch.fit(ours, *data, target_batch=16, validation_data=VALIDATION, **HOW[how], **OPTIONS)
+        for name, values in expected.items():
             np.testing.assert_allclose(history.history[name], values, rtol=1e-5)
         counts.append(traces(ours))
     assert counts[0] == counts[1] == counts[2]
-    assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
+    assert relative_error(ours.get_weights(), weights) < 1e-5
 
 
 def test_a_fit_after_tune_traces_nothing_and_runs_no_trial_again():
@@ -114,20 +125,28 @@ OTHERS = {
 }
 
 
+@functools.cache
+def trained_on_another_by_keras(other):
+    change, remake, size = OTHERS[other]
+    plain = made()
+    plain.fit(*arrays(), batch_size=16, **OPTIONS)
+    change(plain)
+    x, y, *weight = remake(arrays(seed=4))
+    plain.fit(x, y, batch_size=size, sample_weight=weight[0] if weight else None, **OPTIONS)
+    return plain.get_weights()
+
+
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("micro_batch", [5, 16])
 def test_another_training_is_traced_anew_where_it_differs(other, micro_batch):
     change, remake, size = OTHERS[other]
-    plain, ours = made(), made()
-    plain.fit(*arrays(), batch_size=16, **OPTIONS)
+    ours = made()
     autobatch.fit(ours, *arrays(), target_batch=16, micro_batch=micro_batch, **OPTIONS)
-    for model in (plain, ours):
-        change(model)
+    change(ours)
     x, y, *weight = remake(arrays(seed=4))
     options = {**OPTIONS, "sample_weight": weight[0]} if weight else OPTIONS
-    plain.fit(x, y, batch_size=size, **options)
     autobatch.fit(ours, x, y, target_batch=size, micro_batch=micro_batch, **options)
-    assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
+    assert relative_error(ours.get_weights(), trained_on_another_by_keras(other)) < 1e-5
     before = traces(ours)
     for _ in range(2):  # the first of them once more, which is kept beside the other unless the model was compiled
         autobatch.fit(ours, x, y, target_batch=size, micro_batch=micro_batch, **options)
@@ -182,6 +201,21 @@ def freeze_and_compile(model):
 CHANGES = [freeze, freeze_all, unfreeze, freeze_and_remake, freeze_and_compile]
 
 
+def changed(change, first, second):
+    """A model that is trained, changed, and trained twice more."""
+    model = made(frozen=change is unfreeze)
+    first(model)
+    change(model)
+    second(model)
+    second(model)
+    return model
+
+
+@functools.cache
+def changed_under_keras(change):
+    return changed(change, plain_fit, plain_fit)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize(
     "fits",
@@ -189,12 +223,7 @@ CHANGES = [freeze, freeze_all, unfreeze, freeze_and_remake, freeze_and_compile]
     ids=lambda fits: "-".join(fit.__name__ for fit in fits),
 )
 def test_what_is_trainable_is_what_keras_takes_it_to_be(change, fits):
-    plain, ours = made(frozen=change is unfreeze), made(frozen=change is unfreeze)
-    for model, (first, second) in ((plain, (plain_fit, plain_fit)), (ours, fits)):
-        first(model)
-        change(model)
-        second(model)
-        second(model)
+    plain, ours = changed_under_keras(change), changed(change, *fits)
     assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
     moved = [np.any(a != b) for a, b in zip(ours.get_weights(), made().get_weights(), strict=True)]
     assert all(moved) is (change is not unfreeze)

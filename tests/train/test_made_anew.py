@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -73,19 +75,28 @@ def compile_at_another_rate(model):
 CHANGES = [remake, unfreeze_before_the_optimizer_is_built, compile_at_another_rate, compile_with_another_loss]
 
 
+def prepared(change, extra=()):
+    """A model for a change in the middle, its data, and the options of its training."""
+    x, y = arrays()
+    model = made(extra=extra)
+    if change is compile_with_another_loss:
+        y = np.eye(10, dtype="float32")[y]
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+    return model, x, y, {"epochs": 3, "shuffle": False, "verbose": 0, "validation_data": (x[:9], y[:9])}
+
+
+@functools.cache
+def changed_under_keras(change):
+    plain, x, y, options = prepared(change)
+    return plain, plain.fit(x, y, batch_size=16, callbacks=[AtEpoch(0, change)], **options)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("micro_batch", [5, 16])
 def test_it_goes_on_in_micro_batches_with_what_is_trainable_now(change, micro_batch):
-    x, y = arrays()
-    if change is compile_with_another_loss:
-        y = np.eye(10, dtype="float32")[y]
     sizes = Sizes()
-    plain, ours = made(), made(extra=[sizes])
-    if change is compile_with_another_loss:
-        for model in (plain, ours):
-            model.compile(keras.optimizers.SGD(0.1), "mse")
-    options = {"epochs": 3, "shuffle": False, "verbose": 0, "validation_data": (x[:9], y[:9])}
-    expected = plain.fit(x, y, batch_size=16, callbacks=[AtEpoch(0, change)], **options)
+    ours, x, y, options = prepared(change, extra=[sizes])
+    plain, expected = changed_under_keras(change)
     history = autobatch.fit(
         ours, x, y, target_batch=16, micro_batch=micro_batch, callbacks=[AtEpoch(0, change)], **options
     )
