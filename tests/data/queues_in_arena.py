@@ -1,31 +1,33 @@
-"""Run by the tests, in a process of its own: what waits in the input queue of a training in a limited CPU arena.
+"""Run by the tests, in processes of their own: what waits in the input queue of a training in a limited CPU arena.
 
-It prints, for each kind of data, how many effective batches more than before training are held after an update, and
-what the report calls them.
+``python queues_in_arena.py LIMIT...`` prints a line for each limit. It has, for each kind of data, how many effective
+batches more than before training are held after an update, and what the report calls them. Each arena is in a fork of
+this process, made before TensorFlow has started anything.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lean_imports  # noqa: F401 - for its effect
 
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"  # as limit_memory has it, which here comes behind the import
+
+import keras
+import numpy as np
+import tensorflow as tf
+
 import autobatch
-
-autobatch.limit_memory(sys.argv[1])
-
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-
-from autobatch.data import fit_data  # noqa: E402
-from autobatch.memory import limits  # noqa: E402
+from autobatch.data import fit_data
+from autobatch.memory import limits
 
 SAMPLES, TARGET, SIZE = 512, 64, 16 * 1024
 X, Y = np.zeros((SAMPLES, SIZE // 4), "float32"), np.zeros(SAMPLES, "float32")
@@ -56,14 +58,37 @@ KINDS = {
     "generated": generated,
 }
 
-found = {}
-for name, data in KINDS.items():
-    model = keras.Sequential([keras.Input((SIZE // 4,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    held = Held()
-    gc.collect()
-    autobatch.fit(model, *data(), target_batch=TARGET, micro_batch=16, epochs=1, verbose=0, callbacks=[held])
-    prepared, _ = fit_data.prepare_data(model, *data(), *[None] * (2 - len(data())), target_batch=TARGET, options={})
-    use = next(use for use in prepared.host_uses() if "effective batch" in use.name)
-    found[name] = {"held": held.most / (TARGET * SIZE), "name": use.name, "told": use.held_bytes / (TARGET * SIZE)}
-print(json.dumps(found))
+
+def measured():
+    found = {}
+    for name, data in KINDS.items():
+        model = keras.Sequential([keras.Input((SIZE // 4,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        held = Held()
+        gc.collect()
+        autobatch.fit(model, *data(), target_batch=TARGET, micro_batch=16, epochs=1, verbose=0, callbacks=[held])
+        rest = [None] * (2 - len(data()))
+        prepared, _ = fit_data.prepare_data(model, *data(), *rest, target_batch=TARGET, options={})
+        use = next(use for use in prepared.host_uses() if "effective batch" in use.name)
+        found[name] = {"held": held.most / (TARGET * SIZE), "name": use.name, "told": use.held_bytes / (TARGET * SIZE)}
+    return found
+
+
+def main():
+    for limit in sys.argv[1:]:
+        process = os.fork()
+        if not process:
+            try:
+                autobatch.limit_memory(limit)
+                print(json.dumps(measured()), flush=True)
+                os._exit(0)
+            except BaseException:  # noqa: BLE001 - its text is all that the parent gets
+                traceback.print_exc()
+                os._exit(1)
+        _, status = os.waitpid(process, 0)
+        if status:
+            sys.exit(f"The arena of {limit} failed.")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import keras
@@ -20,8 +19,9 @@ from autobatch.memory import limits
 from autobatch.records import HostUse, Limit
 from autobatch.report.text import render
 
-MEASURE = """
-import json, re, sys
+# Each measurement is in a fork of a process that has only imported TensorFlow.
+BEGINNING = """
+import json, os, re, sys, traceback
 import keras, numpy as np, tensorflow as tf
 import autobatch
 from autobatch.memory import limits
@@ -48,21 +48,37 @@ def train(*data, **options):
     autobatch.fit(model(), *data, target_batch=250, micro_batch=125, verbose=0, callbacks=[watch], **options)
     return watch.held
 
-small = np.zeros((1000, 1024), "float32")
-train(small, small[:, :4], validation_split=0.5)  # whatever a first training needs is there now
-
-rows = 100_000  # 400 MB in a file of holes
-mapped = np.memmap(sys.argv[1], dtype="float64", mode="w+", shape=(rows // 2, 1024))
-before = anonymous_bytes()
-held = train(mapped, np.zeros((rows // 2, 4), "float32"), validation_split=0.001, steps_per_epoch=20)
-of_file = max(held) - before
-
 def stream(batches=120):  # 240 MB in all
     for start in range(batches):
         yield np.random.uniform(size=(500, 1024)).astype("float32"), np.zeros((500, 4), "float32")
 
-held = train(stream(), steps_per_epoch=240)
-print(json.dumps({"file": of_file, "stream": max(held[60:]) - max(held[:60]), "updates": len(held)}))
+def forked(measure):
+    process = os.fork()
+    if process:
+        if os.waitpid(process, 0)[1]:
+            sys.exit("A measurement failed.")
+        return
+    try:
+        small = np.zeros((1000, 1024), "float32")
+        train(small, small[:, :4], validation_split=0.5)  # whatever a first training needs is there now
+        print(json.dumps(measure()), flush=True)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+"""
+
+FILE_AND_STREAM = """
+def file_and_stream():
+    rows = 100_000  # 400 MB in a file of holes
+    mapped = np.memmap(sys.argv[1], dtype="float64", mode="w+", shape=(rows // 2, 1024))
+    before = anonymous_bytes()
+    held = train(mapped, np.zeros((rows // 2, 4), "float32"), validation_split=0.001, steps_per_epoch=20)
+    of_file = max(held) - before
+    held = train(stream(), steps_per_epoch=240)
+    return {"file": of_file, "stream": max(held[60:]) - max(held[:60]), "updates": len(held)}
+
+forked(file_and_stream)
 """
 
 OTHER_STREAMS = """
@@ -90,17 +106,22 @@ def torch_stream():
     return torch.utils.data.DataLoader(Rows(), batch_size=125)
 
 kinds = {"tf.data": pipeline, "PyDataset": lambda: Batches(workers=2, max_queue_size=4), "torch": torch_stream}
-measured = {}
-for kind in sys.argv[2:]:
-    held = train(kinds[kind]())
-    measured[kind] = {"held": max(held[80:]) - max(held[:80]), "updates": len(held)}
-print(json.dumps(measured))
+
+def other_streams():
+    measured = {}
+    for kind in sys.argv[2:]:
+        held = train(kinds[kind]())
+        measured[kind] = {"held": max(held[80:]) - max(held[:80]), "updates": len(held)}
+    return measured
+
+forked(other_streams)
 """
 
 
 def measure(program, *arguments):
+    """What each fork of a program has printed."""
     ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -108,32 +129,37 @@ def measure(program, *arguments):
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout.splitlines()[-1])
+    return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 
 
-def test_host_memory_stays_flat(tmp_path):
-    measured = measure(MEASURE, tmp_path / "samples")
-    assert measured["updates"] == 240
-    assert measured["file"] < 60 * 2**20  # of 400 MB
-    assert measured["stream"] < 30 * 2**20  # of 180 MB that pass through
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    program = BEGINNING + FILE_AND_STREAM + OTHER_STREAMS
+    return measure(program, tmp_path_factory.mktemp("file") / "samples", "tf.data", "PyDataset")
 
 
-def assert_flat(*kinds):
-    beginning = MEASURE[: MEASURE.index("rows = 100_000")]
-    generator = MEASURE[MEASURE.index("def stream") : MEASURE.index("held = train(stream()")]
-    measured = measure(beginning + generator + OTHER_STREAMS, "no file", *kinds)
+def test_host_memory_stays_flat(measured):
+    found, _ = measured
+    assert found["updates"] == 240
+    assert found["file"] < 60 * 2**20  # of 400 MB
+    assert found["stream"] < 30 * 2**20  # of 180 MB that pass through
+
+
+def assert_flat(found, *kinds):
+    assert list(found) == list(kinds)
     for kind in kinds:
-        assert measured[kind]["updates"] == 160, kind
-        assert measured[kind]["held"] < 30 * 2**20, kind  # of 80 MB that pass through meanwhile
+        assert found[kind]["updates"] == 160, kind
+        assert found[kind]["held"] < 30 * 2**20, kind  # of 80 MB that pass through meanwhile
 
 
-def test_host_memory_stays_flat_for_other_streams():
-    assert_flat("tf.data", "PyDataset")
+def test_host_memory_stays_flat_for_other_streams(measured):
+    assert_flat(measured[1], "tf.data", "PyDataset")
 
 
 def test_host_memory_stays_flat_for_a_torch_stream():
     optional.torch()
-    assert_flat("torch")
+    (found,) = measure(BEGINNING + OTHER_STREAMS, "no file", "torch")
+    assert_flat(found, "torch")
 
 
 X, Y = arrays(samples=44)
