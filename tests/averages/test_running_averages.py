@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 from models import AtCall, MemoryHog, run_out_if
+from put_back import Asked, putting_back
 
 import autobatch
 
@@ -40,8 +41,15 @@ def trained(build, arrays, effective, micro, epochs=1):
             autobatch.fit(model, *arrays, target_batch=effective, micro_batch=micro, **options)
         else:
             model.fit(*arrays, batch_size=effective, **options)
-        found.append({v.path: np.asarray(v.value) for v in model.non_trainable_variables if "seed" not in v.path})
-    ours, plain = found
+        found.append(model)
+    return own_state(*found)
+
+
+def own_state(*models):
+    """The non-trainable variables of ours and of plain Keras's: names, and both values."""
+    ours, plain = (
+        {v.path: np.asarray(v.value) for v in model.non_trainable_variables if "seed" not in v.path} for model in models
+    )
     assert len(ours) == len(plain) > 0
     # A model's second build has other names for its layers.
     return list(zip(ours, ours.values(), plain.values(), strict=True))
@@ -59,8 +67,9 @@ def said_of(run):
     return " ".join(str(each.message) for each in caught if each.category is autobatch.AutobatchWarning)
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.99])
-@pytest.mark.parametrize(("effective", "micro"), [(20, 10), (20, 6), (19, 4)], ids=["2", "4, uneven", "5, two tails"])
+@pytest.mark.parametrize(
+    ("effective", "micro", "momentum"), [(20, 10, 0.9), (20, 6, 0.99), (19, 4, 0.9)], ids=["2", "4, uneven", "5, tails"]
+)
 def test_the_first_layers_statistics_are_those_of_plain_keras(effective, micro, momentum):
     def build():
         return stacked(layers.BatchNormalization(momentum=momentum))
@@ -403,17 +412,22 @@ class Interrupted(layers.Layer):
         return inputs + run_out_if(self.asked)
 
 
-@pytest.mark.parametrize("call", [0, 2, 6], ids=["first", "in the middle", "second update"])
-def test_running_out_of_memory_moves_nothing_twice(call):
-    built = []
+def test_running_out_of_memory_moves_nothing_twice():
+    def build(asked):
+        return stacked(Observing(), layers.BatchNormalization(momentum=0.5), Interrupted(asked))
 
-    def build():
-        hog = Interrupted(AtCall(call) if not built else lambda: False)
-        built.append(hog)
-        return stacked(Observing(), layers.BatchNormalization(momentum=0.5), hog)
-
-    assert_same(trained(build, data(), 20, 6))
-    assert built[0].asked.count > call
+    asked = Asked()
+    ours, plain = build(asked), build(Asked())
+    options = {"epochs": 1, "verbose": 0, "shuffle": False}
+    plain.fit(*data(), batch_size=20, **options)
+    put_back = putting_back(ours)
+    for call in (0, 2, 6):  # the first, in the middle, and in the second update
+        put_back()
+        asked.now = AtCall(call)
+        history = autobatch.fit(ours, *data(), target_batch=20, micro_batch=6, **options)
+        assert [each.update for each in history.recoveries] == [call // 4]
+        assert_same(own_state(ours, plain))
+        assert asked.now.count > call
 
 
 def test_after_running_out_the_smaller_micro_batches_make_the_same_statistics():

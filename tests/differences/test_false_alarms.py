@@ -244,8 +244,11 @@ def of_each_sample(inputs):
 OPTIMIZERS = {"SGD": lambda: keras.optimizers.SGD(0.1), "Adam": lambda: keras.optimizers.Adam(0.01, epsilon=1e-3)}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("looks_up", [by_range, by_range_of_a_batch_of_one, by_constants])
+# SGD does nothing to a row that it does not do to its parts: there is no more than one alarm to be false.
+@pytest.mark.parametrize(
+    ("looks_up", "optimizer"),
+    [(by_range, "SGD"), (by_range, "Adam"), (by_range_of_a_batch_of_one, "Adam"), (by_constants, "Adam")],
+)
 def test_rows_that_are_looked_up_once_in_a_batch_are_exact_and_not_named(looks_up, optimizer):
     assert assert_as_plain(with_positions(looks_up, OPTIMIZERS[optimizer]), *arrays(), tolerance=5e-6) == []
 

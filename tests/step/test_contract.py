@@ -7,6 +7,7 @@ own, for TensorFlow's devices are settled once. Every test is one function that 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ from put_back import putting_back
 
 SAMPLES, MICRO = 24, 5
 SPEC = (tf.TensorSpec((None, 6), tf.float32), tf.TensorSpec((None,), tf.int64))
+
+
+@dataclasses.dataclass
+class Noted:
+    accumulators_before: list
+    traced: list = dataclasses.field(default_factory=list)
+    optimizers: list = dataclasses.field(default_factory=list)
 
 
 class Kind:
@@ -52,13 +60,20 @@ class Kind:
         return step
 
     def traced(self, *, frozen=False):
-        """A step, and what gives its model back the values of the beginning: one for all that need no new trace."""
+        """A step, and what gives its model back the values of the beginning: one for all that need no new trace.
+
+        What it told while it was traced, and what it had before, is noted beside it.
+        """
         if frozen not in self._traced:
             model = self.model()
             model.get_layer("norm").trainable = not frozen
             step = self.step(model)
             with contextlib.nullcontext() if self.strategy is None else self.strategy.scope():
                 self._traced[frozen] = step, putting_back(model)
+            step.noted = Noted(list(step.accumulators))
+            step.on_traced = lambda: step.noted.traced.append(step.traced)
+            step.on_optimizer_found = lambda: step.noted.optimizers.append(step.optimizers)
+            step.prepare()
         step, put_back = self._traced[frozen]
         put_back()
         return step, put_back
@@ -164,10 +179,10 @@ def one_step_trains_and_evaluates_in_turn(kind):
 
 
 def accumulators_are_no_state_of_the_models(kind):
-    model = kind.model()
-    step = kind.step(model)
+    step, _ = kind.traced()
+    model = step.model
     assert step.least_accumulator_bytes == sum(w.nbytes for w in weights(model))
-    assert not step.accumulators
+    assert not step.noted.accumulators_before
     step.prepare()
     own = {id(variable) for variable in step.accumulators}
     assert len(own) == len(model.trainable_variables) * (1 if kind.strategy is None else 2)
@@ -209,8 +224,8 @@ def released_it_holds_nothing_and_goes_on(kind):
 
 
 def a_step_for_other_data_is_of_the_same_kind_and_model(kind):
-    model = kind.model()
-    step = kind.step(model)
+    step, _ = kind.traced()
+    model = step.model
     other = step.for_data((tf.TensorSpec((None, 6), tf.float32), tf.TensorSpec((None, 1), tf.int64)))
     assert type(other) is type(step)
     assert other.model is model
@@ -221,23 +236,17 @@ def a_step_for_other_data_is_of_the_same_kind_and_model(kind):
 
 
 def an_optimizer_that_was_not_known_is_told(kind):
-    model = kind.model()
-    step = kind.step(model)
-    told = []
-    step.on_optimizer_found = lambda: told.append(step.optimizers)
+    step, _ = kind.traced()
     step.prepare()
-    assert not told  # model.optimizer is known
-    assert step.updating_optimizers == (model.optimizer,)
+    assert not step.noted.optimizers  # model.optimizer is known
+    assert step.updating_optimizers == (step.model.optimizer,)
 
 
 def findings_are_told_and_outlive_the_accumulators(kind):
-    model = kind.model()
-    step = kind.step(model)
-    told = []
-    step.on_traced = lambda: told.append(step.traced)
+    step, _ = kind.traced()
     step.prepare()
-    assert told
-    assert step.traced is told[-1]
+    assert step.noted.traced
+    assert step.traced is step.noted.traced[-1]
     found = step.traced
     step.release_accumulators()
     assert step.traced is found
