@@ -32,7 +32,7 @@ def stacked(*stack, shape=(FEATURES,), **options):
 
 
 def trained(build, arrays, effective, micro, epochs=1):
-    """The non-trainable variables, by name, after ``fit`` and after plain ``fit``; and the layers' own inputs."""
+    """The non-trainable variables, by name, after ``fit`` and after plain ``fit``, which runs eagerly but under XLA."""
     found = []
     for own in (True, False):
         model = build()
@@ -40,6 +40,7 @@ def trained(build, arrays, effective, micro, epochs=1):
         if own:
             autobatch.fit(model, *arrays, target_batch=effective, micro_batch=micro, **options)
         else:
+            model.run_eagerly = not model.jit_compile
             model.fit(*arrays, batch_size=effective, **options)
         found.append(model)
     return own_state(*found)

@@ -52,9 +52,10 @@ def built(optimizer, use=stacked, extra=(), rows=ROWS, **options):
 
 
 def both(build, micro_batch=13):
-    """Train plainly and by autobatch; the same weights and History. Returns what was warned of."""
+    """Train plainly, eagerly, and by autobatch; the same weights and History. Returns what was warned of."""
     x, y = data()
     plain, ours = build(), build()
+    plain.run_eagerly = True
     options = {"epochs": 2, "shuffle": False, "verbose": 0}
     expected = plain.fit(x, y, batch_size=TARGET, **options)
     with warnings.catch_warnings(record=True) as said:
@@ -103,6 +104,7 @@ def test_running_out_of_memory_in_the_middle_leaves_no_rows_behind():
         return built(keras.optimizers.Adam(0.01, epsilon=1e-3), extra=[MemoryHog(too_many)])
 
     plain, ours = build(lambda samples: False), build(AtCall(1, 6))
+    plain.run_eagerly = True
     x, y = data()
     plain.fit(x, y, batch_size=TARGET, shuffle=False, verbose=0, epochs=2)
     history = autobatch.fit(ours, x, y, target_batch=TARGET, micro_batch=13, shuffle=False, verbose=0, epochs=2)
@@ -181,6 +183,7 @@ def test_more_samples_than_was_said():
     step.accumulate((tf.constant(x), tf.constant(y)), 8)
     step.apply()
     assert step.tables_kept_as_rows == []
+    plain.run_eagerly = True
     plain.fit(x[:20], y[:20], batch_size=20, shuffle=False, verbose=0)
     plain.fit(x, y, batch_size=SAMPLES, shuffle=False, verbose=0)
     assert relative_error(model.get_weights(), plain.get_weights()) < 1e-5
