@@ -216,11 +216,18 @@ def changed_under_keras(change):
     return changed(change, plain_fit, plain_fit)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+# Behind compile nothing is left of a first training of any kind, and all of a model is frozen as a part of it is.
+KEPT_CHANGES = [freeze, unfreeze, freeze_and_remake]
+
+
 @pytest.mark.parametrize(
-    "fits",
-    [(our_fit, our_fit), (whole_fit, our_fit), (plain_fit, whole_fit)],
-    ids=lambda fits: "-".join(fit.__name__ for fit in fits),
+    ("fits", "change"),
+    [
+        *(((our_fit, our_fit), change) for change in CHANGES),
+        *(((whole_fit, our_fit), change) for change in KEPT_CHANGES),
+        *(((plain_fit, whole_fit), change) for change in KEPT_CHANGES),
+    ],
+    ids=lambda part: "-".join(fit.__name__ for fit in part) if isinstance(part, tuple) else part.__name__,
 )
 def test_what_is_trainable_is_what_keras_takes_it_to_be(change, fits):
     plain, ours = changed_under_keras(change), changed(change, *fits)
