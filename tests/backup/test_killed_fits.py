@@ -1,28 +1,18 @@
 """A training whose process is killed ends with the bits of one that was not; see ``killed_fits.py``."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import killed_fits
+import nursery
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killed_fits.py")), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = nursery.run(killed_fits.__file__, folder)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 

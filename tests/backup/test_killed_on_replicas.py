@@ -1,30 +1,19 @@
 """A training on several replicas that is killed ends with the bits of one that was not; see ``killed_fits.py``."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import killed_fits
+import nursery
 import optional
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     optional.several_devices()
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("killed_fits.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), *killed_fits.ON_REPLICAS],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = nursery.run(killed_fits.__file__, folder, *killed_fits.ON_REPLICAS)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -96,12 +97,18 @@ def sequences():
     return x, random.integers(0, 3, (SAMPLES, 7)), random.random((SAMPLES, 7)).astype("float32")
 
 
-def compared(build, data, *, ours=None, target=TARGET, micro_batch=3, plain_options=None, **options):
+def eager(model):
+    """A reference, which need not be traced: plain Keras trains alike without a graph."""
+    model.run_eagerly = True
+    return model
+
+
+def compared(build, data, *, ours=None, target=TARGET, micro_batch=3, **options):
     """Train both; return how far weights and History are from each other, and what autobatch says."""
     fit = {"shuffle": False, "verbose": 0, "epochs": 2, **options}
-    plain = build()
+    plain = eager(build())
     x, y, weight = data
-    expected = plain.fit(x, y, sample_weight=weight, batch_size=target, **fit, **(plain_options or {}))
+    expected = plain.fit(x, y, sample_weight=weight, batch_size=target, **fit)
     with STRATEGY.scope():
         replicated = (ours or build)()
     with warnings.catch_warnings():
@@ -138,7 +145,7 @@ def weighted():
 
 def fewer_samples_than_replicas():
     x, y, _ = arrays(TARGET + 1)
-    return compared(dense, (x, y, None))
+    return compared(dense, (x, y, None), ours=lambda: hungry(lambda: False))
 
 
 def masked_losses():
@@ -178,7 +185,7 @@ def metrics_of_batches():
 
     x, _, _ = arrays(40)
     fit = {"shuffle": False, "verbose": 0, "validation_data": (x[:20], x[:20, :3])}
-    expected = build().fit(x, x[:, :3], batch_size=10, validation_batch_size=10, **fit).history
+    expected = eager(build()).fit(x, x[:, :3], batch_size=10, validation_batch_size=10, **fit).history
     with STRATEGY.scope():
         model = build()
     with warnings.catch_warnings(record=True) as caught:
@@ -251,6 +258,27 @@ def a_slower_device_is_named():
     return [trial.detail for trial in report.trials if trial.fits]
 
 
+@functools.cache
+def _hungry():
+    layer = OutOfMemoryOnReplica(1, lambda: layer.now())
+    model = dense(layer)
+    return layer, model, model.get_weights()
+
+
+def hungry(asked):
+    """A model whose second replica runs out of memory where ``asked()`` says so: one, which is traced once.
+
+    Its weights and the optimizer's variables are as they were when it was made.
+    """
+    layer, model, weights = _hungry()
+    layer.now = asked
+    model.set_weights(weights)
+    for variable in model.optimizer.variables:
+        if variable is not model.optimizer._learning_rate:
+            variable.assign(ops.zeros_like(variable))
+    return model
+
+
 def out_of_memory_on_one_replica():
     """At the first, a middle and the last micro-batch of the second update: of 10 samples a replica, 4 at a time."""
     found = {}
@@ -261,7 +289,7 @@ def out_of_memory_on_one_replica():
         found[name] = compared(
             dense,
             (*arrays()[:2], None),
-            ours=lambda asked=asked: dense(OutOfMemoryOnReplica(1, asked)),
+            ours=lambda asked=asked: hungry(asked),
             micro_batch=2,
             epochs=1,
         )
@@ -338,7 +366,7 @@ def running_averages():
     x, y = arrays()[:2]
     with STRATEGY.scope():
         model = build()
-    plain = build()
+    plain = eager(build())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", autobatch.AutobatchWarning)
         autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=3, shuffle=False, verbose=0)
@@ -364,7 +392,7 @@ def other_data():
         model = dense(steps_per_execution=2)
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(7)
     history = autobatch.fit(model, dataset, target_batch=TARGET, micro_batch=3, epochs=2, verbose=0)
-    plain = dense()
+    plain = eager(dense())
     expected = plain.fit(x, y, batch_size=TARGET, epochs=2, shuffle=False, verbose=0)
     return {
         "weights": relative_error(model.get_weights(), plain.get_weights()),
@@ -538,7 +566,7 @@ def trained_twice():
         return history, counts
 
     options = {"epochs": 1, "shuffle": False, "verbose": 0}
-    plain = dense(Traced(), optimizer=keras.optimizers.SGD(0.1))
+    plain = eager(dense(Traced(), optimizer=keras.optimizers.SGD(0.1)))
     expected, _ = trained(plain, lambda model, x, y: model.fit(x, y, batch_size=TARGET, **options))
     found = {}
     for how, micro_batch in (("searched", "auto"), ("given", 3)):
@@ -560,23 +588,55 @@ def trained_twice():
 
 
 def losses_of_ones_own():
-    """Sums, vectors and quotients of the user's own, in a train_step and given to compile: weights and losses apart."""
+    """Sums, vectors and quotients of the user's own, in a train_step and given to compile: weights and losses apart.
+
+    Those given to compile are the losses of one model's outputs.
+    """
     from losses import test_loss_degrees as own
 
+    names = ("vector", "sum", "sum and mean", "masked mean", "dice of the batch")
+    keys = {name.replace(" ", "_"): name for name in names}
+
+    def given_to_compile():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,))
+        hidden = layers.Dense(5, activation="tanh", kernel_regularizer="l2")(inputs)
+        model = keras.Model(inputs, {key: layers.Dense(3, name=key)(hidden) for key in keys})
+        model.compile(keras.optimizers.SGD(0.01), {key: own.LOSSES[name] for key, name in keys.items()})
+        return model
+
+    def changed(model, fit, *data, **sizes):
+        before = model.get_weights()
+        history = fit(*data, **sizes, epochs=2, shuffle=False, verbose=0).history
+        moved = [(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)]
+        return [np.concatenate(moved[place : place + 2]) for place in range(0, len(moved), 2)], history
+
+    def both(build, x, y, *, eagerly):
+        """By plain Keras and on replicas: what has changed, by layer, and History."""
+        plain = eager(build()) if eagerly else build()
+        with STRATEGY.scope():
+            ours = build()
+        return (
+            changed(plain, plain.fit, x, y, batch_size=own.TARGET),
+            changed(ours, functools.partial(autobatch.fit, ours), x, y, target_batch=own.TARGET, micro_batch=3),
+        )
+
+    def losses_apart(found, expected):
+        alike = [np.shape(value) for value in found] == [np.shape(value) for value in expected]
+        return max(own.apart(one, other) for one, other in zip(found, expected, strict=True)), alike
+
     found = {}
-    for place in ("train_step", "compile"):
-        for name in ("vector", "sum", "sum and mean", "masked mean", "dice of the batch"):
-            reference, plain, _ = own.trained(place, own.LOSSES[name], None)
-            with STRATEGY.scope():
-                model = own.build(place, own.LOSSES[name])
-            before = model.get_weights()
-            history = autobatch.fit(
-                model, *own.data(), target_batch=own.TARGET, micro_batch=3, epochs=2, shuffle=False, verbose=0
-            ).history
-            moved = [(new - old).ravel() for new, old in zip(model.get_weights(), before, strict=True)]
-            alike = [np.shape(value) for value in history["loss"]] == [np.shape(value) for value in plain["loss"]]
-            losses = [own.apart(one, other) for one, other in zip(history["loss"], plain["loss"], strict=True)]
-            found[f"{place}, {name}"] = [own.apart(np.concatenate(moved), reference), max(losses), alike]
+    x, y = own.data()
+    for name in names:
+        build = functools.partial(own.build, "train_step", own.LOSSES[name])
+        (reference, plain), (moved, history) = both(build, x, y, eagerly=True)
+        weights = own.apart(np.concatenate(moved), np.concatenate(reference))
+        found[f"train_step, {name}"] = [weights, *losses_apart(history["loss"], plain["loss"])]
+    # Run eagerly, Keras takes the mean of an output's losses by the samples of each batch, and in a graph it does not.
+    (reference, plain), (moved, history) = both(given_to_compile, x, dict.fromkeys(keys, y), eagerly=False)
+    for place, key in enumerate(("loss", *(f"{key}_loss" for key in keys))):
+        losses = losses_apart(history[key], plain[key])
+        found[f"compile, {key}"] = [own.apart(moved[place], reference[place]), *losses]
     return found
 
 
