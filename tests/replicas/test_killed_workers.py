@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nursery
 import optional
 import pytest
 from test_workers import free_ports
@@ -25,9 +26,14 @@ def run(folder, *, command=(), **options):
     for index in range(2):
         task = {"cluster": cluster, "task": {"type": "worker", "index": index}}
         environment = {**os.environ, "TF_CONFIG": json.dumps(task), "TF_NUM_INTRAOP_THREADS": "1"}
-        words = [sys.executable, *command, str(SCRIPT), str(folder), json.dumps(options)]
-        with (folder / f"errors-{index}").open("w") as errors:  # last words are read of a file
-            processes.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True))
+        words, path = (SCRIPT, folder, json.dumps(options)), folder / f"errors-{index}"
+        if command:
+            with path.open("w") as errors:  # last words are read of a file
+                started = [sys.executable, *command, *map(str, words)]
+                process = subprocess.Popen(started, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        else:
+            process = nursery.Process(*words, env=environment, stderr=path)
+        processes.append(process)
     told = []
     try:
         for index, process in enumerate(processes):
@@ -38,7 +44,7 @@ def run(folder, *, command=(), **options):
         for process in processes:
             if process.poll() is None:
                 process.kill()
-                process.communicate()
+                process.wait()
     return told
 
 

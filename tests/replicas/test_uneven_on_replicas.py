@@ -1,10 +1,9 @@
 """Replicas share two streams in proportion, and refuse what cannot be shared."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import nursery
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "integration" / "uneven_on_replicas.py"
@@ -12,7 +11,7 @@ SCRIPT = Path(__file__).parents[1] / "integration" / "uneven_on_replicas.py"
 
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300, check=False)
+    done = nursery.run(SCRIPT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

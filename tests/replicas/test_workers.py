@@ -7,11 +7,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import nursery
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "integration" / "worker_fit.py"
@@ -41,10 +40,7 @@ class Run:
                 "TF_NUM_INTRAOP_THREADS": "1",
             }
             own.mkdir()
-            command = [sys.executable, str(SCRIPT), str(own), json.dumps(cases)]
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            )
+            processes.append(nursery.Process(SCRIPT, own, json.dumps(cases), env=environment))
         self.codes, self.errors = [None] * workers, [""] * workers
         self._told = [{} for _ in range(workers)]
         try:
@@ -55,9 +51,7 @@ class Run:
                     self._told[index] = dict(zip(cases, map(json.loads, out.splitlines()), strict=False))
         finally:
             for process in processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGKILL)
-                    process.communicate()
+                process.kill()
 
     def told(self, case):
         """Return what each worker printed of a case, None where it did not come to its end."""
@@ -78,8 +72,8 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
     cases = {"plain": {}, "masked": {}}
-    command = [sys.executable, str(SCRIPT), str(folder), json.dumps(cases)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = nursery.run(SCRIPT, folder, json.dumps(cases), env=environment)
+    assert done.returncode == 0, done.stderr
     told = dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
     return {case: (weights(folder / f"{case}.npz"), told[case]) for case in cases}
 
