@@ -39,7 +39,7 @@ def check(seen):
     assert seen["forced"], "the whole target was meant not to fit"
     assert seen["failed_then_smaller"] == ["out_of_memory", "fits"]
     assert seen["held_after_failure"] <= seen["held_before_failure"] + 2**20
-    assert seen["updates"] == 4
+    assert seen["updates"] == 2
     # The order of sums differs with the micro-batch, and on a GPU from run to run.
     assert seen["relative_error"] < 1e-3
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import nursery
 import pytest
 
 SCRIPT = Path(__file__).with_name("refused_update.py")
@@ -16,9 +15,7 @@ SCRIPT = Path(__file__).with_name("refused_update.py")
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["whole", "accumulated"])
 def test_an_update_without_room_for_itself_changes_nothing(mode):
-    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), mode]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = nursery.run(SCRIPT, mode, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["room"] >= 2 * 4 * 1024**2

@@ -10,8 +10,14 @@ import signal
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import lean_imports  # noqa: F401 - for its effect
+
+# isort: split
 
 import keras
 import numpy as np
@@ -85,7 +91,7 @@ if mode == "kernel":
         for one, other in zip(model.variables, whole.variables, strict=True)
     ]
 else:
-    model, history = train(epochs=4, verbose=2, micro_batch=24)
+    model, history = train(epochs=3, verbose=2, micro_batch=24)
     differences = []
 print(
     json.dumps(
