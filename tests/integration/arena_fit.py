@@ -45,11 +45,13 @@ def main():
     mode, path = sys.argv[1:]
     if mode == "limited":
         autobatch.limit_memory(LIMIT)
+    import keras
     import numpy as np
 
     model, x, y = build()
     options = {"epochs": 1, "shuffle": False, "verbose": 0, "validation_data": (x[:100], y[:100])}
     told = {}
+    before = model.get_weights()
     if mode == "plain":
         history = model.fit(x, y, batch_size=TARGET, **options)
     else:
@@ -60,14 +62,17 @@ def main():
             "limit": history.report.environment.limit_bytes,
             "recoveries": len(history.recoveries),
         }
-        # Begin far too large: training itself must run out of memory, for real, and go on.
-        again, _, _ = build()
-        second = autobatch.fit(again, x, y, target_batch=TARGET, micro_batch=TARGET, **{**options, "verbose": 2})
-        told["forced"] = [[r.micro_batch_before, r.micro_batch_after, r.detail] for r in second.recoveries]
-        np.savez(path.replace(".npz", "-forced.npz"), *again.get_weights())
     told["history"] = {name: [float(value) for value in values] for name, values in history.history.items()}
     told["iterations"] = int(model.optimizer.iterations.numpy())
     np.savez(path, *model.get_weights())
+    if mode == "limited":
+        # Begin anew, far too large: training itself must run out of memory, for real, and go on.
+        model.set_weights(before)
+        for variable in model.optimizer.variables:
+            variable.assign(keras.ops.zeros_like(variable))
+        second = autobatch.fit(model, x, y, target_batch=TARGET, micro_batch=TARGET, **{**options, "verbose": 2})
+        told["forced"] = [[r.micro_batch_before, r.micro_batch_after, r.detail] for r in second.recoveries]
+        np.savez(path.replace(".npz", "-forced.npz"), *model.get_weights())
     print(json.dumps(told))
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import nursery
 import pytest
 from models import relative_error
 
@@ -16,10 +14,7 @@ SCRIPT = Path(__file__).with_name("arena_fit.py")
 
 
 def run(mode, path):
-    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), mode, str(path)], env=environment, capture_output=True, text=True, check=False
-    )
+    done = nursery.run(SCRIPT, mode, path)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
