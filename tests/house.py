@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import sys
@@ -100,18 +101,17 @@ MODULES = {module_of(path): path for path in FILES}
 NAMED = re.compile(r"(?<![\w.])autobatch(?:\.\w+)+")
 
 
-def docstrings(tree):
-    """The string constants of a file that are documentation: statements of their own."""
-    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-
-
+@functools.cache
 def imported_modules(path):
-    """Every module of autobatch's that a file imports or names: at the top, within functions, and in strings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    documentation = docstrings(tree)
-    named = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
+    """Every module of autobatch's that a file imports or names: at the top, within functions, and in strings.
+
+    String constants that are statements of their own are documentation, and name none.
+    """
+    named, documentation = [], set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):  # a statement comes before what it holds
+        if isinstance(node, ast.Expr):
+            documentation.add(id(node.value))
+        elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: imports by name, not by dots"
             named += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
@@ -120,11 +120,13 @@ def imported_modules(path):
             named += NAMED.findall(node.value)
             # Code in a string, which another process runs.
             named += [f"{room}.{name}" for room, name in re.findall(r"from (autobatch[\w.]*) import (\w+)", node.value)]
+    modules = []
     for name in named:
         while name not in MODULES and "." in name:
             name = name.rpartition(".")[0]
         if name in MODULES:
-            yield name
+            modules.append(name)
+    return modules
 
 
 def rooms_of(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from autobatch.records import Outcome, TrialRequest, TrialResult
 from autobatch.search import replay
 
 Curve = Callable[[int], int]
+
+# Several tests search on the same devices, and look for the largest size that truly fits.
+_replayed_peak_bytes = functools.cache(replay.replayed_peak_bytes)
 
 
 @dataclass
@@ -178,7 +182,7 @@ class RecordingDevice:
         return AllocationTrace(micro_batch, regions=((0, self.total_bytes),), held=held, **self._arguments)
 
     def peak_bytes(self, micro_batch: int) -> int | None:
-        return replay.replayed_peak_bytes(self._trace(micro_batch), micro_batch)
+        return _replayed_peak_bytes(self._trace(micro_batch), micro_batch)
 
     def __call__(self, request: TrialRequest) -> TrialResult:
         peak = self.peak_bytes(request.micro_batch)
@@ -223,7 +227,7 @@ class CompiledDevice:
             order=(2, ~2),
             is_compiled=True,
         )
-        peak = replay.replayed_peak_bytes(trace, samples)
+        peak = _replayed_peak_bytes(trace, samples)
         if peak is None:
             return TrialResult(samples, Outcome.OUT_OF_MEMORY)
         recorded = trace if request.record_allocations else None
