@@ -1,4 +1,4 @@
-"""Run by the tests, in a process of its own: searches in arenas that are nearly full, or too small."""
+"""Run by the tests: searches in arenas that are nearly full, or too small, each in a fork of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import forks
 import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
@@ -20,13 +21,14 @@ def too_small():
     import keras
     import numpy as np
 
-    x, y = np.zeros((8192, 2000), "float32"), np.zeros(8192, "int32")
-    stack = [keras.Input((2000,))] + [keras.layers.Dense(3000, activation="relu") for _ in range(2)]
+    autobatch.limit_memory("100MiB")
+    x, y = np.zeros((4096, 1000), "float32"), np.zeros(4096, "int32")
+    stack = [keras.Input((1000,))] + [keras.layers.Dense(1500, activation="relu") for _ in range(2)]
     model = keras.Sequential([*stack, keras.layers.Dense(10)])
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=True)
     before = model.get_weights()
     try:
-        autobatch.fit(model, x, y, target_batch=4096, verbose=0, cache=False)
+        autobatch.fit(model, x, y, target_batch=2048, verbose=0, cache=False)
     except autobatch.NoFeasibleBatchError as error:
         same = all((one == other).all() for one, other in zip(before, model.get_weights(), strict=True))
         return {"error": str(error), "same": same}
@@ -40,6 +42,8 @@ def nearly_full():
     from keras import layers
 
     from autobatch.memory import limits
+
+    autobatch.limit_memory("64MiB")
 
     def wide(outputs):
         inputs = keras.Input((4,))
@@ -81,6 +85,11 @@ def nearly_full():
     }
 
 
+def main():
+    import keras  # noqa: F401 - before the forks
+
+    print(json.dumps({search.__name__: forks.told_by(search) for search in (too_small, nearly_full)}))
+
+
 if __name__ == "__main__":
-    autobatch.limit_memory({"too_small": "400MiB", "nearly_full": "64MiB"}[sys.argv[1]])
-    print(json.dumps({"too_small": too_small, "nearly_full": nearly_full}[sys.argv[1]]()))
+    main()
