@@ -1,4 +1,4 @@
-"""Run by the tests, in a process of its own: search in a limited arena, where peaks and failures are genuine."""
+"""Run by the tests: search in a limited arena, where peaks and failures are genuine; each part in a fork of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import forks
 import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
@@ -90,6 +91,17 @@ def searches():
     }
 
 
+def main():
+    import keras  # noqa: F401 - before the forks
+
+    def in_arena(part):
+        autobatch.limit_memory(LIMIT)
+        return part()
+
+    print(json.dumps({part.__name__: forks.told_by(lambda part=part: in_arena(part)) for part in PARTS}))
+
+
+PARTS = (waiting, measures, searches)
+
 if __name__ == "__main__":
-    autobatch.limit_memory(LIMIT)
-    print(json.dumps({"waiting": waiting, "measures": measures, "searches": searches}[sys.argv[1]]()))
+    main()

@@ -13,17 +13,22 @@ import pytest
 SCRIPT = Path(__file__).with_name("arena_search.py")
 
 
-def _run(what: str) -> dict:
+def _run(script: Path) -> dict:
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, str(SCRIPT), what]
+    command = [sys.executable, str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def measures():
-    return _run("measures")
+def told():
+    return _run(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def measures(told):
+    return told["measures"]
 
 
 @pytest.mark.slow
@@ -50,8 +55,8 @@ def test_a_trial_tells_what_was_held_and_what_the_samples_needed(measures):
 
 
 @pytest.fixture(scope="module")
-def waiting():
-    return _run("waiting")
+def waiting(told):
+    return told["waiting"]
 
 
 @pytest.mark.slow
@@ -69,8 +74,8 @@ def test_the_batches_that_will_wait_in_the_arena_are_held_beside_the_trials(wait
 
 
 @pytest.mark.slow
-def test_what_is_found_was_run_and_is_not_reached_one_by_one():
-    told = _run("searches")
+def test_what_is_found_was_run_and_is_not_reached_one_by_one(told):
+    told = told["searches"]
     for found, trials in zip(told["found"], told["trials"], strict=True):
         assert found == max(micro_batch for micro_batch, fits in trials if fits) > 128
     # What ran before hardly decides what fits: each trial begins with what is held laid anew.
@@ -83,6 +88,11 @@ def test_what_is_found_was_run_and_is_not_reached_one_by_one():
     assert sum(not fits for trials in told["trials"] for _, fits in trials) <= 1
 
 
+@pytest.fixture(scope="module")
+def under_xla():
+    return _run(SCRIPT.with_name("xla_trials.py"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "expected"),
@@ -92,8 +102,5 @@ def test_what_is_found_was_run_and_is_not_reached_one_by_one():
         ("later", "True True the sums alone"),
     ],
 )
-def test_running_out_of_memory_under_xla_leaves_the_values_and_the_process_alive(steps, expected):
-    script = SCRIPT.with_name("xla_trials.py")
-    done = subprocess.run([sys.executable, str(script), steps], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == expected
+def test_running_out_of_memory_under_xla_leaves_the_values_and_the_process_alive(under_xla, steps, expected):
+    assert under_xla[steps] == expected

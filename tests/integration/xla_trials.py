@@ -1,11 +1,9 @@
-"""Run by the tests, in a process of its own: steps compiled by XLA that run out of memory, and what comes after.
-
-``python xla_trials.py whole|accumulated|later``
-"""
+"""Run by the tests: steps compiled by XLA that run out of memory, and what comes after; each in a fork of its own."""
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,18 +12,19 @@ os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import forks
 import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 
-SAMPLES = 16_384
+SAMPLES, FEATURES = 16_384, 40
 
 
 def built():
     import keras
 
     keras.utils.set_random_seed(1)
-    stack = [keras.Input((200,)), keras.layers.Dense(3000, activation="relu"), keras.layers.Dense(1)]
+    stack = [keras.Input((FEATURES,)), keras.layers.Dense(3000, activation="relu"), keras.layers.Dense(1)]
     model = keras.Sequential(stack)
     model.compile("adam", "mse", jit_compile=True)
     return model
@@ -43,7 +42,7 @@ def whole(x, y):
     before = [weight.tobytes() for weight in model.get_weights()]
     outcomes = [trials.run(TrialRequest(size)).outcome.value for size in (SAMPLES, 64)]
     trials.close()
-    print(outcomes, [weight.tobytes() for weight in model.get_weights()] == before)
+    return f"{outcomes} {[weight.tobytes() for weight in model.get_weights()] == before}"
 
 
 def accumulated(x, y):
@@ -68,7 +67,7 @@ def accumulated(x, y):
         step.accumulate(batch, micro_batch)
         step.apply()
     pairs = zip(trained, reference.get_weights(), strict=True)
-    print(recovered, all((left == right).all() for left, right in pairs))
+    return f"{recovered} {all((left == right).all() for left, right in pairs)}"
 
 
 def later(x, y):
@@ -103,17 +102,25 @@ def later(x, y):
         step.apply()
     pairs = zip(trained, reference.get_weights(), strict=True)
     same = all((left == right).all() for left, right in pairs)
-    print(recovered, same, "the sums alone" if held < 1.5 else f"{held:.1f} times the weights")
+    holds = "the sums alone" if held < 1.5 else f"{held:.1f} times the weights"
+    return f"{recovered} {same} {holds}"
 
 
-def main():
+def in_arena(steps):
     autobatch.limit_memory("180MiB")  # 8192 samples need 188 MiB and more, 4096 need 98 in one piece
     import numpy as np
 
     random = np.random.default_rng(0)
-    x = random.normal(size=(SAMPLES, 200)).astype("float32")
+    x = random.normal(size=(SAMPLES, FEATURES)).astype("float32")
     y = random.normal(size=(SAMPLES, 1)).astype("float32")
-    {"whole": whole, "accumulated": accumulated, "later": later}[sys.argv[1]](x, y)
+    return steps(x, y)
+
+
+def main():
+    import keras  # noqa: F401 - before the forks
+
+    told = {steps.__name__: forks.told_by(lambda steps=steps: in_arena(steps)) for steps in (whole, accumulated, later)}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
