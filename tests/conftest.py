@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,15 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def lean_children():
+    """Let the processes that a file's tests start, and those that these start, spare Keras packages it does without."""
+    folder = str(Path(__file__).with_name("lean_children"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+        yield
 
 
 _unspared = itertools.count(1)
