@@ -5,6 +5,7 @@ Each may limit memory for itself. Importing TensorFlow takes longer than most of
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ def told_by(function):
     Raises:
         RuntimeError: The fork died, or the function raised: standard error says what.
     """
+    gc.freeze()  # a search collects several times: not all that was imported as well
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
