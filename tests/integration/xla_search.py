@@ -19,8 +19,8 @@ import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 
-LIMIT = "160MiB"
-TARGET = 960
+LIMIT = "48MiB"
+TARGET = 480
 
 
 def build():
@@ -28,10 +28,10 @@ def build():
     from keras import layers
 
     keras.utils.set_random_seed(0)
-    stack = [keras.Input((24, 24, 3))]
-    for _ in range(4):
+    stack = [keras.Input((16, 16, 3))]
+    for _ in range(2):
         stack += [layers.Conv2D(16, 3, padding="same"), layers.ReLU()]
-    stack += [layers.GlobalAveragePooling2D(), layers.Dense(512), layers.Dense(10)]
+    stack += [layers.GlobalAveragePooling2D(), layers.Dense(256), layers.Dense(10)]
     model = keras.Sequential(stack)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, jit_compile=True)
@@ -81,7 +81,7 @@ def main():
     import numpy as np
 
     random = np.random.default_rng(0)
-    x = random.normal(size=(2 * TARGET + 200, 24, 24, 3)).astype("float32")
+    x = random.normal(size=(2 * TARGET + 100, 16, 16, 3)).astype("float32")
     y = random.integers(0, 10, len(x))
     trained = train(x, y)
     print(json.dumps({"trained": trained, "searches": [search(x, y, headroom) for headroom in (0.05, 0.0)]}))

@@ -1,6 +1,6 @@
-"""Run by the tests, in a process of its own: what TensorFlow's allocator does, and what the model of it does.
+"""Run by the tests, in processes of their own: what TensorFlow's allocator does, and what the model of it does.
 
-``python allocator_process.py random|busy|broken|step``
+``python allocator_process.py random|busy|broken|step ...`` runs each mode in a fork of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,12 @@ import os
 import random
 import sys
 import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import forks
+import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 
@@ -178,8 +184,19 @@ def step():
     }
 
 
-if __name__ == "__main__":
+MODES = {"random": compared, "busy": beside_another_profile, "broken": broken, "step": step}
+
+
+def in_arena(mode):
     autobatch.limit_memory(LIMIT)
-    print(
-        json.dumps({"random": compared, "busy": beside_another_profile, "broken": broken, "step": step}[sys.argv[1]]())
-    )
+    return MODES[mode]()
+
+
+def main():
+    import keras  # noqa: F401 - before the forks
+
+    print(json.dumps({mode: forks.told_by(lambda mode=mode: in_arena(mode)) for mode in sys.argv[1:]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,8 @@ VARIABLES = ("TF_CPU_ALLOCATOR_USE_BFC", "TF_CPU_BFC_MEM_LIMIT_IN_MB", "TF_ENABL
 def clean_environment(**variables: str) -> dict[str, str]:
     """This process's environment without an arena, with autobatch importable, and TensorFlow's log quiet."""
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    lean = str(HERE.parent / "lean_children")
+    path = os.pathsep.join(filter(None, (lean, str(ROOT), os.environ.get("PYTHONPATH"))))
     return kept | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"} | variables
 
 

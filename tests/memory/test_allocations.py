@@ -15,17 +15,23 @@ from autobatch.memory.allocations import Event, Recording, recording, trace_of
 SCRIPT = Path(__file__).with_name("allocator_process.py")
 
 
-def run(mode, **changed):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **changed}
+def run(*modes, **changed):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_ENABLE_ONEDNN_OPTS": "0", **changed}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), mode], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(SCRIPT), *modes], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {**json.loads(done.stdout.splitlines()[-1]), "stderr": done.stderr}
 
 
+@pytest.fixture(scope="module")
+def told():
+    return run("busy", "broken", "step")
+
+
 def test_the_model_puts_each_block_where_the_allocator_does():
-    seen = run("random", TF_CPP_MIN_LOG_LEVEL="0")
+    told = run("random", TF_CPP_MIN_LOG_LEVEL="0")
+    seen = {**told["random"], "stderr": told["stderr"]}
     assert seen["taken_at_once"]
     assert seen["held_known"] == 13
     assert seen["same"] > 300
@@ -36,8 +42,8 @@ def test_the_model_puts_each_block_where_the_allocator_does():
     assert seen["replayed_peak"] == pytest.approx(seen["peak"], rel=0.005)
 
 
-def test_where_another_profile_is_taken_or_the_block_fails_nothing_is_recorded_and_nothing_is_lost():
-    seen = run("busy")
+def test_where_another_profile_is_taken_or_the_block_fails_nothing_is_recorded_and_nothing_is_lost(told):
+    seen = told["busy"]
     assert seen["beside_another"]
     assert seen["failed"] == 0
     assert seen["afterwards"] >= 1
@@ -46,16 +52,16 @@ def test_where_another_profile_is_taken_or_the_block_fails_nothing_is_recorded_a
     assert seen["switched_off"] == 0
 
 
-def test_a_broken_profile_costs_the_hint_and_nothing_else():
-    seen = run("broken")
+def test_a_broken_profile_costs_the_hint_and_nothing_else(told):
+    seen = told["broken"]
     assert len(seen["told"]) == 12
     assert seen["told"].count(None) >= 3, "a file that was cut off is not believed"
     assert seen["unstarted"] == seen["unended"] == 0
 
 
 @pytest.mark.slow
-def test_a_trial_of_13_samples_tells_what_the_largest_size_will_do():
-    seen = run("step")
+def test_a_trial_of_13_samples_tells_what_the_largest_size_will_do(told):
+    seen = told["step"]
     assert seen["unasked"]
     assert seen["failed_tells_nothing"]
     assert seen["self"] == pytest.approx(1, rel=0.03)
