@@ -11,6 +11,8 @@ import pytest
 from autobatch import arguments
 from autobatch.cli import main
 
+LEAN = str(Path(__file__).with_name("lean_children"))
+
 ON_TORCH = """
 import numpy as np, keras
 model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
@@ -25,23 +27,34 @@ model = Mine()
 """
 TOO_OLD = """
 import numpy as np, keras, tensorflow as tf
-{package}.__version__ = "{version}"
 model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
 model.compile("sgd", "mse")
 """
 CALLS = """
 import sys, autobatch
 data = np.zeros((8, 3), "float32"), np.zeros((8, 1), "float32")
-for call in (
-    lambda: autobatch.fit(model, *data, target_batch=8),
-    lambda: autobatch.tune(model, *data, target_batch=8),
-    lambda: autobatch.wrap_step(lambda batch: 0, model=model, optimizer=None, target_batch=8),
-):
-    try:
-        call()
-    except (TypeError, ValueError) as error:
-        print(type(error).__name__, error)
+def call_all():
+    for call in (
+        lambda: autobatch.fit(model, *data, target_batch=8),
+        lambda: autobatch.tune(model, *data, target_batch=8),
+        lambda: autobatch.wrap_step(lambda batch: 0, model=model, optimizer=None, target_batch=8),
+    ):
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            print(type(error).__name__, error)
+"""
+ONCE = """
+call_all()
 print("tensorflow" in sys.modules)
+"""
+# Each version is put back, or the next calls would be refused for it.
+WITH_VERSIONS = """
+for package, version in {versions}:
+    package, own = globals()[package], globals()[package].__version__
+    package.__version__ = version
+    call_all()
+    package.__version__ = own
 """
 BACKEND = (
     "ValueError autobatch works with Keras on the TensorFlow backend alone: set KERAS_BACKEND=tensorflow before keras "
@@ -49,12 +62,12 @@ BACKEND = (
 )
 
 
-def run(code, **environment):
+def run(model, calls=ONCE, **environment):
     process = subprocess.run(
-        [sys.executable, "-c", code + CALLS],
+        [sys.executable, "-c", model + CALLS + calls],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([LEAN, *sys.path]), **environment},
         timeout=120,
         check=False,
     )
@@ -76,21 +89,24 @@ def test_a_model_of_an_older_keras():
         assert line.endswith("make the model with keras. Received: __main__.Mine")
 
 
-@pytest.mark.parametrize(
-    ("package", "version", "sentence"),
-    [
-        ("keras", "3.5.0", 'Keras 3.6 or newer: run pip install "keras>=3.6". Received: Keras 3.5.0'),
-        ("tf", "2.15.1", 'TensorFlow 2.16 or newer: run pip install "tensorflow>=2.16". Received: TensorFlow 2.15.1'),
-        (
-            "tf",
-            "2.9.0-rc1",
-            'TensorFlow 2.16 or newer: run pip install "tensorflow>=2.16". Received: TensorFlow 2.9.0-rc1',
-        ),
-    ],
-)
-def test_a_version_that_is_too_old(package, version, sentence):
-    *said, _ = run(TOO_OLD.format(package=package, version=version))
-    assert said == [f"ValueError autobatch needs {sentence}"] * 3
+SENTENCES = {
+    ("keras", "3.5.0"): 'Keras 3.6 or newer: run pip install "keras>=3.6". Received: Keras 3.5.0',
+    ("tf", "2.15.1"): 'TensorFlow 2.16 or newer: run pip install "tensorflow>=2.16". Received: TensorFlow 2.15.1',
+    ("tf", "2.9.0-rc1"): 'TensorFlow 2.16 or newer: run pip install "tensorflow>=2.16". Received: TensorFlow 2.9.0-rc1',
+}
+
+
+@pytest.fixture(scope="module")
+def said_of_versions():
+    """The lines that each version's calls print; all in one process."""
+    said = run(TOO_OLD, WITH_VERSIONS.format(versions=list(SENTENCES)))
+    assert len(said) == 3 * len(SENTENCES)
+    return {version: said[3 * place : 3 * place + 3] for place, version in enumerate(SENTENCES)}
+
+
+@pytest.mark.parametrize("version", SENTENCES, ids="-".join)
+def test_a_version_that_is_too_old(said_of_versions, version):
+    assert said_of_versions[version] == [f"ValueError autobatch needs {SENTENCES[version]}"] * 3
 
 
 def test_the_oldest_versions_are_those_that_the_package_asks_for():

@@ -13,6 +13,8 @@ import uneven
 from autobatch.cli import main
 from autobatch.report.json import load
 
+pytestmark = pytest.mark.usefixtures("lean_children")
+
 _NOISY = """
 import keras, numpy, tensorflow as tf
 

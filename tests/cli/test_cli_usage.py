@@ -17,6 +17,8 @@ import pytest
 import autobatch.cli as cli
 from autobatch.cli import main
 
+pytestmark = pytest.mark.usefixtures("lean_children")
+
 _ROOT = str(Path(cli.__file__).parents[2])
 # Runs the command with the stand-in for the trials in its workers.
 _STUBBED = (
