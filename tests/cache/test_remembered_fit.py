@@ -34,6 +34,7 @@ def enough_room(monkeypatch):
     monkeypatch.setitem(room, "samples", 21)
 
 
+# Where it is not about models that are made alike, one is searched for again and again: its step is traced once.
 def model(optimizer="adam", **compile_options):
     return classifier(optimizer, extra=[MemoryHog(too_many)], **compile_options)
 
@@ -74,8 +75,9 @@ def test_the_trial_that_confirms_is_measured_as_the_search_was(monkeypatch):
     monkeypatch.setattr(
         LiveTrials, "run", lambda self, request: recorded.append(request.record_allocations) or run(self, request)
     )
-    searched = len(tune(model()).trials)
-    assert is_remembered(tune(model()))
+    of = model()
+    searched = len(tune(of).trials)
+    assert is_remembered(tune(of))
     assert recorded == [True] * (searched + 1)
 
 
@@ -91,7 +93,8 @@ def test_a_confirmed_fit_trains_as_a_searched_one():
 
 
 def test_without_the_cache_every_fit_searches_and_nothing_is_written():
-    first, second = (tune(model(), cache=False) for _ in range(2))
+    of = model()
+    first, second = (tune(of, cache=False) for _ in range(2))
     assert len(first.trials) == len(second.trials) > 1
     assert not cache_folder().exists()
 
@@ -163,9 +166,10 @@ def wide():
 
 def test_a_size_that_fits_no_more_leads_to_a_search_that_replaces_it():
     options = {"objective": "largest"}  # else how long a small step takes decides which size is remembered
-    before = tune(model(), **options)
+    of = model()
+    before = tune(of, **options)
     room["samples"] = 9
-    after = tune(model(), **options)
+    after = tune(of, **options)
     assert not is_remembered(after)
     assert [trial for trial in after.trials if trial.micro_batch == before.plan.micro_batch and not trial.fits]
     sizes = [trial.micro_batch for trial in after.trials]
@@ -173,34 +177,37 @@ def test_a_size_that_fits_no_more_leads_to_a_search_that_replaces_it():
     assert after.plan.micro_batch <= 9
     (entry,) = entries()
     assert entry.micro_batch == after.plan.micro_batch
-    assert is_remembered(tune(model(), **options))
+    assert is_remembered(tune(of, **options))
 
 
 def test_when_nothing_fits_any_more_the_error_is_that_of_a_search():
-    tune(model())
+    of = model()
+    tune(of)
     room["samples"] = 0
     with pytest.raises(autobatch.NoFeasibleBatchError, match="Not even a micro-batch of 1 fits"):
-        tune(model())
+        tune(of)
 
 
 def test_a_proof_is_remembered_with_its_limit():
-    first = tune(model(), exact=True, target_batch=None)
+    of = model()
+    first = tune(of, exact=True, target_batch=None)
     assert (first.largest_fit, first.smallest_failure) == (21, 22)
-    again = tune(model(), exact=True, target_batch=None)
+    again = tune(of, exact=True, target_batch=None)
     assert [trial.micro_batch for trial in again.trials] == [21]
     assert (again.largest_fit, again.smallest_failure) == (21, 22)
     assert "that 22 does not fit was shown then" in again.stopped_because
-    assert not is_remembered(tune(model(), target_batch=None))  # and the other way round
+    assert not is_remembered(tune(of, target_batch=None))  # and the other way round
 
 
 def test_a_search_that_was_cut_short_is_not_remembered():
-    assert len(tune(model(), max_trials=2).trials) == 2
+    of = model()
+    assert len(tune(of, max_trials=2).trials) == 2
     with contextlib.suppress(autobatch.NoFeasibleBatchError):  # the one trial that is run may be too large
-        tune(model(), max_seconds=1e-3)
+        tune(of, max_seconds=1e-3)
     assert entries() == ()
-    tune(model(), max_trials=50, max_seconds=1000)
+    tune(of, max_trials=50, max_seconds=1000)
     assert len(entries()) == 1
-    assert len(tune(model(), max_trials=1).trials) == 1  # that of confirming
+    assert len(tune(of, max_trials=1).trials) == 1  # that of confirming
 
 
 def test_a_given_micro_batch_neither_reads_nor_writes():
@@ -212,9 +219,10 @@ def test_a_broken_file_does_not_stop_a_fit():
     folder = cache_folder()
     folder.mkdir(parents=True)
     ResultStore(folder).path.write_bytes(b"broken" * 100)
+    of = model()
     with pytest.warns(autobatch.AutobatchWarning, match="was renamed"):
-        assert not is_remembered(tune(model()))
-    assert is_remembered(tune(model()))
+        assert not is_remembered(tune(of))
+    assert is_remembered(tune(of))
 
 
 class Subclassed(keras.Model):
@@ -288,7 +296,8 @@ print(t.key_of(t.compiled(t.Subclassed(8))))
 @pytest.mark.slow
 def test_another_process_knows_it_by_the_same_key():
     here = os.path.dirname(__file__)
-    path = os.pathsep.join([os.path.dirname(here), os.path.dirname(os.path.dirname(autobatch.__file__))])
+    folder, root = os.path.dirname(here), os.path.dirname(os.path.dirname(autobatch.__file__))
+    path = os.pathsep.join([os.path.join(folder, "lean_children"), folder, root])
     known = []
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed}
