@@ -39,17 +39,29 @@ def python_of(page):
     return found
 
 
-def run_blocks(page, checks="", folder=ROOT):
-    """Run all blocks of a page in order, in one namespace of a process of its own; return what each has printed.
+def run_blocks(*pages, checks="", folder=ROOT):
+    """Run all blocks of pages in order, each page in a namespace of its own, in one process.
 
-    A page may limit memory, which is done before TensorFlow starts. ``checks`` runs behind them, as a test would.
+    A page may limit memory, which is done before TensorFlow starts: it comes first. ``checks`` runs behind each page,
+    as a test would.
+
+    Returns:
+        For each page what each of its blocks has printed, and standard error. A page that fails ends with its
+        traceback there, and has fewer blocks than were to be run.
     """
-    mark = "-- a block of the page has ended --"
-    program = ["import sys", f"page = {name_of(page)!r}", "names = {'__name__': '__main__'}"]
-    for line, source, _ in python_of(page):
-        program.append(f"exec(compile({chr(10) * (line - 1) + source!r}, page, 'exec'), names)")
-        program.append(f"print({mark!r}, flush=True)")
-    program += [f"exec({textwrap.dedent(checks)!r}, names)"]
+    block_mark, page_mark = "-- a block of the page has ended --\n", "-- the page has ended --\n"
+    program = ["import sys, traceback"]
+    for page in pages:
+        program += [f"page = {name_of(page)!r}", "names = {'__name__': '__main__'}", "try:"]
+        for line, source, _ in python_of(page):
+            program.append(f"    exec(compile({chr(10) * (line - 1) + source!r}, page, 'exec'), names)")
+            program.append(f"    sys.stdout.write({block_mark!r})")
+        program += [
+            f"    exec({textwrap.dedent(checks)!r}, names)",
+            "except BaseException:",
+            "    traceback.print_exc()",
+        ]
+        program += [f"    print({'-- the page has failed --'!r})", f"sys.stdout.write({page_mark!r})"]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(program)],
         capture_output=True,
@@ -60,7 +72,18 @@ def run_blocks(page, checks="", folder=ROOT):
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout.split(f"{mark}\n")[:-1]
+    *texts, _ = done.stdout.split(page_mark)
+    assert len(texts) == len(pages)
+    return [(text.split(block_mark), done.stderr[-4000:]) for text in texts]
+
+
+def check_printed(page, printed, said):
+    """Check that each block of a page ran to its end and, where the page shows what it prints, printed that."""
+    *texts, rest = printed
+    assert not rest, said
+    for text, (line, _, shown) in zip(texts, python_of(page), strict=True):
+        if shown is not None:
+            assert without_numbers(text) == without_numbers(shown), f"what {name_of(page)}, line {line}, prints"
 
 
 def without_numbers(text):
@@ -80,13 +103,23 @@ def links_of(page):
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md" and python_of(page)], ids=name_of)
-def test_python(page, tmp_path):
-    # In a folder of its own: a page may write files.
-    printed = run_blocks(page, folder=tmp_path)
-    for text, (line, _, shown) in zip(printed, python_of(page), strict=True):
-        if shown is not None:
-            assert without_numbers(text) == without_numbers(shown), f"what {name_of(page)}, line {line}, prints"
+WITH_PYTHON = [page for page in PAGES if page.name != "README.md" and python_of(page)]
+LIMITED = [page for page in WITH_PYTHON if any("limit_memory(" in source for _, source, _ in python_of(page))]
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory, lean_children):
+    """What the blocks of each page print: the pages that limit memory, each in its process, and the others in one."""
+    found = {}
+    for pages in (*([page] for page in LIMITED), [page for page in WITH_PYTHON if page not in LIMITED]):
+        # In a folder of its own: a page may write files.
+        found |= dict(zip(pages, run_blocks(*pages, folder=tmp_path_factory.mktemp("pages")), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+def test_python(page, printed):
+    check_printed(page, *printed[page])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_docs import FENCE, python_of, run_blocks, without_numbers
+from test_docs import FENCE, check_printed, run_blocks
 
 README = Path(__file__).parents[1] / "README.md"
 MOST_LINES = 120
@@ -21,7 +21,7 @@ def test_it_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
-def test_python():
+def test_python(lean_children):
     checks = """
     assert history.plan.effective_batch == 256
     assert history.plan.accumulation_steps > 1, "in this arena the whole batch does not fit"
@@ -29,7 +29,5 @@ def test_python():
     assert float(loss) > 0
     assert step.report.plan.effective_batch == 256
     """
-    printed = run_blocks(README, checks)
-    for text, (_, _, shown) in zip(printed, python_of(README), strict=True):
-        if shown is not None:
-            assert without_numbers(text) == without_numbers(shown)
+    ((printed, said),) = run_blocks(README, checks=checks)
+    check_printed(README, printed, said)
