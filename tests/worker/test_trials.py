@@ -91,7 +91,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def open_target(text: str, *, name: str = "build", **options: object) -> WorkerTrials:
         path = tmp_path / "target.py"
-        path.write_text(_MODEL + textwrap.dedent(text))
+        # Python takes a file of the same second and the same length for the one that it has compiled already.
+        path.write_text(f"{_MODEL}{textwrap.dedent(text)}\n{'#' * len(opened)}")
         trials = WorkerTrials(f"{path}:{name}", opener="stub_opener:open_trials", **options)
         opened.append(trials)
         return trials
