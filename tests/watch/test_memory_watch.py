@@ -173,6 +173,7 @@ def cached_pipeline():
 
     rows = tf.data.Dataset.range(10**6).map(lambda row: tf.random.normal([LEAK_MIB * MIB_FLOATS // 16])).cache()
     batches = rows.map(lambda row: (tf.reshape(row[: 32 * 32], (32, 32)), tf.zeros((32, 10))))
+    KEPT.append(batches)  # or its cache is freed some time in the next leak
     return watched(dataset=batches, steps_per_epoch=16)
 
 
