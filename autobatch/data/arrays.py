@@ -114,7 +114,7 @@ class MappedArrays(DataAdapter):  # type: ignore[misc]
             ]
             return keras.tree.pack_sequence_as(batch, leaves)
 
-        dataset = self.inner.get_tf_dataset()
+        dataset = economy.slices_in_turn(self.inner.get_tf_dataset())
         spec = dataset.element_spec
         return (dataset.skip(behind) if behind else dataset).map(read).prefetch(1)
 

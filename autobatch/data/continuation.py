@@ -95,7 +95,6 @@ class ContinuableAdapter(OpenEndedAdapter):
     _takes_target: bool
     _dataset: Dataset
     _inner: Any
-    _ahead: int
     target_batch: int
 
     @property
@@ -146,7 +145,7 @@ class ContinuableAdapter(OpenEndedAdapter):
             return self._start()
         if isinstance(self._inner, arrays.MappedArrays):
             dataset = self._passes.remade(functools.partial(self._inner.get_tf_dataset, taken))
-            return self._passes.begin(economy.slices_ahead(dataset, self._ahead)[0])
+            return self._passes.begin(economy.slices_ahead(dataset)[0])
         return _behind(self._start(), 0 if kept["iterator"] is not None else taken)
 
     def on_epoch_begin(self) -> None:

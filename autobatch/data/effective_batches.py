@@ -170,12 +170,9 @@ class EffectiveBatches(ContinuableAdapter):
         self._recut = None
         self._cutter: PortionCutter | None = None
         self._dataset, self.element_spec = dataset, dataset.element_spec
-        sizes = [host_memory.fixed_bytes(spec) for spec in Structure(dataset.element_spec).specs]
-        self._ahead = economy.batches_ahead(
-            None if None in sizes else self.target_batch * sum(size or 0 for size in sizes)
-        )
+        self._ahead = economy.batches_ahead()
         if self._arrays:
-            self._dataset, self._ahead = economy.slices_ahead(dataset, self._ahead)
+            self._dataset, self._ahead = economy.slices_ahead(dataset)
         if self._layout is not None:
             self.element_spec = self._layout.spec(dataset.element_spec)
             self._dataset = economy.prefetched(dataset, self._ahead)

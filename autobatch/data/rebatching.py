@@ -34,6 +34,7 @@ class Rebatched:
     """
 
     def __init__(self, dataset: Dataset, target_batch: int, *, as_they_come: bool = False, ahead: int) -> None:
+        dataset = economy.without_prefetch(dataset)
         if as_they_come:
             dataset = _without_optionals(dataset)
         self.element_spec = dataset.element_spec
@@ -93,9 +94,7 @@ class Rebatched:
                 dense.append(tensor)
             return tf.nest.pack_sequence_as(spec, dense), differ
 
-        batches = (
-            dataset.map(to_ragged).unbatch().batch(target_batch).map(to_dense, num_parallel_calls=tf.data.AUTOTUNE)
-        )
+        batches = dataset.map(to_ragged).unbatch().batch(target_batch).map(to_dense, economy.maps_at_once())
         self.element_spec = batches.element_spec[0]
         return batches
 

@@ -55,6 +55,20 @@ def tensors_in(dataset: Any) -> list[Any]:
     return held
 
 
+def mapped_in_turn(dataset: Any) -> Any:
+    """Return a parallel map, behind options or not, as a map that is called when an element is asked for.
+
+    The function is traced anew. The dataset itself is returned if it is no such map, or tf.data does not show it.
+    """
+    source, *others = inputs_of(dataset) or [None]
+    if kind_of(dataset) == "Options" and not others:
+        return mapped_in_turn(source).with_options(dataset.options())
+    function = getattr(getattr(dataset, "_map_func", None), "_func", None)
+    if kind_of(dataset) != "ParallelMap" or function is None or others:
+        return dataset
+    return source.map(function)
+
+
 def independent_copy(dataset: Any, *, keep_order: bool, may_call_python: bool) -> Any:
     """Return a dataset of the same elements whose reading moves nothing in ``dataset``; None if there is none.
 

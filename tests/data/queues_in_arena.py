@@ -1,7 +1,8 @@
 """Run by the tests, in processes of their own: what waits in the input queue of a training in a limited CPU arena.
 
 ``python queues_in_arena.py LIMIT...`` prints a line for each limit. It has, for each kind of data, how many effective
-batches more than before training are held after an update, and what the report calls them. Each arena is in a fork of
+batches more than before training are held after an update, what the report calls them, and how many samples a
+generator has made between two updates. Each arena is in a fork of
 this process, made before TensorFlow has started anything.
 """
 
@@ -36,26 +37,33 @@ X, Y = np.zeros((SAMPLES, SIZE // 4), "float32"), np.zeros(SAMPLES, "float32")
 class Held(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.before, self.most = limits.bytes_in_use("CPU:0"), 0
+        self.read = []
 
     def on_train_batch_end(self, batch, logs=None):
-        time.sleep(0.1)  # the queue fills
+        time.sleep(0.1)  # a queue would be filled
+        self.read.append(READ[0])
         self.most = max(self.most, limits.bytes_in_use("CPU:0") - self.before)
+
+
+READ = [0]  # samples that a generator has made
 
 
 def batches():
     for start in range(0, SAMPLES, TARGET // 4):
+        READ[0] += TARGET // 4
         yield X[start : start + TARGET // 4], Y[start : start + TARGET // 4]
 
 
 def generated():
     signature = (tf.TensorSpec((None, SIZE // 4), "float32"), tf.TensorSpec((None,), "float32"))
-    return (tf.data.Dataset.from_generator(batches, output_signature=signature),)
+    return tf.data.Dataset.from_generator(batches, output_signature=signature)
 
 
 KINDS = {
     "arrays": lambda: (X, Y),
     "dataset": lambda: (tf.data.Dataset.range(SAMPLES).map(lambda _: (tf.zeros([SIZE // 4]), 0.0)).batch(16),),
-    "generated": generated,
+    "generated": lambda: (generated().prefetch(tf.data.AUTOTUNE),),
+    "in batches": lambda: (generated().unbatch().batch(TARGET).prefetch(2),),
 }
 
 
@@ -70,7 +78,9 @@ def measured():
         rest = [None] * (2 - len(data()))
         prepared, _ = fit_data.prepare_data(model, *data(), *rest, target_batch=TARGET, options={})
         use = next(use for use in prepared.host_uses() if "effective batch" in use.name)
-        found[name] = {"held": held.most / (TARGET * SIZE), "name": use.name, "told": use.held_bytes / (TARGET * SIZE)}
+        told = use.held_bytes / (TARGET * SIZE)
+        read = np.diff(held.read)[-5:].tolist()  # before these, what has looked at the data may not have ended
+        found[name] = {"held": held.most / (TARGET * SIZE), "name": use.name, "told": told, "read": read}
     return found
 
 

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from autobatch.data import arrays, economy, fit_data, host_memory
+from autobatch.seams import tf_data
 
 SAMPLES = 300
 X = np.random.default_rng(0).normal(size=(SAMPLES, 1000))
@@ -79,22 +80,34 @@ def test_a_small_arena_reads_the_same(kind, limit, monkeypatch):
             np.testing.assert_array_equal(leaf, same)
 
 
-@pytest.mark.parametrize(
-    ("limit", "batch_bytes", "ahead"),
-    [
-        (None, 10**12, 2),
-        (2000, 100, 2),
-        (2000, 101, 1),
-        (2000, 201, 0),
-        (2000, 0, 2),
-        (2000, None, 1),  # how large they are is not known
-    ],
-)
-def test_what_is_made_ahead_takes_a_tenth_of_an_arena_at_most(limit, batch_bytes, ahead, monkeypatch):
+@pytest.mark.parametrize(("limit", "ahead"), [(None, 2), (2**40, 0)])
+def test_nothing_is_made_ahead_in_an_arena(limit, ahead, monkeypatch):
     monkeypatch.setattr(economy.arena, "arena_limit_bytes", lambda device: limit)
-    assert economy.batches_ahead(batch_bytes) == ahead
+    assert economy.batches_ahead() == ahead
     with economy.economising(1):
-        assert economy.batches_ahead(batch_bytes) == min(ahead, 1)
+        assert economy.batches_ahead() == min(ahead, 1)
+
+
+def kinds_in(dataset):
+    """The kinds of datasets that run beside a step, from the end on."""
+    found = [tf_data.kind_of(dataset)] if tf_data.constant_of(dataset, "_buffer_size") != 0 else []
+    return found + [kind for source in tf_data.inputs_of(dataset)[:1] for kind in kinds_in(source)]
+
+
+@pytest.mark.parametrize("rows", [SAMPLES, 4])
+@pytest.mark.parametrize("limit", [None, 2**40, 8 * SAMPLES])
+def test_slices_of_arrays_are_cut_in_turn_in_an_arena(limit, rows, monkeypatch):
+    """The last arena is too small for a copy of the array."""
+    monkeypatch.setattr(economy.arena, "arena_limit_bytes", lambda device: limit)
+    adapter = arrays.adapter_for(X[:rows], Y[:rows], None, are_arrays=True, batch_size=8, shuffle=False)
+    slices, ahead = economy.slices_ahead(adapter.get_tf_dataset())
+    assert bool({"ParallelMap", "Prefetch"} & set(kinds_in(slices)[:5])) is (limit is None)
+    assert (ahead == 0) is (limit is not None)
+    options = slices.options().experimental_optimization
+    assert (options.map_parallelization, options.inject_prefetch) == ((None, None) if limit is None else (False, False))
+    for first, (x, y) in zip(range(0, rows, 8), slices, strict=True):
+        np.testing.assert_array_equal(x, X[:rows][first : first + 8].astype("float32"))
+        np.testing.assert_array_equal(y, Y[:rows][first : first + 8])
 
 
 def test_an_array_that_would_fill_an_arena_is_not_copied(monkeypatch):

@@ -6,7 +6,7 @@ import optional
 import pytest
 import tensorflow as tf
 
-from autobatch.data import random_states
+from autobatch.data import cardinality, random_states
 from autobatch.seams import data_adapters, tf_data
 
 
@@ -46,6 +46,22 @@ def test_the_arguments_of_datasets():
     assert shapes is not None
     assert tf.get_static_value(values) == 9
     assert len(tf_data.tensors_in(tf.data.Dataset.from_tensor_slices((np.ones(3), np.ones(3))).batch(2))) == 2
+
+
+def test_a_parallel_map_in_turn():
+    source, options = tf.data.Dataset.range(4), tf.data.Options()
+    options.deterministic = False
+    parallel = source.map(lambda x: x + 1, num_parallel_calls=2)
+    for dataset in (parallel, parallel.with_options(options)):
+        in_turn = tf_data.mapped_in_turn(dataset)
+        assert [int(each) for each in in_turn] == [1, 2, 3, 4]
+        assert "ParallelMap" not in (tf_data.kind_of(in_turn), tf_data.kind_of(tf_data.inputs_of(in_turn)[0]))
+        assert in_turn.options().deterministic is dataset.options().deterministic
+    assert tf_data.mapped_in_turn(source) is source
+    arrays = data_adapters.data_adapter_for(x=np.ones([4, 2]), y=np.arange(4), batch_size=2).get_tf_dataset()
+    slices = tf_data.mapped_in_turn(tf_data.inputs_of(arrays)[0])
+    assert (tf_data.kind_of(arrays), tf_data.kind_of(slices)) == ("Prefetch", "Options")
+    assert tf_data.kind_of(cardinality.behind(slices, ("Options",))) == "Map"
 
 
 @pytest.mark.parametrize("keep_order", [True, False])
