@@ -29,8 +29,20 @@ def state_of(iterator: Any) -> dict[str, Any] | None:
 
 
 def restore_iterator(iterator: Any, state: dict[str, Any]) -> None:
-    """Put an iterator over the same kind of dataset into a state that :func:`state_of` has returned."""
+    """Put an iterator over the same kind of dataset into a state that :func:`state_of` has returned.
+
+    Raises:
+        ValueError: The dataset is made in another way.
+    """
     with tempfile.TemporaryDirectory(prefix="autobatch-iterator-") as folder:
         for name, content in state.items():
             content.tofile(Path(folder) / name)
-        tf.train.Checkpoint(iterator=iterator).read(str(Path(folder) / _PREFIX)).assert_consumed()
+        try:
+            tf.train.Checkpoint(iterator=iterator).read(str(Path(folder) / _PREFIX)).assert_consumed()
+        except (tf.errors.NotFoundError, tf.errors.InvalidArgumentError) as error:
+            raise ValueError(
+                "The backup holds the place in a dataset whose order no seed decides, and this dataset is made in "
+                "another way: by other steps, or in a limited CPU arena where that one was not (limit_memory). Make it "
+                "as it was made then, give another folder, or remove the backup to train from the start. "
+                f"TensorFlow says: {error.message.partition(' Make sure')[0]}"
+            ) from error

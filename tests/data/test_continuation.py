@@ -151,6 +151,15 @@ def test_every_sample_is_seen_once_in_the_order_of_the_pass(kind, epochs_before,
     assert sorted(np.concatenate(epoch(second)[0])) == NUMBERS.tolist()
 
 
+def test_the_place_in_a_dataset_that_is_made_otherwise_is_refused(tmp_path, without_seed):
+    first = opened("tf.data without a seed", tmp_path)
+    _, iterator = epoch(first, TAKEN)
+    other = EffectiveBatches(dataset().prefetch(3), target_batch=TARGET, keeps_order=True)
+    other.continue_from(first.position(iterator.taken))
+    with pytest.raises(ValueError, match=r"this dataset is made in another way: by other steps, or in a limited CPU"):
+        epoch(other)
+
+
 @pytest.mark.parametrize("kind", ["tf.data with a seed", "PyDataset", "PyDataset with a generator"])
 def test_the_epochs_behind_it_have_the_order_that_they_would_have_had(kind, tmp_path):
     np.random.seed(8)
