@@ -14,7 +14,7 @@ import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 from autobatch import opening
-from autobatch.memory import limits
+from autobatch.memory import allocations, limits
 from autobatch.records import TrialRequest
 
 LIMIT = "144MiB"
@@ -44,25 +44,32 @@ def samples():
 def waiting():
     """What trials hold beside them for training; measured where the arena has no gaps, which are given out whole."""
     model, x, y = build(), *samples()
-    # Three effective batches of 400 samples, 6,912 bytes and a label each, will be under way in training. A trial has
-    # two micro-batches of them.
+    # An effective batch of 400 samples, 6,912 bytes and a label each, will be under way in training. A trial has two
+    # micro-batches of them.
     trials = opening.open_trials(model, x, y, target_batch=400, memory_limit_bytes=None, headroom=0.0)
     hint = trials.fixed_bytes_hint
     result = trials.run(TrialRequest(64, timed_steps=0, record_allocations=True))
     held = limits.bytes_in_use("CPU:0")
+    trace, holders = result.allocations, (trials._pipeline, trials._sample)
+    recorded, lies_at = (
+        dict(trace.held),
+        allocations._addresses([each for one in holders for each in one.tensors], "CPU:0"),
+    )
     trials._pipeline.drop()
     beside = held - limits.bytes_in_use("CPU:0")
     trials.close()
     return {
-        "three_batches": 3 * 400 * SAMPLE_BYTES,
-        "beside_two_micro_batches": (3 * 400 - 2 * 64) * SAMPLE_BYTES,
-        "least": 2 * 400 * SAMPLE_BYTES,
-        "told": sum(use.held_bytes for use in trials.host_uses if "effective batches" in use.name),
+        "batch": 400 * SAMPLE_BYTES,
+        "beside_two_micro_batches": (400 - 2 * 64) * SAMPLE_BYTES,
+        "told": sum(use.held_bytes for use in trials.host_uses if "effective batch" in use.name),
         "beside_trials": beside,
         "hint": hint,
         "peak": result.peak_bytes,
-        "sample": 1000 * (SAMPLE_BYTES - 4),
-        "large_blocks_recorded": [taken for _, taken in result.allocations.held if taken > 1 << 20],
+        "held": [
+            (bytes_of_it, recorded.get(address))
+            for address, bytes_of_it in lies_at.items()
+            if any(start <= address < start + size for start, size in trace.regions)
+        ],
     }
 
 
