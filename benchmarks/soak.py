@@ -6,7 +6,7 @@ A dense model over sequences of changing length trains in a limited CPU arena, w
 own. In some updates, chosen at random, a layer asks for more than there is, above a number of samples, in its forward
 or in its backward pass. An intruder takes most of the arena's free memory for a few updates, and gives it back. After
 each update it is noted what the device's allocator holds and which micro-batches ran; after each epoch, in which every
-sample must have been seen once, also the process's memory.
+sample must have been seen once, also the process's memory, and how many tensors are alive, of how many bytes.
 
 Then another process trains on the same samples with the micro-batches that were noted, and nothing fails. Both must end
 with the same weights. Each failed allocation waits ten seconds, so that 100 of them take 17 minutes. Linux only.
@@ -15,6 +15,7 @@ with the same weights. Each failed allocation waits ten seconds, so that 100 of 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -137,6 +138,7 @@ def train(folder: Path, updates: int, failures: int, intrusions: int) -> None:
 
     from autobatch.memory import limits
     from autobatch.step.accumulated_step import AccumulatedStep
+    from autobatch.watch import live_objects
 
     warnings.simplefilter("ignore")
     chosen = random.Random(0).sample(range(WARM_UP, updates), failures + intrusions)
@@ -166,6 +168,7 @@ def train(folder: Path, updates: int, failures: int, intrusions: int) -> None:
             self.blocks: list[Any] = []
             self.device: list[int] = []
             self.host: list[int] = []
+            self.alive: list[dict[str, Any]] = []
             self.seen: list[float] = []
             self.intrusions = 0
 
@@ -192,6 +195,10 @@ def train(folder: Path, updates: int, failures: int, intrusions: int) -> None:
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             self.seen.append(float((logs or {})["seen_once"]))
             self.host.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+            gc.collect()
+            found, taken = live_objects.census(), len(self.blocks)
+            tensors = {"tensors": found.tensors - taken, "tensor_bytes": found.host_tensor_bytes - MIB * taken}
+            self.alive.append({"functions": found.functions, **tensors, "arrays": found.arrays})
 
     from autobatch.trial import live_trials
 
@@ -222,6 +229,7 @@ def train(folder: Path, updates: int, failures: int, intrusions: int) -> None:
         "seen_once": trouble.seen,
         "device_bytes": trouble.device,
         "host_bytes": trouble.host,
+        "alive": trouble.alive,
     }
     (folder / "trained.json").write_text(json.dumps(told))
 
@@ -272,6 +280,7 @@ def summary(folder: Path) -> dict[str, Any]:
     host = np.array(told["host_bytes"][WARM_UP // PER_EPOCH :])
     ends = device[PER_EPOCH - 1 :: PER_EPOCH]
     half = len(ends) // 2
+    alive = told["alive"][WARM_UP // PER_EPOCH :]
     return {
         "updates": len(told["sizes"]),
         "iterations": told["iterations"],
@@ -287,6 +296,9 @@ def summary(folder: Path) -> dict[str, Any]:
         "device_bytes_least_and_most": [int(device.min()), int(device.max())],
         "device_bytes_at_ends_of_epochs": [int(ends.min()), int(ends.max())],
         "device_bytes_median_of_both_halves": [int(np.median(ends[:half])), int(np.median(ends[half:]))],
+        "alive_at_ends_of_epochs_least_and_most": {
+            name: [min(each[name] for each in alive), max(each[name] for each in alive)] for name in alive[0]
+        },
         "host_bytes_first_and_last": [int(host[0]), int(host[-1])],
         "host_bytes_median_of_both_halves": [
             int(np.median(host[: len(host) // 2])),
