@@ -301,7 +301,8 @@ class EffectiveBatches(ContinuableAdapter):
             rows = known or 1
         row_bytes = -(-sample_bytes // rows)
         if is_dataset:
-            uses += host_memory.uses_of_dataset(self._source, sample_bytes=row_bytes)
+            read = economy.without_prefetch(self._source)
+            uses += host_memory.uses_of_dataset(read, sample_bytes=row_bytes)
         if data_adapters.py_dataset_of(self._inner) is not None:
             self.look()  # only a look shows how large its batches are, and the search will look anyway
         loader, each = self._first_look.loader, self._first_look.rows_in_first

@@ -1,9 +1,9 @@
 """Run by the tests, in processes of their own: what waits in the input queue of a training in a limited CPU arena.
 
 ``python queues_in_arena.py LIMIT...`` prints a line for each limit. It has, for each kind of data, how many effective
-batches more than before training are held after an update, what the report calls them, and how many samples a
-generator has made between two updates. Each arena is in a fork of
-this process, made before TensorFlow has started anything.
+batches more than before training are held after an update, what the report calls them and which prefetches it names,
+and how many samples a generator has made between two updates. Each arena is in a fork of this process, made before
+TensorFlow has started anything.
 """
 
 from __future__ import annotations
@@ -77,10 +77,12 @@ def measured():
         autobatch.fit(model, *data(), target_batch=TARGET, micro_batch=16, epochs=1, verbose=0, callbacks=[held])
         rest = [None] * (2 - len(data()))
         prepared, _ = fit_data.prepare_data(model, *data(), *rest, target_batch=TARGET, options={})
-        use = next(use for use in prepared.host_uses() if "effective batch" in use.name)
+        uses = {use.name: use for use in prepared.host_uses()}
+        use = next(use for each, use in uses.items() if "effective batch" in each)
         told = use.held_bytes / (TARGET * SIZE)
         read = np.diff(held.read)[-5:].tolist()  # before these, what has looked at the data may not have ended
         found[name] = {"held": held.most / (TARGET * SIZE), "name": use.name, "told": told, "read": read}
+        found[name]["prefetches"] = [each for each in uses if "prefetch" in each]
     return found
 
 

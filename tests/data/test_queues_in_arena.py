@@ -28,5 +28,6 @@ def test_no_batch_is_made_beside_a_step(limit, measured):
         assert row["read"] == [0 if kind in ("arrays", "dataset") else 64] * 5, (kind, found)
         if kind != "dataset":  # what its own steps hold is up to tf.data
             assert row["held"] <= 2.1, (kind, found)  # the one in use, and that from which it is cut
+        assert row["prefetches"] == []  # that at the end of the user's dataset is left out
         assert row["told"] == pytest.approx(1, rel=0.01)
         assert row["name"].endswith("none made ahead: a limited arena holds them")
