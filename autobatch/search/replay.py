@@ -8,7 +8,7 @@ The model is BFC, "best fit with coalescing", after ``xla/tsl/framework/bfc_allo
 GPUs and in limited CPU arenas. Its rules:
 
 - A block is rounded up to 256 bytes, and gets the smallest free chunk that is large enough; of equals, the lowest.
-- Chunks are looked for in bins of sizes that double, from the block's own bin on.
+  TensorFlow looks for it in bins of sizes that double, which finds the same chunk.
 - A chunk is split where it is at least twice as large as the block, or 128 MiB larger; otherwise the block gets all.
 - A chunk that is given back is joined with its free neighbours in the same region.
 
@@ -22,16 +22,18 @@ This module knows bytes; it proposes nothing.
 
 from __future__ import annotations
 
+import functools
 import random
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+
+import numpy as np
 
 from autobatch.allocation_trace import AllocationTrace
 
 UNIT_BYTES = 256
 _SPLIT_BYTES = 128 * 2**20
-_BINS = 21
 
 _CLOSE = 0.005
 """Part of a size to which a search by replay is precise: a replay takes up to a second."""
@@ -65,7 +67,7 @@ class Allocator:
     """
 
     def __init__(self, regions: tuple[tuple[int, int], ...], held: tuple[tuple[int, int], ...]) -> None:
-        self._free: list[list[tuple[int, int]]] = [[] for _ in range(_BINS)]
+        self._free: list[tuple[int, int]] = []
         self._size_at: dict[int, int] = {}
         self._start_of_end: dict[int, int] = {}
         self._used = dict(held)
@@ -88,22 +90,23 @@ class Allocator:
             FullError: no free chunk is large enough.
         """
         rounded = max(UNIT_BYTES, -(-wanted_bytes // UNIT_BYTES) * UNIT_BYTES)
-        for free in self._free[_bin(rounded) :]:
-            index = bisect_left(free, (rounded, -1))
-            if index < len(free):
-                size, address = free.pop(index)
-                del self._size_at[address], self._start_of_end[address + size]
-                if size >= 2 * rounded or size - rounded >= _SPLIT_BYTES:
-                    self._add(address + rounded, size - rounded)
-                    size = rounded
-                self._used[address] = size
-                self.in_use_bytes += size
-                self._asked[address] = rounded
-                self.asked_bytes += rounded
-                self.peak_bytes = max(self.peak_bytes, self.in_use_bytes)
-                self.asked_peak_bytes = max(self.asked_peak_bytes, self.asked_bytes)
-                return address
-        raise FullError
+        index = bisect_left(self._free, (rounded, -1))
+        if index == len(self._free):
+            raise FullError
+        size, address = self._free.pop(index)
+        del self._size_at[address], self._start_of_end[address + size]
+        if size >= 2 * rounded or size - rounded >= _SPLIT_BYTES:
+            self._add(address + rounded, size - rounded)
+            size = rounded
+        self._used[address] = size
+        self.in_use_bytes += size
+        self._asked[address] = rounded
+        self.asked_bytes += rounded
+        if self.in_use_bytes > self.peak_bytes:
+            self.peak_bytes = self.in_use_bytes
+        if self.asked_bytes > self.asked_peak_bytes:
+            self.asked_peak_bytes = self.asked_bytes
+        return address
 
     def release(self, address: int) -> None:
         """Give a block back, and join it with free neighbours."""
@@ -121,20 +124,15 @@ class Allocator:
 
     def _add(self, address: int, size: int) -> None:
         if size > 0:
-            insort(self._free[_bin(size)], (size, address))
+            insort(self._free, (size, address))
             self._size_at[address] = size
             self._start_of_end[address + size] = address
 
     def _take(self, address: int) -> int:
         size = self._size_at.pop(address)
         del self._start_of_end[address + size]
-        free = self._free[_bin(size)]
-        del free[bisect_left(free, (size, address))]
+        del self._free[bisect_left(self._free, (size, address))]
         return size
-
-
-def _bin(size: int) -> int:
-    return max(0, min(_BINS - 1, (size // UNIT_BYTES).bit_length() - 1))
 
 
 def replayed_peak_bytes(trace: AllocationTrace, micro_batch: int) -> int | None:
@@ -157,7 +155,7 @@ def replayed_peak_bytes(trace: AllocationTrace, micro_batch: int) -> int | None:
             allocator.release(addresses[~step])
         if waiting:
             _let_in(waiting, allocator, addresses, wanted, known)
-            if any(until <= place for until in waiting.values()):
+            if waiting and any(until <= place for until in waiting.values()):
                 return None
     return None if waiting else allocator.asked_peak_bytes
 
@@ -172,35 +170,66 @@ def _let_in(waiting: dict[int, int], allocator: Allocator, addresses: list[int],
         del waiting[block]
 
 
+def _asked_peak(trace: AllocationTrace) -> Callable[[int], int]:
+    """Return what gives the peak of the bytes that a size's blocks ask for in their order, wherever they may lie."""
+    fixed, per_sample = np.array(trace.sizes, float).reshape(-1, 2).T
+    held = np.array([taken for _, taken in trace.held], np.int64)
+    order = np.array(trace.order, np.int64)
+    signs, blocks = np.where(order < 0, -1, 1), np.where(order < 0, ~order, order)
+
+    def peak_bytes(micro_batch: int) -> int:
+        units = -(-(fixed + per_sample * micro_batch).astype(np.int64) // UNIT_BYTES)
+        asked = np.concatenate([held, np.maximum(units, 1) * UNIT_BYTES])
+        return int(held.sum() + (signs * asked[blocks]).cumsum().max(initial=0))
+
+    return peak_bytes
+
+
 def largest_that_fits(trace: AllocationTrace, budget_bytes: int, *, at_most: int) -> int:
     """Return the largest size up to ``at_most`` whose replay finds room within the budget; 0 if there is none.
 
-    The sizes are bisected, to half a percent. Near the edge a size may find room where a smaller one does not. So the
+    The sizes are bisected, to half a percent: first by what the blocks ask for, which takes no replay, and by replays
+    if the size found that way finds no room. Near the edge a size may find room where a smaller one does not. So the
     result lies below the smallest size that was seen to find no room.
     """
 
+    @functools.cache
     def fits(micro_batch: int) -> bool:
         peak = replayed_peak_bytes(trace, micro_batch)
         return peak is not None and peak <= budget_bytes
 
-    low, high = 0, min(trace.micro_batch, at_most)
-    while fits(high):
-        low, high = high, min(2 * high, at_most)
-        if low == at_most:
-            break
+    asked_peak = _asked_peak(trace)
+    low = _doubled_and_bisected(lambda size: asked_peak(size) <= budget_bytes, trace.micro_batch, at_most)
+    if not low or not fits(low):
+        low = _doubled_and_bisected(fits, trace.micro_batch, at_most)
     while low:
-        while low < at_most and high - low > max(1, _CLOSE * low):
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
         smaller = sorted({int(part * low) for part in _LOOK_BACK} - {low, 0})
         failed = next((size for size in smaller if not fits(size)), None)
         if failed is None:
             break
-        at_most, high = failed, failed
+        high = failed
         low = max((size for size in smaller if size < failed), default=failed - 1)
         if low < smaller[0]:
             while low and not fits(low):
                 high, low = low, int(_LOOK_BACK[-1] * low)
+        low = low and _bisected(fits, low, high)
+    return low
+
+
+def _doubled_and_bisected(fits: Callable[[int], bool], first: int, at_most: int) -> int:
+    """Return the largest size that fits, by doubling ``first`` and bisecting then; 0 if ``first`` does not fit."""
+    low, high = 0, min(first, at_most)
+    while fits(high):
+        low, high = high, min(2 * high, at_most)
+        if low == at_most:
+            return low
+    return low and _bisected(fits, low, high)
+
+
+def _bisected(fits: Callable[[int], bool], low: int, high: int) -> int:
+    while high - low > max(1, _CLOSE * low):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
