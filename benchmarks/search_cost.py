@@ -44,7 +44,7 @@ from typing import Any
 
 from autobatch.allocation_trace import AllocationTrace
 from autobatch.records import Outcome, SampleEstimate, TrialRequest, TrialResult
-from autobatch.search import search
+from autobatch.search import Goal, Room, search
 
 SCHEMA_VERSION = 1
 RESULTS = Path(__file__).parent / "results" / "search_cost.json"
@@ -289,14 +289,13 @@ def _autobatch(charged: Charged, *, exact: bool = False, headroom: float = 0.0) 
     estimate = greeting["estimate"]
     return search(
         lambda request: charged.trial(request, budget_bytes),
-        target_batch=None,
-        budget_bytes=budget_bytes,
-        headroom_bytes=greeting["budget_bytes"] - budget_bytes,
-        max_micro_batch=charged.measurements.top,
-        fixed_bytes_hint=greeting["fixed_bytes_hint"],
+        Goal(max_micro_batch=charged.measurements.top, objective="largest", exact=exact),
+        Room(
+            budget_bytes=budget_bytes,
+            headroom_bytes=greeting["budget_bytes"] - budget_bytes,
+            fixed_bytes_hint=greeting["fixed_bytes_hint"],
+        ),
         estimate_sample=lambda: None if estimate is None else SampleEstimate(**estimate),
-        exact=exact,
-        objective="largest",
     ).largest_fit
 
 
