@@ -19,8 +19,8 @@ from autobatch.step.compiled_step import CompiledStep
 from autobatch.types import Tensor
 
 ENOUGH_SECONDS = 1.0
-"""Seconds of a trial's first steps from which on one timed repeat is precise enough: steps of half a second vary by a few
-percent. Three repeats of such a step took as long as the first update of the training itself."""
+"""Seconds of a trial's first steps from which on one timed repeat is precise enough: steps of half a second vary by a
+few percent. Three repeats of such a step took as long as the first update of the training itself."""
 
 
 @dataclass(frozen=True, slots=True)

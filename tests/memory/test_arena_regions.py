@@ -51,7 +51,7 @@ def events_of(regions, held, *, seed: int, sizes=(300, 5000, 40_000, 700_000, 3_
             taken = allocator.in_use_bytes - before
             live[address] = wanted, taken
         free = total - allocator.in_use_bytes
-        largest = max((size for each in allocator._free for size, _ in each), default=0)
+        largest = max((size for size, _ in allocator._free), default=0)
         share = 1 - largest / free if free else 0.0
         events.append(Event(not release, address, wanted, taken, "", "op", True, allocator.in_use_bytes, free, share))
     return events
