@@ -16,8 +16,18 @@ def torch():
 
 
 def grain():
-    """Grain; without it the test is skipped."""
+    """Grain; without it the test is skipped, unless the environment says that it is to be there."""
+    if os.environ.get("AUTOBATCH_EXPECT_GRAIN"):
+        return importlib.import_module("grain")
     return pytest.importorskip("grain")
+
+
+def stateful_data_loader():
+    """torchdata's loader whose state can be kept; without it the test is skipped, unless PyTorch is to be there."""
+    name = "torchdata.stateful_dataloader"
+    if os.environ.get("AUTOBATCH_EXPECT_TORCH"):
+        return importlib.import_module(name).StatefulDataLoader
+    return pytest.importorskip(name).StatefulDataLoader
 
 
 def keras_hub():

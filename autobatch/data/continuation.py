@@ -12,8 +12,10 @@ from typing import Any
 from autobatch.data import arrays, economy
 from autobatch.data.effective_iterator import OpenEndedAdapter
 from autobatch.data.indexed_batches import IndexedBatches
+from autobatch.data.noted_batches import NotedBatches
 from autobatch.data.passes import Passes
 from autobatch.data.random_states import RandomStates
+from autobatch.data.stateful_batches import StatefulBatches, iterators_of
 from autobatch.seams import data_adapters
 from autobatch.types import Dataset
 
@@ -90,7 +92,7 @@ class ContinuableAdapter(OpenEndedAdapter):
     _passes: Passes
     _calls: EpochCalls
     _kept: dict[str, Any] | None = None
-    _indexed: IndexedBatches | None = None
+    _noted: NotedBatches | None = None
     _parts: tuple[Any, Any, Any]
     _takes_target: bool
     _dataset: Dataset
@@ -109,7 +111,7 @@ class ContinuableAdapter(OpenEndedAdapter):
 
     def position(self, taken: int) -> dict[str, Any]:
         """Return the place behind ``taken`` batches of the pass begun last, for :meth:`continue_from`."""
-        index = self._indexed.place_behind(taken * self.target_batch) if self._indexed and self._takes_target else None
+        index = self._noted.place_behind(taken * self.target_batch) if self._noted and self._takes_target else None
         begun = {**self._passes.last(), "index": index}
         return {"taken": taken, "pass": begun, "epochs": self._calls.as_plain()}
 
@@ -140,8 +142,8 @@ class ContinuableAdapter(OpenEndedAdapter):
             _behind(iter(self), None)  # the pass that was begun is the first one, which fills the cache
         self._forget_look()
         self._passes.continue_with(kept, self._dataset)
-        if self._indexed is not None and kept["index"] is not None:
-            self._indexed.continue_from(kept["index"], kept["random"])
+        if self._noted is not None and kept["index"] is not None:
+            self._noted.continue_from(kept["index"], kept["random"])
             return self._start()
         if isinstance(self._inner, arrays.MappedArrays):
             dataset = self._passes.remade(functools.partial(self._inner.get_tf_dataset, taken))
@@ -159,3 +161,11 @@ def _behind(iterator: Iterator[Any], taken: int | None) -> Iterator[Any]:
     """Return an iterator that has gone through so many batches; None goes through all."""
     collections.deque(itertools.islice(iterator, taken), maxlen=0)
     return iterator
+
+
+def noted_batches(adapter: Any, target_batch: int) -> NotedBatches | None:
+    """Return the batches of a loader whose passes can be gone on with at one of them; None for other data."""
+    if data_adapters.reads_by_index(adapter):
+        return IndexedBatches(adapter)
+    iterators = iterators_of(adapter)
+    return None if iterators is None else StatefulBatches(adapter, iterators, target_batch)

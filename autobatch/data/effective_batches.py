@@ -21,10 +21,9 @@ from typing import Any
 import tensorflow as tf
 
 from autobatch.data import arrays, cardinality, economy, host_memory, layouts, rebatching
-from autobatch.data.continuation import ContinuableAdapter, EpochCalls
+from autobatch.data.continuation import ContinuableAdapter, EpochCalls, noted_batches
 from autobatch.data.effective_iterator import EffectiveIterator, handed_over
 from autobatch.data.first_look import FirstLook, Seen
-from autobatch.data.indexed_batches import IndexedBatches
 from autobatch.data.passes import Passes
 from autobatch.data.portion_cutter import PortionCutter
 from autobatch.errors import warn
@@ -101,9 +100,8 @@ class EffectiveBatches(ContinuableAdapter):
         self._passes = Passes(x, keeps_order=keeps_order, gives_seeds=without_seed)
         with self._passes.looking():
             self._inner = self._adapter_for(self._parts, batch_size=target_batch, shuffle=shuffle)
-            if keeps_order and data_adapters.reads_by_index(self._inner):
-                self._indexed = IndexedBatches(self._inner)
-            dataset = self._inner.get_tf_dataset()
+            self._noted = noted_batches(self._inner, target_batch) if keeps_order else None
+            dataset = self._inner.get_tf_dataset() if self._noted is None else self._noted.dataset()
         self._calls = EpochCalls(self._inner, keeps_order=keeps_order)
 
         self._cut_again = functools.partial(rebatching.Rebatched, as_they_come=as_they_come)
@@ -111,7 +109,8 @@ class EffectiveBatches(ContinuableAdapter):
         self._recut: rebatching.Rebatched | None = None
         if data_adapters.is_dataset_adapter(self._inner):
             self._passes.save_iterators_of(dataset)
-        self._first_look = FirstLook(self._inner, dataset, only_look=only_look)
+        again = keeps_order and data_adapters.is_grain_adapter(self._inner)
+        self._first_look = FirstLook(self._inner, dataset, only_look=only_look, reads_again=again)
         self._iterated = False
         self._looked: Any = None
         self._pending: tuple[Any, Iterator[Any]] | None = None

@@ -52,12 +52,14 @@ class FirstLook:
         adapter: Keras's adapter of the data.
         source: the dataset that the adapter has made.
         only_look: True if a copy may call Python's functions within the dataset.
+        reads_again: True if another pass over ``source`` is a copy.
     """
 
-    def __init__(self, adapter: Any, source: Dataset, *, only_look: bool) -> None:
+    def __init__(self, adapter: Any, source: Dataset, *, only_look: bool, reads_again: bool = False) -> None:
         self._adapter = adapter
         self._source = source
         self._only_look = only_look
+        self._reads_again = reads_again
         self.rows_in_first: int | None = None
         """Rows of the first batch of a PyDataset or a torch loader; None before it was read, and for other data."""
 
@@ -83,7 +85,7 @@ class FirstLook:
             batches = self._first_batches(target_batch)
             signature = data_adapters.signature_of(self._adapter)
             return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=signature)
-        return None
+        return self._source if self._reads_again else None
 
     def _loads(self) -> bool:
         """Return True if the data are a PyDataset or a torch loader."""

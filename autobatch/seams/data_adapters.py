@@ -80,6 +80,12 @@ def torch_loader_of(adapter: Any) -> Any:
     return getattr(adapter, "_dataloader", None)
 
 
+def is_grain_adapter(adapter: Any) -> bool:
+    """Return True if the adapter passes on batches of Grain's, which not every Keras takes."""
+    kind = getattr(_data_adapters, "GrainDatasetAdapter", None)
+    return kind is not None and isinstance(adapter, kind)
+
+
 def is_dataset_adapter(adapter: Any) -> bool:
     """Return True if the adapter passes on a ``tf.data.Dataset``."""
     return isinstance(adapter, _data_adapters.TFDatasetAdapter)

@@ -6,7 +6,9 @@ and their callers do without; ``tests/seams/test_tf_data.py`` fails loudly.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import tensorflow as tf
 from tensorflow.core.framework import graph_pb2 as _graph_pb2
 from tensorflow.python.data.ops import dataset_ops as _dataset_ops
 
+from autobatch.seams.patching import replaced
 from autobatch.seams.variables import in_order_of_creation
 
 _MOST_GRAPH_BYTES = 256 * 2**20
@@ -210,3 +213,14 @@ def _shuffles_without_seed(dataset: Any) -> set[str]:
     seeds = [constant_of(dataset, name) for name in ("_seed", "_seed2")]
     found = {"shuffle"} if kind_of(dataset) == "Shuffle" and not any(seeds) else set()
     return found.union(*(_shuffles_without_seed(source) for source in inputs_of(dataset)))
+
+
+@contextlib.contextmanager
+def generators_made_by(make: Callable[[Callable[[], Iterable[Any]]], Iterable[Any]]) -> Iterator[None]:
+    """Let ``tf.data.Dataset.from_generator(original)`` give what ``make(original)`` gives, within the context."""
+
+    def replacement(from_generator: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda generator, *args, **kwargs: from_generator(lambda: make(generator), *args, **kwargs)
+
+    with replaced(tf.data.Dataset, "from_generator", replacement):
+        yield

@@ -8,6 +8,7 @@ import optional
 import pytest
 import tensorflow as tf
 
+from autobatch.backup.packing import from_bytes, to_bytes
 from autobatch.data.effective_batches import EffectiveBatches
 from autobatch.data.random_states import RandomStates
 
@@ -77,9 +78,49 @@ def torch_loader():
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(numbers, numbers), batch_size=7, shuffle=True)
 
 
-def grain_dataset():
-    pairs = [(number, number) for number in NUMBERS]
-    return optional.grain().MapDataset.source(pairs).shuffle(seed=3).batch(4)
+class Pairs:
+    """Samples of which it is noted which were read."""
+
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        self.read.append(int(index))
+        return NUMBERS[index], NUMBERS[index]
+
+
+class NamedPairs(Pairs):
+    """The same, which prints alike in every process, as Grain's loader asks of a source."""
+
+    def __repr__(self):
+        return "pairs of numbers"
+
+
+def grain_dataset(pairs=None):
+    return optional.grain().MapDataset.source(pairs or Pairs()).shuffle(seed=3).batch(4)
+
+
+def grain_stream(pairs=None):
+    options = optional.grain().ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    samples = optional.grain().MapDataset.source(pairs or Pairs()).shuffle(seed=3)
+    return samples.to_iter_dataset(options).batch(7)
+
+
+def grain_loader(pairs=None):
+    grain = optional.grain()
+    sampler = grain.samplers.IndexSampler(SAMPLES, shuffle=True, seed=1, num_epochs=1)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    operations = [grain.transforms.Batch(4)]
+    return grain.DataLoader(
+        data_source=pairs or Pairs(), sampler=sampler, operations=operations, read_options=options, worker_count=0
+    )
+
+
+def stateful_loader(pairs=None):
+    return optional.stateful_data_loader()(pairs or Pairs(), batch_size=7, shuffle=True)
 
 
 KINDS = {
@@ -91,7 +132,10 @@ KINDS = {
     "tf.data without a seed": lambda folder: (dataset(), None),
     "from_generator": lambda folder: (from_generator(), None),
     "torch loader": lambda folder: (torch_loader(), None),
+    "stateful torch loader": lambda folder: (stateful_loader(), None),
     "Grain": lambda folder: (grain_dataset(), None),
+    "Grain, iterated": lambda folder: (grain_stream(), None),
+    "loader of Grain's": lambda folder: (grain_loader(), None),
     "PyDataset": lambda folder: (Shuffled(), None),
     "PyDataset with a generator": lambda folder: (Shuffled(np.random.default_rng(3)), None),
     "PyDataset with a state": lambda folder: (WithState(), None),
@@ -218,6 +262,44 @@ def test_batches_of_a_pydataset_are_gone_on_with_by_their_index(shuffle):
     data.read.clear()
     assert epoch(third)[0] == rest[1:]
     assert len(data.read) == 7 - position["pass"]["index"]["batches"] <= 2
+
+
+@pytest.mark.parametrize(
+    "make", [grain_dataset, grain_stream, grain_loader, stateful_loader], ids=lambda make: make.__name__
+)
+@pytest.mark.parametrize("epochs_before", [0, 1])
+def test_loaders_that_tell_their_state_are_gone_on_with_from_it(make, epochs_before, without_seed):
+    def opened(position=None):
+        pairs = NamedPairs()
+        batches = EffectiveBatches(make(pairs), target_batch=TARGET, keeps_order=True)
+        batches.look()
+        if position is not None:
+            batches.continue_from(position)
+        batches.on_epoch_end()
+        return pairs, batches
+
+    _, first = opened()
+    for _ in range(epochs_before):
+        epoch(first)
+    before, iterator = epoch(first, 3)
+    position = first.position(iterator.taken)
+    assert position["pass"]["index"] is not None
+    rest = [numbers_in(batch) for batch in iterator]
+
+    position = from_bytes(to_bytes(position))  # as a backup keeps it
+    pairs, second = opened(position)
+    looked_at = len(pairs.read)
+    second.on_epoch_begin()
+    iterator = iter(second)
+    again = [numbers_in(next(iterator))]
+    position = from_bytes(to_bytes(second.position(iterator.taken)))  # of a pass that was gone on with
+    again += [numbers_in(batch) for batch in iterator]
+    assert again == rest
+    assert sorted(np.concatenate(before + again)) == NUMBERS.tolist()
+    assert len(pairs.read) - looked_at <= SAMPLES - 3 * TARGET + 7  # those that are left, and the batch that was cut
+
+    _, third = opened(position)
+    assert epoch(third)[0] == rest[1:]
 
 
 def test_orders_of_unseeded_arrays_differ_from_epoch_to_epoch(tmp_path, without_seed):
