@@ -18,9 +18,9 @@ from autobatch.recovery.out_of_memory import CAUGHT
 from autobatch.step.compiled_step import CompiledStep
 from autobatch.types import Tensor
 
-ENOUGH_SECONDS = 1.0
-"""Seconds of a trial's first steps from which on one timed repeat is precise enough: steps of half a second vary by a
-few percent. Three repeats of such a step took as long as the first update of the training itself."""
+ENOUGH_SECONDS = 0.4
+"""Seconds of two steps from which on one timed repeat is precise enough, with these two as a second measurement. Three
+repeats of such a step took as long as the first update of the training itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,9 @@ class Timing:
         with self._recorded(request) as recorded, self._undone_under_xla():
             data = self._batch_of(request.micro_batch)
             first = self.seconds(lambda: plain(data))
-        repeats = request.timed_steps if first < ENOUGH_SECONDS else 1
-        steps = [self.seconds(lambda: plain(data)) for _ in range(max(1, repeats))]
+        steps = [self.seconds(lambda: plain(data))]
+        if 2 * steps[0] < ENOUGH_SECONDS:
+            steps += [self.seconds(lambda: plain(data)) for _ in range(request.timed_steps - 1)]
         return Timed(first, statistics.median(steps), 0.0, None, *recorded())
 
     @contextlib.contextmanager
@@ -114,9 +115,10 @@ class Timing:
             sample_peak = limits.peak_bytes(self._device)
             first_apply = self.seconds(self._step.apply)
         repeats = request.timed_steps
-        if not self._has_accumulated or first >= ENOUGH_SECONDS:
+        is_first, is_slow = not self._has_accumulated, first >= ENOUGH_SECONDS
+        if is_first or is_slow:
             # A graph's first run spends seconds on optimising it, so it is repeated once. Slow steps need no more.
-            repeats = 1 if repeats or not self._has_accumulated else 0
+            repeats = 1 if repeats or is_first else 0
         if self._step.model.jit_compile:
             repeats = max(1, repeats)  # the first steps were compiled as well, which is no time of a step
         self._has_accumulated = True
@@ -127,9 +129,10 @@ class Timing:
             steps.append(self.seconds(lambda: self._step.accumulate(one, micro_batch)))
             applies += [self.seconds(self._step.apply)] if in_turn else []
         applies += [] if in_turn else [self.seconds(self._step.apply) for _ in range(repeats)]
+        step = statistics.median(steps or [first / 2])
         return Timed(
             first / 2,
-            statistics.median(steps or [first / 2]),
+            min(step, first / 2) if is_slow else step,  # one repeat may have been held up
             statistics.median(applies or [first_apply]),
             sample_peak,
             *recorded(),

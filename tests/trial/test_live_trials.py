@@ -15,6 +15,8 @@ from models import AtCall, MemoryHog, arrays, classifier, run_out_if
 import autobatch
 from autobatch import opening
 from autobatch.records import TrialRequest
+from autobatch.step.accumulated_step import AccumulatedStep
+from autobatch.trial import timing
 
 MOST = 21
 
@@ -169,8 +171,9 @@ class HungryAdam(keras.optimizers.Adam):
 # A process's first accumulated steps are timed but once.
 @pytest.mark.parametrize(("micro_batch", "timed_at_first"), [(16, 1), (32, 3)])
 def test_whether_an_update_fits_beside_copies_of_the_weights_is_found_out_before_training_relies_on_it(
-    micro_batch, timed_at_first
+    micro_batch, timed_at_first, monkeypatch
 ):
+    monkeypatch.setattr(timing, "ENOUGH_SECONDS", 1e9)  # however slow the machine is
     timed = 3
     asked = AtCall(timed_at_first + 1)  # once for the proof, then the timed ones, then beside the copies
     model = classifier(HungryAdam(asked))
@@ -198,3 +201,22 @@ def test_a_trial_times_no_more_than_it_is_asked():
         assert result.apply_seconds > 0
     # Nothing but the steps that show that it fits was run, so their time is the time told.
     assert later[0].step_seconds == later[0].first_step_seconds
+
+
+@pytest.mark.parametrize(("enough", "runs"), [(1e9, [2, 4]), (0.0, [2, 2])], ids=["fast", "slow"])
+def test_slow_steps_are_repeated_once_and_the_shorter_time_is_told(enough, runs, monkeypatch):
+    monkeypatch.setattr(timing, "ENOUGH_SECONDS", enough)
+    calls = []
+    original = AccumulatedStep.accumulate
+    monkeypatch.setattr(AccumulatedStep, "accumulate", lambda *args: (calls.append(1), original(*args))[1])
+    model = classifier(keras.optimizers.Adam(0.01))
+    trials = opening.open_trials(model, *arrays(), target_batch=None, memory_limit_bytes=None, headroom=0.0)
+    found = []
+    for _ in range(2):
+        calls.clear()
+        result = trials.run(TrialRequest(4, timed_steps=3))
+        found.append(len(calls))
+    trials.close()
+    assert found == runs  # of the first trial, whose graph is optimised meanwhile, and of the next
+    if enough == 0:
+        assert result.step_seconds <= result.first_step_seconds
