@@ -122,7 +122,10 @@ def apply_of(optimizer: Any) -> Callable[..., None]:
 def gradients_already_reduced(optimizers: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     """Let the optimizers' ``apply`` take gradients as sums over all replicas already, while the context is open.
 
-    Keras sums them itself, but after clipping. One device would clip the sum.
+    Keras sums them itself, but after clipping: one device would clip the sum.
+
+    On one device there is nothing to sum. But TensorFlow keeps the gradient of that sum for good, and by it the graph,
+    and the weights and slots that it touches: every training would leave them in the device's memory.
     """
     inner = [getattr(optimizer, "inner_optimizer", None) for optimizer in optimizers]
     touched = [one for one in (*optimizers, *inner) if one is not None]

@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from autobatch.errors import FixedBatchSizeError
 from autobatch.metrics.merged_logs import Logs
+from autobatch.seams.optimizers import gradients_already_reduced
 from autobatch.step import fixed_size
 from autobatch.step.accumulators import Accumulators, Update
 from autobatch.step.compilations import Compilations
@@ -342,7 +343,9 @@ class AccumulatedStep(CompiledStep):
     def _trace_apply(self, micro: MicroStep) -> Callable[[], Any]:
         def apply() -> None:
             updates = self._sums.updates
-            with self.update_room.update_of([variable for update in updates for variable in update.variables]):
+            variables = [variable for update in updates for variable in update.variables]
+            reduced = gradients_already_reduced([update.optimizer for update in updates])
+            with self.update_room.update_of(variables), reduced:
                 for update in updates:
                     update.optimizer.apply(self._sums.gradients_of(update), update.variables)
             micro.averages.assign_after_update()

@@ -20,6 +20,7 @@ from autobatch.graphs.parts import StepPart
 from autobatch.graphs.replay import Replay, Source
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.metrics.merged_logs import Logs
+from autobatch.seams.optimizers import gradients_already_reduced
 from autobatch.step.accumulators import Accumulators
 from autobatch.step.division import Division
 from autobatch.step.gradient_sums import Shares
@@ -268,7 +269,8 @@ class PartedStep:
         return Replay(self._source, given)
 
     def _apply(self, update: SummedUpdate) -> None:
-        update.optimizer.apply(self._sums.gradients_of_units(update.units), update.variables)
+        with gradients_already_reduced([update.optimizer]):
+            update.optimizer.apply(self._sums.gradients_of_units(update.units), update.variables)
 
     # -- between passes -----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from autobatch.graphs.writes import written_variables
 from autobatch.metrics.merged_logs import Logs
 from autobatch.seams import models
 from autobatch.seams.functions import functions_inlined
-from autobatch.seams.optimizers import apply_of, capture_apply
+from autobatch.seams.optimizers import apply_of, capture_apply, gradients_already_reduced
 from autobatch.seams.summaries import SummaryTurn
 from autobatch.step import fixed_size
 from autobatch.step.update_room import UpdateReserve
@@ -104,7 +104,8 @@ class WholeBatchStep:
             with tf.control_dependencies(tf.nest.flatten(present, expand_composites=True)):
                 held = [None if gradient is None else tf.identity(gradient) for gradient in gradients]
                 # XLA allocates all that a compiled step needs before anything runs, and writes nothing before its end.
-                with contextlib.nullcontext() if self._model.jit_compile else self._reserve.update_of(variables):
+                room = contextlib.nullcontext() if self._model.jit_compile else self._reserve.update_of(variables)
+                with room, gradients_already_reduced([optimizer]):
                     apply_of(optimizer)(held, variables)
 
         train_step = self._summaries.once(models.untraced(self._model.train_step))
