@@ -66,6 +66,7 @@ def _held_by_others(device: str, limit: Limit, own_bytes: int) -> int:
         warn(
             f"{format_bytes(held)} of {format_bytes(limit.limit_bytes)} on {device} are held by other tensors of this "
             "process, such as earlier models, and data on a CPU; this model has the rest. Where they are no longer "
-            "needed, delete what refers to them and call keras.backend.clear_session() first.",
+            "needed, delete what refers to them and call keras.backend.clear_session() first. What Keras's own fit has "
+            "trained stays in memory until the process ends, so train behind it in a new process.",
         )
     return held
