@@ -147,16 +147,24 @@ def replayed_peak_bytes(trace: AllocationTrace, micro_batch: int) -> int | None:
     known = len(trace.held)
     waiting: dict[int, int] = {}
     for place, step in enumerate(trace.order):
-        if step >= 0:
+        if not waiting:
+            if step < 0:
+                allocator.release(addresses[~step])
+                continue
+            try:
+                addresses[step] = allocator.allocate(wanted[step - known])
+                continue
+            except FullError:
+                waiting[step] = place + patience
+        elif step >= 0:
             waiting[step] = place + patience
         elif ~step in waiting:
             return None
         else:
             allocator.release(addresses[~step])
-        if waiting:
-            _let_in(waiting, allocator, addresses, wanted, known)
-            if waiting and any(until <= place for until in waiting.values()):
-                return None
+        _let_in(waiting, allocator, addresses, wanted, known)
+        if any(until <= place for until in waiting.values()):
+            return None
     return None if waiting else allocator.asked_peak_bytes
 
 
