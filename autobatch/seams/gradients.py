@@ -1,12 +1,14 @@
-"""Replacements of ``GradientTape.gradient`` while a step is traced."""
+"""Replacements of ``GradientTape.gradient`` while a step is traced, and the gradients that a trace registers."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.framework import ops as _ops
 
 from autobatch.seams.patching import replaced
 
@@ -76,3 +78,25 @@ def without_gradients(weigh: Callable[..., Any]) -> contextlib.AbstractContextMa
         return gradient
 
     return _gradient_replaced(replacement)
+
+
+@contextlib.contextmanager
+def registered_while_alive(owner: Any) -> Iterator[None]:
+    """Forget the custom gradients that are registered while the context is open, once ``owner`` is gone.
+
+    TensorFlow registers one for each call of ``tf.custom_gradient`` in a trace, as ``tf.nn.silu`` makes one, and keeps
+    it for good. By it the graph stays, and the memory of all variables that the graph touches.
+    """
+    registered = _ops.gradient_registry._registry
+    known = set(registered)
+    try:
+        yield
+    finally:
+        names = [name for name in registered if name not in known and name.startswith("CustomGradient-")]
+        if names:
+            weakref.finalize(owner, _forget, registered, names).atexit = False
+
+
+def _forget(registered: dict[str, Any], names: list[str]) -> None:
+    for name in names:
+        registered.pop(name, None)

@@ -19,6 +19,7 @@ from keras.src.models.functional import Functional as _Functional
 from keras.src.trainers.trainer import Trainer as _Trainer
 
 from autobatch.seams.functions import converted
+from autobatch.seams.gradients import registered_while_alive
 from autobatch.seams.patching import replaced, suspended
 from autobatch.seams.versions import holders_of_traces
 
@@ -66,7 +67,7 @@ def build_on(model: Any, element_spec: Any) -> None:
 def _build_on(model: Any, element_spec: Any) -> None:
     if isinstance(model, (keras.Sequential, _Functional)):
         stack = list(model._layers)
-        with contextlib.suppress(*_NOT_SYMBOLIC):
+        with contextlib.suppress(*_NOT_SYMBOLIC), registered_while_alive(model):
             model._symbolic_build(data_batch=_symbolic_batch(element_spec))
         if isinstance(model, keras.Sequential) and model._functional is None:
             model._layers = stack  # without the input that Keras has put before it, whose shape is taken for the user's

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from autobatch.differences.trace_findings import TraceFindings
 from autobatch.graphs import row_numbers
 from autobatch.graphs.touched_variables import TouchedVariables
 from autobatch.metrics.merged_logs import Logs
-from autobatch.seams import models
+from autobatch.seams import gradients, models
 from autobatch.seams.summaries import SummaryTurn
 from autobatch.seams.trainable import TrainableState
 from autobatch.step.accumulators import Update
@@ -129,11 +129,15 @@ class CompiledStep(abc.ABC):
             self.evaluations[key].trained_as = self.trained_as
         return self.evaluations[key]
 
-    def _traced_as(self) -> contextlib.AbstractContextManager[None]:
-        """Put the model into the state in which its steps are traced."""
-        if self.trained_as is None or self.model.run_eagerly:
-            return contextlib.nullcontext()
-        return self.trained_as.restored()
+    @contextlib.contextmanager
+    def _traced_as(self) -> Iterator[None]:
+        """Put the model into the state in which its steps are traced; no trace outlives this step."""
+        if self.model.run_eagerly:
+            yield
+            return
+        as_trained = contextlib.nullcontext() if self.trained_as is None else self.trained_as.restored()
+        with gradients.registered_while_alive(self), as_trained:
+            yield
 
     @property
     @abc.abstractmethod

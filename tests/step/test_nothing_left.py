@@ -35,6 +35,17 @@ def fit_after_search():
     autobatch.fit(model, *arrays(), target_batch=24, verbose=0)
 
 
+def with_custom_gradients(**options):
+    def train():
+        swish = keras.layers.Dense(8, activation="silu")
+        model = classifier(keras.optimizers.Adam(0.01), extra=(swish,), **options)
+        x, y = arrays()
+        autobatch.fit(model, x, y, target_batch=24, micro_batch=12, verbose=0, validation_data=(x, y))
+        autobatch.fit(model, x, y, target_batch=24, micro_batch=24, verbose=0)
+
+    return train
+
+
 def tune():
     autobatch.tune(classifier(keras.optimizers.Adam(0.01)), *arrays(), target_batch=24)
 
@@ -67,8 +78,28 @@ def loop_of_ones_own():
 
 @pytest.mark.parametrize(
     "train",
-    [fit(micro_batch=12), fit(micro_batch=24), fit_after_search, tune, compiled, several_updates, loop_of_ones_own],
-    ids=["accumulated", "whole", "searched", "tuned", "compiled", "several_updates", "loop_of_ones_own"],
+    [
+        fit(micro_batch=12),
+        fit(micro_batch=24),
+        fit_after_search,
+        with_custom_gradients(),
+        with_custom_gradients(jit_compile=True),
+        tune,
+        compiled,
+        several_updates,
+        loop_of_ones_own,
+    ],
+    ids=[
+        "accumulated",
+        "whole",
+        "searched",
+        "custom_gradients",
+        "custom_gradients_compiled",
+        "tuned",
+        "compiled",
+        "several_updates",
+        "loop_of_ones_own",
+    ],
 )
 def test_a_model_that_was_trained(train):
     train()
