@@ -109,7 +109,7 @@ class EffectiveBatches(ContinuableAdapter):
         self._recut: rebatching.Rebatched | None = None
         if data_adapters.is_dataset_adapter(self._inner):
             self._passes.save_iterators_of(dataset)
-        again = keeps_order and data_adapters.is_grain_adapter(self._inner)
+        again = self._noted is not None
         self._first_look = FirstLook(self._inner, dataset, only_look=only_look, reads_again=again)
         self._iterated = False
         self._looked: Any = None

@@ -14,13 +14,8 @@ class IndexedBatches(NotedBatches):
     """Batches of the PyDataset behind Keras's ``adapter``."""
 
     def __init__(self, adapter: Any) -> None:
-        super().__init__()
-        self._adapter = adapter
+        super().__init__(adapter)
         data_adapters.generate_by(adapter, self._generate)
-
-    def dataset(self) -> Any:
-        """Return the ``tf.data.Dataset`` that Keras's adapter makes of these batches."""
-        return self._adapter.get_tf_dataset()
 
     def _generate(self, original: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         kept = self._begin()

@@ -6,7 +6,6 @@ states before a batch that draws are noted, and put back before it is made again
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,16 +27,17 @@ class Pass:
     """States before each batch, None for one that drew nothing; one entry more stands for the batch to come."""
 
 
-class NotedBatches(abc.ABC):
-    """Batches of the user's loader, noted; to be made before Keras's adapter makes its ``tf.data.Dataset``."""
+class NotedBatches:
+    """Batches of the loader behind Keras's ``adapter``, noted; to be made before the adapter makes its dataset."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: Any) -> None:
+        self._adapter = adapter
         self._present = Pass()
         self._kept: dict[str, Any] | None = None
 
-    @abc.abstractmethod
     def dataset(self) -> Any:
         """Return the ``tf.data.Dataset`` that Keras's adapter makes of these batches."""
+        return self._adapter.get_tf_dataset()
 
     def place_behind(self, rows: int) -> dict[str, Any] | None:
         """Return the place behind so many rows of the present pass: batches, their rows, and rows of the next one.

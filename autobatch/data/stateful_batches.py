@@ -72,8 +72,7 @@ class StatefulBatches(NotedBatches):
     """Batches of the loader behind Keras's ``adapter``, which become effective batches of ``target_batch``."""
 
     def __init__(self, adapter: Any, iterators: Iterators, target_batch: int) -> None:
-        super().__init__()
-        self._adapter = adapter
+        super().__init__(adapter)
         self._iterators = iterators
         self._reach_rows = _REACH * target_batch
         self._states: dict[int, Any] = {}
@@ -82,7 +81,7 @@ class StatefulBatches(NotedBatches):
     def dataset(self) -> Any:
         """Return the ``tf.data.Dataset`` that Keras's adapter makes of these batches."""
         with tf_data.generators_made_by(self._generate):
-            return self._adapter.get_tf_dataset()
+            return super().dataset()
 
     def place_behind(self, rows: int) -> dict[str, Any] | None:
         """Return the place as :class:`NotedBatches` does; None too if the iterator's state cannot be kept."""
