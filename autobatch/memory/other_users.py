@@ -14,6 +14,13 @@ _NOTABLE_BYTES = 64 * 2**20  # less than this explains nothing
 _POOL_SHARE = 0.7  # TensorFlow takes nearly all of a card where growth is off; torch and JAX rarely that much
 _FRAMEWORKS = ("torch", "jax", "cupy")
 
+HOW_TO_FREE = (
+    "Where they are no longer needed, delete what refers to them and call keras.backend.clear_session() first. The "
+    "weights of a model that Keras's own fit has trained stay in memory all the same, until the process ends: start a "
+    "new one."
+)
+"""Remedy where this process itself holds much of a device's memory."""
+
 
 def explain_pressure(device: str, answer: nvml.NvmlAnswer | None = None) -> list[str]:
     """Return sentences that name what else takes memory on ``device`` ("GPU:0"); the list is empty on a CPU.

@@ -125,7 +125,8 @@ def gradients_already_reduced(optimizers: Sequence[Any]) -> contextlib.AbstractC
     Keras sums them itself, but after clipping: one device would clip the sum.
 
     On one device there is nothing to sum. But TensorFlow keeps the gradient of that sum for good, and by it the graph,
-    and the weights and slots that it touches: every training would leave them in the device's memory.
+    and the weights and slots that it touches: every training would leave them in the device's memory. What is forgotten
+    with a step (``registered_while_alive``) goes a collection later, behind the next search.
     """
     inner = [getattr(optimizer, "inner_optimizer", None) for optimizer in optimizers]
     touched = [one for one in (*optimizers, *inner) if one is not None]

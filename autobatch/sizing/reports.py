@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from autobatch.differences import difference
 from autobatch.errors import NoFeasibleBatchError, warn
-from autobatch.memory.other_users import explain_pressure
+from autobatch.memory.other_users import HOW_TO_FREE, explain_pressure
 from autobatch.records import Environment, Plan, Report, SearchResult, TrialResult
 from autobatch.sizing.in_samples import plan_in_samples, result_in_samples, samples_in_portion
 from autobatch.units import format_bytes
@@ -133,8 +133,7 @@ def _held_by_others(environment: Environment) -> str:
         return ""
     return (
         f" {format_bytes(environment.held_by_others_bytes)} were held before by other tensors of this process, such as "
-        "earlier models, and data on a CPU. Where they are no longer needed, delete what refers to them and call "
-        "keras.backend.clear_session()."
+        f"earlier models, and data on a CPU. {HOW_TO_FREE}"
     )
 
 

@@ -397,4 +397,4 @@ class LiveTrials:
             snapshot.drop()
         lay_anew(self.step.variables, self.device)
         self._snapshots, self._saved = [], set()
-        gc.collect(1)  # what is new since then: all of it would take a third of a second more
+        gc.collect(1)  # the young objects alone: all of them take a third of a second

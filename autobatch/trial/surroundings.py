@@ -11,6 +11,7 @@ import tensorflow as tf
 from autobatch.arguments import require_left
 from autobatch.errors import warn
 from autobatch.memory import limits
+from autobatch.memory.other_users import HOW_TO_FREE
 from autobatch.records import Environment, Limit
 from autobatch.types import Model
 from autobatch.units import format_bytes, headroom_share, less_headroom
@@ -65,8 +66,6 @@ def _held_by_others(device: str, limit: Limit, own_bytes: int) -> int:
     if held > _MUCH_HELD * limit.limit_bytes:
         warn(
             f"{format_bytes(held)} of {format_bytes(limit.limit_bytes)} on {device} are held by other tensors of this "
-            "process, such as earlier models, and data on a CPU; this model has the rest. Where they are no longer "
-            "needed, delete what refers to them and call keras.backend.clear_session() first. What Keras's own fit has "
-            "trained stays in memory until the process ends, so train behind it in a new process.",
+            f"process, such as earlier models, and data on a CPU; this model has the rest. {HOW_TO_FREE}",
         )
     return held

@@ -27,7 +27,7 @@ REMEDIES = {
     Cause.TENSORS: "Keep numbers, float(tensor), or a running keras.metrics.Mean instead of tensors, and empty what is "
     "kept at the end of each epoch.",
     Cause.MODELS: "Build the model once, outside the loop; or, before each new one, del the old one and call "
-    "keras.backend.clear_session().",
+    "keras.backend.clear_session(). Keras's own fit leaves a model's weights in memory even so, autobatch.fit none.",
     Cause.DATA: "Keep results as numbers or write them to disk; give cache() a file name, and shuffle() a smaller "
     "buffer. Growth by cache() ends once all data have been read.",
     Cause.GARBAGE: "Call gc.collect() at the end of each epoch, or break the cycle: an object that holds tensors "
