@@ -2,10 +2,12 @@
 
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import shutil
 import signal
+import types
 
 import keras
 import models
@@ -17,7 +19,9 @@ import uneven
 
 import autobatch
 from autobatch import arguments
+from autobatch.backup import training_backup
 from autobatch.backup.settings import BackupSettings
+from autobatch.backup.training_backup import TrainingBackup
 from autobatch.errors import AutobatchWarning
 
 TARGET = 16
@@ -88,6 +92,34 @@ def test_an_interrupted_training_goes_on_and_its_backups_are_removed(kept, whole
 def test_updates_between_two_backups_are_counted_over_epochs(tmp_path):
     kept = interrupted(tmp_path / "backup", stop=10, backup_every=5, epochs=9)  # an epoch has three
     assert kept == ["update-000000000005", "update-000000000010"]
+
+
+def test_training_stands_still_for_a_hundredth_of_its_time_at_most(tmp_path, monkeypatch):
+    seconds = 0.0
+    taken = []  # when training stood still, by a clock on which an update takes a second, and a backup half of one
+
+    class Second(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            nonlocal seconds
+            seconds += 1
+
+    def state_of(backup, *args, **kwargs):
+        nonlocal seconds
+        seconds += 0.5
+        taken.append(seconds)
+        return original(backup, *args, **kwargs)
+
+    original = TrainingBackup._state
+    monkeypatch.setattr(TrainingBackup, "_state", state_of)
+    monkeypatch.setattr(training_backup, "time", types.SimpleNamespace(monotonic=lambda: seconds))
+    updates = 170
+    data = models.arrays(samples=TARGET * updates)
+    fit(tmp_path / "backup", data=data, backup_every="2s", epochs=1, callbacks=[Second()])
+    first, *later = taken[:-1]  # the last one is held at the end of the epoch
+    assert first <= 5
+    assert len(later) >= 2
+    assert all(following - before >= 99 * 0.5 for before, following in itertools.pairwise([first, *later]))
+    assert 0.5 * len(taken) <= seconds / 100 + 2 * 0.5  # the first one, and the end's
 
 
 def test_other_files_in_the_folder_are_left_alone(kept):
