@@ -104,6 +104,7 @@ class EffectiveBatches(ContinuableAdapter):
             dataset = self._inner.get_tf_dataset() if self._noted is None else self._noted.dataset()
         self._calls = EpochCalls(self._inner, keeps_order=keeps_order)
 
+        self._as_they_come = as_they_come
         self._cut_again = functools.partial(rebatching.Rebatched, as_they_come=as_they_come)
         self._source = dataset
         self._recut: rebatching.Rebatched | None = None
@@ -178,7 +179,7 @@ class EffectiveBatches(ContinuableAdapter):
         elif not self._arrays:
             self._recut = self._cut_again(dataset, self.target_batch, ahead=self._ahead)
             self._dataset, self.element_spec = economy.with_short_queues(self._recut.dataset), self._recut.element_spec
-        self._takes_target = self._recut is not None and not self._cut_again.keywords["as_they_come"]
+        self._takes_target = self._recut is not None and not self._as_they_come
         padding = [] if self._recut is None else self._recut.padding
         self.structure = Structure(self.element_spec)
         if self._layout is not None or self._seen is not None:
@@ -186,7 +187,7 @@ class EffectiveBatches(ContinuableAdapter):
             values = rebatching.padding_values(dataset)
             values = [value for value, spec in zip(values, specs, strict=True) if not is_missing(spec)]
             padding = padding or sorted({str(value) for value in values})
-            self._cutter = PortionCutter(self.structure, self.target_batch, values)
+            self._cutter = PortionCutter(self.structure, self.target_batch, values, as_they_come=self._as_they_come)
         self._noting_padding = rebatching.PaddingNote(padding)
         if self.structure.takes_elements_whole:
             self.say_how_they_are_cut()

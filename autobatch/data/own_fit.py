@@ -63,7 +63,7 @@ def call_own_fit(
             under_way.append(True)
             try:
                 kept = {key: value for key, value in given.items() if key not in ("self", "batch_size")}
-                if "batch_size" in options and _has_batches_of(kept.get("x"), target_batch):
+                if _is_grain(kept.get("x")) and ("batch_size" in options or _are_batches_of(target_batch, kept)):
                     kept[AS_THEY_COME] = True
                 return instead(kept, functools.partial(original, model))
             finally:
@@ -171,17 +171,36 @@ def _comes_in_batches(x: Any) -> bool:
     return hasattr(x, "__iter__") and not hasattr(x, "shape") and not isinstance(x, (list, tuple, dict))
 
 
-def _has_batches_of(x: Any, samples: int) -> bool:
-    """Return True for a Grain dataset whose first batch has as many samples.
+def require_known_passes(given: Given, options: Given, target_batch: int) -> None:
+    """Refuse Grain's data that a ``fit`` repeats, as KerasHub's does for all epochs, if they are to be cut again.
 
-    Grain does not show how its batches were made. KerasHub repeats the data of an epoch, so that its last batch must
-    not be joined to the first of the next.
+    Grain does not show how its batches were made. So the last batch of an epoch would be joined to the first of the
+    next. ``given`` is what that ``fit`` hands on to Keras's, ``options`` what its user has passed.
+
+    Raises:
+        ValueError: they are such data.
     """
-    if type(x).__module__.partition(".")[0] != "grain":
-        return False
-    first = next(iter(x), None)
-    parts = [part for part in keras.tree.flatten(first) if part is not None]
-    return bool(parts) and len(parts[0]) == samples
+    steps = given.get("steps_per_epoch")
+    if _is_grain(given.get("x")) and AS_THEY_COME not in given and steps != options.get("steps_per_epoch"):
+        raise ValueError(
+            f"The fit of this model repeats Grain's data, and counts {steps} of their batches as an epoch, so that "
+            f"they cannot be joined or cut into others. Make batches of target_batch ({target_batch}) samples, or pass "
+            f"arrays or a tf.data.Dataset. Received: batches of {_rows_in_first(given['x'])} samples"
+        )
+
+
+def _is_grain(x: Any) -> bool:
+    return type(x).__module__.partition(".")[0] == "grain"
+
+
+def _are_batches_of(samples: int, given: Given) -> bool:
+    """Return True if the first batch has as many samples, or is a whole epoch of fewer."""
+    rows = _rows_in_first(given["x"])
+    return rows == samples or (rows is not None and rows < samples and given.get("steps_per_epoch") == 1)
+
+
+def _rows_in_first(x: Any) -> int | None:
+    return next((len(part) for part in keras.tree.flatten(next(iter(x), None)) if part is not None), None)
 
 
 # -- whether it calls Keras's fit -------------------------------------------------------------------------------------

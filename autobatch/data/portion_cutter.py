@@ -24,10 +24,14 @@ class PortionCutter:
         target: portions in an effective batch; the last may have fewer.
         padding: the value that each part of the structure, missing ones included, is padded with where samples of
             different lengths come together.
+        as_they_come: True if each element is an effective batch already.
     """
 
-    def __init__(self, structure: Structure, target: int, padding: Sequence[Any]) -> None:
+    def __init__(
+        self, structure: Structure, target: int, padding: Sequence[Any], *, as_they_come: bool = False
+    ) -> None:
         self._structure = structure
+        self._as_they_come = as_they_come or structure.takes_elements_whole
         self._target = target
         self._padding = padding
         self.met_others = False
@@ -39,7 +43,7 @@ class PortionCutter:
         count = 0
         for element in elements:
             portions = self._structure.portions_in(element)
-            if portions is None or self._structure.takes_elements_whole:
+            if portions is None or self._as_they_come:
                 self.met_others |= portions is None
                 if held:
                     yield self._joined(held)

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from autobatch.data.own_fit import Given, call_own_fit
+from autobatch.data.own_fit import Given, call_own_fit, require_known_passes
 from autobatch.records import Recovery
 from autobatch.training_history import TrainingHistory
 from autobatch.types import Dataset, Model
@@ -25,11 +25,13 @@ def train_through_own_fit(
     it returns none, the History is that of the last training.
 
     Raises:
-        TypeError, ValueError: as for :func:`autobatch.data.own_fit.call_own_fit`.
+        TypeError, ValueError: as for :func:`autobatch.data.own_fit.call_own_fit` and
+            :func:`autobatch.data.own_fit.require_known_passes`.
     """
     trained: list[TrainingHistory] = []
 
     def instead(given: Given, keras_fit: Callable[..., Any]) -> TrainingHistory:
+        require_known_passes(given, options, target_batch)
         trained.append(train(given, keras_fit))
         return trained[-1]
 

@@ -366,3 +366,12 @@ def test_only_looking_moves_nothing_where_python_makes_the_samples():
     looked, untouched = made(), made()
     EffectiveBatches(looked, target_batch=16, only_look=True).look()
     assert [x.numpy().tolist() for x in looked] == [x.numpy().tolist() for x in untouched]
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_batches_that_stay_as_they_come_do_so_where_the_first_look_reads_the_data_themselves(looks):
+    sizes = [8, 8, 4, 8, 8, 4, 3]
+    batches = EffectiveBatches(((X[:size], Y[:size]) for size in sizes), target_batch=8, as_they_come=True)
+    if looks:
+        assert len(batches.look()[0]) == 8
+    assert [len(x) for x, _ in batches] == sizes

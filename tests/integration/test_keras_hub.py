@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from optional import keras_hub
+from optional import grain, keras_hub
 
 import autobatch
 
@@ -86,8 +86,8 @@ def batched(data):
     return (tf.data.Dataset.from_tensor_slices(data if len(data) > 1 else data[0]).batch(8),)
 
 
-@pytest.mark.parametrize(("kind", "given"), [*((kind, "arrays") for kind in KINDS), ("text", "batches")])
-def test_it_trains_as_by_keras(kind, given):
+def a_pair(kind, samples=20):
+    """Two models alike, whose updates do not depend on how a batch is cut, and their data."""
     plain, data = made(kind)
     ours, _ = made(kind)
     for layer in plain._flatten_layers(), ours._flatten_layers():
@@ -96,13 +96,101 @@ def test_it_trains_as_by_keras(kind, given):
                 each.trainable = False  # normalises each micro-batch by itself
     for model in (plain, ours):
         model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    if given == "batches":
-        data = batched(data)
-    options = {"epochs": 2, "verbose": 0} | ({} if given == "batches" else {"shuffle": False})
-    expected = plain.fit(*data, **options, **({} if given == "batches" else {"batch_size": 8}))
+    return plain, ours, tuple(first_of(part, samples) for part in data)
+
+
+def first_of(part, samples):
+    return part[:samples] if isinstance(part, list) else keras.tree.map_structure(lambda leaf: leaf[:samples], part)
+
+
+@pytest.fixture(params=["Grain", "no Grain"])
+def with_and_without_grain(request, monkeypatch):
+    """KerasHub makes batches of arrays by Grain where it is installed, and by tf.data where not."""
+    from keras_hub.src.utils import pipeline_model
+
+    if request.param == "Grain":
+        grain()
+    elif getattr(pipeline_model, "grain", None) is not None:
+        monkeypatch.setattr(pipeline_model, "grain", None)
+
+
+@pytest.mark.parametrize(("kind", "samples"), [*((kind, 20) for kind in KINDS), ("text", 5)])
+def test_arrays_train_as_by_keras(kind, samples, with_and_without_grain):
+    plain, ours, data = a_pair(kind, samples)
+    options = {"epochs": 2, "verbose": 0, "shuffle": False}
+    expected = plain.fit(*data, batch_size=8, **options)
     history = autobatch.fit(ours, *data, target_batch=8, micro_batch=3, **options)
     require_close(ours, plain)
     np.testing.assert_allclose(history.history["loss"], expected.history["loss"], rtol=1e-5)
+
+
+def test_batches_train_as_by_keras():
+    plain, ours, data = a_pair("text")
+    options = {"epochs": 2, "verbose": 0}
+    expected = plain.fit(*batched(data), **options)
+    history = autobatch.fit(ours, *batched(data), target_batch=8, micro_batch=3, **options)
+    require_close(ours, plain)
+    np.testing.assert_allclose(history.history["loss"], expected.history["loss"], rtol=1e-5)
+
+
+class Samples:
+    """A source of Grain's."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return keras.tree.map_structure(lambda leaf: leaf[index], self.data)
+
+
+def test_grains_own_batches_train_as_by_keras_if_they_are_of_the_target():
+    plain, ours, data = a_pair("causal without a preprocessor")
+    batches = grain().MapDataset.source(Samples(data)).batch(8)
+    options = {"epochs": 2, "verbose": 0, "shuffle": False}
+    plain.fit(batches, **options)
+    autobatch.fit(ours, batches, target_batch=8, micro_batch=3, **options)
+    require_close(ours, plain)
+
+
+def test_grains_own_batches_of_another_size_are_refused_where_their_epochs_would_run_into_each_other():
+    _, ours, data = a_pair("causal without a preprocessor")
+    batches = grain().MapDataset.source(Samples(data)).batch(4)
+    before = ours.get_weights()
+    with pytest.raises(ValueError, match="counts 5 of their batches as an epoch.*Received: batches of 4 samples"):
+        autobatch.fit(ours, batches, target_batch=8, epochs=2, verbose=0)
+    for now, then in zip(ours.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+    assert autobatch.tune(ours, batches, target_batch=8).plan.micro_batch == 8  # reads and does not train
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopsAt(keras.callbacks.Callback):
+    def __init__(self, update):
+        super().__init__()
+        self.update = update
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.optimizer.iterations == self.update:
+            raise Stopped
+
+
+def test_a_restart_goes_on_as_by_keras(tmp_path, with_and_without_grain):
+    plain, ours, data = a_pair("text")
+    options = {"epochs": 3, "verbose": 0, "shuffle": False}
+    plain.fit(*data, batch_size=8, **options)
+    kept = {"target_batch": 8, "micro_batch": 3, "backup": tmp_path / "backup", "backup_every": 1}
+    with pytest.raises(Stopped):
+        autobatch.fit(ours, *data, **kept, callbacks=[StopsAt(4)], **options)
+    _, again, data = a_pair("text")
+    autobatch.fit(again, *data, **kept, **options)
+    require_close(again, plain)
+    assert again.optimizer.iterations == plain.optimizer.iterations
 
 
 def test_validation_and_class_weights_are_preprocessed_once():
