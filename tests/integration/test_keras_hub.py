@@ -106,6 +106,7 @@ def first_of(part, samples):
 @pytest.fixture(params=["Grain", "no Grain"])
 def with_and_without_grain(request, monkeypatch):
     """KerasHub makes batches of arrays by Grain where it is installed, and by tf.data where not."""
+    keras_hub()
     from keras_hub.src.utils import pipeline_model
 
     if request.param == "Grain":
