@@ -11,7 +11,6 @@ order, or blocks overlap. The search then goes on without it, for no error of th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import logging
 import os
@@ -22,7 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autobatch.allocation_trace import AllocationTrace
-from autobatch.memory import arena, arena_regions, profile_reader
+from autobatch.memory import arena, arena_regions, held_blocks, profile_reader
+from autobatch.memory.arena_regions import ROUND_BYTES
 from autobatch.memory.compiled_growth import growth
 from autobatch.memory.profile_reader import Event
 from autobatch.seams.compiled_programs import Block
@@ -43,9 +43,6 @@ _WORKSPACES = ("Conv2DBackpropInput", "Conv2DBackpropFilter")
 
 _TURNS = 10
 """Turns of threads from which on operations ran side by side: with one thread for them there are 1 to 3 in a step."""
-
-_ROUND_BYTES = 256
-"""Unit to which the allocator rounds a block up."""
 
 
 @dataclass(slots=True)
@@ -95,7 +92,7 @@ def recording(device: str, held: Iterable[Variable | Tensor]) -> Iterator[Record
     with tempfile.TemporaryDirectory(prefix="autobatch-") as folder:
         started = False
         with _as_a_hint("started"):
-            found.held = _addresses(held, device)
+            found.held = held_blocks.addresses_of(held, device)
             # No options: TensorFlow 2.21 takes none of them, and complains.
             with _silenced():
                 profiler.start(folder)
@@ -200,17 +197,18 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
             steps.append((False, -1 - len(freed)))
             freed.append(event.address)
     for address, held_bytes in found.held.items():
-        blocks.setdefault(address, -(-held_bytes // _ROUND_BYTES) * _ROUND_BYTES)
+        blocks.setdefault(address, -(-held_bytes // ROUND_BYTES) * ROUND_BYTES)
     in_use = _in_use_before(first)
     touched = {event.address: event.chunk_bytes for event in found.events}
     regions = arena_regions.find_regions(found.events, blocks)
-    held = _within(regions, blocks)
+    held = held_blocks.within(regions, blocks)
     lost = [address for address in freed if address not in dict(held)]
     if lost:
         raise ValueError(f"blocks that were given back do not lie in the allocator's memory: {lost[:3]}")
     elsewhere = first.in_use_bytes + first.free_bytes - sum(taken for _, taken in regions)
     unknown = in_use - sum(taken for _, taken in held) - max(0, elsewhere)
-    held += _unaccounted(regions, {**touched, **dict(held)}, unknown)
+    largest_free = arena_regions.largest_free_before(found.events)
+    held += held_blocks.unaccounted(regions, held, touched, unknown, largest_free)
     held.sort()
     index = {address: number for number, (address, _) in enumerate(held)}
     known = len(held)
@@ -320,60 +318,6 @@ def _require_possible(events: Sequence[Event]) -> None:
             if live.pop(event.address) != event.chunk_bytes:
                 raise ValueError(f"event {number} gives back another chunk than was taken: {event}")
             starts.remove(event.address)
-
-
-def _within(regions: list[tuple[int, int]], blocks: dict[int, int]) -> list[tuple[int, int]]:
-    """Return the blocks that lie in a region; of two that overlap, only the lower one."""
-    inside: list[tuple[int, int]] = []
-    for address, taken in sorted(blocks.items()):
-        fits = any(start <= address and address + taken <= start + size for start, size in regions)
-        if fits and (not inside or inside[-1][0] + inside[-1][1] <= address):
-            inside.append((address, taken))
-    return inside
-
-
-def _unaccounted(regions: list[tuple[int, int]], taken: dict[int, int], rest: int) -> list[tuple[int, int]]:
-    """Return blocks that stand for ``rest`` bytes held at unknown addresses.
-
-    They fill the smallest holes, where the allocator puts small blocks.
-    """
-    holes: list[tuple[int, int]] = []
-    for start, size in regions:
-        free_from = start
-        for address, bytes_taken in [*sorted(taken.items()), (start + size, 0)]:
-            if start <= address <= start + size:
-                holes.append((address - free_from, free_from))
-                free_from = max(free_from, address + bytes_taken)
-    blocks = []
-    for size, address in sorted(hole for hole in holes if hole[0] > 0):
-        filled = min(size, rest) // _ROUND_BYTES * _ROUND_BYTES
-        if filled <= 0:
-            break
-        blocks.append((address, filled))
-        rest -= filled
-    return blocks
-
-
-def _addresses(held: Iterable[Variable | Tensor], device: str) -> dict[int, int]:
-    """Return the address of each buffer on ``device`` with its bytes; one whose address is unknown is left out."""
-    import tensorflow as tf
-
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    found = {}
-    for each in held:
-        try:
-            value = each.read_value() if hasattr(each, "read_value") else each
-            if not value.device.endswith(device):
-                continue
-            capsule = tf.experimental.dlpack.to_dlpack(value)
-        except (tf.errors.OpError, AttributeError, TypeError, ValueError, NotImplementedError):
-            continue  # a type that DLPack lacks, a buffer that is a component of something else
-        # The first field of DLPack's tensor is the address of its data.
-        address = ctypes.cast(pointer(capsule, b"dltensor"), ctypes.POINTER(ctypes.c_void_p))[0]
-        if address:
-            found[int(address)] = int(value.dtype.size * (value.shape.num_elements() or 0))
-    return found
 
 
 def _tells(device: str) -> bool:

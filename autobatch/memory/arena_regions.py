@@ -29,7 +29,7 @@ _SHIFT = 256
 _UNNAMED = 64 * 2**10
 """Most bytes of small blocks, at the beginning of a region, that no event names."""
 
-_ROUND_BYTES = 256
+ROUND_BYTES = 256
 """Unit to which the allocator rounds a block up."""
 
 _MOMENTS = 40
@@ -106,6 +106,14 @@ def find_regions(events: Sequence[Event], held: dict[int, int]) -> list[Region]:
     return regions
 
 
+def largest_free_before(events: Sequence[Event]) -> int | None:
+    """Return the bytes of the largest free piece before the ``events``, by what the first tells; None if unknown."""
+    first = events[0]
+    limit = first.in_use_bytes + first.free_bytes
+    # Where some memory is not taken yet, still less may have been taken then.
+    return int(first.free_bytes * (1 - first.fragmentation)) if _taken(events, limit) == limit else None
+
+
 def _taken(events: Sequence[Event], limit: int) -> int:
     """Return the bytes that the allocator has taken from its device by the end of the events, of at most ``limit``.
 
@@ -173,7 +181,7 @@ def _guesses(seams: list[int], told: _Told) -> Iterator[list[Region]]:
         known = sum(size for address, size in told.held if any(s <= address < s + n for s, n in regions))
         unused = told.total - sum(size for _, size in regions) - max(0, told.in_use_before - known)
         if unused >= _MIB:
-            regions.append((max(s + size for s, size in regions) + _PAGE, unused // _ROUND_BYTES * _ROUND_BYTES))
+            regions.append((max(s + size for s, size in regions) + _PAGE, unused // ROUND_BYTES * ROUND_BYTES))
         yield sorted(regions)
 
 
@@ -235,7 +243,7 @@ def _end_by_free_pieces(told: _Told, start: int, ends: int) -> int:
     bound = ends
     for moment in told.moments:
         top = max((address + taken for address, taken in moment.blocks if start <= address < ends), default=start)
-        bound = min(bound, -(-(top + moment.largest_free) // _ROUND_BYTES) * _ROUND_BYTES)
+        bound = min(bound, -(-(top + moment.largest_free) // ROUND_BYTES) * ROUND_BYTES)
     return bound
 
 

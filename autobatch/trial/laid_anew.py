@@ -2,6 +2,7 @@
 
 Where a value lies in the middle of the largest free piece, a size fits or not by what ran before it. Updates make
 weights anew, so that they wander: in one arena 327 samples failed behind a trial of 157, and 338 ran a moment later.
+Sums of gradients wander too, since each update makes them anew: they may come to lie behind a batch that then goes.
 """
 
 from __future__ import annotations
@@ -41,17 +42,25 @@ def lay_anew(variables: Iterable[Variable], device: str) -> None:
         return
     limit_bytes = limits.find_limit(device).limit_bytes or sys.maxsize
     try:
-        for variable in components(variables):
+        # The small ones first: what they leave is a gap for a large one.
+        for variable in sorted(components(variables), key=_value_bytes):
             of_it = variable.device.rpartition("device:")[2]
-            value_bytes = (variable.shape.num_elements() or 0) * variable.dtype.size
+            value_bytes = _value_bytes(variable)
             if not value_bytes or _ROOM * value_bytes > limit_bytes - (limits.bytes_in_use(of_it) or 0):
                 continue
             with tf.device(variable.device):
-                copy = _copy_in_a_gap(variable.read_value(), value_bytes, of_it)
+                value = variable.read_value()
+                if value.shape != variable.shape:  # a sum that rests has no value
+                    continue
+                copy = _copy_in_a_gap(value, value_bytes, of_it)
                 if copy is not None:
                     variable.assign(copy)
     except tf.errors.ResourceExhaustedError:  # what is free is in small pieces
         logger.debug("%s is too full to lay anew what is held", device)
+
+
+def _value_bytes(variable: Variable) -> int:
+    return int(variable.shape.num_elements() or 0) * int(variable.dtype.size)
 
 
 def _copy_in_a_gap(value: Tensor, value_bytes: int, device: str) -> Tensor | None:

@@ -317,7 +317,7 @@ class LiveTrials:
             self.keeper.forget()
         self._require_cuttable()
         self._save()
-        lay_anew(self.step.variables, self.device)
+        lay_anew((*self.step.variables, *self.step.accumulators), self.device)
         for_metrics = 0 if whole else self.step.traced.held_sample_bytes
         self._sample.read()  # before it is seen what is held
         self._pipeline.hold(samples, for_metrics)
@@ -395,6 +395,6 @@ class LiveTrials:
         for snapshot in self._snapshots:
             snapshot.restore()
             snapshot.drop()
-        lay_anew(self.step.variables, self.device)
+        lay_anew((*self.step.variables, *self.step.accumulators), self.device)
         self._snapshots, self._saved = [], set()
         gc.collect(1)  # the young objects alone: all of them take a third of a second

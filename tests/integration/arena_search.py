@@ -14,7 +14,7 @@ import lean_imports  # noqa: F401 - for its effect
 
 import autobatch
 from autobatch import opening
-from autobatch.memory import allocations, limits
+from autobatch.memory import held_blocks, limits
 from autobatch.records import TrialRequest
 
 LIMIT = "144MiB"
@@ -53,7 +53,7 @@ def waiting():
     trace, holders = result.allocations, (trials._pipeline, trials._sample)
     recorded, lies_at = (
         dict(trace.held),
-        allocations._addresses([each for one in holders for each in one.tensors], "CPU:0"),
+        held_blocks.addresses_of([each for one in holders for each in one.tensors], "CPU:0"),
     )
     trials._pipeline.drop()
     beside = held - limits.bytes_in_use("CPU:0")
@@ -83,9 +83,29 @@ def measures():
     for size in (1, 64, 128):
         result = trials.run(TrialRequest(size, timed_steps=0))
         measured[size] = {name: getattr(result, name) for name in fields}
-    recorded = trials.run(TrialRequest(64, timed_steps=0, record_allocations=True)).allocations
+    recorded = [
+        trials.run(TrialRequest(size, timed_steps=0, record_allocations=True)).allocations
+        for size in (64, 200, 64, 150)
+    ]
     trials.close()
-    return {"estimate": asdict(estimate), "measured": measured, "side_by_side": recorded.in_parallel}
+    return {
+        "estimate": asdict(estimate),
+        "measured": measured,
+        "side_by_side": any(trace.in_parallel for trace in recorded),
+        "largest_free": [largest_free(trace) for trace in recorded],
+    }
+
+
+def largest_free(trace):
+    """The bytes of the largest piece that is free where a trial begins."""
+    edges = [(start + size, 0) for start, size in trace.regions]
+    blocks = sorted([*trace.held, *edges])
+    starts = dict(trace.regions)
+    free, end = 0, 0
+    for address, size in blocks:
+        free = max(free, address - max([end, *(start for start in starts if start <= address)]))
+        end = address + size
+    return free
 
 
 def searches():

@@ -54,6 +54,12 @@ def test_a_trial_tells_what_was_held_and_what_the_samples_needed(measures):
     assert max(held) - min(held) < 1 << 20
 
 
+@pytest.mark.slow
+def test_trials_begin_with_the_same_free_piece_whatever_ran_before(measures):
+    """Sums of 4 MiB came to lie behind the batch of the trial before."""
+    assert max(measures["largest_free"]) - min(measures["largest_free"]) < 1 << 19
+
+
 @pytest.fixture(scope="module")
 def waiting(told):
     return told["waiting"]

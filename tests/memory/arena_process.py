@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 
-from autobatch.memory import allocations, arena, limits, oom
+from autobatch.memory import arena, held_blocks, limits, oom
 
 MIB = 2**20
 seen: dict[str, object] = {}
@@ -44,7 +44,7 @@ def note_statistics(tf) -> None:
 
 def note_what_lies_in_the_middle(tf) -> None:
     """Note whether a large block finds room where a variable was made in the middle of the arena."""
-    from autobatch.trial.laid_anew import lay_anew
+    from autobatch.trial import laid_anew
 
     def has_room(mib: int) -> bool:
         try:
@@ -58,27 +58,35 @@ def note_what_lies_in_the_middle(tf) -> None:
     variable = tf.Variable(tf.ones([2 * MIB]))
     del below
     seen["room_beside_it"] = has_room(30)
-    lay_anew([variable], "CPU:0")
+    laid_anew.lay_anew([variable], "CPU:0")
     seen["room_when_laid_anew"] = has_room(30)
     filling = tf.zeros([30 * MIB], tf.uint8)
     before = limits.bytes_in_use("CPU:0")
-    lay_anew([variable], "CPU:0")  # there is not room enough
+    laid_anew.lay_anew([variable], "CPU:0")  # there is not room enough
     seen["value_kept"] = bool((variable.numpy() == 1.0).all()) and limits.bytes_in_use("CPU:0") == before
     del filling
-    large, small = tf.Variable(tf.ones([3 * MIB // 2])), tf.Variable(tf.ones([200]))
+    sizes = (200, 3 * MIB // 2, 7 * MIB // 4)
+    small, large, larger = variables = [tf.Variable(tf.ones([size])) for size in sizes]
 
     def place() -> int:
-        return next(iter(allocations._addresses([small], "CPU:0")))
+        return next(iter(held_blocks.addresses_of([small], "CPU:0")))
 
     blocks = []
     while limits.bytes_in_use("CPU:0") < 58 * MIB:
         blocks.append(tf.zeros([2 * MIB], tf.uint8))
-    del blocks[::2]  # much is free, and none of it in a piece that the large one fits into
-    was_at = place()
-    lay_anew([large, small], "CPU:0")
-    seen["stays_behind_a_failure"] = place() == was_at and bool((large.numpy() == 1.0).all())
-    lay_anew([small], "CPU:0")
-    seen["moves_without_one"] = place() != was_at and bool((small.numpy() == 1.0).all())
+    del blocks[::2]  # much is free, and none of it in a piece that the large ones fit into
+    was_at, tried, copy = place(), [], laid_anew._copy_in_a_gap
+
+    def noted_copy(value, *args):
+        tried.append(sizes.index(int(value.shape[0])))
+        return copy(value, *args)
+
+    laid_anew._copy_in_a_gap = noted_copy
+    laid_anew.lay_anew([larger, large, small], "CPU:0")
+    laid_anew._copy_in_a_gap = copy
+    seen["tried_until_a_failure"] = tried
+    seen["moved_before_it"] = place() != was_at
+    seen["values_kept"] = all(bool((each.numpy() == 1.0).all()) for each in variables)
 
 
 def too_late() -> None:

@@ -44,9 +44,10 @@ def test_what_lies_in_the_middle_of_free_memory_is_laid_anew(first):
 
 
 def test_laying_anew_ends_at_the_first_failed_allocation(first):
-    """Each waits ten seconds: what is free lies in small pieces then, for the values behind as well."""
-    assert first["stays_behind_a_failure"] is True
-    assert first["moves_without_one"] is True
+    """Each waits ten seconds: what is free lies in small pieces then, for the larger values behind as well."""
+    assert first["tried_until_a_failure"] == [0, 1]
+    assert first["moved_before_it"] is True
+    assert first["values_kept"] is True
 
 
 def test_too_late_is_said_and_changes_nothing(first):
