@@ -63,7 +63,7 @@ def call_own_fit(
             under_way.append(True)
             try:
                 kept = {key: value for key, value in given.items() if key not in ("self", "batch_size")}
-                if _is_grain(kept.get("x")) and ("batch_size" in options or _are_batches_of(target_batch, kept)):
+                if _is_grain(kept.get("x")) and _are_batches_of(target_batch, kept):
                     kept[AS_THEY_COME] = True
                 return instead(kept, functools.partial(original, model))
             finally:

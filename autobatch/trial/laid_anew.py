@@ -14,13 +14,11 @@ from collections.abc import Iterable
 import tensorflow as tf
 
 from autobatch.memory import arena, limits
+from autobatch.memory.arena_regions import ROUND_BYTES
 from autobatch.tensors.variables import components
 from autobatch.types import Tensor, Variable
 
 logger = logging.getLogger("autobatch")
-
-_ROUND_BYTES = 256
-"""Unit to which TensorFlow's allocators round a block up."""
 
 _GAPS_TRIED = 8
 """Number of gaps that are tried for one value; those passed over are held until it has found one."""
@@ -68,7 +66,7 @@ def _copy_in_a_gap(value: Tensor, value_bytes: int, device: str) -> Tensor | Non
 
     It is None too for a type of values that cannot be copied on this kind of device.
     """
-    most = -(-value_bytes // _ROUND_BYTES) * _ROUND_BYTES
+    most = -(-value_bytes // ROUND_BYTES) * ROUND_BYTES
     passed_over: list[Tensor] = []
     while len(passed_over) < _GAPS_TRIED:
         before = limits.bytes_in_use(device) or 0

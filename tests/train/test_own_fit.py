@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import keras
@@ -13,6 +14,7 @@ from models import MemoryHog, arrays, classifier, relative_error
 from put_back import putting_back
 
 import autobatch
+from autobatch.data import fit_data, own_fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::autobatch.AutobatchWarning")
 
@@ -281,3 +283,44 @@ def test_other_methods_that_are_overridden_are_called_as_by_keras():
     assert relative_error(ours.get_weights(), plain.get_weights()) < 1e-5
     assert ours.seen == plain.seen
     np.testing.assert_allclose(history.history["val_loss"], expected.history["val_loss"], rtol=1e-5)
+
+
+class Batches:
+    """Batches as Grain's are: nothing shows how they were made."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        yield np.zeros((self.rows, 4), "float32"), np.zeros(self.rows)
+
+
+Batches.__module__ = "grain.of_a_test"
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "stay", "refused"),
+    [
+        pytest.param(8, 3, True, False, id="batches of the target"),
+        pytest.param(5, 1, True, False, id="fewer samples than the target"),
+        pytest.param(4, 5, False, True, id="another size, counted in epochs"),
+        pytest.param(4, None, False, False, id="another size, read to its end"),
+    ],
+)
+def test_batches_that_show_nothing_stay_as_they_come_only_if_they_are_of_the_target(rows, steps, stay, refused):
+    class Mapped(keras.Model):
+        def fit(self, x=None, y=None, batch_size=None, **options):
+            return super().fit(Batches(rows), steps_per_epoch=steps, **options)
+
+    seen = []
+    own_fit.call_own_fit(
+        Mapped(),
+        np.zeros((20, 4)),
+        np.zeros(20),
+        target_batch=8,
+        options={},
+        instead=lambda given, keras_fit: seen.append(given),
+    )
+    assert (fit_data.AS_THEY_COME in seen[0]) is stay
+    with pytest.raises(ValueError, match="batches of 4 samples") if refused else contextlib.nullcontext():
+        own_fit.require_known_passes(seen[0], {}, 8)
