@@ -41,6 +41,9 @@ _LEAST_CHANGE = 2e-5
 _AGREE = 0.5
 """Share of the changes that must tell the same bytes taken; others are those of the largest free piece."""
 
+_CANNOT_BE = 2**60
+"""Bytes that count as missed for a region that is smaller than the allocator takes any but the last."""
+
 _MOST_SEAMS = 8
 """Number of seams, and of wide gaps, that are looked at; each costs some milliseconds for each region."""
 
@@ -101,9 +104,36 @@ def find_regions(events: Sequence[Event], held: dict[int, int]) -> list[Region]:
             missed_with, beside = _best([*seams, seam], told)
             if missed_with < missed:
                 seams, regions, missed = [*seams, seam], beside, missed_with
+    regions = _with_the_rest(regions, told)
     if limit - taken >= _MIB:
         regions.append((max(start + size for start, size in regions) + _PAGE, limit - taken))
     return regions
+
+
+def _with_the_rest(regions: list[Region], told: _Told) -> list[Region]:
+    """Return the regions, the last one with what they lack of all that was taken and no others can make up.
+
+    A block that no event names may lie beneath the free piece that has shown how far the last region reaches. What
+    nobody has used are whole regions, each of another power of two.
+    """
+    used = [
+        (start, size) for start, size in regions if any(start <= address < start + size for address, _ in told.blocks)
+    ]
+    partial = [number for number, (_, size) in enumerate(used) if _power_of_two(size) - size > _UNNAMED]
+    if len(partial) != 1:
+        return regions
+    number = partial[0]
+    start, size = used[number]
+    whole = [_power_of_two(other) // _MIB for _, other in used[:number] + used[number + 1 :]]
+    lacking = told.total - sum(taken for _, taken in used)
+    unused_mib = (lacking + _SHIFT) // _MIB
+    if any(unused_mib & other for other in whole):
+        unused_mib = 0
+    longer = size + (lacking - unused_mib * _MIB) // ROUND_BYTES * ROUND_BYTES
+    if longer <= size or any(start < above < start + longer for above, _ in used):
+        return regions
+    used[number] = (start, longer)
+    return used + _unused(used, told)
 
 
 def largest_free_before(events: Sequence[Event]) -> int | None:
@@ -161,28 +191,40 @@ def _told_by(events: Sequence[Event], held: dict[int, int], taken: int) -> _Told
 
 def _best(seams: list[int], told: _Told) -> tuple[int, list[Region]]:
     """Return the regions between ``seams`` that tell the largest free pieces best, behind the bytes that they miss."""
-    return min(((_missed(regions, told), regions) for regions in _guesses(seams, told)), key=lambda guess: guess[0])
+    guesses = ((_missed(regions, told) + short * _CANNOT_BE, regions) for regions, short in _guesses(seams, told))
+    return min(guesses, key=lambda guess: guess[0])
 
 
-def _guesses(seams: list[int], told: _Told) -> Iterator[list[Region]]:
-    """Yield the regions for each region that may have been taken last; the largest extents first."""
+def _guesses(seams: list[int], told: _Told) -> Iterator[tuple[list[Region], int]]:
+    """Yield the regions for each region that may have been taken last; the largest extents first.
+
+    Beside them is the number of other regions for whose whole size the next one leaves no room.
+    """
     extents = [
         (start, end) for start, end in _extents(told, seams) if any(start <= address < end for address in told.touched)
     ]
     ends = [start for start, _ in extents[1:]] + [extents[-1][0] + told.total]
     for last in sorted(range(len(extents)), key=lambda number: extents[number][0] - extents[number][1]):
         regions = []
+        short = 0
         for number, (start, end) in enumerate(extents):
             if number != last:
-                regions.append((start, min(_power_of_two(end - start), ends[number] - start)))
+                whole, room = _power_of_two(end - start), ends[number] - start
+                short += whole > room + _UNNAMED
+                regions.append((start, min(whole, room)))
         start, end = extents[last]
         most = min(told.total - sum(size for _, size in regions), _end_by_free_pieces(told, start, ends[last]) - start)
         regions.append((start, max(end - start, most)))
-        known = sum(size for address, size in told.held if any(s <= address < s + n for s, n in regions))
-        unused = told.total - sum(size for _, size in regions) - max(0, told.in_use_before - known)
-        if unused >= _MIB:
-            regions.append((max(s + size for s, size in regions) + _PAGE, unused // ROUND_BYTES * ROUND_BYTES))
-        yield sorted(regions)
+        yield sorted(regions + _unused(regions, told)), short
+
+
+def _unused(regions: list[Region], told: _Told) -> list[Region]:
+    """Return a region above the others for memory that was taken, and is neither in them nor held; else none."""
+    known = sum(size for address, size in told.held if any(start <= address < start + n for start, n in regions))
+    unused = told.total - sum(size for _, size in regions) - max(0, told.in_use_before - known)
+    if unused < _MIB:
+        return []
+    return [(max(start + size for start, size in regions) + _PAGE, unused // ROUND_BYTES * ROUND_BYTES)]
 
 
 def _seams(told: _Told) -> list[int]:

@@ -110,6 +110,17 @@ def test_what_nobody_names_at_the_end_of_a_region_shortens_it():
     assert found[0][1] == pytest.approx(54 * MIB, rel=0.05)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_nobody_names_beneath_the_free_piece_is_neither_the_end_of_a_region_nor_a_region(seed):
+    # 0.8 MiB above a known weight: the free piece above them could begin a region, if one of 6.8 MiB could be.
+    regions = beside(46, 2, far=100)
+    known = [(START, 6 * MIB)]
+    unknown = (START + 6 * MIB, MIB * 4 // 5 // 256 * 256)
+    events = events_of(regions, (*known, unknown), seed=seed)
+    assert {event.address < START + 46 * MIB for event in events} == {True, False}
+    assert arena_regions.find_regions(events, dict(known)) == list(regions)
+
+
 def test_a_region_that_is_not_taken_yet_is_added():
     # Two regions of 2 and 4 MiB were taken of a limit of 64 MiB; the events know what is free in all.
     regions = beside(2, 4, far=100)
