@@ -15,7 +15,8 @@ class AllocationTrace:
     ``regions`` are the pieces of address space that the allocator has, as (start, bytes). The first ``len(held)``
     blocks were there before, as (start, bytes). Block ``len(held) + i`` was allocated in the trial, and ``sizes[i]`` is
     what it takes, as (bytes whatever the size, bytes per sample). ``order`` lists the events: ``n`` allocates block n,
-    ``~n`` gives it back. ``in_parallel`` is True if operations ran side by side. ``is_compiled`` is True if the
+    ``~n`` gives it back. ``in_parallel`` is True if operations ran side by side, or pieces of one, so that the order
+    differs from run to run; ``within_operations`` is True if it was pieces alone. ``is_compiled`` is True if the
     largest block is that of a program compiled by XLA, whose growth its own plan tells. A trace that no allocator can
     have left is refused when it is made.
     """
@@ -27,6 +28,7 @@ class AllocationTrace:
     order: tuple[int, ...]
     in_parallel: bool = False
     is_compiled: bool = False
+    within_operations: bool = False
 
     def __post_init__(self) -> None:
         _require(self.micro_batch >= 1, f"micro_batch must be at least 1. Received: {self.micro_batch!r}")

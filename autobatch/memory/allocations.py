@@ -220,7 +220,11 @@ def _trace_of(found: Recording, micro_batch: int, fixed_shapes: Collection[tuple
     # The block of a compiled program is alone, and holds nearly everything.
     compiled = max((event.requested_bytes for event in found.events if event.allocated), default=0) in planned
     in_parallel = not compiled and _turns(found.events) >= _TURNS
-    trace = AllocationTrace(micro_batch, tuple(regions), tuple(held), tuple(sizes), tuple(order), in_parallel, compiled)
+    # Pieces of one operation ask for temporaries alone, in many threads.
+    outputs = [event for event in found.events if event.allocated and event.is_output]
+    within_operations = in_parallel and _turns(outputs) < _TURNS
+    memory = tuple(regions), tuple(held), tuple(sizes), tuple(order)
+    trace = AllocationTrace(micro_batch, *memory, in_parallel, compiled, within_operations)
     return _settled(trace, places) if compiled else trace
 
 

@@ -135,7 +135,8 @@ def search(
             )
             if told is not None:
                 last = traces[-1]
-                terms = replace(terms, replayed=told, in_parallel=last.in_parallel, is_compiled=last.is_compiled)
+                in_parallel = last.in_parallel and not last.within_operations
+                terms = replace(terms, replayed=told, in_parallel=in_parallel, is_compiled=last.is_compiled)
 
     if goal.target_batch is not None and goal.by_speed and limit_reached(len(trials)) is None:
         faster = _maybe_faster(bracket, trials)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,28 @@ def test_a_block_grows_where_its_first_dimension_is_a_multiple_of_the_micro_batc
     workspace = {"operation": "a/gradient_tape/Conv2DBackpropFilter", "is_output": False}
     assert size(13 * 256 * 4, "[13,64,4]", 13, **workspace) == (13312, 0)
     assert size(13 * 256 * 4, "[13,8,8,4]", 13, **workspace) == (0, 1024)
+
+
+def test_pieces_of_one_operation_in_many_threads_are_not_operations_side_by_side():
+    def told(outputs_in, temporaries_in):
+        events, in_use = [], 0
+        for number, (output_in, temporary_in) in enumerate(zip(outputs_in, temporaries_in, strict=True)):
+            output, temporary = (1 << 30) + 4096 * number, (1 << 30) + 4096 * number + 2048
+            for allocated, address, is_output, thread in (
+                (True, output, True, output_in),
+                (True, temporary, False, temporary_in),
+                (False, temporary, True, temporary_in),  # that it was temporary is not told of what is given back
+            ):
+                in_use += 1024 if allocated else -1024
+                found = event(allocated, address, 1024, is_output=is_output, in_use=in_use, free=(1 << 20) - in_use)
+                events.append(replace(found, thread=thread))
+        trace = trace_of(Recording(events=events), 10, ())
+        return trace.in_parallel, trace.within_operations
+
+    alone, others = [1] * 12, [2, 3] * 6
+    assert told(alone, alone) == (False, False)
+    assert told(alone, others) == (True, True)
+    assert told(others, others) == (True, False)
 
 
 def test_nothing_recorded_is_no_trace():

@@ -559,6 +559,33 @@ def test_what_a_compiler_allocates_in_one_piece_is_not_replayed() -> None:
     assert len(result.trials) <= 3
 
 
+@pytest.mark.parametrize(
+    ("in_parallel", "within_operations", "then"), [(False, False, 0.975), (True, True, 0.975), (True, False, 0.92)]
+)
+def test_behind_a_failure_near_the_prediction_it_steps_down_further_only_where_operations_run_side_by_side(
+    in_parallel: bool, within_operations: bool, then: float
+) -> None:
+    def run(request: TrialRequest) -> TrialResult:
+        peak = 1000 + 100 * request.micro_batch
+        if peak > 94_500:
+            return TrialResult(request.micro_batch, Outcome.OUT_OF_MEMORY)
+        told = AllocationTrace(
+            request.micro_batch,
+            ((0, 100_000),),
+            ((0, 1000),),
+            ((0.0, 100.0),),
+            (1, ~1),
+            in_parallel,
+            within_operations=within_operations,
+        )
+        return TrialResult(request.micro_batch, Outcome.FITS, peak_bytes=peak, allocations=told)
+
+    result = search(run, Goal(), Room(100_000, fixed_bytes_hint=1000))
+    first, failed, second = (trial.micro_batch for trial in result.trials[:3])
+    assert first < 945 < failed < 989
+    assert second == math.ceil(then * (failed - 1))
+
+
 def test_no_recording_is_asked_for_where_no_budget_is_known() -> None:
     asked = []
     search(
